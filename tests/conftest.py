@@ -1,0 +1,24 @@
+"""Eight simulated CPU devices for every test, set before anything asks JAX for a device."""
+
+import os
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+os.environ["WANDB_MODE"] = "offline"
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+import pytest  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = Path(os.environ.get("SCALEGPT_TEST_DATA", ROOT.parent / "shared" / "data"))
+if (SHARED / "tiktoken_cache").is_dir():
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real text for tests; without it the tests that need it are skipped aloud."""
+    if not SHARED.is_dir():
+        pytest.skip(f"no test data at {SHARED}; point SCALEGPT_TEST_DATA at it")
+    return SHARED
