@@ -1,0 +1,129 @@
+"""From YAML and `--section.key=value` to a validated run; a mistake becomes one clear line."""
+
+import argparse
+import difflib
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from pydantic import ValidationError
+from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
+
+from scalegpt.config import Config
+
+_START = "or start from a whole one: --config configs/demo.yaml"
+
+
+def parse(
+    argv: list[str], prog: str, flags: dict[str, dict[str, Any]]
+) -> tuple[Config, argparse.Namespace]:
+    """Command line -> the run and the values of `flags` (name -> keywords of `add_argument`).
+
+    Later wins: defaults, then `--config FILE`, then `--section.key=value`.
+    Raises ValueError with one line for each mistake.
+    """
+    parser = _Parser(prog=prog, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", help="YAML file; see configs/")
+    for name, keywords in flags.items():
+        parser.add_argument(name, **keywords)
+    source = CliSettingsSource(
+        _CommandLine, root_parser=parser, cli_parse_args=argv, cli_hide_none_type=True
+    )
+    overrides, flag_values = source(), parser.parse_args(argv)
+    values = load(flag_values.config) if flag_values.config else {}
+    for section, keys in overrides.items():
+        stored = values.get(section, {})
+        both = isinstance(keys, dict) and isinstance(stored, dict)
+        values[section] = {**stored, **keys} if both else keys
+    return validate(values, flag_values.config or "this command line"), flag_values
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """The sections in a YAML file, not yet validated. Raises ValueError."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        known = sorted(str(p) for p in Path("configs").glob("*.yaml"))
+        hint = _nearest(str(path), known) or "the configs that come with scalegpt are in configs/"
+        raise ValueError(f"cannot read config {path}: {error.strerror}; {hint}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"config {path} is not UTF-8 text: {error}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"config {path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"config {path} holds a {type(values).__name__}, not sections of keys")
+    # "optim:" with every key commented out is None, and means the defaults.
+    return {name: {} if section is None else section for name, section in values.items()}
+
+
+def validate(values: dict[str, Any], source: str) -> Config:
+    """Raises ValueError: one line for each mistake, with the key, the value and the fix."""
+    for name in ("data", "run"):  # so that what is missing is named as data.path, not as data
+        values = {**values, name: values.get(name, {})}
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(detail) for detail in error.errors()]
+        raise ValueError("\n  ".join([f"{source} makes no run:", *lines])) from None
+
+
+def run(main: Callable[[list[str]], int]) -> NoReturn:
+    """A command's last line: exit with main's code, or 2 and one message for a user's mistake.
+
+    Only a ValueError that scalegpt itself raised is a user's mistake; one from inside a library
+    is a fault of ours and keeps its traceback.
+    """
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except ValueError as error:
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+        ours = (Path(__file__).resolve().parent, Path(sys.argv[0]).resolve().parent)
+        if raised_in.parent not in ours:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+class _CommandLine(Config, BaseSettings):
+    """Config as pydantic-settings wants it for a command line; nothing reads the environment."""
+
+    model_config = SettingsConfigDict(extra="forbid", nested_model_default_partial_update=True)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """A ValueError like every other mistake, naming the nearest flag."""
+        if message.startswith("unrecognized arguments: "):
+            flag = message.removeprefix("unrecognized arguments: ").split()[0]
+            known = [name.removeprefix("--") for name in self._option_string_actions]
+            near = _nearest(flag.split("=")[0].removeprefix("--"), known, "--")
+            raise ValueError(f"unknown argument {flag}; {near or 'see --help'}")
+        raise ValueError(f"{message}; see --help")
+
+
+def _nearest(name: str, known: list[str], prefix: str = "") -> str:
+    last = name.split(".")[-1]
+    # The right key in the wrong section, or without one, is nearer than any mistyped one.
+    near = [k for k in known if k.split(".")[-1] == last]
+    near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {prefix}{near[0]}?" if near else ""
+
+
+def _explain(detail: Any) -> str:
+    # A union names the branch it tried ("str", "dict[str,...]"): noise for whoever typed a value.
+    where = [str(part) for part in detail["loc"] if not str(part).startswith(("str", "dict["))]
+    key, kind, value = ".".join(where), detail["type"], detail["input"]
+    if kind == "extra_forbidden":
+        sections = Config.model_fields
+        keys = {s: list(field.annotation.model_fields) for s, field in sections.items()}
+        known = [*sections, *(f"{s}.{k}" for s, names in keys.items() for k in names)]
+        here = ", ".join(keys.get(where[0], sections))
+        return f"unknown key {key}={value!r}; {_nearest(key, known) or f'there are {here}'}"
+    if kind == "missing":
+        return f"{key} is missing; give --{key}=..., {_START}"
+    if kind == "value_error":
+        return str(detail["ctx"]["error"])
+    return f"{key}={value!r}: {detail['msg']}"

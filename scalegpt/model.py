@@ -1,0 +1,211 @@
+"""GPT in Flax linen. Every parameter and activation carries logical axis names.
+
+Shapes: B rows, T positions, D embed, H heads, K head size, F = 4 D, V padded vocabulary, L layers.
+Layers are stacked: each block parameter has a leading axis `layers`, whether the compiler loops
+over it or unrolls it, so that a checkpoint fits both.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import PartitionSpec
+
+from scalegpt.attention import causal_attention
+from scalegpt.config import ModelConfig
+
+LAYER_NORM_EPS = 1e-5  # GPT-2's; Flax's own default is 1e-6
+
+
+def constrain(x: Array, *names: str | None) -> Array:
+    """Place an activation by its logical axis names. A name without a rule is an error."""
+    rules = dict(nn.get_logical_axis_rules())
+    if not rules:  # outside of a mesh: initialisation, plain tests
+        return x
+    spec = PartitionSpec(*(rules[name] if name else None for name in names))
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def dropout(x: Array, rate: float, keys: Array | None, site: Array | int) -> Array:
+    """Drop entries of x [B, ...], each row by its own key: no mesh or microbatch changes a mask.
+
+    keys: [B] typed PRNG keys, or None: identity. site: which dropout of the model this is.
+    """
+    if keys is None or rate == 0:
+        return x
+    keep = jax.vmap(
+        lambda key: jax.random.bernoulli(jax.random.fold_in(key, site), 1 - rate, x.shape[1:])
+    )(keys)
+    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+
+def rotate(x: Array, cos: np.ndarray, sin: np.ndarray) -> Array:
+    """Rotary position embedding of x [B, T, H, K], cos and sin [T, K/2] (arXiv:2104.09864)."""
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+def rotary_tables(length: int, head_dim: int, base: float) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin [T, K/2] in float32, computed in float64: large angles lose digits in float32."""
+    frequency = base ** (-np.arange(0, head_dim, 2) / head_dim)
+    angle = np.arange(length)[:, None] * frequency
+    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+
+
+class _Layer(nn.Module):
+    """What all parts share: the configuration, the dtype of products, and how weights are made."""
+
+    config: ModelConfig
+    dtype: Any
+    attention: str
+
+    def weight(self, name: str, shape: tuple, axes: tuple, std: float) -> Array:
+        """A float32 parameter N(0, std), cast for products. Fan-in init hurts deep models."""
+        init = nn.with_logical_partitioning(nn.initializers.normal(std), axes)
+        return self.param(name, init, shape, jnp.float32).astype(self.dtype)
+
+    def bias(self, name: str, shape: tuple, axes: tuple) -> Array | float:
+        if not self.config.bias:
+            return 0.0
+        init = nn.with_logical_partitioning(nn.initializers.zeros, axes)
+        return self.param(name, init, shape, jnp.float32).astype(self.dtype)
+
+
+class LayerNorm(_Layer):
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Normalise the last axis in float32; back to the dtype of products."""
+        x = x.astype(jnp.float32)
+        x = x - x.mean(-1, keepdims=True)
+        x = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + LAYER_NORM_EPS)
+        ones = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+        x = x * self.param("scale", ones, x.shape[-1:], jnp.float32)
+        if self.config.bias:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("norm",))
+            x = x + self.param("bias", zeros, x.shape[-1:], jnp.float32)
+        return x.astype(self.dtype)
+
+
+class Attention(_Layer):
+    @nn.compact
+    def __call__(self, x: Array, layer: Array, keys: Array | None, rotary: Any) -> Array:
+        c, (d, h, k) = self.config, (self.config.n_embd, self.config.n_head, self.config.head_dim)
+        kernel = self.weight("qkv_kernel", (d, 3, h, k), ("embed", "qkv", "heads", "kv"), 0.02)
+        qkv = jnp.einsum("btd,dchk->btchk", x, kernel)
+        qkv = qkv + self.bias("qkv_bias", (3, h, k), ("qkv", "heads", "kv"))
+        qkv = constrain(qkv, "batch", "position", None, "act_heads", None)
+        q, key, v = (qkv[:, :, i] for i in range(3))
+        if rotary is not None:
+            q, key = rotate(q, *rotary), rotate(key, *rotary)
+        mask_keys = None
+        if keys is not None and c.dropout > 0:
+            mask_keys = jax.vmap(lambda row: jax.random.fold_in(row, 3 * layer))(keys)
+        y = causal_attention(
+            q, key, v,
+            implementation=self.attention, dropout_rate=c.dropout if keys is not None else 0.0,
+            dropout_keys=mask_keys,
+        )  # fmt: skip
+        kernel = self.weight("proj_kernel", (h, k, d), ("heads", "kv", "embed"), residual_std(c))
+        y = jnp.einsum("bthk,hkd->btd", y, kernel) + self.bias("proj_bias", (d,), ("norm",))
+        return dropout(y, c.dropout, keys, 3 * layer + 1)
+
+
+class MLP(_Layer):
+    @nn.compact
+    def __call__(self, x: Array, layer: Array, keys: Array | None) -> Array:
+        c, (d, f) = self.config, (self.config.n_embd, 4 * self.config.n_embd)
+        x = jnp.einsum("btd,df->btf", x, self.weight("up_kernel", (d, f), ("embed", "mlp"), 0.02))
+        x = constrain(x + self.bias("up_bias", (f,), ("mlp",)), "batch", "position", "act_mlp")
+        x = jax.nn.gelu(x, approximate=c.activation == "gelu_tanh")
+        kernel = self.weight("down_kernel", (f, d), ("mlp", "embed"), residual_std(c))
+        x = jnp.einsum("btf,fd->btd", x, kernel) + self.bias("down_bias", (d,), ("norm",))
+        return dropout(x, c.dropout, keys, 3 * layer + 2)
+
+
+def residual_std(config: ModelConfig) -> float:
+    """Of the two projections into the residual stream, so its variance does not grow with depth."""
+    return 0.02 / (2 * config.n_layer) ** 0.5
+
+
+class Block(_Layer):
+    @nn.compact
+    def __call__(self, x: Array, layer: Array, keys: Array | None, rotary: Any):
+        part = (self.config, self.dtype, self.attention)
+        y = Attention(*part, name="attn")(LayerNorm(*part, name="ln_1")(x), layer, keys, rotary)
+        x = constrain(x + y, "batch", "position", "act_embed")
+        y = MLP(*part, name="mlp")(LayerNorm(*part, name="ln_2")(x), layer, keys)
+        return constrain(x + y, "batch", "position", "act_embed"), None
+
+
+class GPT(_Layer):
+    """Token ids [B, T] -> final hidden states [B, T, D]; `logits` turns those into logits."""
+
+    @nn.compact
+    def __call__(self, tokens: Array, dropout_keys: Array | None = None) -> Array:
+        """dropout_keys: [B] typed keys, one a row, to train with dropout; None: no dropout.
+
+        Raises ValueError when T exceeds block_size.
+        """
+        c, length = self.config, tokens.shape[1]
+        if length > c.block_size:
+            raise ValueError(f"{length} tokens are more than model.block_size={c.block_size}")
+        init = nn.initializers.normal(0.02)
+        shape, axes = (c.padded_vocab, c.n_embd), ("vocab", "table_embed")
+        wte = self.param("wte", nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+        # Looked up in float32: gradients of a frequent token would be summed in bfloat16.
+        x = head_table(wte)[tokens]
+        if c.position == "learned":
+            shape, axes = (c.block_size, c.n_embd), ("position", "embed")
+            wpe = self.param("wpe", nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+            x = x + constrain(wpe, None, None)[:length]
+        x = constrain(x.astype(self.dtype), "batch", "position", "act_embed")
+        x = dropout(x, c.dropout, dropout_keys, 3 * c.n_layer)
+
+        rotary = rotary_tables(length, c.head_dim, c.rope_base) if c.position == "rope" else None
+        layers = nn.scan(
+            _remat(c),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast),
+            length=c.n_layer,
+            unroll=1 if c.scan_layers else c.n_layer,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        part = (c, self.dtype, self.attention)
+        x, _ = layers(*part, name="h")(x, jnp.arange(c.n_layer), dropout_keys, rotary)
+        return LayerNorm(*part, name="ln_f")(x)
+
+
+def _remat(config: ModelConfig) -> Callable:
+    if config.remat == "none":
+        return Block
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    # Inside a loop nothing can be merged with the forward pass; unrolled it would be.
+    return nn.remat(
+        Block,
+        policy=policy if config.remat == "dots" else None,
+        prevent_cse=not config.scan_layers,
+    )
+
+
+def head_table(wte: Array) -> Array:
+    """The embedding table [V, D], gathered over fsdp once: both for look-up and for the head.
+
+    Without this the chunked loss gathers it, and reduces its gradient, once a chunk.
+    """
+    return constrain(wte, "act_vocab", None)
+
+
+def logits(hidden: Array, table: Array, vocab_size: int) -> Array:
+    """float32 logits [..., V] of hidden [..., D] by the tied table; padded ids get the lowest."""
+    y = jnp.einsum(
+        "...d,vd->...v", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32
+    )
+    padded = jnp.arange(table.shape[0]) >= vocab_size
+    return jnp.where(padded, jnp.finfo(jnp.float32).min, y)
