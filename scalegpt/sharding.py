@@ -37,8 +37,11 @@ RULES = {
     "act_mlp": "tensor",
     "act_vocab": "tensor",
 }
-# Where replica and data are manual (jax.shard_map), a row lies on fsdp only.
-INNER_RULES = {**RULES, "batch": "fsdp"}
+
+
+def rules_within(manual: Sequence[str]) -> dict[str, Any]:
+    """The table inside a jax.shard_map that took the axes `manual` out of the compiler's hands."""
+    return {**RULES, "batch": tuple(axis for axis in ROWS if axis not in manual)}
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:

@@ -1,0 +1,211 @@
+"""The heart: loss, accumulation, the jitted update and the jitted evaluation.
+
+Shapes: A microbatches, M sequences of a microbatch over all devices, T positions, D embed, V vocab.
+Token arrays are [A, M, T+1] int32: inputs are [..., :-1], targets [..., 1:]; -1 is masked.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax import Array
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from scalegpt import sharding
+from scalegpt.config import Config
+from scalegpt.model import GPT, constrain, head_table, logits
+from scalegpt.optim import optimizer, schedule
+
+
+@struct.dataclass
+class State:
+    """What an update changes. `step`: updates made so far."""
+
+    step: Array
+    params: Any
+    opt_state: Any
+
+
+def token_losses(hidden: Array, table: Array, targets: Array, vocab: int, chunk: int) -> Array:
+    """Sum of the cross-entropies of each row, [B] float32, from hidden [B, T, D].
+
+    Logits exist for `chunk` positions at a time and are computed again for the gradient, so
+    that [B, T, V] never does. Masked targets (-1) count nothing.
+    """
+
+    @jax.checkpoint
+    def part(hidden: Array, targets: Array) -> Array:
+        scores = logits(hidden, table, vocab)
+        scores = constrain(scores, "batch", "position", "act_vocab")
+        # Not a gather: XLA cannot split one over a vocabulary sharded inside manual axes.
+        is_target = jnp.arange(scores.shape[-1]) == targets[..., None]
+        right = jnp.where(is_target, scores, 0).sum(-1)
+        return jnp.where(targets >= 0, jax.nn.logsumexp(scores, -1) - right, 0).sum(-1)
+
+    b, t, d = hidden.shape
+    if t <= chunk:
+        return part(hidden, targets)
+    pad = -t % chunk
+    hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
+    targets = jnp.pad(targets, ((0, 0), (0, pad)), constant_values=-1)
+    hidden = hidden.reshape(b, -1, chunk, d).swapaxes(0, 1)
+    targets = targets.reshape(b, -1, chunk).swapaxes(0, 1)
+    first = part(hidden[0], targets[0])
+    return jax.lax.scan(lambda c, x: (c + part(*x), None), first, (hidden[1:], targets[1:]))[0]
+
+
+def row_losses(model: GPT, params: Any, tokens: Array, dropout_keys: Array | None) -> Array:
+    """Sum of the cross-entropies of each row of tokens [B, T+1]: [B] float32."""
+    inputs, targets = jnp.maximum(tokens[:, :-1], 0), tokens[:, 1:]
+    hidden = model.apply({"params": params}, inputs, dropout_keys)
+    c = model.config
+    return token_losses(hidden, head_table(params["wte"]), targets, c.vocab_size, c.loss_chunk)
+
+
+def accumulate(loss: Callable, params: Any, tokens: Array, rows: Array) -> tuple[Array, Any]:
+    """Sums of loss and gradient over the microbatches of tokens [A, M, T+1]; nothing is divided.
+
+    loss: (params, tokens [M, T+1], rows [M]) -> scalar. rows: [A, M] global row numbers.
+    """
+    gradient = jax.value_and_grad(loss)
+    if tokens.shape[0] == 1:
+        return gradient(params, tokens[0], rows[0])
+
+    def add(total: Any, microbatch: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, gradient(params, *microbatch)), None
+
+    # From a parameter, so that the zero varies over the same manual mesh axes as the gradients.
+    zero = 0 * jax.tree.leaves(params)[0].ravel()[0]
+    return jax.lax.scan(add, (zero, jax.tree.map(jnp.zeros_like, params)), (tokens, rows))[0]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The compiled functions of a run on a mesh, and where their arguments lie.
+
+    init() -> State; train(state, tokens [A, M, T+1]) -> (State, metrics), the old state's buffers
+    are reused; evaluate(params, tokens [M, T+1]) -> ([M] sums of cross-entropy, [M] counts).
+    """
+
+    mesh: Mesh
+    model: GPT
+    layout: tuple[int, int]
+    abstract: State
+    batch_sharding: NamedSharding
+    eval_sharding: NamedSharding
+    jit_init: Any
+    jit_train: Any
+    jit_evaluate: Any
+
+    def init(self) -> State:
+        with jax.set_mesh(self.mesh):
+            return self.jit_init()
+
+    def train(self, state: State, tokens: Array) -> tuple[State, dict[str, Array]]:
+        # jax.set_mesh, not `with mesh`: under the latter sharding constraints silently do nothing.
+        with jax.set_mesh(self.mesh):
+            return self.jit_train(state, tokens)
+
+    def evaluate(self, params: Any, tokens: Array) -> tuple[Array, Array]:
+        with jax.set_mesh(self.mesh):
+            return self.jit_evaluate(params, tokens)
+
+    def lower(self) -> Any:
+        """The training step as jax.stages.Lowered, for the machine that the mesh describes."""
+        a, m = self.layout
+        shape = (a, m, self.model.config.block_size + 1)
+        tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.batch_sharding)
+        with jax.set_mesh(self.mesh):
+            return self.jit_train.lower(self.abstract, tokens)
+
+
+def build(config: Config, mesh: Mesh, dtype: str, attention: str) -> Steps:
+    """Make the functions of a run; nothing is compiled or put on a device yet.
+
+    dtype, attention: resolved, not "auto". Raises ValueError when model or batch do not fit the
+    mesh.
+    """
+    sharding.check_divisible(config, mesh)
+    layout = sharding.batch_layout(config.batch, mesh)
+    model = GPT(config.model, jnp.dtype(dtype), attention)
+    tx, learning_rate = optimizer(config.optim), schedule(config.optim)
+    root = config.run.seed
+
+    def init() -> State:
+        # Attention has no parameters, and kernels refuse a batch of one row.
+        plain = model.clone(attention="xla")
+        params = plain.init(jax.random.key(root), jnp.zeros((1, 1), jnp.int32))["params"]
+        return State(jnp.zeros((), jnp.int32), params, tx.init(params))
+
+    boxed = jax.eval_shape(init)
+    places = sharding.shardings(sharding.specs(boxed, sharding.RULES), mesh)
+    abstract = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        nn.unbox(boxed),
+        places,
+    )
+
+    def loss(step_key: Array, params: Any, tokens: Array, rows: Array) -> Array:
+        keys = None
+        if config.model.dropout > 0:
+            keys = jax.vmap(lambda row: jax.random.fold_in(step_key, row))(rows)
+        return row_losses(model, params, tokens, keys).sum()
+
+    def reduced_gradients(params: Any, tokens: Array, rows: Array, key: Array) -> tuple:
+        """Runs on each (replica, data) part with its own rows; one reduction after the scan."""
+        params, key = jax.lax.pcast((params, key), manual, to="varying")
+        with nn.logical_axis_rules(tuple(sharding.rules_within(manual).items())):
+            sums = accumulate(partial(loss, key), params, tokens, rows)
+        return jax.lax.psum(sums, manual)
+
+    # Plain jit would reduce every layer's gradient in every microbatch, over the slow links too.
+    # Axes of size 1 stay out: XLA fails on a manual reduction over nothing beside automatic axes.
+    manual = tuple(axis for axis in sharding.REDUCED if mesh.shape[axis] > 1)
+    gradients = reduced_gradients
+    if manual:
+        parts = (P(), P(None, manual), P(None, manual), P())
+        gradients = jax.shard_map(
+            reduced_gradients, mesh=mesh, in_specs=parts, out_specs=P(), axis_names=set(manual)
+        )
+
+    def train(state: State, tokens: Array) -> tuple[State, dict[str, Array]]:
+        rows = jnp.arange(layout[0] * layout[1], dtype=jnp.uint32).reshape(layout)
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(root), 1), state.step)
+        total, grads = gradients(state.params, tokens, rows, key)
+        count = jnp.maximum((tokens[..., 1:] >= 0).sum(), 1)
+        grads = jax.tree.map(lambda g: g / count, grads)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        metrics = {
+            "train/loss": total / count,
+            "train/lr": learning_rate(state.step),
+            "train/grad_norm": optax.tree.norm(grads),
+        }
+        params = optax.apply_updates(state.params, updates)
+        return State(state.step + 1, params, opt_state), metrics
+
+    def evaluate(params: Any, tokens: Array) -> tuple[Array, Array]:
+        with nn.logical_axis_rules(tuple(sharding.RULES.items())):
+            return row_losses(model, params, tokens, None), (tokens[:, 1:] >= 0).sum(-1)
+
+    replicated = NamedSharding(mesh, P())
+    batches, windows = (sharding.batch_sharding(mesh, accumulated) for accumulated in (True, False))
+    return Steps(
+        mesh, model, layout, abstract, batches, windows,
+        jit_init=jax.jit(lambda: nn.unbox(init()), out_shardings=places),
+        jit_train=jax.jit(
+            train,
+            in_shardings=(places, batches),
+            out_shardings=(places, replicated),
+            donate_argnums=0,
+        ),
+        jit_evaluate=jax.jit(
+            evaluate, in_shardings=(places.params, windows), out_shardings=replicated
+        ),
+    )  # fmt: skip

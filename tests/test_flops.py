@@ -1,0 +1,194 @@
+"""The arithmetic of flops.py against sums done by hand and figures printed by others."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from scalegpt import flops
+
+
+def gpt(L=12, H=12, D=768, T=1024, V=50257, bias=False, position="learned"):
+    return SimpleNamespace(
+        n_layer=L, n_head=H, n_embd=D, block_size=T, vocab_size=V, bias=bias, position=position
+    )
+
+
+def leaf_sizes(m) -> list[int]:
+    """Every array of a GPT-2, written out with its shape: a second count."""
+    D, shapes = m.n_embd, [(m.vocab_size, m.n_embd)]
+    if m.position == "learned":
+        shapes.append((m.block_size, D))
+    for _ in range(m.n_layer):
+        shapes += [(D,), (D, 3 * D), (D, D), (D,), (D, 4 * D), (4 * D, D)]
+        if m.bias:
+            shapes += [(D,), (3 * D,), (D,), (D,), (4 * D,), (D,)]
+    shapes += [(D,)] * (2 if m.bias else 1)
+    return [a * (b[0] if b else 1) for a, *b in shapes]
+
+
+@pytest.mark.parametrize(
+    "model, published",
+    [
+        (gpt(), 124_337_664),  # nanoGPT's transformer_sizing notebook
+        (gpt(bias=True), 124_439_808),  # GPT-2 on Hugging Face, and its three larger sizes
+        (gpt(24, 16, 1024, bias=True), 354_823_168),
+        (gpt(36, 20, 1280, bias=True), 774_030_080),
+        (gpt(48, 25, 1600, bias=True), 1_557_611_200),
+    ],
+)
+def test_parameter_count_is_the_published_one(model, published):
+    assert flops.parameter_count(model) == published
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("position", ["learned", "rope"])
+@pytest.mark.parametrize("size", [(1, 1, 2, 3, 5), (3, 5, 35, 17, 101), (2, 3, 48, 96, 257)])
+def test_parameter_count_is_the_sum_of_the_leaves(size, position, bias):
+    model = gpt(*size, bias=bias, position=position)
+    assert flops.parameter_count(model) == sum(leaf_sizes(model))
+    wpe = model.block_size * model.n_embd if position == "learned" else 0
+    assert flops.parameters_by_component(model)["wpe"] == wpe
+
+
+def test_components_are_nanogpts():
+    parts = flops.parameters_by_component(gpt())
+    assert parts["wte"] == 38_597_376 and parts["wpe"] == 786_432
+    assert parts["attn/qkv"] == 12 * 1_769_472 and parts["attn/proj"] == 12 * 589_824
+    assert parts["mlp/fc"] == parts["mlp/proj"] == 12 * 2_359_296
+    assert parts["ln_1"] == parts["ln_2"] == 12 * 768 and parts["ln_f"] == 768
+
+
+def test_flops_are_nanogpts_notebook():
+    assert flops.forward_flops(gpt()) == 291_648_307_200
+    assert 1024 * flops.flops_per_token(gpt(), causal=False) == 874_944_921_600
+    # Its PaLM formula 6 N + 12 L H Q T leaves wpe out of N and is 1.0001 of the count.
+    n = flops.parameter_count(gpt()) - 1024 * 768
+    palm = 6 * n + 12 * 12 * 12 * 64 * 1024
+    assert palm / flops.flops_per_token(gpt(), causal=False) == pytest.approx(1.0001, abs=5e-5)
+
+
+@pytest.mark.parametrize("size", [(1, 1, 2, 4, 5), (3, 5, 35, 18, 101), (24, 16, 1024, 2048, 503)])
+def test_flops_are_the_sum_over_matrix_products(size):
+    """Each product of m x k with k x n written out: 2 m k n forward, twice that backward."""
+    L, H, D, T, V = size
+    K = D // H
+    layer = [(T, D, 3 * D), (T, D, D), (T, D, 4 * D), (T, 4 * D, D)]
+    heads = [(T, K, T), (T, T, K)] * H
+    count = L * sum(2 * m * k * n for m, k, n in layer + heads) + 2 * T * D * V
+    model = gpt(*size)
+    assert flops.forward_flops(model) == count
+    assert flops.flops_per_token(model, causal=False) == pytest.approx(3 * count / T, rel=1e-15)
+    saved = 3 * L * sum(2 * m * k * n for m, k, n in heads) / T / 2
+    assert flops.flops_per_token(model) == pytest.approx(3 * count / T - saved, rel=1e-15)
+
+
+def test_causal_flops_are_6n_plus_6ltd():
+    m = gpt(5, 3, 48, 64, 97)
+    n = 5 * 12 * 48 * 48 + 48 * 97
+    assert flops.flops_per_token(m) == 6 * n + 6 * 5 * 64 * 48
+
+
+def test_biases_norms_and_positions_are_not_flops():
+    plain = flops.flops_per_token(gpt())
+    assert plain == flops.flops_per_token(gpt(bias=True, position="rope"))
+
+
+@pytest.mark.parametrize(
+    "kind, tflops",
+    [
+        ("TPU v2", 22.5),  # half a chip: a JAX device is a core
+        ("TPU v3", 61.5),
+        ("TPU v4", 275),
+        ("TPU v5 lite", 197),  # and not a TPU v5
+        ("TPU v5e", 197),
+        ("TPU v5", 459),
+        ("TPU v5p", 459),
+        ("TPU v6 lite", 918),
+        ("TPU v6e", 918),
+        ("TPU7x", 1153.5),
+        ("NVIDIA H100 80GB HBM3", 989.5),
+        ("NVIDIA H100 PCIe", 756.5),
+        ("NVIDIA H200", 989.5),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA A100-SXM4-40GB", 312),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40S", 362.05),
+        ("Tesla T4", 65),
+        ("Tesla V100-SXM2-16GB", 125),
+        ("Tesla V100-PCIE-32GB", 112),
+        ("NVIDIA GeForce RTX 3090", 71),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("AMD Instinct MI250X", 191.5),  # one of two dies
+        ("AMD Instinct MI300X", 1307.4),
+    ],
+)
+def test_peak_of_a_jax_device(kind, tflops):
+    assert flops.peak_flops(kind) == pytest.approx(tflops * 1e12)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "cpu",
+        "",
+        "TPU v4 lite",
+        "TPU v9",
+        "NVIDIA A1000",
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 3090 Ti",
+    ],
+)
+def test_a_part_that_is_not_in_the_table_has_no_peak(kind):
+    assert flops.peak_flops(kind) is None
+    assert flops.mfu(gpt(), 1e6, kind, 8) is None
+
+
+def test_only_16_bit_products_have_a_peak():
+    assert flops.peak_flops("NVIDIA H200", "float16") == flops.peak_flops("NVIDIA H200")
+    assert flops.peak_flops("NVIDIA H200", "float32") is None
+
+
+def test_mfu_normalises_a_published_run():
+    """nanoGPT's GPT-2: 295e9 tokens in 4 days on 8 A100, about 29 % with full attention."""
+    rate = 295e9 / (4 * 86400)
+    full = flops.flops_per_token(gpt(), causal=False) * rate / (8 * 312e12)
+    assert full == pytest.approx(0.29, abs=0.005)
+    ratio = flops.flops_per_token(gpt()) / flops.flops_per_token(gpt(), causal=False)
+    used = flops.mfu(gpt(), rate, "NVIDIA A100-SXM4-40GB", 8)
+    assert used == pytest.approx(full * ratio)
+
+
+def test_the_two_halves_of_a_tpu_v3_chip_are_two_devices():
+    """A v3-8 is 4 chips of 123 TFLOP/s, and JAX counts 8 devices."""
+    used = flops.mfu(gpt(), 200_000, "TPU v3", 8)
+    assert used == pytest.approx(flops.flops_per_token(gpt()) * 200_000 / (4 * 123e12))
+
+
+def test_unknown_device_has_no_mfu_and_one_warning():
+    said = []
+    meter = flops.mfu_meter(gpt(), "Quantum 9000", 8, said.append)
+    assert [meter(1e6), meter(2e6)] == [None, None]
+    assert len(said) == 1 and said[0].startswith("warning") and "'Quantum 9000'" in said[0]
+
+
+def test_cpu_gets_a_note_and_a_known_device_nothing():
+    said = []
+    assert flops.mfu_meter(gpt(), "cpu", 1, said.append)(1e3) is None
+    assert len(said) == 1 and "warning" not in said[0]
+    meter = flops.mfu_meter(gpt(), "NVIDIA H200", 2, said.append)
+    assert meter(1e6) == flops.mfu(gpt(), 1e6, "NVIDIA H200", 2) and len(said) == 1
+
+
+def test_importing_flops_and_metrics_brings_no_heavy_package():
+    code = (
+        "import sys, scalegpt.flops, scalegpt.metrics\n"
+        "assert not {'jax', 'wandb', 'tensorboardX'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

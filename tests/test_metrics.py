@@ -1,0 +1,475 @@
+"""The writers read back from disk, the console as text, the speed with a clock we turn."""
+
+import io
+import json
+import math
+import os
+import pty
+import struct
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from scalegpt import flops
+from scalegpt.metrics import (
+    EVAL_KEYS,
+    TRAIN_KEYS,
+    Console,
+    JsonlWriter,
+    Metrics,
+    TensorBoardWriter,
+    Throughput,
+    WandbWriter,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def train_row(step, **more):
+    return {
+        "step": step,
+        "train/loss": 10 / (step + 1),
+        "train/lr": 6e-4,
+        "train/grad_norm": 0.5,
+        "train/tokens": step * 1000,
+        **more,
+    }
+
+
+def log(tensorboard=False, wandb=False):
+    return SimpleNamespace(
+        tensorboard=tensorboard,
+        wandb=wandb,
+        wandb_project="p",
+        wandb_name=None,
+        wandb_entity=None,
+    )
+
+
+def rows(path):
+    def no_constant(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    text = Path(path).read_text()
+    assert text == "" or text.endswith("\n")
+    return [json.loads(line, parse_constant=no_constant) for line in text.splitlines()]
+
+
+def test_keys_that_scripts_rely_on_stay():
+    assert TRAIN_KEYS == (
+        "step",
+        "train/loss",
+        "train/lr",
+        "train/grad_norm",
+        "train/tokens",
+        "perf/tokens_per_second",
+        "perf/step_seconds",
+        "perf/mfu",
+        "time",
+    )
+    assert EVAL_KEYS == (
+        "step",
+        "val/loss",
+        "val/loss_stderr",
+        "val/perplexity",
+        "val/bits_per_byte",
+        "val/best_loss",
+        "time",
+    )
+
+
+# metrics.jsonl
+
+
+def test_jsonl_rows_are_on_disk_at_once(tmp_path):
+    writer = JsonlWriter(tmp_path / "deep" / "metrics.jsonl")
+    writer.write({"step": 1, "train/loss": 1.5})
+    assert rows(tmp_path / "deep" / "metrics.jsonl") == [{"step": 1, "train/loss": 1.5}]
+    writer.close()
+
+
+def test_jsonl_writes_what_json_has_not_as_null(tmp_path):
+    writer = JsonlWriter(tmp_path / "m")
+    writer.write({"step": 1, "a": math.nan, "b": math.inf, "c": -math.inf, "d": 0.1})
+    writer.close()
+    assert rows(tmp_path / "m") == [{"step": 1, "a": None, "b": None, "c": None, "d": 0.1}]
+
+
+@pytest.mark.parametrize(
+    "torn", [b"", b'{"step": 9, "train/lo', b'{"step": 4}', b"\x00\x00\xff\n", b"12\n[]\n{}\n"]
+)
+def test_jsonl_continues_without_gap_duplicate_or_torn_line(tmp_path, torn):
+    path = tmp_path / "m"
+    first = JsonlWriter(path)
+    for step in range(1, 9):
+        first.write({"step": step, "run": 1})
+        if step % 4 == 0:
+            first.write({"step": step, "val/loss": 1.0})
+    first.close()
+    with path.open("ab") as file:
+        file.write(torn)
+    extra = [{"step": 4}] if torn == b'{"step": 4}' else []  # whole, only its newline is missing
+    second = JsonlWriter(path, resume_step=5)
+    for step in range(6, 10):
+        second.write({"step": step, "run": 2})
+    second.close()
+    got = rows(path)
+    assert [r["step"] for r in got if "run" in r] == list(range(1, 10))
+    assert [r["run"] for r in got if "run" in r] == [1] * 5 + [2] * 4
+    assert [r for r in got if "run" not in r] == [{"step": 4, "val/loss": 1.0}, *extra]
+    assert os.listdir(tmp_path) == ["m"]
+
+
+def test_jsonl_continues_from_step_0_and_without_a_file(tmp_path):
+    JsonlWriter(tmp_path / "new", resume_step=7).close()
+    (tmp_path / "old").write_text('{"step": 0}\n{"step": 1}\n')
+    JsonlWriter(tmp_path / "old", resume_step=0).close()
+    assert rows(tmp_path / "new") == [] and rows(tmp_path / "old") == [{"step": 0}]
+
+
+def test_jsonl_of_another_run_is_never_overwritten(tmp_path):
+    path = tmp_path / "m"
+    path.write_text('{"step": 1}\n')
+    with pytest.raises(ValueError, match="out_dir"):
+        JsonlWriter(path)
+    assert path.read_text() == '{"step": 1}\n'
+    (tmp_path / "empty").touch()
+    JsonlWriter(tmp_path / "empty").close()
+
+
+def test_jsonl_refuses_a_url():
+    with pytest.raises(ValueError, match="local"):
+        JsonlWriter("gs://bucket/run/metrics.jsonl")
+
+
+# TensorBoard
+
+
+def events(folder):
+    """Records of all event files: length (8 bytes), its CRC (4), event, its CRC (4)."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    for path in sorted(Path(folder).iterdir()):
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            (length,) = struct.unpack_from("<Q", data, at)
+            yield Event.FromString(data[at + 12 : at + 12 + length])
+            at += length + 16
+
+
+def test_tensorboard_events_read_back(tmp_path):
+    first = TensorBoardWriter(tmp_path / "tb")
+    first.write({**train_row(3), "time": 1000.5})
+    first.write({"step": 3, "val/loss": 2.5, "val/wiki/loss": 3.5, "time": 1001.0})
+    first.close()
+    got = {v.tag: (e.step, v.simple_value, e.wall_time) for e in events(tmp_path / "tb")
+           for v in e.summary.value}
+    assert got["train/loss"] == (3, 2.5, 1000.5) and got["train/tokens"] == (3, 3000, 1000.5)
+    assert got["val/loss"] == (3, 2.5, 1001.0) and got["val/wiki/loss"] == (3, 3.5, 1001.0)
+    assert not {"step", "time"} & set(got)
+    assert not any(e.HasField("session_log") for e in events(tmp_path / "tb"))
+
+
+def test_tensorboard_hides_steps_after_the_one_continued_from(tmp_path):
+    TensorBoardWriter(tmp_path / "tb", resume_step=5).close()
+    (purge,) = [e for e in events(tmp_path / "tb") if e.HasField("session_log")]
+    assert purge.session_log.status == purge.session_log.START and purge.step == 6
+
+
+# Weights & Biases, for real: its service runs, offline
+
+
+def wandb_records(path):
+    """A .wandb file is a LevelDB log: blocks of 32 KiB; CRC (4), length (2), type (1), part."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, part, found = path.read_bytes(), 7, b"", []
+    while at + 7 <= len(data):
+        if (rest := 32768 - at % 32768) < 7:
+            at += rest
+            continue
+        length, kind = struct.unpack_from("<HB", data, at + 4)
+        part += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            found.append(Record.FromString(part))
+            part = b""
+    return found
+
+
+WANDB = """
+    import sys
+    from pathlib import Path
+    from scalegpt.metrics import WandbWriter
+    for life, resume in ((1, False), (2, True)):
+        writer = WandbWriter({"lr": 0.125}, sys.argv[1], "proj", "nick", resume)
+        for step in (2 * life, 2 * life + 1):
+            writer.write({"step": step, "train/loss": 1.0 / step, "time": 0.0})
+        writer.close()
+        print("id", Path(sys.argv[1], "wandb_id.txt").read_text().strip())
+"""
+
+
+def alone(code, out, **env):
+    """Lines that a process prints; its input and errors are a terminal, where W&B might ask.
+
+    It has none of the caller's credentials, and is killed if it waits.
+    """
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("WANDB") and k != "NETRC"}
+    env = {**kept, "PYTHONPATH": str(ROOT), "HOME": str(out), "TERM": "xterm", **env}
+    main, side = pty.openpty()
+    with (out / "printed").open("w") as printed:
+        command = [sys.executable, "-c", textwrap.dedent(code), str(out)]
+        process = subprocess.Popen(command, env=env, stdin=side, stdout=printed, stderr=side)
+    os.close(side)
+    alarm = threading.Timer(15, process.kill)
+    alarm.start()
+    screen = b""
+    try:
+        while more := os.read(main, 4096):
+            screen += more
+    except OSError:  # how Linux says that the other side has closed
+        pass
+    code = process.wait()
+    alarm.cancel()
+    os.close(main)
+    assert code == 0, screen.decode()
+    return (out / "printed").read_text().splitlines()
+
+
+def test_wandb_without_an_account_goes_offline_and_never_waits(tmp_path):
+    said = alone(WANDB, tmp_path)
+    warned = [line for line in said if line.startswith("warning")]
+    assert len(warned) == 2 and "wandb sync" in warned[0]  # one for each of the two lives
+    ids = [line.split()[1] for line in said if line.startswith("id ")]
+    assert len(ids) == 2 and ids[0] == ids[1]
+    # Two lives of one run: two files, which `wandb sync` joins by the id.
+    files = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+    first, second = map(wandb_records, files)
+    for records in (first, second):
+        (run,) = [r.run for r in records if r.HasField("run")]
+        assert (run.run_id, run.project, run.display_name) == (ids[0], "proj", "nick")
+        assert {c.key: c.value_json for c in run.config.update}["lr"] == "0.125"
+    history = [
+        {item.key or item.nested_key[0]: json.loads(item.value_json) for item in r.history.item}
+        for r in first + second if r.HasField("history")
+    ]
+    assert [(h["_step"], h["step"], h["train/loss"]) for h in history] == [
+        (step, step, 1.0 / step) for step in (2, 3, 4, 5)
+    ]
+
+
+def test_wandb_with_a_bad_key_is_one_warning(tmp_path):
+    code = """
+        import sys
+        from scalegpt.metrics import WandbWriter
+        said = []
+        writer = WandbWriter({}, sys.argv[1], "p", say=said.append)
+        writer.write({"step": 1})
+        writer.close()
+        for line in said:
+            print(line)
+    """
+    (said,) = alone(code, tmp_path, WANDB_API_KEY="bad")
+    assert said.startswith("warning: W&B is off from here on (AuthenticationError")
+
+
+def fake_wandb(monkeypatch, run=None):
+    def init(**keys):
+        if run is None:
+            raise OSError("no route to host")
+        return run
+
+    module = SimpleNamespace(
+        setup=lambda: SimpleNamespace(settings=SimpleNamespace(mode="online")),
+        login=lambda prompt, verify: True,
+        Settings=lambda **keys: keys,
+        init=init,
+    )
+    monkeypatch.setitem(sys.modules, "wandb", module)
+
+
+def test_wandb_without_a_network_is_one_warning(monkeypatch, tmp_path):
+    said = []
+    fake_wandb(monkeypatch)
+    writer = WandbWriter({}, tmp_path, "p", say=said.append)
+    writer.write({"step": 1})
+    writer.close()
+    assert said == ["warning: W&B is off from here on (OSError: no route to host)"]
+    assert os.listdir(tmp_path) == []
+
+
+def test_wandb_that_breaks_while_logging_turns_itself_off(monkeypatch, tmp_path):
+    calls, said = [], []
+
+    class Run:
+        id = "abc"
+
+        def log(self, row, step):
+            calls.append((row, step))
+            raise OSError("disk full")
+
+        def finish(self):
+            raise AssertionError("it was turned off")
+
+    fake_wandb(monkeypatch, Run())
+    writer = WandbWriter({}, tmp_path, "p", say=said.append)
+    for step in (1, 2):
+        writer.write({"step": step, "train/loss": 1.0})
+    writer.close()
+    assert calls == [({"step": 1, "train/loss": 1.0}, 1)]
+    assert said == ["warning: W&B is off from here on (OSError: disk full)"]
+
+
+def test_wandb_does_not_swallow_ctrl_c(monkeypatch, tmp_path):
+    def log(row, step):
+        raise KeyboardInterrupt
+
+    fake_wandb(monkeypatch, SimpleNamespace(id="abc", log=log))
+    with pytest.raises(KeyboardInterrupt):
+        WandbWriter({}, tmp_path, "p").write({"step": 1})
+
+
+def test_missing_wandb_names_the_extra(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=r"scalegpt\[wandb\]"):
+        WandbWriter({}, tmp_path, "p")
+
+
+# Console
+
+
+def test_console_without_a_terminal_is_plain_lines():
+    stream = io.StringIO()
+    console = Console(5000, stream=stream)
+    console.write(train_row(1))
+    speed = {"perf/tokens_per_second": 123456.7, "perf/step_seconds": 0.5, "perf/mfu": 0.4123}
+    console.write(train_row(99, **speed))
+    console.write({"step": 99, "val/loss": 3.25, "val/loss_stderr": 0.01, "val/perplexity": 25.79,
+                   "val/bits_per_byte": 0.9, "val/best_loss": 3.2})
+    console.say("saved")
+    console.close()
+    assert stream.getvalue().splitlines() == [
+        "step 1/5000 | loss 5.0000 | lr 6.00e-04",
+        "step 99/5000 | loss 0.1000 | lr 6.00e-04 | 123,457 tok/s | mfu 41.2% | left 40:50",
+        "step 99/5000 | val loss 3.2500 | ± 0.0100 | perplexity 25.79 | 0.9000 bits/byte "
+        "| best 3.2000",
+        "saved",
+    ]
+    assert not set("\r\x1b\x08") & set(stream.getvalue())
+
+
+def test_console_on_a_terminal_keeps_one_live_line():
+    main, side = pty.openpty()
+    with os.fdopen(side, "w") as stream:
+        console = Console(100, start_step=50, stream=stream)
+        console.write(train_row(60, **{"perf/step_seconds": 2.0}))
+        console.write({"step": 60, "val/loss": 3.0})
+        console.write(train_row(100))
+        console.close()
+        stream.flush()
+        text = os.read(main, 1 << 16).decode()
+    os.close(main)
+    assert "\r" in text and "step 60/100" in text and "left 01:20" in text
+    assert "step 60/100 | val loss 3.0000\r\n" in text  # stays: ends its line
+    assert "|  60%" in text and "| 100%" in text
+
+
+# All together
+
+
+def test_metrics_writes_the_same_row_everywhere(tmp_path):
+    out, stream = tmp_path / "out", io.StringIO()
+    metrics = Metrics(str(out), log(tensorboard=True), total_steps=10, stream=stream)
+    metrics.train(train_row(1, **{"train/loss": np.float32(2.5)}))
+    metrics.evaluation({"step": 1, "val/loss": 2.25, "val/wiki/loss": 2.125, "time": 7.0})
+    metrics.close()
+    train, evaluation = rows(out / "metrics.jsonl")
+    assert train["train/loss"] == 2.5 and train["step"] == 1 and train["time"] > 1.7e9
+    assert evaluation == {"step": 1, "val/loss": 2.25, "val/wiki/loss": 2.125, "time": 7.0}
+    tags = {v.tag for e in events(out / "tensorboard") for v in e.summary.value}
+    assert tags == (train.keys() | evaluation.keys()) - {"step", "time"}
+    assert stream.getvalue().count("\n") == 2
+
+
+def test_metrics_of_other_processes_leave_no_trace(tmp_path, capfd):
+    out = tmp_path / "out"
+    metrics = Metrics(str(out), log(True, True), total_steps=10, is_main=False)
+    metrics.train(train_row(1))
+    metrics.evaluation({"step": 1, "val/loss": 2.0})
+    metrics.say("hello")
+    metrics.close()
+    assert not out.exists() and capfd.readouterr() == ("", "")
+
+
+def test_metrics_knows_its_keys(tmp_path):
+    metrics = Metrics(str(tmp_path), log(), total_steps=10, stream=io.StringIO())
+    with pytest.raises(AssertionError):
+        metrics.train({"step": 1, "train/learning_rate": 1.0})
+    with pytest.raises(AssertionError):
+        metrics.evaluation({"step": 1, "loss": 1.0})
+    metrics.close()
+
+
+# Speed
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_throughput_leaves_out_compilation_and_pauses():
+    clock = Clock()
+    speed = Throughput(clock=clock)
+    clock.now += 60  # step 1 compiles
+    speed.start(1)
+    assert speed.read(1, 1000) == {}
+    clock.now += 4
+    speed.pause()
+    clock.now += 30
+    speed.resume()
+    clock.now += 1
+    assert speed.read(11, 1000) == {"perf/tokens_per_second": 2000, "perf/step_seconds": 0.5}
+    clock.now += 5  # a new window: nothing of the last one is left
+    assert speed.read(13, 1000) == {"perf/tokens_per_second": 400, "perf/step_seconds": 2.5}
+
+
+def test_throughput_before_start_is_unknown_rather_than_wrong():
+    clock = Clock()
+    speed = Throughput(clock=clock)
+    speed.pause()
+    clock.now += 9
+    speed.resume()
+    assert speed.read(1, 1000) == {}
+    clock.now += 2
+    assert speed.read(2, 1000)["perf/step_seconds"] == 2
+
+
+def test_fault_13_rates_count_updates_not_microbatches():
+    """An update of 40 microbatches of 16,384 tokens in 8 s is 81,920 tokens/s, not 40 times it."""
+    clock = Clock()
+    speed = Throughput(clock=clock)
+    speed.start(0)
+    clock.now += 80
+    got = speed.read(10, tokens_per_step=40 * 16 * 1024)
+    assert got == {"perf/tokens_per_second": 81920, "perf/step_seconds": 8}
+
+
+def test_throughput_adds_mfu_where_it_is_known():
+    model = SimpleNamespace(n_layer=2, n_head=2, n_embd=8, block_size=16, vocab_size=64,
+                            bias=False, position="rope")
+    for kind in ("TPU v4", "unheard of"):
+        clock = Clock()
+        speed = Throughput(flops.mfu_meter(model, kind, 4, lambda text: None), clock)
+        speed.start(1)
+        clock.now += 2
+        assert speed.read(2, 1000).get("perf/mfu") == flops.mfu(model, 500, kind, 4)
