@@ -122,6 +122,8 @@ class BatchConfig(Section):
 class DataConfig(Section):
     path: str | dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]]
     """folder or URL with train.bin, val.bin, meta.json; or a mixture {path: weight, ...}"""
+    prepare: bool = False
+    """run the folder's prepare.py first when its token files are missing"""
     prefetch: Positive = 2
     """batches read ahead"""
     cache_dir: str | None = None
@@ -252,7 +254,7 @@ class Config(Section):
 # Keys of the compared sections that change speed or memory, never the loss curve.
 _NEUTRAL = {
     *("model.preset", "model.attention", "model.scan_layers", "model.remat", "model.loss_chunk"),
-    *("batch.microbatch", "data.path", "data.prefetch", "data.cache_dir"),
+    *("batch.microbatch", "data.path", "data.prepare", "data.prefetch", "data.cache_dir"),
 }
 
 

@@ -18,8 +18,8 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from scalegpt import sharding
-from scalegpt.config import Config
+from scalegpt import attention, sharding
+from scalegpt.config import BatchConfig, Config
 from scalegpt.model import GPT, constrain, head_table, logits
 from scalegpt.optim import optimizer, schedule
 
@@ -126,15 +126,15 @@ class Steps:
             return self.jit_train.lower(self.abstract, tokens)
 
 
-def build(config: Config, mesh: Mesh, dtype: str, attention: str) -> Steps:
+def build(config: Config, mesh: Mesh, dtype: str, implementation: str) -> Steps:
     """Make the functions of a run; nothing is compiled or put on a device yet.
 
-    dtype, attention: resolved, not "auto". Raises ValueError when model or batch do not fit the
-    mesh.
+    dtype and attention implementation: as `resolve` gives them. Raises ValueError when model or
+    batch do not fit the mesh.
     """
     sharding.check_divisible(config, mesh)
     layout = sharding.batch_layout(config.batch, mesh)
-    model = GPT(config.model, jnp.dtype(dtype), attention)
+    model = GPT(config.model, jnp.dtype(dtype), implementation)
     tx, learning_rate = optimizer(config.optim), schedule(config.optim)
     root = config.run.seed
 
@@ -209,3 +209,24 @@ def build(config: Config, mesh: Mesh, dtype: str, attention: str) -> Steps:
             evaluate, in_shardings=(places.params, windows), out_shardings=replicated
         ),
     )  # fmt: skip
+
+
+def resolve(config: Config, mesh: Mesh) -> tuple[str, str]:
+    """(dtype of matrix products, attention implementation) for the devices of the mesh."""
+    platform = mesh.devices.flat[0].platform
+    dtype = config.model.dtype
+    if dtype == "auto":
+        dtype = "float32" if platform == "cpu" else "bfloat16"
+    c = config.model
+    return dtype, attention.resolve(
+        c.attention, platform, c.block_size, c.dropout, dtype, c.head_dim
+    )
+
+
+def build_for_use(config: Config, mesh: Mesh, microbatch: int) -> Steps:
+    """The functions of a trained run for evaluation or sampling, on a mesh of its own."""
+    batch = BatchConfig(sequences=microbatch * sharding.row_shards(mesh))
+    # The dropout rate decides which kernels can train, and nothing here trains.
+    model = config.model.model_copy(update={"attention": "auto", "dropout": 0.0})
+    config = config.model_copy(update={"batch": batch, "model": model})
+    return build(config, mesh, *resolve(config, mesh))

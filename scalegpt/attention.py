@@ -1,0 +1,200 @@
+"""Causal attention behind one function: XLA, Flax's own, cuDNN flash and TPU splash attention.
+
+`resolve` picks the implementation once, at start, so that it can be printed; `causal_attention`
+then runs exactly that one. Shapes: B batch, T time, H heads, K head dim.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import AxisType, PartitionSpec
+
+IMPLEMENTATIONS = ("xla", "flax", "cudnn", "splash")
+PLATFORMS = ("cpu", "gpu", "cuda", "rocm", "tpu")
+# The mesh axes over which the caller's batch and heads lie: only splash has to be told.
+BATCH_AXES = ("replica", "data", "fsdp")
+HEAD_AXES = ("tensor",)
+
+
+def resolve(
+    implementation: str, platform: str, block_size: int, dropout: float, dtype: str,
+    head_dim: int = 64, device_kind: str = "",
+) -> str:
+    """The implementation to run, one of IMPLEMENTATIONS; call it once and print the answer.
+
+    platform: what the program is lowered for, one of PLATFORMS ("gpu" means "cuda"); device_kind:
+    JAX's name for the chip, "TPU v3". dropout: the training rate of attention dropout. dtype: the
+    compute dtype. "auto": splash on TPU from 2048 positions on, cuDNN on NVIDIA GPUs in bfloat16,
+    else XLA. Raises ValueError for an unknown name and an explicit choice that cannot work.
+    """
+    if platform not in PLATFORMS:
+        raise ValueError(f"unknown platform {platform!r}: use one of {', '.join(PLATFORMS)}")
+    tests = {
+        "cudnn": (
+            (platform not in ("gpu", "cuda"), f"needs an NVIDIA GPU, not {platform!r}"),
+            (dropout > 0, f"has no dropout by row, got dropout={dropout}"),
+            # The kernel takes float16 too, but nothing here would scale the loss for it.
+            (jnp.dtype(dtype) != jnp.bfloat16, f"needs dtype bfloat16, not {dtype}"),
+            # Hopper could do 256; 128 is what every GPU that has the kernel can do.
+            (head_dim % 8 or head_dim > 128, f"needs a head dim of 8, 16 .. 128, not {head_dim}"),
+        ),
+        "splash": (
+            (platform != "tpu", f"needs a TPU, not {platform!r}"),
+            # Pallas compiles no bfloat16 product for these two: its error E2001.
+            (device_kind.startswith(("TPU v2", "TPU v3")) and jnp.dtype(dtype) != jnp.float32,
+             f"needs a TPU v4 or later in {dtype}, not {device_kind!r}"),
+            (dropout > 0, f"has no dropout, got dropout={dropout}"),
+            (block_size % 128, f"needs a block size that 128 divides, not {block_size}"),
+        ),
+    }
+    wrong = {name: "; ".join(why for bad, why in tests[name] if bad) for name in tests}
+    if implementation == "auto":
+        if not wrong["splash"] and block_size >= 2048:
+            return "splash"
+        return "xla" if wrong["cudnn"] else "cudnn"
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"unknown attention {implementation!r}: use 'auto' or {IMPLEMENTATIONS}")
+    if wrong.get(implementation):
+        raise ValueError(f"attention {implementation!r} {wrong[implementation]}: use auto or xla")
+    return implementation
+
+
+def causal_attention(
+    q: Array, k: Array, v: Array, *,
+    implementation: str, dropout_rate: float = 0.0, dropout_keys: Array | None = None,
+) -> Array:
+    """softmax(q k' / sqrt(K)) v over past and present; q, k, v and the result are [B,T,H,K].
+
+    q, k, v have one dtype, float32 or bfloat16, which is that of the products' operands and of the
+    result; scores and softmax are float32. Position t sees all of 0..t, so a row may be padded on
+    the right only: padding on the left would be attended to.
+    dropout_rate: the chance that a weight is dropped, by "xla" and "flax", which drop the same.
+    dropout_keys: [B] typed PRNG keys, one a row, so that what a row drops depends neither on the
+    mesh nor on its microbatch; needed if dropout_rate > 0.
+    Raises ValueError for what the implementation cannot do. Source: Vaswani et al. 2017, eq. 1.
+    """
+    if not q.shape == k.shape == v.shape or q.ndim != 4 or not q.dtype == k.dtype == v.dtype:
+        got = ", ".join(f"{x.dtype}{list(x.shape)}" for x in (q, k, v))
+        raise ValueError(f"q, k, v must have one dtype and one shape [B,T,H,K], got {got}")
+    if dropout_rate and implementation in ("cudnn", "splash"):
+        raise ValueError(f"{implementation!r} has no dropout, got {dropout_rate}: use 'xla'")
+    drop = _dropout(dropout_rate, dropout_keys, q.shape)
+    if implementation == "xla":
+        return _xla(q, k, v, drop)
+    if implementation == "flax":
+        return _flax(q, k, v, drop)
+    if implementation == "cudnn":
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+    if implementation == "splash":
+        return _splash(q, k, v)
+    raise ValueError(f"unknown attention {implementation!r}: resolve() gives {IMPLEMENTATIONS}")
+
+
+def _dropout(rate: float, keys: Array | None, shape: tuple[int, ...]) -> Callable[[Array], Array]:
+    """Drops weights [B,H,T,T] and scales the rest up; row b's mask depends on keys[b] alone."""
+    if not rate:
+        return lambda weights: weights
+    batch, time, heads, _ = shape
+    if not 0.0 < rate < 1.0:
+        raise ValueError(f"dropout_rate must be in [0, 1), got {rate}")
+    typed = keys is not None and jnp.issubdtype(keys.dtype, jax.dtypes.prng_key)
+    if not typed or keys.shape != (batch,):
+        got = None if keys is None else f"{keys.dtype}{list(keys.shape)}"
+        raise ValueError(f"dropout_rate={rate} needs [{batch}] typed dropout_keys, got {got}")
+    mask = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, (heads, time, time)))(keys)
+    return lambda weights: jnp.where(mask, weights / (1 - rate), 0.0)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scores(spec: str, q: Array, k: Array) -> Array:
+    """einsum(spec, q, k) in float32, its operands in their own dtype also in the backward pass.
+
+    JAX's own transpose would multiply the float32 cotangent by bfloat16 operands, off the fast
+    units. Rounding the cotangent first is what the flash kernels do.
+    """
+    return jnp.einsum(spec, q, k, preferred_element_type=jnp.float32)
+
+
+def _scores_bwd(spec: str, operands: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    (q, k), (qs, ks, out) = operands, spec.replace("->", ",").split(",")
+    g = g.astype(q.dtype)
+    return jnp.einsum(f"{out},{ks}->{qs}", g, k), jnp.einsum(f"{out},{qs}->{ks}", g, q)
+
+
+_scores.defvjp(lambda spec, q, k: (_scores(spec, q, k), (q, k)), _scores_bwd)
+
+
+def _xla(q: Array, k: Array, v: Array, drop: Callable[[Array], Array]) -> Array:
+    past = jnp.arange(q.shape[1])
+    scores = _scores("bthk,bshk->bhts", q, k) * q.shape[-1] ** -0.5
+    # The least float, not -inf: then no row and no gradient can hold inf - inf, a NaN.
+    scores = jnp.where(past[:, None] >= past, scores, jnp.finfo(jnp.float32).min)
+    weights = drop(jax.nn.softmax(scores))
+    return jnp.einsum("bhts,bshk->bthk", weights.astype(v.dtype), v)
+
+
+def _flax(q: Array, k: Array, v: Array, drop: Callable[[Array], Array]) -> Array:
+    # Flax alone rounds the scores to bfloat16 before the float32 softmax and draws its dropout
+    # from one key for the whole batch; its hooks for the two products put both right.
+    return nn.dot_product_attention(
+        q, k, v, force_fp32_for_softmax=True,
+        mask=nn.make_causal_mask(jnp.zeros((1, q.shape[1])), dtype=bool),
+        qk_attn_weights_einsum=_scores,
+        attn_weights_value_einsum=lambda spec, w, v: jnp.einsum(spec, drop(w).astype(v.dtype), v),
+    )
+
+
+def _splash(q: Array, k: Array, v: Array, interpret: bool = False) -> Array:
+    """TPU splash attention, each device on its own rows and heads; interpret runs it anywhere."""
+    mesh = jax.sharding.get_abstract_mesh()
+    # Axes that a caller's shard_map made manual are split already; XLA cannot split a kernel over
+    # the rest, so here they become manual too.
+    free = {a for a, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Auto}
+    rows, heads = (tuple(a for a in axes if a in free) for axes in (BATCH_AXES, HEAD_AXES))
+    for what, size, axes in (("rows", q.shape[0], rows), ("heads", q.shape[2], heads)):
+        if size % (shards := math.prod(mesh.shape[axis] for axis in axes)):
+            raise ValueError(f"'splash' cannot split {size} {what} over {shards} devices: change "
+                             "the mesh, or use 'xla' (as for a model's init with one row)")
+    if q.shape[1] % 128:
+        raise ValueError(f"'splash' needs a T that 128 divides, got {q.shape[1]}: use 'xla'")
+    attend = partial(_splash_kernel, interpret=interpret)
+    if not free:
+        return attend(q, k, v)
+    spec = PartitionSpec(rows, None, heads, None)
+    split = partial(jax.shard_map, in_specs=spec, out_specs=spec, axis_names=free, check_vma=False)
+    attend, forget = split(attend), split(lambda x: x * 1)
+    varying = tuple(jax.typeof(q).manual_axis_type.varying)
+    if not varying:
+        return attend(q, k, v)
+    # A shard_map around us that tracks which values vary over its axes (check_vma=True) marks q, k
+    # and v, but the kernel marks neither result nor gradient, and JAX refuses the mismatch. So drop
+    # the marks, differentiate without, and put them back. A bare pcast would psum the gradient.
+    remember = partial(jax.lax.pcast, axis_name=varying, to="varying")
+
+    def forward(*qkv: Array) -> tuple[Array, Callable]:
+        out, pullback = jax.vjp(attend, *map(forget, qkv))
+        return remember(out), pullback
+
+    marked = jax.custom_vjp(lambda *qkv: forward(*qkv)[0])
+    marked.defvjp(forward, lambda pullback, g: tuple(map(remember, pullback(forget(g)))))
+    return marked(q, k, v)
+
+
+def _splash_kernel(q: Array, k: Array, v: Array, interpret: bool) -> Array:
+    import jax.experimental.pallas.ops.tpu.splash_attention as splash
+
+    _, time, heads, head_dim = q.shape
+    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    block = math.gcd(time, 512)  # it has to divide T
+    sizes = splash.BlockSizes(**{f"block_{name}": block for name in names})
+    mask = splash.MultiHeadMask([splash.CausalMask((time, time))] * heads)
+    kernel = splash.make_splash_mha_single_device(mask=mask, block_sizes=sizes, interpret=interpret)
+    # The kernel does not scale. Scaling in float32 rounds q once, and not at all where K is 4^n.
+    q = (q.astype(jnp.float32) * head_dim**-0.5).astype(q.dtype)
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    return jax.vmap(kernel)(q, k, v).swapaxes(1, 2)

@@ -1,0 +1,237 @@
+"""Which tokens a step sees: a pure function of (seed, step), fed through Grain to this host.
+
+Nothing here keeps state, so a run resumes at any step, on any number of hosts, with the batches
+it would have had. Letters: A accumulation, B sequences of a step, R rows of a batch, T block size.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+
+import grain
+import numpy as np
+
+from scalegpt.token_files import Dataset, check_tokens, open_dataset
+
+__all__ = ["Dataset", "EvalBatches", "TrainBatches", "TrainOrder", "check_tokens", "mixture_index",
+           "open_dataset", "train_iterator"]  # fmt: skip
+
+ROUNDS = 6
+STEPS = 1 << 40  # the length of a source that never ends; STEPS * B still fits int64
+
+
+class TrainOrder:
+    """The endless order of training windows over one token file, by random access.
+
+    Each epoch is a random permutation of all `n_windows` windows, none twice. An epoch also
+    shifts the grid of windows by a random phase, so that epochs cut the text at other places.
+    `stream` separates the datasets of a mixture.
+    """
+
+    def __init__(self, length: int, block_size: int, seed: int, stream: int = 0):
+        if length < block_size + 1:
+            raise ValueError(f"{length} tokens hold no window of block_size {block_size} + 1")
+        self.block_size, self.seed, self.stream = block_size, seed, stream
+        self.n_windows = max(1, (length - block_size) // block_size)
+        self.phases = min(block_size, length - self.n_windows * block_size)
+
+    def window(self, rows: np.ndarray) -> np.ndarray:
+        """First tokens, int64 [n], of the windows numbered `rows`, int64 [n], counting from 0
+        over all epochs. Window s is tokens s to s + T inclusive, and always within the file."""
+        epochs, index = np.divmod(np.asarray(rows, np.int64), self.n_windows)
+        epochs, which = np.unique(epochs, return_inverse=True)
+        # By hash, not np.random: the order may not change with NumPy's version or the platform.
+        names = [f"scalegpt/{self.seed}/{self.stream}/{epoch}" for epoch in epochs.tolist()]
+        size = 8 * (ROUNDS + 1)
+        digests = b"".join(hashlib.blake2b(n.encode(), digest_size=size).digest() for n in names)
+        words = np.frombuffer(digests, "<u8").astype(np.uint64).reshape(-1, ROUNDS + 1)[which]
+        phase = (words[:, 0] % self.phases).astype(np.int64)
+        return phase + _permute(index, self.n_windows, words[:, 1:]) * self.block_size
+
+
+def _permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
+    """Where a keyed permutation of [0, n) sends each index; uint64 keys [len(index), ROUNDS].
+
+    A Feistel network over the digits of a number in base (a, b), a * b just above n; what falls
+    outside [0, n) is sent on until it falls inside (Black and Rogaway, "Ciphers with arbitrary
+    finite domains", 2002). grain.experimental.index_shuffle does the same per element, but with
+    its customary 4 rounds neighbours stay correlated (a batch clusters in the file), and with few
+    windows it takes milliseconds an index.
+    """
+    a = math.isqrt(n - 1) + 1
+    b = -(-n // a)
+    out = index.astype(np.uint64)
+    todo = np.arange(len(index))
+    while todo.size:
+        left, right = np.divmod(out[todo], np.uint64(b))
+        for i in range(0, ROUNDS, 2):
+            left = (left + _hash(right ^ keys[todo, i])) % a
+            right = (right + _hash(left ^ keys[todo, i + 1])) % b
+        out[todo] = left * b + right
+        todo = todo[out[todo] >= n]
+    return out.astype(np.int64)
+
+
+def _hash(x: np.ndarray) -> np.ndarray:
+    """32 well mixed bits of uint64 x: SplitMix64's finaliser (Steele, Lea and Flood, 2014)."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return x >> 32  # a sum with it cannot overflow
+
+
+def mixture_index(rows: np.ndarray, parts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Deal `rows` out to datasets: (dataset, row within that dataset), both int64 [n].
+
+    Of every sum(parts) rows in line, dataset d gets exactly parts[d], spread evenly; so the
+    counts of any prefix are right to within a few rows, and each dataset's rows are 0, 1, 2...
+    """
+    rows = np.asarray(rows, np.int64)
+    dataset, within = np.zeros_like(rows), np.zeros_like(rows)
+    left, this, after = sum(parts), rows, rows + 1  # rows of the datasets not yet served
+    open_ = np.ones(len(rows), bool)
+    for d, part in enumerate(parts):
+        # floor(k * (left - part) / left) of the first k rows go on to the later datasets; in two
+        # parts, since the product would overflow int64 late in a long run.
+        onward = [k // left * (left - part) + k % left * (left - part) // left
+                  for k in (this, after)]  # fmt: skip
+        mine = open_ & (onward[0] == onward[1])
+        dataset[mine], within[mine] = d, (this - onward[0])[mine]
+        open_ &= ~mine
+        (this, after), left = onward, max(1, left - part)
+    return dataset, within
+
+
+def _whole_parts(weights: Sequence[float]) -> list[int]:
+    """Weights as whole numbers: [0.7, 0.3] is [7, 3] and [1/3, 2/3] is [1, 2], exactly; shares
+    that are no ratio of numbers up to a million are kept to nine digits."""
+    for weight in weights:
+        if not (math.isfinite(weight) and weight > 0):
+            raise ValueError(
+                f"data weight {weight} must be above 0; leave that dataset out instead"
+            )
+    total = sum(map(Fraction, weights))
+    shares = [Fraction(weight) / total for weight in weights]
+    ratios = [share.limit_denominator(10**6) for share in shares]
+    scale = math.lcm(*(ratio.denominator for ratio in ratios))
+    if scale > 10**9 or any(abs(r - s) > 1e-9 for r, s in zip(ratios, shares, strict=True)):
+        ratios, scale = shares, 10**9
+    parts = [max(1, round(ratio * scale)) for ratio in ratios]
+    return [part // math.gcd(*parts) for part in parts]
+
+
+class TrainBatches:
+    """Training batches by step, a source for Grain: [step] is int32 [A, len(rows), T + 1].
+
+    Row m of microbatch a is row a * (B // A) + m of the step's B; only the m in `rows`, this
+    host's, are read. Neither A nor the split over hosts changes which B windows a step has.
+
+    datasets: token arrays, 1-D. weights: each dataset's share of the rows, of any sum; None
+    deals by size, so that all datasets end their epochs together.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[np.ndarray],
+        weights: Sequence[float] | None,
+        block_size: int,
+        seed: int,
+        sequences: int,
+        accumulation: int,
+        rows: np.ndarray,
+    ):
+        if weights is not None and len(weights) != len(datasets):
+            raise ValueError(f"{len(weights)} weights for {len(datasets)} datasets: give one each")
+        rows = np.asarray(rows, np.int64)
+        per_micro = sequences // accumulation
+        assert sequences == per_micro * accumulation, (sequences, accumulation)
+        assert rows.size and 0 <= rows.min() and rows.max() < per_micro, (rows, per_micro)
+        # Plain array views: slicing a memmap object costs more than copying the row.
+        self.tokens = [np.asarray(tokens) for tokens in datasets]
+        self.orders = [TrainOrder(len(t), block_size, seed, i) for i, t in enumerate(datasets)]
+        sizes = [order.n_windows for order in self.orders]
+        self.parts = _whole_parts(sizes if weights is None else weights)
+        self.block_size, self.sequences = block_size, sequences
+        self.rows = (np.arange(accumulation)[:, None] * per_micro + rows).reshape(-1)
+        self.shape = (accumulation, len(rows), block_size + 1)
+
+    def __len__(self) -> int:
+        return STEPS
+
+    def __getitem__(self, step: int) -> np.ndarray:
+        if not 0 <= step < STEPS:
+            raise IndexError(f"step {step}")
+        rows = step * self.sequences + self.rows
+        batch = np.empty((len(rows), self.block_size + 1), np.int32)
+        if len(self.tokens) == 1:
+            _read(self.tokens[0], self.orders[0].window(rows), batch)
+            return batch.reshape(self.shape)
+        dataset, within = mixture_index(rows, self.parts)
+        for d in np.unique(dataset).tolist():
+            mine = np.flatnonzero(dataset == d)
+            _read(self.tokens[d], self.orders[d].window(within[mine]), batch, mine)
+        return batch.reshape(self.shape)
+
+
+def _read(tokens: np.ndarray, starts: np.ndarray, batch: np.ndarray, rows=None) -> None:
+    """Copy windows into rows of `batch`; a slice a row reads faster than a gather by index."""
+    width = batch.shape[1]
+    rows = range(len(batch)) if rows is None else rows.tolist()
+    for row, start in zip(rows, starts.tolist(), strict=True):
+        batch[row] = tokens[start : start + width]
+
+
+class EvalBatches:
+    """Fixed windows of a validation file, in order: [i] is int32 [len(rows), T + 1].
+
+    Window j is tokens j*T to j*T + T, so the whole file's windows predict every token but the
+    first exactly once. Past the end of the file, or of the first `windows` if given, ids are -1:
+    targets to mask. Batch i is windows i*R to i*R + R - 1, of which this host reads `rows`.
+    `tokens` counts the targets not masked, over all batches and hosts.
+    """
+
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        block_size: int,
+        rows_per_batch: int,
+        rows: np.ndarray,
+        windows: int | None = None,
+    ):
+        if len(tokens) < 2:
+            raise ValueError(f"a validation file of {len(tokens)} tokens has nothing to predict")
+        if windows is not None and windows < 1:
+            raise ValueError(f"eval.windows={windows} must be at least 1, or null for all")
+        self.array, self.block_size = np.asarray(tokens), block_size
+        self.rows_per_batch, self.rows = rows_per_batch, np.asarray(rows, np.int64)
+        targets = len(tokens) - 1
+        self.windows = -(-targets // block_size)
+        if windows is not None:
+            self.windows = min(windows, self.windows)
+        self.tokens = min(self.windows * block_size, targets)
+
+    def __len__(self) -> int:
+        return -(-self.windows // self.rows_per_batch)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        if not 0 <= i < len(self):  # IndexError is what ends a `for batch in batches`
+            raise IndexError(f"batch {i} of {len(self)}")
+        batch = np.full((len(self.rows), self.block_size + 1), -1, np.int32)
+        for row, window in enumerate((i * self.rows_per_batch + self.rows).tolist()):
+            if window < self.windows:
+                start = window * self.block_size
+                values = self.array[start : start + self.block_size + 1]
+                batch[row, : len(values)] = values
+        return batch
+
+
+def train_iterator(source: TrainBatches, start_step: int, prefetch: int = 2) -> Iterator:
+    """Batches of `source` from `start_step` on, `prefetch` of them read ahead by one thread.
+
+    An error while reading is raised by `next`. Returns Grain's iterator, which has `close()`.
+    """
+    # One thread: Grain's default of 16 takes the trainer's cores and reads no faster.
+    options = grain.ReadOptions(num_threads=min(1, prefetch), prefetch_buffer_size=prefetch)
+    iterator = iter(grain.MapDataset.source(source).to_iter_dataset(options))
+    iterator.set_state({"next_index": start_step})
+    return iterator

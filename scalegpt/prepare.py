@@ -1,0 +1,251 @@
+"""Documents to token files: train.bin, val.bin and meta.json, for the scripts data/*/prepare.py.
+
+A token file is headerless little-endian uint16 (uint32 above 65,536 ids), nanoGPT's format. Text
+streams through in constant memory, in worker processes if wanted, and the files get their names
+only when they are whole, meta.json last: what a killed run leaves is never taken for data.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from scalegpt.tokenizer import Tokenizer, load
+
+try:
+    import fcntl
+except ImportError:  # Windows: there, nothing keeps two writers of one folder apart
+    fcntl = None
+
+SPLITS = ("train", "val")
+Document = str | Iterable[str]  # a text, or its consecutive chunks where it is too long to hold
+Batch = list[tuple[str, str, bool]]  # split, piece of a document, whether it ends the document
+_BATCH_CHARS = 1 << 20
+_worker_tokenizer: Tokenizer | None = None  # set in a worker when it starts
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What `write_dataset` turns into token files.
+
+    documents: pairs of "train" or "val" and a document, in the order they are to be written.
+    text_bytes: about how much text there is, for the disk estimate and the progress bar.
+    separate: whether the tokenizer's end-of-text mark follows each document.
+    """
+
+    tokenizer: Tokenizer
+    documents: Iterable[tuple[str, Document]]
+    text_bytes: int
+    separate: bool = True
+
+
+def write_dataset(
+    out: Path, build: Callable[[], Corpus], source: str, workers: int | None, force: bool
+) -> dict[str, Any]:
+    """Write train.bin, val.bin and meta.json into the folder `out`; returns meta.json's content.
+
+    build: makes the corpus; not called if `out` already holds `source`, unless `force`.
+    source: text and settings in words; kept in meta.json and compared when called again.
+    workers: processes that encode, 0 or 1 for this one alone, None to choose by the amount of
+        text. What is written does not depend on it.
+    ValueError: other data in `out`, too little disk, no text, or what `build` raises.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with _only_writer(out):
+        if not force and (meta := _prepared(out, source)):
+            print(f"{out} is already prepared; --force does it again")
+            return meta
+        corpus = build()
+        tokenizer = corpus.tokenizer
+        dtype = np.dtype("<u2" if tokenizer.vocab_size <= 65536 else "<u4")
+        bpe = tokenizer.name not in ("byte", "char")
+        need = corpus.text_bytes * dtype.itemsize // (4 if bpe else 1)  # English: 4.4 bytes
+        free = shutil.disk_usage(out).free
+        print(f"about {need / 1e6:,.1f} MB needed in {out}, {free / 1e6:,.0f} MB free", flush=True)
+        if need > free:
+            raise ValueError(f"too little disk for {out}: {need:,} bytes needed, {free:,} free")
+        if workers is None:  # to start processes costs seconds: only where it pays
+            workers = (os.cpu_count() or 1) // 2 if bpe and corpus.text_bytes > 50e6 else 0
+        meta = {"format": 1, "tokenizer": tokenizer.spec(), "vocab_size": tokenizer.vocab_size}
+        meta |= {"dtype": dtype.name, **_write_bins(out, corpus, dtype, workers), "source": source}
+        _publish(out, meta)
+    for split in SPLITS:
+        print(f"{split}: {meta[split]['tokens']:,} tokens, {meta[split]['documents']:,} documents")
+    return meta
+
+
+@contextmanager
+def _only_writer(out: Path) -> Iterator[None]:
+    """Wait for another process that prepares `out`: those of one job may start it together."""
+    with open(out / "prepare.tmp", "w") as lock:
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            for path in out.glob("*.bin.partial"):  # of a killed run; they would count as used
+                path.unlink()
+            yield
+        finally:
+            for path in out.glob("*.partial"):
+                path.unlink()
+    (out / "prepare.tmp").unlink(missing_ok=True)
+
+
+def _prepared(out: Path, source: str) -> dict[str, Any] | None:
+    if not (out / "meta.json").is_file():
+        return None
+    meta = json.loads((out / "meta.json").read_text())
+    for split in SPLITS:
+        path, itemsize = out / f"{split}.bin", np.dtype(meta["dtype"]).itemsize
+        if not path.is_file() or path.stat().st_size != meta[split]["tokens"] * itemsize:
+            return None
+    if meta["source"] != source:
+        raise ValueError(f"{out} holds {meta['source']!r}, not {source!r}: see --force and --out")
+    return meta
+
+
+def _write_bins(out: Path, corpus: Corpus, dtype: np.dtype, workers: int) -> dict[str, Any]:
+    """Write *.bin.partial; returns the two splits' entries for meta.json."""
+    counts = {s: Counter(tokens=0, bytes=0, documents=0) for s in SPLITS}
+    max_id = dict.fromkeys(SPLITS, 0)
+    digests = {split: hashlib.sha256() for split in SPLITS}
+    with ExitStack() as stack:
+        bar = tqdm(total=corpus.text_bytes, unit="B", unit_scale=True, disable=None)
+        stack.enter_context(bar)
+        files = {s: stack.enter_context(open(out / f"{s}.bin.partial", "wb")) for s in SPLITS}
+        for split, ids, n_bytes, n_documents in _encoded(corpus, dtype, workers):
+            files[split].write(ids)
+            digests[split].update(ids)
+            counts[split].update(tokens=ids.size, bytes=n_bytes, documents=n_documents)
+            max_id[split] = max(max_id[split], int(ids.max(initial=0)))
+            bar.update(n_bytes)
+    for split in SPLITS:
+        if not counts[split]["tokens"]:
+            raise ValueError(f"no {split} text for {out}: give more text, or split it otherwise")
+    return {s: {**counts[s], "max_id": max_id[s], "sha256": digests[s].hexdigest()} for s in SPLITS}
+
+
+def _publish(out: Path, meta: dict[str, Any]) -> None:
+    """Give the files their names; at no moment do an old and a new one stand together."""
+    (out / "meta.json.partial").write_text(json.dumps(meta, indent=1))
+    (out / "meta.json").unlink(missing_ok=True)
+    (out / "val.bin").unlink(missing_ok=True)
+    for name in ("train.bin", "val.bin", "meta.json"):
+        with open(out / f"{name}.partial", "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(file.name, out / name)
+
+
+def _encoded(corpus: Corpus, dtype: np.dtype, workers: int) -> Iterator[tuple]:
+    """What `_encode` lists, in the documents' order, a bounded number of batches ahead."""
+    encode = partial(_encode, separate=corpus.separate, dtype=dtype)
+    if workers < 2:
+        for batch in _batches(corpus):
+            yield from encode(batch, tokenizer=corpus.tokenizer)
+        return
+    # spawn: a forked worker would inherit threads and a device's state
+    spec, ahead = corpus.tokenizer.spec(), deque()
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (spec,))
+    try:
+        for batch in _batches(corpus):
+            ahead.append(pool.submit(encode, batch))
+            if len(ahead) > 2 * workers:
+                yield from ahead.popleft().result()
+        while ahead:
+            yield from ahead.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _batches(corpus: Corpus) -> Iterator[Batch]:
+    batch, size = [], 0
+    for split, document in corpus.documents:
+        chunks = [document] if isinstance(document, str) else document
+        if not corpus.tokenizer.piecewise:
+            chunks = ["".join(chunks)]
+        for piece, last in _pieces(chunks):
+            batch.append((split, piece, last))
+            size += len(piece) + 1
+            if size >= _BATCH_CHARS:
+                yield batch
+                batch, size = [], 0
+    yield batch
+
+
+def _pieces(chunks: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    """The chunks cut where no token of a piecewise tokenizer crosses; True with the last one."""
+    held = ""
+    for chunk in chunks:
+        at = len(held) - 1
+        while at > 0 and not (held[at] in " \n" and not held[at - 1].isspace()):
+            at -= 1
+        if at > 0:
+            yield held[:at], False
+            held = held[at:]
+        held += chunk
+    yield held, True
+
+
+def _start_worker(spec: dict[str, Any]) -> None:
+    global _worker_tokenizer
+    _worker_tokenizer = load(spec)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    # A worker would wait for ever for a parent that was killed.
+    Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+def _encode(batch: Batch, separate: bool, dtype: np.dtype, tokenizer: Tokenizer | None = None):
+    """For each split: its name and the batch's ids, bytes of text and documents ended."""
+    tokenizer = tokenizer or _worker_tokenizer
+    mark = np.array([tokenizer.eot] if separate and tokenizer.eot is not None else [], np.int32)
+    encoded = []
+    for split in SPLITS:
+        parts, n_bytes, n_documents = [mark[:0]], 0, 0
+        for piece, last in ((piece, last) for where, piece, last in batch if where == split):
+            parts += [tokenizer.encode(piece), mark if last else mark[:0]]
+            n_bytes += len(piece.encode(errors="surrogatepass"))
+            n_documents += last
+        if tokenizer.name == "byte":  # there the mark is a byte of the text
+            n_bytes += n_documents * mark.size
+        encoded.append((split, np.concatenate(parts).astype(dtype), n_bytes, n_documents))
+    return encoded
+
+
+def stable_fraction(text: str, seed: int = 0) -> float:
+    """A number in [0, 1) that only the text and the seed decide, on every machine and run."""
+    key = hashlib.blake2b(text.encode(errors="surrogatepass"), key=b"%d" % seed, digest_size=8)
+    return int.from_bytes(key.digest(), "big") / 2**64
+
+
+def script_parser(description: str, script: str) -> argparse.ArgumentParser:
+    """The flags that every data/*/prepare.py has; `script` is its __file__."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--input", help="local text to use")
+    parser.add_argument("--out", type=Path, default=Path(script).resolve().parent)
+    parser.add_argument("--workers", type=int, help="encoding processes (by default: by size)")
+    parser.add_argument("--force", action="store_true", help="prepare again what is there")
+    return parser
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's main; a user's mistake is told on stderr without a traceback, exit code 2."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,81 @@
+"""What run.out_dir already holds, whether this run may continue it, and with what state."""
+
+from pathlib import Path
+from typing import Any
+
+from scalegpt.checkpoint import Checkpoints, open_checkpoints
+from scalegpt.command_line import load, validate
+from scalegpt.config import Config, curve_diff
+from scalegpt.step import State, Steps
+
+
+def stored_config(config: Config) -> Config | None:
+    """The configuration that run.out_dir was started with, if it was.
+
+    Raises ValueError when this one would change the loss curve.
+    """
+    path = config_path(config)
+    if not path.exists():
+        return None
+    stored = validate(load(path), str(path))
+    refuse_changes(config, curve_diff(stored, config))
+    return stored
+
+
+def check_same_run(config: Config, meta: dict[str, Any], stored: dict[str, Any]) -> float:
+    """Raises ValueError when the checkpoint was trained on other data; gives its best loss."""
+    changes = [f"data {n}: other tokens" for n, f in meta["data"].items()
+               if f not in stored["data"].values()]  # fmt: skip
+    refuse_changes(config, changes)
+    return stored["best_loss"]
+
+
+def refuse_changes(config: Config, changes: list[str]) -> None:
+    if changes and not config.run.allow_config_change:
+        raise ValueError(
+            "\n  ".join([f"{config.run.out_dir} holds a run that differs:", *changes])
+            + "\nchoose another --run.out_dir, or continue it all the same with "
+            "--run.allow_config_change=true"
+        )
+
+
+def config_path(config: Config) -> Path:
+    return Path(config.run.out_dir, "config.yaml")
+
+
+def write_config(config: Config) -> None:
+    path = config_path(config)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name("config.yaml.tmp")
+        beside.write_text(config.to_yaml(), encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        raise ValueError(f"cannot write to run.out_dir={config.run.out_dir}: {error}") from None
+
+
+def initial_state(
+    config: Config,
+    steps: Steps,
+    checkpoints: Checkpoints,
+    start: int,
+    say: Any,
+) -> State:
+    """Of this run's own checkpoint, else of another run's weights, else random."""
+    if start:
+        say(f"continuing from step {start} in {checkpoints.folder}")
+        return checkpoints.restore(start, steps.abstract)
+    state = steps.init()
+    if config.run.init_from is None:
+        return state
+    source = open_checkpoints(config.run.init_from)
+    at = source.find(config.run.init_checkpoint)
+    theirs, ours = source.meta(at)["config"]["model"], config.model.model_dump()
+    shaping = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "vocab_multiple",
+               "bias", "position", "rope_base", "activation")  # fmt: skip
+    if differ := [f"model.{k}: {theirs[k]} -> {ours[k]}" for k in shaping if theirs[k] != ours[k]]:
+        raise ValueError(
+            f"run.init_from={config.run.init_from} holds another model: {'; '.join(differ)}"
+        )
+    say(f"weights from {config.run.init_from}, step {at}")
+    return state.replace(params=source.restore_params(at, steps.abstract.params))

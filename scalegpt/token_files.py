@@ -1,0 +1,283 @@
+"""Token files: find them, bring them to local disk, and refuse the wrong ones before training.
+
+A dataset is a folder, or a URL of one, with `train.bin` and `val.bin`: headerless little-endian
+uint16 or uint32 ids. What they mean is said by `meta.json` (written by `data/*/prepare.py`), by
+nanoGPT's `meta.pkl`, or by nothing at all, which means nanoGPT's GPT-2 ids in uint16.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import pickle
+import posixpath
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+FILES = ("meta.json", "meta.pkl", "train.bin", "val.bin")
+CHUNK = 1 << 24  # bytes per read or check: large enough to run at disk speed, small in memory
+SLOW = 1 << 28  # files above this many bytes get a progress bar
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """An opened dataset; `train` and `val` are read-only memory maps of ids, shape [tokens]."""
+
+    name: str
+    tokenizer: dict | str
+    vocab_size: int
+    train: np.memmap
+    val: np.memmap
+    val_bytes_per_token: float | None  # UTF-8 bytes of the text a validation token stands for
+    fingerprint: str  # changes with the tokens; a run continued on other data can be refused
+
+
+def open_dataset(path: str | Path, cache_dir: str | None = None) -> Dataset:
+    """Open and check the dataset at `path`, a folder or an fsspec URL (gs://, s3://, memory://).
+
+    A URL is first copied to `cache_dir` (default: `$XDG_CACHE_HOME/scalegpt`, else
+    `~/.cache/scalegpt`), once. Raises ValueError, saying what to do, for a folder or file that is
+    missing, empty, truncated, of unknown format, or that holds an id outside its vocabulary.
+    """
+    path = str(path)
+    remote = "://" in path
+    folder = _stage(path, cache_dir) if remote else Path(path).expanduser().resolve()
+    if not folder.is_dir():
+        raise ValueError(
+            f"data.path: there is no folder {folder}. Run one of data/*/prepare.py with "
+            f"--out {folder}, or point data.path at a folder with train.bin and val.bin"
+        )
+    for name in ("train.bin", "val.bin"):
+        if not (folder / name).is_file():
+            fix = "data.path must hold train.bin and val.bin, as data/*/prepare.py writes them"
+            if (folder / "prepare.py").is_file():
+                fix = f"make it with: python {folder / 'prepare.py'}"
+            raise ValueError(f"{path} has no {name}; {fix}")
+
+    meta, stated = _read_meta(folder)
+    dtype, vocab_size = DTYPES[meta["dtype"]], meta["vocab_size"]
+    splits, hashed = {}, [meta["dtype"], vocab_size]
+    for split in ("train", "val"):
+        facts, file = meta.get(split, {}), folder / f"{split}.bin"
+        tokens = _map_tokens(file, dtype, facts.get("tokens"))
+        if not stated:
+            _refuse_uint32(file, tokens)
+        if not 0 <= facts.get("max_id", vocab_size) < vocab_size:
+            _check_ids(file, tokens, vocab_size)
+        splits[split] = tokens
+        # Without a recorded hash, both ends tell apart different data of equal size.
+        ends = tokens[: 1 << 16].tobytes() + tokens[-(1 << 16) :].tobytes()
+        hashed += [len(tokens), facts.get("sha256") or hashlib.sha256(ends).hexdigest()]
+    val_bytes = meta.get("val", {}).get("bytes")
+    return Dataset(
+        name=posixpath.basename(path.rstrip("/")) if remote else folder.name,
+        tokenizer=meta["tokenizer"],
+        vocab_size=vocab_size,
+        train=splits["train"],
+        val=splits["val"],
+        val_bytes_per_token=val_bytes / len(splits["val"]) if val_bytes else None,
+        fingerprint=hashlib.sha256(json.dumps(hashed).encode()).hexdigest()[:16],
+    )
+
+
+def check_tokens(dataset: Dataset, block_size: int) -> None:
+    """Raise ValueError unless both splits hold one whole window of block_size + 1 tokens."""
+    for split, tokens in (("train", dataset.train), ("val", dataset.val)):
+        if len(tokens) < block_size + 1:
+            raise ValueError(
+                f"{dataset.name}/{split}.bin has {len(tokens)} tokens; model.block_size="
+                f"{block_size} needs at least {block_size + 1}. Lower model.block_size or use "
+                "more text"
+            )
+
+
+def _read_meta(folder: Path) -> tuple[dict, bool]:
+    """What the ids mean, as meta.json's dict, and whether a file says so or it is assumed."""
+    if (folder / "meta.json").is_file():
+        return _read_meta_json(folder / "meta.json"), True
+    if (folder / "meta.pkl").is_file():
+        return _read_meta_pkl(folder / "meta.pkl"), True
+    if (folder / "meta.json.partial").exists():  # else bytes would be trained on as GPT-2 ids
+        raise ValueError(f"{folder}: preparing it was interrupted; run prepare.py again")
+    return {"tokenizer": "gpt2", "vocab_size": 50257, "dtype": "uint16"}, False
+
+
+def _read_meta_json(file: Path) -> dict:
+    again = "run prepare.py again to rewrite it"
+    try:
+        meta = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON or of UTF-8
+        raise ValueError(f"{file} is not JSON ({error}); {again}") from error
+    if not isinstance(meta, dict):
+        raise ValueError(f"{file} holds a {type(meta).__name__}, not an object; {again}")
+    if meta.get("format", 1) != 1:
+        raise ValueError(f"{file}: format {meta['format']!r} is unknown, only 1; update scalegpt")
+    parts = {"": meta, "train.": meta.get("train"), "val.": meta.get("val")}
+    needed = {"": ("format", "tokenizer", "vocab_size", "dtype", "train", "val")}
+    for prefix, part in parts.items():
+        keys = needed.get(prefix, ("tokens",))
+        missing = [prefix + k for k in keys if not isinstance(part, dict) or k not in part]
+        if missing:
+            raise ValueError(f"{file} lacks {', '.join(missing)}; {again}")
+        for key in {"vocab_size", "tokens", "max_id", "bytes"} & part.keys():
+            if type(part[key]) is not int or part[key] < 0:
+                raise ValueError(f"{file}: {prefix}{key} is {part[key]!r}, not a count; {again}")
+    if meta["dtype"] not in DTYPES:
+        raise ValueError(f"{file}: dtype {meta['dtype']!r} is not one of {', '.join(DTYPES)}")
+    return meta
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Builds containers, strings and numbers only: every other object, and so every call a
+    pickle could make, has to come through find_class."""
+
+    def find_class(self, module: str, name: str):
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def _read_meta_pkl(file: Path) -> dict:
+    try:
+        with open(file, "rb") as stream:
+            meta = _PlainUnpickler(stream).load()
+        size, itos = meta["vocab_size"], meta["itos"]
+        chars = [itos[i] for i in range(size)]
+        assert size and all(isinstance(c, str) and len(c) == 1 for c in chars)
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        raise ValueError(
+            f"{file} is not nanoGPT's character table, a pickle of plain vocab_size, itos and "
+            f"stoi ({type(error).__name__}: {error}); write a meta.json instead"
+        ) from error
+    tokenizer = {"kind": "char", "chars": "".join(chars)}
+    return {"tokenizer": tokenizer, "vocab_size": size, "dtype": "uint16"}
+
+
+def _map_tokens(file: Path, dtype: np.dtype, expected: int | None) -> np.memmap:
+    size = file.stat().st_size
+    if size == 0:
+        raise ValueError(f"{file} is empty; run prepare.py again")
+    if size % dtype.itemsize:
+        raise ValueError(
+            f"{file} has {size} bytes, not a multiple of {dtype.itemsize} ({dtype.name}): it is "
+            "truncated or of another dtype; run prepare.py again"
+        )
+    if expected is not None and size != expected * dtype.itemsize:
+        kind = "truncated" if size < expected * dtype.itemsize else "longer than it should be"
+        raise ValueError(
+            f"{file} has {size} bytes but meta.json says {expected} tokens of {dtype.name}, "
+            f"{expected * dtype.itemsize} bytes: it is {kind}; copy it or run prepare.py again"
+        )
+    return np.memmap(file, dtype=dtype, mode="r")
+
+
+def _refuse_uint32(file: Path, tokens: np.ndarray) -> None:
+    """Without a meta file the dtype is a guess, and uint32 read as uint16 would pass the id
+    check and train on text with an id 0 after every token."""
+    head = tokens[: 1 << 16]
+    if len(head) >= 64 and not head[1::2].any():
+        raise ValueError(
+            f"{file}: every second value is 0, which looks like uint32 read as uint16; say "
+            '"dtype": "uint32" in a meta.json'
+        )
+
+
+def _check_ids(file: Path, tokens: np.ndarray, vocab_size: int) -> None:
+    bar = tqdm(total=len(tokens), desc=f"checking {file.name}", unit="tok", unit_scale=True,
+               disable=tokens.nbytes <= SLOW)  # fmt: skip
+    with bar:
+        for begin in range(0, len(tokens), CHUNK):
+            chunk = tokens[begin : begin + CHUNK]
+            if chunk.max() >= vocab_size:
+                at = begin + int(np.argmax(chunk >= vocab_size))
+                raise ValueError(
+                    f"{file}: token {at} is {tokens[at]}, outside the vocabulary of {vocab_size}; "
+                    f"run prepare.py again with the right tokenizer{_dtype_hint(tokens)}"
+                )
+            bar.update(len(chunk))
+
+
+def _dtype_hint(tokens: np.ndarray) -> str:
+    head = tokens[: 1 << 16]
+    if tokens.dtype.itemsize == 2 and len(head) >= 8 and head[1::2].max() < 16:
+        return ". It looks like uint32 read as uint16: every second value is nearly 0"
+    if tokens.dtype.itemsize == 4 and (head > 0xFFFF).mean() > 0.5:
+        return ". It looks like uint16 read as uint32: most values are pairs of ids"
+    return ""
+
+
+def _stage(url: str, cache_dir: str | None) -> Path:
+    """Copy the dataset's files at `url` to local disk, where they are not there yet."""
+    import fsspec
+
+    url = url.rstrip("/")
+    protocol = url.split("://")[0]
+    try:
+        fs, root = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        extra = '"scalegpt[tpu]"' if protocol in ("gs", "gcs") else "the package it names"
+        raise ValueError(f"cannot read {url}: {error}. Fix: pip install {extra}") from error
+    if cache_dir is None:
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+        cache_dir = os.path.join(home, "scalegpt")
+    name = posixpath.basename(url)
+    folder = Path(cache_dir, f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:12]}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with _one_process(folder / "lock"):
+        for file in FILES:
+            _stage_file(fs, posixpath.join(root, file), folder / file)
+    return folder
+
+
+def _stage_file(fs, source: str, target: Path) -> None:
+    stamp_file = target.with_name(target.name + ".stamp")
+    try:
+        info = fs.info(source)
+    except FileNotFoundError:
+        target.unlink(missing_ok=True)  # an old meta.json must not describe new bins
+        return
+    keys = ("etag", "ETag", "generation", "mtime", "LastModified", "updated", "created")
+    version = next((info[k] for k in keys if info.get(k) is not None), "")
+    size, stamp = info.get("size"), f"{info.get('size')} {version}"
+    if target.is_file() and stamp_file.is_file() and stamp_file.read_text() == stamp:
+        if target.stat().st_size == size:
+            return
+    free = shutil.disk_usage(target.parent).free
+    if size and size > free:
+        raise ValueError(
+            f"{source} has {size:,} bytes, and {target.parent} has room for {free:,}; free some, "
+            "or choose another cache folder"
+        )
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    bar = tqdm(total=size, desc=source, unit="B", unit_scale=True, disable=(size or 0) < CHUNK)
+    try:
+        with fs.open(source, "rb") as reader, open(partial, "wb") as writer, bar:
+            while chunk := reader.read(CHUNK):
+                writer.write(chunk)
+                bar.update(len(chunk))
+        if size is not None and partial.stat().st_size != size:
+            raise ValueError(
+                f"{source}: {partial.stat().st_size} of {size} bytes arrived; start again"
+            )
+        # The stamp goes last and the file appears whole: a kill in between costs a download.
+        os.replace(partial, target)
+        stamp_file.write_text(stamp)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _one_process(file: Path) -> Iterator[None]:
+    """Hold a lock: eight processes of one machine must not fill its disk with eight copies."""
+    try:
+        import fcntl
+    except ImportError:  # Windows, where JAX runs one process a machine
+        yield
+        return
+    with open(file, "w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,160 @@
+"""Text to token ids and back: GPT-2's BPE, characters, bytes, or a Hugging Face tokenizer.json.
+
+A tokenizer travels as its `spec()`, a JSON value in a data set's meta.json and in a run's folder,
+so that sampling from a run needs none of the files it was prepared with.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+END_OF_TEXT = "<|endoftext|>"  # in a prompt, whatever the tokenizer calls its mark
+_EOT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>")
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """One tokenizer; made by `load` or `char_tokenizer`.
+
+    name: "gpt2", "byte", "char", or the file name of a tokenizer.json.
+    vocab_size: number of ids, so every id is in [0, vocab_size).
+    eot: id of the end-of-text mark between documents, or None; for bytes it is 0, NUL.
+    piecewise: cut before a space or newline after a non-space, a text keeps its ids.
+    """
+
+    name: str
+    vocab_size: int
+    eot: int | None
+    piecewise: bool
+    _encode: Callable[[str], Any]
+    _decode: Callable[[np.ndarray], str]
+    _spec: dict[str, Any]
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids (int32); special tokens are plain text. ValueError: a character unknown to char."""
+        return np.asarray(self._encode(text), np.int32)
+
+    def encode_prompt(self, text: str) -> np.ndarray:
+        """As `encode`, but `<|endoftext|>` becomes the id `eot` where the tokenizer has one."""
+        if self.eot is None:
+            return self.encode(text)
+        parts = [ids for part in text.split(END_OF_TEXT) for ids in ([self.eot], self.encode(part))]
+        return np.concatenate(parts[1:]).astype(np.int32)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Text of `ids`; bytes that are not UTF-8 become U+FFFD. ValueError for an unknown id."""
+        ids = np.asarray(ids, np.int64).ravel()
+        bad = ids[(ids < 0) | (ids >= self.vocab_size)]
+        if bad.size:
+            raise ValueError(f"token id {bad[0]} is outside {self.name}'s 0..{self.vocab_size - 1}")
+        return self._decode(ids)
+
+    def spec(self) -> dict[str, Any]:
+        """A JSON value from which `load` makes the same tokenizer again."""
+        return self._spec
+
+
+def load(spec: str | dict[str, Any]) -> Tokenizer:
+    """The tokenizer "gpt2" or "byte", a path to a tokenizer.json, or what `.spec()` returned.
+
+    ValueError for anything else, a missing optional package, or gpt2 without cache or network.
+    """
+    match spec:
+        case "gpt2" | {"kind": "gpt2"}:
+            return _gpt2()
+        case "byte" | {"kind": "byte"}:
+            return _byte()
+        case {"kind": "char", "chars": str(chars)}:
+            return _char(chars)
+        case {"kind": "tokenizer.json", "name": str(name), "json": dict(content)}:
+            return _hugging_face(name, json.dumps(content))
+        case str(path) if Path(path).is_file():
+            return _hugging_face(Path(path).name, Path(path).read_text("utf-8", "replace"))
+    raise ValueError(f"no tokenizer {str(spec)[:60]!r}: say gpt2, byte or a tokenizer.json's path")
+
+
+def char_tokenizer(text_chunks: Iterable[str]) -> Tokenizer:
+    """The tokenizer whose ids number the distinct characters of the text in code point order."""
+    chars: set[str] = set()
+    for chunk in text_chunks:
+        chars.update(chunk)
+    return _char("".join(sorted(chars)))
+
+
+def _char(chars: str) -> Tokenizer:
+    codes = np.array([ord(c) for c in chars], np.int64)
+    if not codes.size or len(set(chars)) != codes.size:
+        raise ValueError(f"a char tokenizer needs distinct characters, at least one; got {chars!r}")
+    unknown = codes.max() + 1
+    table = np.full(unknown + 1, -1, np.int32)  # code point -> id; every larger one -> unknown
+    table[codes] = np.arange(codes.size)
+
+    def encode(text: str) -> np.ndarray:
+        text_codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+        ids = table[np.minimum(text_codes, unknown)]
+        if (ids < 0).any():
+            first = text[int(np.argmax(ids < 0))]
+            raise ValueError(f"char tokenizer has no {first!r} (U+{ord(first):04X}); byte has all")
+        return ids
+
+    def decode(ids: np.ndarray) -> str:
+        return "".join(chars[i] for i in ids)
+
+    return Tokenizer(
+        "char", len(chars), None, True, encode, decode, {"kind": "char", "chars": chars}
+    )
+
+
+def _byte() -> Tokenizer:
+    def encode(text: str) -> np.ndarray:
+        return np.frombuffer(text.encode(), np.uint8)
+
+    def decode(ids: np.ndarray) -> str:
+        return ids.astype(np.uint8).tobytes().decode(errors="replace")
+
+    return Tokenizer("byte", 256, 0, True, encode, decode, {"kind": "byte"})
+
+
+def _gpt2() -> Tokenizer:
+    import tiktoken
+
+    try:
+        bpe = tiktoken.get_encoding("gpt2")
+    except OSError as error:  # requests' errors are OSErrors too
+        raise ValueError(
+            f"no gpt2 files for tiktoken ({type(error).__name__}): without a network set "
+            "TIKTOKEN_CACHE_DIR to a cache filled on a machine with one, or use the tokenizer byte"
+        ) from error
+    encode, decode = bpe.encode_ordinary, lambda ids: bpe.decode(ids.tolist())
+    return Tokenizer("gpt2", bpe.n_vocab, bpe.eot_token, True, encode, decode, {"kind": "gpt2"})
+
+
+def _hugging_face(name: str, text: str) -> Tokenizer:
+    try:
+        import tokenizers
+
+        bpe = tokenizers.Tokenizer.from_str(text)
+    except ImportError as error:
+        raise ValueError(f"{name} needs `tokenizers`: pip install 'scalegpt[data]'") from error
+    except Exception as error:  # the package raises nothing narrower for a file it cannot use
+        raise ValueError(f"{name} is not a Hugging Face tokenizer.json: {error}") from error
+    content = json.loads(text)
+    bpe.no_truncation()
+    bpe.no_padding()
+    bpe.encode_special_tokens = True  # spelt in the text, a special token is only text
+    size = max(bpe.get_vocab(with_added_tokens=True).values()) + 1  # ids may have gaps
+    marks = {t["content"]: t["id"] for t in content.get("added_tokens", []) if t["special"]}
+    eot = next((marks[mark] for mark in _EOT_NAMES if mark in marks), None)
+
+    def encode(text: str) -> list[int]:
+        return bpe.encode(text, add_special_tokens=False).ids
+
+    def decode(ids: np.ndarray) -> str:
+        return bpe.decode(ids.tolist(), skip_special_tokens=False)
+
+    spec = {"kind": "tokenizer.json", "name": name, "json": content}
+    return Tokenizer(name, size, eot, False, encode, decode, spec)

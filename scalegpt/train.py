@@ -1,0 +1,281 @@
+"""The training loop: `python -m scalegpt.train --config configs/demo.yaml`.
+
+Exit codes: 0 done; 2 the user's mistake; 3 stopped on request, state saved; 4 stopped on a
+non-finite loss or gradient, nothing bad saved.
+"""
+
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from scalegpt import checkpoint, command_line, distributed, generate, sharding, step, tokenizer
+from scalegpt.ahead_of_time import compile_only
+from scalegpt.config import Config
+from scalegpt.data import Dataset, TrainBatches, check_tokens, open_dataset, train_iterator
+from scalegpt.evaluate import validation
+from scalegpt.flops import mfu_meter, parameter_count
+from scalegpt.metrics import Metrics, Throughput
+from scalegpt.resume import check_same_run, initial_state, stored_config, write_config
+
+FLAGS = {
+    "--print-config": {"action": "store_true", "help": "print the resolved configuration, exit"},
+    "--compile-only": {
+        "nargs": "?",
+        "const": "here",
+        "metavar": "TOPOLOGY",
+        "help": "compile the step, print its memory, exit; for a TPU that is not here: v3-8, "
+        "v5e:4x4, ... (needs the package libtpu)",
+    },
+}
+DONE, STOPPED, NOT_FINITE = 0, 3, 4
+
+
+def main(argv: list[str]) -> int:
+    config, flags = command_line.parse(argv, "scalegpt.train", FLAGS)
+    if flags.print_config:
+        print(config.to_yaml(), end="")
+        return DONE
+    if flags.compile_only:
+        if config.model.vocab_size is None:
+            config = config.with_vocab(max(d.vocab_size for d in open_datasets(config)))
+        compile_only(config, flags.compile_only)
+        return DONE
+    distributed.start(config.distributed)
+    return train(config)
+
+
+def train(config: Config) -> int:
+    """A new run, or the continuation of the one in run.out_dir. Returns the exit code."""
+    stop = distributed.StopRequest()
+    is_main = jax.process_index() == 0
+    datasets = open_datasets(config)
+    config = config.with_vocab(max(d.vocab_size for d in datasets))
+    mesh = sharding.make_mesh(config.mesh)
+    steps = step.build(config, mesh, *step.resolve(config, mesh))
+    stored = stored_config(config)
+    checkpoints = checkpoint.Checkpoints(config.run.out_dir, config.checkpoint.keep)
+    meta = {
+        "config": config.model_dump(),
+        "tokenizer": datasets[0].tokenizer,
+        "data": {d.name: d.fingerprint for d in datasets},
+        "best_loss": math.inf,
+    }
+    if (start := checkpoints.latest or 0) > 0:
+        meta["best_loss"] = check_same_run(config, meta, checkpoints.meta(start))
+    if is_main:
+        write_config(config)
+    resume_step = start if start else (-1 if stored else None)
+    metrics = Metrics(
+        config.run.out_dir,
+        config.log,
+        total_steps=config.optim.steps,
+        resume_step=resume_step,
+        is_main=is_main,
+        config=meta["config"],
+    )
+    try:
+        metrics.say(describe(config, datasets, steps))
+        state = initial_state(config, steps, checkpoints, start, metrics.say)
+        return loop(config, datasets, steps, checkpoints, meta, state, start, metrics, stop)
+    finally:
+        metrics.close()
+        checkpoints.close()
+
+
+def loop(
+    config: Config,
+    datasets: list[Dataset],
+    steps: step.Steps,
+    checkpoints: checkpoint.Checkpoints,
+    meta: dict[str, Any],
+    state: step.State,
+    start: int,
+    metrics: Metrics,
+    stop: distributed.StopRequest,
+) -> int:
+    """Updates `start` + 1 to optim.steps, and what happens every so many of them."""
+    total, tokens_per_step = config.optim.steps, config.batch.sequences * config.model.block_size
+    weights = list(config.data.weights.values())
+    evaluate = validation(steps, datasets, weights, config.eval.windows)
+    batches = batches_from(config, datasets, steps, start)
+    device = jax.devices()[0].device_kind
+    meter = mfu_meter(config.model, device, jax.device_count(), metrics.say)
+    throughput = Throughput(meter)
+
+    def report(done: int, values: dict[str, Any]) -> bool:
+        """Read the metrics of update `done`; False when they are not finite."""
+        row = {"step": done, **{key: float(value) for key, value in values.items()}}
+        if not all(map(math.isfinite, (row["train/loss"], row["train/grad_norm"]))):
+            metrics.train(row)
+            return False
+        if done == start + 1:
+            throughput.start(done)
+        if done % config.log.every == 0 or done in (start + 1, total):
+            row["train/tokens"] = done * tokens_per_step
+            metrics.train(row | throughput.read(done, tokens_per_step))
+        return True
+
+    def evaluation(done: int) -> float:
+        """Validate; the loss is written before any checkpoint of the same step."""
+        row = evaluate(state.params)
+        meta["best_loss"] = min(meta["best_loss"], row["val/loss"])
+        metrics.evaluation({"step": done, **row, "val/best_loss": meta["best_loss"]})
+        return row["val/loss"]
+
+    if start == 0:
+        evaluation(0)
+        meta["best_loss"] = math.inf  # of weights that nobody has trained
+    if start < total:
+        metrics.say("compiling the training step ...")
+    pending, code, began = None, DONE, time.perf_counter()
+    batch = next(batches) if start < total else None
+    for done in range(start + 1, total + 1):
+        state, values = steps.train(state, batch)
+        # While the device computes this update: put the next batch there, then look at the last
+        # update's numbers, so that nothing ever waits for this one.
+        batch = next(batches) if done < total else None
+        if pending and not report(*pending):
+            return not_finite(pending[0], checkpoints, metrics)
+        pending = (done, values)
+        leaving = stop.reached(done)
+        last = done == total or leaving
+        evaluate_now = done == total or _due(done, config.eval.every)
+        save_now = last or _due(done, config.checkpoint.every)
+        if done == start + 1 or evaluate_now or save_now:
+            if not report(*pending):
+                return not_finite(done, checkpoints, metrics)
+            pending = None
+        if done == start + 1:
+            metrics.say(f"first update after {time.perf_counter() - began:.1f} s")
+        if not (evaluate_now or save_now):
+            continue
+        throughput.pause()
+        best, loss = meta["best_loss"], evaluation(done) if evaluate_now else None
+        if save_now or (loss is not None and loss < best):
+            checkpoints.save(state, done, meta, loss)
+        throughput.resume()
+        if leaving and done < total:
+            code = STOPPED
+            break
+    checkpoints.wait()
+    if code == STOPPED:
+        metrics.say(f"stopped on request after update {done}; the same command continues")
+    else:
+        finish(config, steps, checkpoints, meta, state, metrics)
+    return code
+
+
+def _due(done: int, every: int) -> bool:
+    return every > 0 and done % every == 0
+
+
+def open_datasets(config: Config) -> list[Dataset]:
+    """Open and check every data set, preparing what is missing if the config says so."""
+    datasets = []
+    for path in config.data.weights:
+        script, bins = Path(path, "prepare.py"), [Path(path, f"{s}.bin") for s in ("train", "val")]
+        if config.data.prepare and script.is_file() and not all(b.is_file() for b in bins):
+            if subprocess.run([sys.executable, str(script)]).returncode:
+                raise ValueError(f"{script} could not prepare the data, see above")
+        dataset = open_dataset(path, config.data.cache_dir)
+        check_tokens(dataset, config.model.block_size)
+        if datasets and dataset.tokenizer != datasets[0].tokenizer:
+            raise ValueError(
+                f"{dataset.name} and {datasets[0].name} have different tokenizers; "
+                "prepare the data sets of a mixture with the same one"
+            )
+        datasets.append(dataset)
+    return datasets
+
+
+def batches_from(config: Config, datasets: list[Dataset], steps: step.Steps, start: int) -> Any:
+    """Yields the global batch [A, M, T+1] of each update from `start` on, already on the devices.
+
+    A process reads the rows of its own devices only.
+    """
+    accumulation, microbatch = steps.layout
+    rows = sharding.local_rows(steps.mesh, microbatch)
+    source = TrainBatches(
+        [d.train for d in datasets],
+        list(config.data.weights.values()),
+        config.model.block_size,
+        config.run.seed,
+        config.batch.sequences,
+        accumulation,
+        rows,
+    )
+    for batch in train_iterator(source, start, config.data.prefetch):
+        yield sharding.to_global(batch, rows, steps.batch_sharding, microbatch)
+
+
+
+
+
+
+
+
+def describe(config: Config, datasets: list[Dataset], steps: step.Steps) -> str:
+    """What is about to run, for the person at the terminal."""
+    devices, (accumulation, microbatch) = jax.devices(), steps.layout
+    mesh = " x ".join(f"{a} {n}" for a, n in steps.mesh.shape.items() if n > 1) or "one device"
+    tokens = config.batch.sequences * config.model.block_size
+    text = ", ".join(f"{d.name} ({len(d.train):,} tokens)" for d in datasets)
+    return "\n".join(
+        [
+            f"model    {parameter_count(config.model):,} parameters, {steps.model.dtype} products,"
+            f" attention {steps.model.attention}",
+            f"data     {text}",
+            f"devices  {len(devices)} x {devices[0].device_kind}, {mesh}",
+            f"update   {tokens:,} tokens = {accumulation} x {microbatch} sequences of "
+            f"{config.model.block_size}",
+            f"run      {config.optim.steps:,} updates into {config.run.out_dir}",
+        ]
+    )
+
+
+def finish(
+    config: Config,
+    steps: step.Steps,
+    checkpoints: checkpoint.Checkpoints,
+    meta: dict[str, Any],
+    state: step.State,
+    metrics: Metrics,
+) -> None:
+    """The end of a run: a sample, where things are, what to type next."""
+    codec = tokenizer.load(meta["tokenizer"])
+    start_ids = codec.encode("\n") if codec.eot is None else [codec.eot]
+    new_tokens = min(200, config.model.block_size)
+    ids = generate.continuations(
+        steps, state.params, start_ids, samples=1, max_new_tokens=new_tokens, stop=codec.eot
+    )
+    best, out_dir = checkpoints.find("best"), config.run.out_dir
+    metrics.say(f"--- a sample ---\n{codec.decode(ids[0])}\n----------------")
+    metrics.say(
+        f"done: best val loss {meta['best_loss']:.4f} at step {best}; metrics in "
+        f"{out_dir}/metrics.jsonl\nnext:\n"
+        f'  python -m scalegpt.generate --run {out_dir} --prompt "..."\n'
+        f"  python -m scalegpt.evaluate --run {out_dir}"
+    )
+
+
+def not_finite(done: int, checkpoints: checkpoint.Checkpoints, metrics: Metrics) -> int:
+    """Loss or gradient of update `done` is NaN or infinite: leave, with nothing bad saved."""
+    checkpoints.wait()
+    good = checkpoints.latest
+    metrics.say(
+        f"error: loss or gradient of update {done} is not finite; stopped. "
+        + (f"The last good checkpoint is step {good}" if good else "There is no checkpoint yet")
+        + f" in {checkpoints.folder}. A lower optim.lr or a longer warm-up may help"
+    )
+    return NOT_FINITE
+
+
+
+
+if __name__ == "__main__":
+    command_line.run(main)
