@@ -10,9 +10,9 @@ from typing import Any, NoReturn
 
 import yaml
 from pydantic import ValidationError
-from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
-from scalegpt.config import Config
+from scalegpt.config import Config, DataConfig
 
 _START = "or start from a whole one: --config configs/demo.yaml"
 
@@ -29,15 +29,20 @@ def parse(
     parser.add_argument("--config", metavar="FILE", help="YAML file; see configs/")
     for name, keywords in flags.items():
         parser.add_argument(name, **keywords)
-    source = CliSettingsSource(
-        _CommandLine, root_parser=parser, cli_parse_args=argv, cli_hide_none_type=True
-    )
-    overrides, flag_values = source(), parser.parse_args(argv)
+    try:
+        source = CliSettingsSource(
+            _CommandLine, root_parser=parser, cli_parse_args=argv, cli_hide_none_type=True
+        )
+        overrides, flag_values = source(), parser.parse_args(argv)
+    except SettingsError as error:
+        raise ValueError(f"{error}; write --section.key=value, one for each key") from None
+    if isinstance(data := overrides.get("data"), dict) and "path" in data:
+        overrides["data"] = {**data, "path": _mixture_or_path(data["path"])}
     values = load(flag_values.config) if flag_values.config else {}
     for section, keys in overrides.items():
         stored = values.get(section, {})
-        both = isinstance(keys, dict) and isinstance(stored, dict)
-        values[section] = {**stored, **keys} if both else keys
+        if isinstance(stored, dict):  # else the file is wrong, which validate will say
+            values[section] = {**stored, **keys} if isinstance(keys, dict) else keys
     return validate(values, flag_values.config or "this command line"), flag_values
 
 
@@ -47,7 +52,8 @@ def load(path: str | Path) -> dict[str, Any]:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except OSError as error:
         known = sorted(str(p) for p in Path("configs").glob("*.yaml"))
-        hint = _nearest(str(path), known) or "the configs that come with scalegpt are in configs/"
+        near = difflib.get_close_matches(str(path), known, n=1)
+        hint = f"did you mean {near[0]}?" if near else "scalegpt's own configs are in configs/"
         raise ValueError(f"cannot read config {path}: {error.strerror}; {hint}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"config {path} is not UTF-8 text: {error}") from None
@@ -87,9 +93,16 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
     sys.exit(2)
 
 
+class _DataOnCommandLine(DataConfig):
+    path: str
+    """folder or URL with train.bin, val.bin, meta.json; or a mixture '{path: weight, ...}'"""
+
+
 class _CommandLine(Config, BaseSettings):
     """Config as pydantic-settings wants it for a command line; nothing reads the environment."""
 
+    # Of a type that may be a dictionary it would split "lang=en" and quote "C:\text".
+    data: _DataOnCommandLine
     model_config = SettingsConfigDict(extra="forbid", nested_model_default_partial_update=True)
 
 
@@ -104,12 +117,23 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; see --help")
 
 
+def _mixture_or_path(value: Any) -> Any:
+    if not isinstance(value, str) or not value.startswith("{"):
+        return value
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ValueError(f"--data.path={value} is no mixture {{path: weight, ...}}") from None
+
+
 def _nearest(name: str, known: list[str], prefix: str = "") -> str:
-    last = name.split(".")[-1]
+    section, _, key = name.rpartition(".")
+    keys = [k.split(".")[-1] for k in known]
     # The right key in the wrong section, or without one, is nearer than any mistyped one.
-    near = [k for k in known if k.split(".")[-1] == last]
-    near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {prefix}{near[0]}?" if near else ""
+    near = [key] if key in keys else difflib.get_close_matches(key, keys, n=1)
+    there = [k for k in known if k.split(".")[-1] in near]
+    there.sort(key=lambda k: not k.startswith(f"{section}."))
+    return f"did you mean {prefix}{there[0]}?" if there else ""
 
 
 def _explain(detail: Any) -> str:

@@ -9,6 +9,7 @@ Positive = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(ge=0, le=1)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 # n_layer, n_head, n_embd of the GPT-2 paper's table 2; the rest is common to all four.
 GPT2_SIZES = {
@@ -42,7 +43,7 @@ class ModelConfig(Section):
     bias: bool = False
     """biases in linear layers and LayerNorms (GPT-2: true, nanoGPT: false)"""
     position: Literal["learned", "rope"] = "learned"
-    rope_base: Annotated[float, Field(gt=0)] = 10000.0
+    rope_base: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10000.0
     activation: Literal["gelu_tanh", "gelu"] = "gelu_tanh"
     """GPT-2's tanh approximation, or the exact GELU of nanoGPT"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -120,7 +121,7 @@ class BatchConfig(Section):
 
 
 class DataConfig(Section):
-    path: str | dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]]
+    path: str | Annotated[dict[str, Share], Field(min_length=1)]
     """folder or URL with train.bin, val.bin, meta.json; or a mixture {path: weight, ...}"""
     prepare: bool = False
     """run the folder's prepare.py first when its token files are missing"""
@@ -154,7 +155,7 @@ class OptimConfig(Section):
     """share of decay_steps in which wsd falls"""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    eps: Annotated[float, Field(gt=0)] = 1e-8
+    eps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-8
     weight_decay: Amount = 0.1
     decay: Literal["matrices", "no_embeddings", "all"] = "matrices"
     """what decays: matrices and embeddings (nanoGPT), matrices only, every parameter"""
@@ -261,7 +262,8 @@ _NEUTRAL = {
 def curve_diff(stored: Config, asked: Config) -> list[str]:
     """Keys that would change the loss curve, as `key: stored -> asked`.
 
-    The data's path is not among them: checkpoints carry a fingerprint of the files themselves.
+    Of the data's path only a mixture's weights are among them: checkpoints carry a fingerprint
+    of the files themselves.
     """
     old, new = stored.model_dump(), asked.model_dump()
     lines = [
@@ -270,6 +272,9 @@ def curve_diff(stored: Config, asked: Config) -> list[str]:
         for key, value in new[section].items()
         if f"{section}.{key}" not in _NEUTRAL and old[section][key] != value
     ]
+    shares = [list(c.data.weights.values()) for c in (stored, asked)]
+    if shares[0] != shares[1]:
+        lines.append(f"data.path: {stored.data.path} -> {asked.data.path}")
     if stored.run.seed != asked.run.seed:
         lines.append(f"run.seed: {stored.run.seed} -> {asked.run.seed}")
     return lines

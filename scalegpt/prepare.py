@@ -1,8 +1,7 @@
 """Documents to token files: train.bin, val.bin and meta.json, for the scripts data/*/prepare.py.
 
-A token file is headerless little-endian uint16 (uint32 above 65,536 ids), nanoGPT's format. Text
-streams through in constant memory, in worker processes if wanted, and the files get their names
-only when they are whole, meta.json last: what a killed run leaves is never taken for data.
+A token file is nanoGPT's: headerless little-endian uint16 (uint32 above 65,536 ids). Text streams
+through in constant memory; files get their names when whole, so that no killed run leaves half.
 """
 
 import argparse
@@ -35,8 +34,6 @@ except ImportError:  # Windows: there, nothing keeps two writers of one folder a
 
 SPLITS = ("train", "val")
 Document = str | Iterable[str]  # a text, or its consecutive chunks where it is too long to hold
-Batch = list[tuple[str, str, bool]]  # split, piece of a document, whether it ends the document
-_BATCH_CHARS = 1 << 20
 _worker_tokenizer: Tokenizer | None = None  # set in a worker when it starts
 
 
@@ -62,8 +59,7 @@ def write_dataset(
 
     build: makes the corpus; not called if `out` already holds `source`, unless `force`.
     source: text and settings in words; kept in meta.json and compared when called again.
-    workers: processes that encode, 0 or 1 for this one alone, None to choose by the amount of
-        text. What is written does not depend on it.
+    workers: processes that encode (0, 1: this one; None: by size); the files do not depend on it.
     ValueError: other data in `out`, too little disk, no text, or what `build` raises.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -74,12 +70,8 @@ def write_dataset(
         corpus = build()
         tokenizer = corpus.tokenizer
         dtype = np.dtype("<u2" if tokenizer.vocab_size <= 65536 else "<u4")
-        bpe = tokenizer.name not in ("byte", "char")
-        need = corpus.text_bytes * dtype.itemsize // (4 if bpe else 1)  # English: 4.4 bytes
-        free = shutil.disk_usage(out).free
-        print(f"about {need / 1e6:,.1f} MB needed in {out}, {free / 1e6:,.0f} MB free", flush=True)
-        if need > free:
-            raise ValueError(f"too little disk for {out}: {need:,} bytes needed, {free:,} free")
+        bpe = tokenizer.name not in ("byte", "char")  # English: 4.4 bytes a token of gpt2's
+        check_disk(out, corpus.text_bytes * dtype.itemsize / (4 if bpe else 1))
         if workers is None:  # to start processes costs seconds: only where it pays
             workers = (os.cpu_count() or 1) // 2 if bpe and corpus.text_bytes > 50e6 else 0
         meta = {"format": 1, "tokenizer": tokenizer.spec(), "vocab_size": tokenizer.vocab_size}
@@ -88,6 +80,14 @@ def write_dataset(
     for split in SPLITS:
         print(f"{split}: {meta[split]['tokens']:,} tokens, {meta[split]['documents']:,} documents")
     return meta
+
+
+def check_disk(folder: Path, need: float) -> None:
+    """Print how many bytes are needed and free in an existing folder; ValueError if too few."""
+    free = shutil.disk_usage(folder).free
+    print(f"about {need / 1e6:,.1f} MB needed in {folder}, {free / 1e6:,.1f} MB free", flush=True)
+    if need > free:
+        raise ValueError(f"too little disk in {folder}: {need:,.0f} bytes needed, {free:,} free")
 
 
 @contextmanager
@@ -110,10 +110,10 @@ def _prepared(out: Path, source: str) -> dict[str, Any] | None:
     if not (out / "meta.json").is_file():
         return None
     meta = json.loads((out / "meta.json").read_text())
-    for split in SPLITS:
-        path, itemsize = out / f"{split}.bin", np.dtype(meta["dtype"]).itemsize
-        if not path.is_file() or path.stat().st_size != meta[split]["tokens"] * itemsize:
-            return None
+    paths = {split: out / f"{split}.bin" for split in SPLITS}
+    found = {s: path.stat().st_size for s, path in paths.items() if path.is_file()}
+    if found != {s: meta[s]["tokens"] * np.dtype(meta["dtype"]).itemsize for s in SPLITS}:
+        return None
     if meta["source"] != source:
         raise ValueError(f"{out} holds {meta['source']!r}, not {source!r}: see --force and --out")
     return meta
@@ -121,23 +121,21 @@ def _prepared(out: Path, source: str) -> dict[str, Any] | None:
 
 def _write_bins(out: Path, corpus: Corpus, dtype: np.dtype, workers: int) -> dict[str, Any]:
     """Write *.bin.partial; returns the two splits' entries for meta.json."""
-    counts = {s: Counter(tokens=0, bytes=0, documents=0) for s in SPLITS}
-    max_id = dict.fromkeys(SPLITS, 0)
+    counts = {s: Counter(tokens=0, bytes=0, documents=0, max_id=0) for s in SPLITS}
     digests = {split: hashlib.sha256() for split in SPLITS}
-    with ExitStack() as stack:
-        bar = tqdm(total=corpus.text_bytes, unit="B", unit_scale=True, disable=None)
-        stack.enter_context(bar)
+    bar = tqdm(total=corpus.text_bytes, unit="B", unit_scale=True, disable=None)
+    with bar, ExitStack() as stack:
         files = {s: stack.enter_context(open(out / f"{s}.bin.partial", "wb")) for s in SPLITS}
         for split, ids, n_bytes, n_documents in _encoded(corpus, dtype, workers):
             files[split].write(ids)
             digests[split].update(ids)
             counts[split].update(tokens=ids.size, bytes=n_bytes, documents=n_documents)
-            max_id[split] = max(max_id[split], int(ids.max(initial=0)))
+            counts[split]["max_id"] = max(counts[split]["max_id"], int(ids.max(initial=0)))
             bar.update(n_bytes)
     for split in SPLITS:
         if not counts[split]["tokens"]:
-            raise ValueError(f"no {split} text for {out}: give more text, or split it otherwise")
-    return {s: {**counts[s], "max_id": max_id[s], "sha256": digests[s].hexdigest()} for s in SPLITS}
+            raise ValueError(f"the {split} split is empty: it takes more text, or another split")
+    return {s: {**counts[s], "sha256": digests[s].hexdigest()} for s in SPLITS}
 
 
 def _publish(out: Path, meta: dict[str, Any]) -> None:
@@ -172,7 +170,8 @@ def _encoded(corpus: Corpus, dtype: np.dtype, workers: int) -> Iterator[tuple]:
         pool.shutdown(cancel_futures=True)
 
 
-def _batches(corpus: Corpus) -> Iterator[Batch]:
+def _batches(corpus: Corpus) -> Iterator[list[tuple[str, str, bool]]]:
+    """About a million characters at once of: split, piece of a document, whether it ends there."""
     batch, size = [], 0
     for split, document in corpus.documents:
         chunks = [document] if isinstance(document, str) else document
@@ -181,7 +180,7 @@ def _batches(corpus: Corpus) -> Iterator[Batch]:
         for piece, last in _pieces(chunks):
             batch.append((split, piece, last))
             size += len(piece) + 1
-            if size >= _BATCH_CHARS:
+            if size >= 1 << 20:
                 yield batch
                 batch, size = [], 0
     yield batch
@@ -204,12 +203,12 @@ def _pieces(chunks: Iterable[str]) -> Iterator[tuple[str, bool]]:
 def _start_worker(spec: dict[str, Any]) -> None:
     global _worker_tokenizer
     _worker_tokenizer = load(spec)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
-    # A worker would wait for ever for a parent that was killed.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to answer
+    # else it would wait for ever for a parent that was killed
     Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 
-def _encode(batch: Batch, separate: bool, dtype: np.dtype, tokenizer: Tokenizer | None = None):
+def _encode(batch: list, separate: bool, dtype: np.dtype, tokenizer: Tokenizer | None = None):
     """For each split: its name and the batch's ids, bytes of text and documents ended."""
     tokenizer = tokenizer or _worker_tokenizer
     mark = np.array([tokenizer.eot] if separate and tokenizer.eot is not None else [], np.int32)

@@ -65,8 +65,21 @@ def row_losses(model: GPT, params: Any, tokens: Array, dropout_keys: Array | Non
     """Sum of the cross-entropies of each row of tokens [B, T+1]: [B] float32."""
     inputs, targets = jnp.maximum(tokens[:, :-1], 0), tokens[:, 1:]
     hidden = model.apply({"params": params}, inputs, dropout_keys)
-    c = model.config
-    return token_losses(hidden, head_table(params["wte"]), targets, c.vocab_size, c.loss_chunk)
+    c, table = model.config, head_table(params["wte"])
+    losses = partial(token_losses, vocab=c.vocab_size, chunk=c.loss_chunk)
+    mesh = jax.sharding.get_abstract_mesh()
+    split = {a for a in sharding.ROWS if mesh.shape.get(a, 1) > 1} - set(mesh.manual_axes)
+    if split != {"fsdp"}:
+        return losses(hidden, table, targets)
+
+    # The compiler would reduce the table's gradient over fsdp in every chunk. So each shard of the
+    # rows gets the copy that it has anyway as one of its own, and they are summed once.
+    shards = mesh.shape["fsdp"]
+    copies = jnp.broadcast_to(table, (shards, *table.shape))
+    copies = jax.lax.with_sharding_constraint(copies, P("fsdp", sharding.RULES["act_vocab"]))
+    hidden, targets = (x.reshape(shards, -1, *x.shape[1:]) for x in (hidden, targets))
+    with nn.logical_axis_rules(tuple(sharding.rules_within(sharding.ROWS).items())):
+        return jax.vmap(losses)(hidden, copies, targets).reshape(-1)
 
 
 def accumulate(loss: Callable, params: Any, tokens: Array, rows: Array) -> tuple[Array, Any]:
@@ -81,8 +94,9 @@ def accumulate(loss: Callable, params: Any, tokens: Array, rows: Array) -> tuple
     def add(total: Any, microbatch: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, gradient(params, *microbatch)), None
 
-    # From a parameter, so that the zero varies over the same manual mesh axes as the gradients.
-    zero = 0 * jax.tree.leaves(params)[0].ravel()[0]
+    # From the rows, so that the zero varies over the same manual mesh axes as the gradients; from
+    # a parameter, it would gather that parameter.
+    zero = jnp.float32(0) * rows[0, 0]
     return jax.lax.scan(add, (zero, jax.tree.map(jnp.zeros_like, params)), (tokens, rows))[0]
 
 
@@ -213,13 +227,12 @@ def build(config: Config, mesh: Mesh, dtype: str, implementation: str) -> Steps:
 
 def resolve(config: Config, mesh: Mesh) -> tuple[str, str]:
     """(dtype of matrix products, attention implementation) for the devices of the mesh."""
-    platform = mesh.devices.flat[0].platform
-    dtype = config.model.dtype
+    c, device = config.model, mesh.devices.flat[0]
+    dtype = c.dtype
     if dtype == "auto":
-        dtype = "float32" if platform == "cpu" else "bfloat16"
-    c = config.model
+        dtype = "float32" if device.platform == "cpu" else "bfloat16"
     return dtype, attention.resolve(
-        c.attention, platform, c.block_size, c.dropout, dtype, c.head_dim
+        c.attention, device.platform, c.block_size, c.dropout, dtype, c.head_dim, device.device_kind
     )
 
 

@@ -1,0 +1,92 @@
+"""OpenWebText as GPT-2 tokens, documents shuffled and split as nanoGPT does (seed 2357).
+
+Without --input the text comes from the Hugging Face hub; with it, from local parquet, JSON lines
+(both with a column "text") or .txt files, one document each.
+"""
+
+import glob
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from scalegpt.prepare import Corpus, check_disk, run_script, script_parser, write_dataset
+from scalegpt.tokenizer import Tokenizer, load
+
+REPOSITORY = "Skylion007/openwebtext"
+TOKENS = {"train": 9_035_582_198, "val": 4_434_897}  # nanoGPT's, with gpt2
+CACHE_BYTES = 54e9  # of the download and its unpacked form in datasets' cache
+BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".txt": "text"}
+
+
+def load_text(pattern: str | None, out: Path) -> Any:
+    """A datasets.Dataset with a column "text". ValueError for a user's mistake or no network."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError("this needs datasets: pip install 'scalegpt[data]'") from error
+    if pattern is None:
+        return _download(datasets, out)
+    root = Path(pattern)
+    names = [str(p) for p in root.rglob("*")] if root.is_dir() else glob.glob(pattern)
+    by_builder: dict[str, list[str]] = {}
+    for name in sorted(names):
+        if builder := BUILDERS.get(Path(name).suffix):
+            by_builder.setdefault(builder, []).append(name)
+    if len(by_builder) != 1:
+        found = ", ".join(by_builder) or "none"
+        raise ValueError(f"--input {pattern}: files of one of {[*BUILDERS]} needed, found: {found}")
+    ((builder, files),) = by_builder.items()
+    options = {"sample_by": "document"} if builder == "text" else {}
+    dataset = datasets.load_dataset(builder, data_files=files, split="train", **options)
+    if "text" not in dataset.column_names:
+        raise ValueError(f"--input {pattern}: no column 'text' among {dataset.column_names}")
+    return dataset
+
+
+def _download(datasets: Any, out: Path) -> Any:
+    cache = Path(datasets.config.HF_DATASETS_CACHE)  # HF_HOME moves it
+    cache.mkdir(parents=True, exist_ok=True)
+    check_disk(out, 2.0 * sum(TOKENS.values()))
+    if not (cache / REPOSITORY.replace("/", "___")).exists():
+        check_disk(cache, CACHE_BYTES)
+    processes = max(1, (os.cpu_count() or 1) // 2)
+    try:
+        return datasets.load_dataset(REPOSITORY, split="train", num_proc=processes)
+    except OSError as error:  # every network error of datasets and the hub is one
+        raise ValueError(f"cannot load {REPOSITORY}: {error}; for local files, --input") from error
+
+
+def corpus(tokenizer: Tokenizer, dataset: Any) -> Corpus:
+    """The split and the order of documents of nanoGPT: .0005 of them for validation."""
+    parts = dataset.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
+
+    def documents() -> Iterator[tuple[str, str]]:
+        for split, part in (("train", parts["train"]), ("val", parts["test"])):
+            for rows in part.iter(batch_size=1000):
+                yield from ((split, text) for text in rows["text"])
+
+    return Corpus(tokenizer, documents(), dataset.data.nbytes)
+
+
+def main() -> None:
+    parser = script_parser(__doc__, __file__)
+    parser.add_argument("--tokenizer", default="gpt2", help="gpt2, byte or a tokenizer.json")
+    args = parser.parse_args()
+    tokenizer = load(args.tokenizer)
+    source = f"{Path(args.input).resolve() if args.input else REPOSITORY}, {args.tokenizer}"
+    meta = write_dataset(
+        args.out,
+        lambda: corpus(tokenizer, load_text(args.input, args.out)),
+        source,
+        args.workers,
+        args.force,
+    )
+    found = {split: meta[split]["tokens"] for split in TOKENS}
+    if args.input is None and args.tokenizer == "gpt2" and found != TOKENS:
+        print(f"WARNING: nanoGPT counts {TOKENS} tokens, this is {found}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run_script(main)

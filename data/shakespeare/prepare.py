@@ -1,0 +1,57 @@
+"""Tiny Shakespeare as GPT-2 tokens (or, --tokenizer char, as characters), split 90/10 as nanoGPT.
+
+The split is by characters and no end-of-text marks are set, so that the counts are nanoGPT's.
+"""
+
+import hashlib
+import os
+import urllib.request
+from pathlib import Path
+
+from scalegpt.prepare import Corpus, run_script, script_parser, write_dataset
+from scalegpt.tokenizer import char_tokenizer, load
+
+URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+
+def download(path: Path) -> bytes:
+    """The 1.1 MB at URL, kept as `path`. ValueError without a network or for other content."""
+    partial = path.with_name(path.name + ".partial")
+    if path.exists():
+        content = path.read_bytes()
+    else:
+        print(f"downloading {URL}", flush=True)
+        try:
+            with urllib.request.urlopen(URL, timeout=60) as reply:
+                content = reply.read()
+        except OSError as error:
+            raise ValueError(f"cannot get {URL}: {error}; pass a copy with --input") from error
+        partial.write_bytes(content)
+    if (found := hashlib.sha256(content).hexdigest()) != SHA256:
+        raise ValueError(f"{path} has sha256 {found}, not {SHA256}; delete it and try again")
+    if partial.exists():
+        os.replace(partial, path)
+    return content
+
+
+def main() -> None:
+    parser = script_parser(__doc__, __file__)
+    parser.add_argument("--tokenizer", choices=("gpt2", "char"), default="gpt2")
+    args = parser.parse_args()
+
+    def corpus() -> Corpus:
+        content = Path(args.input).read_bytes() if args.input else download(args.out / "input.txt")
+        text = content.decode()
+        tokenizer = char_tokenizer([text]) if args.tokenizer == "char" else load(args.tokenizer)
+        n_train = int(len(text) * 0.9)
+        documents = [("train", text[:n_train]), ("val", text[n_train:])]
+        return Corpus(tokenizer, documents, len(content), separate=False)
+
+    text = Path(args.input).resolve() if args.input else URL
+    source = f"{text}, {args.tokenizer}"
+    write_dataset(args.out, corpus, source, args.workers, args.force)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,509 @@
+"""Configuration: defaults, precedence, every kind of mistake, and the YAML files in configs/.
+
+Expected figures are written out here; nothing is read back from the code under test.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from scalegpt import command_line
+from scalegpt.config import Config, DataConfig, ModelConfig, curve_diff
+from scalegpt.flops import parameter_count
+from scalegpt.train import FLAGS
+
+GIVEN = ["--data.path=text", "--run.out_dir=out/x"]
+MINIMAL = {"data": {"path": "text"}, "run": {"out_dir": "out/x"}}
+
+
+def parse(*argv: str) -> Config:
+    return command_line.parse(list(argv), "scalegpt.train", FLAGS)[0]
+
+
+def mistake(*argv: str) -> str:
+    with pytest.raises(ValueError) as error:
+        parse(*argv)
+    return str(error.value)
+
+
+@pytest.fixture
+def in_yaml(tmp_path):
+    """Text -> the argument that makes it the config."""
+
+    def write(text: str | bytes) -> str:
+        path = tmp_path / "run.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return f"--config={path}"
+
+    return write
+
+
+def gpt2_parameters(L, D, T, V, bias):
+    """Independent of scalegpt.flops: GPT-2's arrays, one term each."""
+    weights = D * 3 * D + D * D + D * 4 * D + 4 * D * D
+    norms = 2 * D
+    biases = (3 * D + D + 4 * D + D + 2 * D) if bias else 0
+    return V * D + T * D + L * (weights + norms + biases) + (2 * D if bias else D)
+
+
+# --- defaults and presets
+
+
+def test_defaults_are_nanogpts_124m_run():
+    c = parse(*GIVEN)
+    m, o = c.model, c.optim
+    assert (m.n_layer, m.n_head, m.n_embd, m.block_size) == (12, 12, 768, 1024)
+    assert (m.bias, m.dropout, m.position, m.dtype) == (False, 0.0, "learned", "auto")
+    assert (o.lr, o.min_lr, o.steps, o.warmup_steps, o.schedule) == (
+        6e-4, 6e-5, 600_000, 2000, "cosine"
+    )  # fmt: skip
+    assert (o.beta1, o.beta2, o.eps, o.weight_decay, o.grad_clip) == (0.9, 0.95, 1e-8, 0.1, 1.0)
+    assert o.decay == "matrices"
+    assert c.batch.sequences * m.block_size == 491_520  # nanoGPT's 12 x 1024 x 40
+    assert c.mesh.model_dump() == {"replica": 1, "data": -1, "fsdp": 1, "tensor": 1}
+    assert parameter_count(c.with_vocab(50257).model) == 124_337_664
+
+
+@pytest.mark.parametrize(
+    "preset, size, count",
+    [
+        ("gpt2", (12, 12, 768), 124_439_808),
+        ("gpt2-medium", (24, 16, 1024), 354_823_168),
+        ("gpt2-large", (36, 20, 1280), 774_030_080),
+        ("gpt2-xl", (48, 25, 1600), 1_557_611_200),
+    ],
+)
+def test_preset_is_a_gpt2_with_the_published_number_of_parameters(preset, size, count):
+    model = parse(*GIVEN, f"--model.preset={preset}").with_vocab(50257).model
+    assert (model.n_layer, model.n_head, model.n_embd) == size
+    assert (model.block_size, model.bias, model.head_dim) == (1024, True, 64)
+    assert parameter_count(model) == count == gpt2_parameters(size[0], size[2], 1024, 50257, True)
+    assert model.padded_vocab == 50304
+
+
+def test_other_keys_override_the_preset(in_yaml):
+    file = in_yaml(
+        "model: {preset: gpt2-medium, n_layer: 3, bias: false}\n"
+        "data: {path: text}\nrun: {out_dir: out/x}\n"
+    )
+    model = parse(file, "--model.n_head=8").model
+    assert (model.n_layer, model.n_head, model.n_embd, model.bias) == (3, 8, 1024, False)
+    assert parse(file, "--model.preset=gpt2-xl").model.n_embd == 1600
+
+
+def test_vocabulary_comes_from_the_data_and_is_padded():
+    config = parse(*GIVEN)
+    assert config.model.vocab_size is None
+    for size, padded in ((65, 128), (128, 128), (129, 256), (50257, 50304)):
+        model = config.with_vocab(size).model
+        assert (model.vocab_size, model.padded_vocab) == (size, padded)
+    larger = parse(*GIVEN, "--model.vocab_size=300").with_vocab(65)
+    assert larger.model.vocab_size == 300
+    with pytest.raises(ValueError, match="model.vocab_size=60 .*65"):
+        parse(*GIVEN, "--model.vocab_size=60").with_vocab(65)
+
+
+def test_config_is_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        parse(*GIVEN).optim.lr = 1.0
+
+
+# --- precedence
+
+
+def test_command_line_beats_yaml_beats_default(in_yaml):
+    file = in_yaml(
+        "optim: {lr: 1.0e-3, steps: 5000}\ndata: {path: text}\nrun: {out_dir: out/x, seed: 3}\n"
+    )
+    c = parse(file, "--optim.lr=2e-3", "--run.out_dir=out/z")
+    assert c.optim.lr == 2e-3  # command line over YAML
+    assert c.optim.steps == 5000  # YAML over default, although its section is overridden
+    assert c.optim.beta2 == 0.95  # default
+    assert (c.run.out_dir, c.run.seed) == ("out/z", 3)
+    assert parse("--run.out_dir=out/z", file, "--optim.lr=2e-3") == c  # --config may come anywhere
+
+
+def test_last_of_a_repeated_argument_wins():
+    for key, first, last in (("optim.lr", 1e-3, 2e-3), ("data.path", "one", "two")):
+        section, name = key.split(".")
+        c = parse(*GIVEN, f"--{key}={first}", f"--{key}={last}")
+        assert getattr(getattr(c, section), name) == last
+
+
+def test_key_and_value_may_be_two_arguments():
+    assert parse(*GIVEN, "--optim.lr", "1e-3").optim.lr == 1e-3
+
+
+def test_fault_05_and_09_values_reach_the_config():
+    """Learning rate, data set and switches of nanogpt-jax could not be set from its flags."""
+    c = parse(*GIVEN, "--optim.lr=1", "--log.tensorboard=false", "--data.path=elsewhere")
+    assert c.optim.lr == 1.0 and isinstance(c.optim.lr, float)
+    assert c.log.tensorboard is False and c.data.path == "elsewhere"
+    assert parse(*GIVEN, "--log.wandb=true").log.wandb is True
+
+
+@pytest.mark.parametrize("written, value", [("1e-3", 1e-3), ("1.0e-3", 1e-3), ("1", 1.0)])
+def test_yaml_numbers_in_every_spelling(in_yaml, written, value):
+    # YAML 1.1 takes 1e-3, without a dot, for text.
+    lr = parse(in_yaml(f"optim: {{lr: {written}}}"), *GIVEN).optim.lr
+    assert lr == value and isinstance(lr, float)
+
+
+def test_empty_section_means_its_defaults(in_yaml):
+    assert parse(in_yaml("optim:\nmodel: {}\n"), *GIVEN) == parse(*GIVEN)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["2024", "007", "true", "a b", "a,b", "data/lang=en", "a=1,b=2", r"C:\text", 'x"y', "data/é",
+     "gs://bucket/x", "[x]"],
+)  # fmt: skip
+def test_paths_are_taken_as_they_are(path):
+    c = parse(f"--data.path={path}", f"--run.out_dir={path}")
+    assert (c.data.path, c.run.out_dir) == (path, path)
+
+
+@pytest.mark.parametrize("mixture", ['{"a": 1, "b": 3}', "{a: 1, b: 3}"])
+def test_mixture_on_the_command_line_and_in_yaml(in_yaml, mixture):
+    for c in (
+        parse(f"--data.path={mixture}", "--run.out_dir=x"),
+        parse(in_yaml(f"data: {{path: {mixture}}}"), "--run.out_dir=x"),
+        parse(in_yaml("data: {path: text}"), f"--data.path={mixture}", "--run.out_dir=x"),
+    ):
+        assert c.data.path == {"a": 1, "b": 3}
+        assert c.data.weights == {"a": 0.25, "b": 0.75}
+    assert DataConfig(path="a").weights == {"a": 1.0}
+
+
+# --- mistakes
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        # Unknown keys name the nearest.
+        (["--optim.lrr=1"], ["--optim.lrr=1", "did you mean --optim.lr?"]),
+        (["--lr=1"], ["--lr=1", "did you mean --optim.lr?"]),
+        (["--model.lr=1"], ["--model.lr=1", "did you mean --optim.lr?"]),
+        (["--modle.n_layer=1"], ["did you mean --model.n_layer?"]),
+        (["--optim.learning_rate=1"], ["--optim.learning_rate=1"]),
+        (["--mesh.dat=2"], ["did you mean --mesh.data?"]),  # not --data
+        (["--print-confg"], ["did you mean --print-config?"]),
+        (["--optim.l=1"], ["--optim.l=1"]),  # no abbreviations
+        (["stray"], ["stray"]),
+        (["--optim.lr"], ["--optim.lr", "expected one argument"]),
+        # Wrong types.
+        (["--optim.lr=abc"], ["optim.lr='abc'", "valid number"]),
+        (["--optim.steps=1.5"], ["optim.steps='1.5'", "valid integer"]),
+        (["--model.bias=maybe"], ["model.bias='maybe'", "boolean"]),
+        (["--optim=3"], ["optim=3"]),
+        (["--data=3"], ["data=3"]),
+        (["--model={n_layer: 4}"], ["model", "--section.key=value"]),
+        (["--data.path={a: 1"], ["--data.path={a: 1"]),
+        (["--model.preset=gpt3"], ["model.preset='gpt3'", "'gpt2-xl'"]),
+        (["--optim.schedule=cos"], ["optim.schedule='cos'", "'cosine'"]),
+        # Out of range.
+        (["--model.n_layer=0"], ["model.n_layer='0'", "greater than or equal to 1"]),
+        (["--batch.sequences=-4"], ["batch.sequences='-4'"]),
+        (["--batch.microbatch=0"], ["batch.microbatch='0'"]),
+        (["--model.dropout=1"], ["model.dropout='1'", "less than 1"]),
+        (["--model.dropout=-0.1"], ["model.dropout='-0.1'"]),
+        (["--optim.lr=0"], ["optim.lr='0'"]),
+        (["--optim.lr=inf"], ["optim.lr='inf'", "finite"]),
+        (["--optim.lr=nan"], ["optim.lr='nan'"]),
+        (["--optim.eps=inf"], ["optim.eps='inf'", "finite"]),
+        (["--optim.eps=0"], ["optim.eps='0'"]),
+        (["--optim.beta2=1"], ["optim.beta2='1'"]),
+        (["--optim.grad_clip=-1"], ["optim.grad_clip='-1'"]),
+        (["--optim.weight_decay=nan"], ["optim.weight_decay='nan'"]),
+        (["--model.rope_base=inf"], ["model.rope_base='inf'", "finite"]),
+        (["--run.seed=-1"], ["run.seed='-1'"]),
+        (["--checkpoint.keep=0"], ["checkpoint.keep='0'"]),
+        (["--log.every=0"], ["log.every='0'"]),
+        (["--data.path={a: 0, b: 1}"], ["data.path.a=0"]),
+        (["--data.path={}"], ["data.path={}"]),
+        # Keys that do not go together.
+        (
+            ["--model.n_embd=100", "--model.n_head=7"],
+            ["model.n_embd=100", "model.n_head=7", "4 or 5"],
+        ),
+        (
+            ["--model.n_embd=12", "--model.n_head=4", "--model.position=rope"],
+            ["model.position=rope", "even", "3"],
+        ),
+        (["--optim.lr=1e-6"], ["optim.min_lr=6e-05", "optim.lr=1e-06"]),
+        (["--optim.steps=10"], ["optim.warmup_steps=2000", "update 10"]),
+        (["--optim.decay_steps=1999"], ["optim.warmup_steps=2000", "update 1999"]),
+        # The mesh.
+        (["--mesh.fsdp=-1"], ["only one mesh axis can be -1", "data, fsdp"]),
+        (["--mesh.tensor=0"], ["mesh.tensor=0"]),
+        (["--mesh.data=-2"], ["mesh.data='-2'"]),
+    ],
+)
+def test_mistake_names_key_value_and_fix(arguments, said):
+    message = mistake(*GIVEN, *arguments)
+    for part in said:
+        assert part in message, message
+
+
+def test_min_lr_above_lr_is_fine_without_a_decay():
+    assert parse(*GIVEN, "--optim.lr=1e-6", "--optim.schedule=constant").optim.lr == 1e-6
+
+
+def test_missing_required_keys_are_named(in_yaml):
+    for file in ([], [in_yaml("optim: {lr: 1}\n")], [in_yaml("")], [in_yaml("data:\nrun:\n")]):
+        message = mistake(*file)
+        assert "data.path is missing; give --data.path=" in message
+        assert "run.out_dir is missing; give --run.out_dir=" in message
+    assert "run.out_dir" in mistake("--data.path=x") and "data.path" not in mistake("--data.path=x")
+
+
+def test_every_mistake_is_named_at_once():
+    lines = mistake(*GIVEN, "--optim.lr=abc", "--model.n_layer=0", "--mesh.data=0").split("\n")
+    assert len(lines) == 4  # where, then one line each
+    assert [any(key in line for line in lines[1:]) for key in ("optim.lr", "model.n_layer")]
+    assert sum("mesh.data=0" in line for line in lines) == 1
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("optim: {lrr: 1}", ["unknown key optim.lrr=1", "did you mean optim.lr?"]),
+        ("model: {lr: 1}", ["unknown key model.lr=1", "did you mean optim.lr?"]),
+        ("optimm: {lr: 1}", ["unknown key optimm", "did you mean optim?"]),
+        ("lr: 1", ["unknown key lr=1", "did you mean optim.lr?"]),
+        ("model: {qqq: 1}", ["unknown key model.qqq=1", "there are", "n_layer", "loss_chunk"]),
+        ("mesh: {dat: 1}", ["unknown key mesh.dat=1", "did you mean mesh.data?"]),
+        ("optim: [1, 2]", ["optim=[1, 2]"]),
+        ("optim: 3", ["optim=3"]),
+        ("data: text", ["data='text'"]),
+        ("optim: {lr: [1]}", ["optim.lr=[1]"]),
+        ("model: {bias: perhaps}", ["model.bias='perhaps'"]),
+        ("run: {out_dir: 3}", ["run.out_dir=3"]),
+        ("data: {path: []}", ["data.path=[]"]),
+        ("data: {path: {}}", ["data.path={}"]),
+        ("1: 2", ["1"]),
+        ("- 1\n- 2", ["holds a list, not sections of keys"]),
+        ("just text", ["holds a str, not sections of keys"]),
+        ("a: [1", ["not valid YAML", "line 1"]),
+        ("a: 1\n b: 2", ["not valid YAML", "line 2"]),
+        ("!!python/object:os.system {}", ["not valid YAML"]),
+        (b"data: {path: \xff\xfe}", ["not UTF-8"]),
+    ],
+)
+def test_mistake_in_yaml_names_file_key_and_fix(in_yaml, text, said):
+    file = in_yaml(text)
+    message = mistake(file)
+    for part in (*said, file.removeprefix("--config=")):
+        assert part in message, message
+
+
+def test_wrong_section_in_yaml_is_not_hidden_by_an_override(in_yaml):
+    assert "optim=3" in mistake(in_yaml("optim: 3"), *GIVEN, "--optim.lr=1")
+
+
+def test_missing_config_names_the_nearest(tmp_path, monkeypatch):
+    (tmp_path / "configs").mkdir()
+    for name in ("demo", "gpt2_124m", "v3_8"):
+        (tmp_path / "configs" / f"{name}.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+    for asked, near in (("v3-8", "v3_8"), ("gpt2_124M", "gpt2_124m"), ("dem", "demo")):
+        message = mistake("--config", f"configs/{asked}.yaml")
+        assert f"cannot read config configs/{asked}.yaml" in message
+        assert f"did you mean configs/{near}.yaml?" in message
+    assert "did you mean" not in mistake("--config=/nowhere/else")
+    assert "cannot read config" in mistake(f"--config={tmp_path}")  # a folder
+
+
+def test_environment_changes_nothing(monkeypatch):
+    for name in ("OPTIM", "optim", "RUN", "optim.lr", "OPTIM__LR", "LR"):
+        monkeypatch.setenv(name, '{"lr": 1}' if name.lower() == "optim" else "1")
+    assert parse(*GIVEN) == command_line.validate(MINIMAL, "here")
+
+
+# --- the real command line
+
+
+def command(tmp_path, *argv, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "scalegpt.train", *argv],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--optim.lrr=1"], "did you mean --optim.lr?"),
+        (["--mesh.data=0"], "mesh.data=0"),
+        (["--config=NOT_UTF8"], "is not UTF-8"),
+    ],
+)
+def test_mistake_exits_2_with_one_message_and_makes_nothing(tmp_path, arguments, said):
+    bad, out = tmp_path / "bad.yaml", tmp_path / "out"
+    bad.write_bytes(b"\xff")
+    arguments = [a.replace("NOT_UTF8", str(bad)) for a in arguments]
+    result = command(tmp_path, "--data.path=x", f"--run.out_dir={out}", *arguments)
+    assert result.returncode == 2, result.stderr
+    assert result.stdout == "" and said in result.stderr
+    assert result.stderr.startswith("error: ") and result.stderr.count("error: ") == 1
+    assert "Traceback" not in result.stderr
+    assert not out.exists()
+
+
+def test_mesh_that_does_not_fit_the_machine_exits_2_and_makes_nothing(tmp_path):
+    """Found only when the devices are known; the data is opened before, so there has to be some."""
+    import numpy as np
+
+    for split in ("train", "val"):
+        np.arange(4000, dtype="<u2").__mod__(60).tofile(tmp_path / f"{split}.bin")
+    out = tmp_path / "out"
+    result = command(
+        tmp_path, f"--data.path={tmp_path}", f"--run.out_dir={out}", "--model.block_size=8",
+        "--mesh.tensor=3", JAX_NUM_CPU_DEVICES="8",
+    )  # fmt: skip
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    assert "does not fit 8 cpu device(s)" in result.stderr.replace("\n", " ")
+    assert not out.exists()
+
+
+def test_print_config_prints_yaml_of_the_same_run(tmp_path):
+    out = tmp_path / "out"
+    argv = ["--model.preset=gpt2-medium", "--model.n_layer=5", "--optim.lr=3e-4",
+            "--data.path={a: 1, b: 2}", f"--run.out_dir={out}"]  # fmt: skip
+    result = command(tmp_path, *argv, "--print-config")
+    assert result.returncode == 0, result.stderr
+    assert command_line.validate(yaml.safe_load(result.stdout), "printed") == parse(*argv)
+    assert not out.exists()
+
+
+# --- round trip and comparison
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        GIVEN,
+        [*GIVEN, "--model.preset=gpt2-xl", "--model.bias=false", "--optim.lr=1"],
+        ["--data.path={a b: 1, 'c:d': 0.1}", "--run.out_dir=out/é ü", "--optim.eps=1e-8"],
+        [*GIVEN, "--batch.microbatch=3", "--optim.lr=0.00012345678901234567"],
+    ],
+)
+def test_resolved_config_round_trip(tmp_path, argv):
+    config = parse(*argv).with_vocab(50257)
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml(), encoding="utf-8")
+    assert command_line.validate(command_line.load(path), str(path)) == config
+    assert parse(f"--config={path}") == config
+    assert curve_diff(parse(f"--config={path}"), config) == []
+
+
+def leaves(config: Config) -> dict[str, object]:
+    return {f"{s}.{k}": v for s, keys in config.model_dump().items() for k, v in keys.items()}
+
+
+# A change of any other key of the model, batch, data or optimizer changes the curve.
+NEUTRAL = {
+    "model.preset", "model.attention", "model.scan_layers", "model.remat", "model.loss_chunk",
+    "batch.microbatch", "data.path", "data.prepare", "data.prefetch", "data.cache_dir",
+}  # fmt: skip
+OTHER = {  # a value that differs from the default, where adding one will not do
+    "model.preset": "gpt2", "model.n_head": 6, "model.n_embd": 96, "model.position": "rope",
+    "model.activation": "gelu", "model.dtype": "float32", "model.attention": "xla",
+    "model.remat": "dots", "model.dropout": 0.1, "model.vocab_size": 300,
+    "batch.microbatch": 2, "data.path": "moved", "data.cache_dir": "x", "optim.lr": 7e-4,
+    "optim.min_lr": 1e-5, "optim.schedule": "linear", "optim.decay": "all",
+    "optim.beta1": 0.8, "optim.beta2": 0.9, "optim.cooldown": 0.1, "optim.decay_steps": 5000,
+    "run.out_dir": "moved", "run.init_from": "x", "run.init_checkpoint": "latest",
+    "eval.windows": 3, "distributed.coordinator": "a:1", "distributed.num_processes": 2,
+    "distributed.process_id": 1, "log.wandb_project": "x", "log.wandb_entity": "x",
+    "log.wandb_name": "x", "mesh.data": 2,
+}  # fmt: skip
+
+
+def test_curve_diff_names_each_key_that_changes_the_curve_and_no_other():
+    base = command_line.validate(MINIMAL, "here")
+    only_choice = {"optim.name"} if base.optim.name == "adamw" else set()
+    seen = set()
+    for key, default in leaves(base).items():
+        if key in only_choice and key not in OTHER:
+            continue
+        value = OTHER.get(key)
+        if value is None:
+            value = not default if isinstance(default, bool) else default + 1
+        assert value != default, key
+        section, name = key.split(".")
+        part = getattr(base, section).model_copy(update={name: value})
+        lines = curve_diff(base, base.model_copy(update={section: part}))
+        compared = section in ("model", "batch", "data", "optim") or key == "run.seed"
+        expected = [f"{key}: {default} -> {value}"] if compared and key not in NEUTRAL else []
+        assert lines == expected, key
+        seen.add(key)
+    assert NEUTRAL <= seen
+
+
+def test_curve_diff_minds_the_weights_of_a_mixture_but_not_where_it_lies():
+    def config(path):
+        return command_line.validate({**MINIMAL, "data": {"path": path}}, "here")
+
+    stored = config({"a": 1, "b": 3})
+    assert curve_diff(stored, config({"/mnt/a": 10, "/mnt/b": 30})) == []
+    assert "data.path" in curve_diff(stored, config({"a": 3, "b": 1}))[0]
+    assert "data.path" in curve_diff(config("a"), stored)[0]
+
+
+# --- configs/
+
+SIZES = {  # n_layer, n_embd, block_size, vocabulary
+    "gpt2_124m": (12, 768, 1024, 50257),
+    "v3_8": (12, 768, 1024, 50257),
+    "v3_32": (12, 768, 1024, 50257),
+    "gpt2_medium": (24, 1024, 1024, 50257),
+    "gpt2_large": (36, 1280, 1024, 50257),
+    "gpt2_xl": (48, 1600, 1024, 50257),
+    "shakespeare_char": (6, 384, 256, 65),
+    "shakespeare_char_cpu": (4, 128, 64, 65),
+}
+PARAMETERS = {  # published figures, and the sum by hand for the characters
+    ("gpt2_124m", False): 124_337_664,
+    ("gpt2_124m", True): 124_439_808,
+    ("v3_8", False): 124_337_664,
+    ("v3_8", True): 124_439_808,
+    ("v3_32", False): 124_337_664,
+    ("v3_32", True): 124_439_808,
+    ("gpt2_medium", True): 354_823_168,
+    ("gpt2_large", True): 774_030_080,
+    ("gpt2_xl", True): 1_557_611_200,
+    ("shakespeare_char", False): 10_745_088,
+    ("shakespeare_char_cpu", False): 804_096,
+}
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_file_is_a_run_and_opens_with_four_lines_of_comment(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert all(line.startswith("# ") for line in lines[:4]) and not lines[4].startswith("#")
+    assert f"--config configs/{path.name}" in lines[3]
+    config = parse(f"--config={path}")
+    assert config.run.out_dir and config.data.path
+    assert "".join(lines[:4]).find("PENDING") == -1, "say (not measured) or measure it"
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in CONFIGS if p.stem in SIZES], ids=lambda path: path.stem
+)
+def test_config_file_has_the_expected_number_of_parameters(path):
+    model, size = parse(f"--config={path}").model, SIZES[path.stem]
+    assert (model.n_layer, model.n_embd, model.block_size) == size[:3]
+    count = parameter_count(ModelConfig(**{**model.model_dump(), "vocab_size": size[3]}))
+    assert count == gpt2_parameters(size[0], size[1], *size[2:], model.bias)
+    assert count == PARAMETERS.get((path.stem, model.bias), count)

@@ -1,0 +1,456 @@
+"""Token files against plain loops on real text: exact counts, order, packing, death half-way."""
+
+import bz2
+import gzip
+import hashlib
+import importlib.util
+import json
+import lzma
+import os
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from scalegpt import prepare
+from scalegpt.prepare import Corpus, write_dataset
+from scalegpt.tokenizer import char_tokenizer, load
+
+DATA = Path(__file__).resolve().parents[1] / "data"
+
+
+def script(name, *args, **options):
+    command = [sys.executable, str(DATA / name / "prepare.py"), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
+
+
+def module(name):
+    """The script as a module, for its functions."""
+    spec = importlib.util.spec_from_file_location(f"prepare_{name}", DATA / name / "prepare.py")
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def bins(folder):
+    meta = json.loads((folder / "meta.json").read_text())
+    return {s: np.fromfile(folder / f"{s}.bin", meta["dtype"]) for s in ("train", "val")}, meta
+
+
+def split_at(ids, mark):
+    """The documents of a token file, each without the mark that must end it."""
+    assert ids[-1] == mark
+    return [part[:-1].tolist() for part in np.split(ids, np.flatnonzero(ids == mark) + 1)[:-1]]
+
+
+def is_unprepared(folder):
+    return not {"train.bin", "val.bin", "meta.json"} & {p.name for p in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def shakespeare(shared_data):
+    return shared_data / "tinyshakespeare/input.txt"
+
+
+@pytest.fixture(scope="module")
+def wiki(shared_data):
+    """300 articles of Wikipedia."""
+    with lzma.open(shared_data / "wiki_en.jsonl.xz", "rt", encoding="utf-8") as file:
+        return [json.loads(line)["text"] for line, _ in zip(file, range(300), strict=False)]
+
+
+@pytest.fixture(scope="module")
+def wiki_jsonl(wiki, tmp_path_factory):
+    path = tmp_path_factory.mktemp("wiki") / "wiki.jsonl"
+    path.write_text("\n".join(json.dumps({"text": t, "id": 1}) for t in wiki), encoding="utf-8")
+    return path
+
+
+def corpus(texts, tokenizer="byte", **options):
+    """A corpus whose last document is for validation."""
+    splits = ["train"] * (len(texts) - 1) + ["val"]
+    return Corpus(load(tokenizer), zip(splits, texts, strict=True), 1000, **options)
+
+
+# --- the sets
+
+
+def test_shakespeare_char_has_nanogpts_tokens(shakespeare, tmp_path):
+    run = script("shakespeare_char", "--input", shakespeare, "--out", tmp_path)
+    assert run.returncode == 0, run.stderr
+    ids, meta = bins(tmp_path)
+    text = shakespeare.read_text("utf-8")
+    stoi = {c: i for i, c in enumerate(sorted(set(text)))}
+    assert meta["vocab_size"] == 65 and meta["dtype"] == "uint16" and meta["format"] == 1
+    assert (ids["train"].size, ids["val"].size) == (1_003_854, 111_540)
+    assert np.concatenate([ids["train"], ids["val"]]).tolist() == [stoi[c] for c in text]
+    assert load(meta["tokenizer"]).decode(ids["val"]) == text[1_003_854:]
+
+
+def test_shakespeare_has_nanogpts_tokens_and_meta_describes_them(shakespeare, tmp_path):
+    tiktoken = pytest.importorskip("tiktoken")
+    run = script("shakespeare", "--input", shakespeare, "--out", tmp_path)
+    assert run.returncode == 0, run.stderr
+    ids, meta = bins(tmp_path)
+    text = shakespeare.read_text("utf-8")
+    parts = {"train": text[: int(len(text) * 0.9)], "val": text[int(len(text) * 0.9) :]}
+    assert (ids["train"].size, ids["val"].size) == (301_966, 36_059)
+    for split, part in parts.items():
+        assert ids[split].tolist() == tiktoken.get_encoding("gpt2").encode_ordinary(part)
+        assert meta[split] == {
+            "tokens": ids[split].size,
+            "bytes": len(part.encode()),
+            "documents": 1,
+            "max_id": int(ids[split].max()),
+            "sha256": hashlib.sha256((tmp_path / f"{split}.bin").read_bytes()).hexdigest(),
+        }
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["meta.json", "train.bin", "val.bin"]
+    again = script("shakespeare", "--input", shakespeare, "--out", tmp_path)
+    assert again.returncode == 0 and "already prepared" in again.stdout
+    other = script("shakespeare", "--input", tmp_path / "meta.json", "--out", tmp_path)
+    assert other.returncode == 2 and "--force" in other.stderr
+
+
+def test_a_download_is_checked_and_kept(shakespeare, tmp_path, monkeypatch):
+    set_ = module("shakespeare")
+    monkeypatch.setattr(set_, "URL", shakespeare.as_uri())
+    assert set_.download(tmp_path / "input.txt") == shakespeare.read_bytes()
+    monkeypatch.setattr(set_, "URL", "http://127.0.0.1:9/gone")
+    assert set_.download(tmp_path / "input.txt") == shakespeare.read_bytes()
+    with pytest.raises(ValueError, match="cannot get http://127.0.0.1:9/gone.*--input"):
+        set_.download(tmp_path / "other.txt")
+    (tmp_path / "wrong").write_text("an error page")
+    monkeypatch.setattr(set_, "URL", (tmp_path / "wrong").as_uri())
+    with pytest.raises(ValueError, match="sha256"):
+        set_.download(tmp_path / "other.txt")
+    assert not (tmp_path / "other.txt").exists()
+
+
+def test_python_stdlib_needs_nothing_and_holds_out_whole_files(tmp_path):
+    start = time.monotonic()
+    runs = [  # two processes of one job that find the data missing at once
+        subprocess.Popen(
+            [sys.executable, str(DATA / "python_stdlib/prepare.py"), "--out", str(tmp_path)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    outputs = [run.communicate(timeout=60)[0] for run in runs]
+    assert time.monotonic() - start < 20
+    assert [run.returncode for run in runs] == [0, 0]
+    assert sorted("already prepared" in output for output in outputs) == [False, True]
+    ids, meta = bins(tmp_path)
+    texts = {s: bytes(ids[s].astype(np.uint8)).decode().removesuffix("\0").split("\0") for s in ids}
+    root = Path(sysconfig.get_path("stdlib"))
+    library = module("python_stdlib")
+    names = library.source_files(root)
+    assert {"os.py", "json/decoder.py"} <= {n.as_posix() for n in names}
+    assert not [n for n in names if {"test", "tests", "site-packages"} & set(n.parts)]
+    assert len(texts["train"]) + len(texts["val"]) == len(names)
+    assert set(texts["train"]).isdisjoint(set(texts["val"]) - {""})
+    assert (root / "os.py").read_text("utf-8") in texts["train"] + texts["val"]
+    share = meta["val"]["bytes"] / (meta["val"]["bytes"] + meta["train"]["bytes"])
+    assert 0.04 < share <= 0.051
+    assert meta["val"]["bytes"] == meta["val"]["tokens"] == ids["val"].size  # NUL is a byte too
+
+
+def test_openwebtext_is_nanogpts_split_and_tokens(wiki, tmp_path):
+    datasets = pytest.importorskip("datasets", reason="pip install 'scalegpt[data]'")
+    tiktoken = pytest.importorskip("tiktoken")
+    owt = module("openwebtext")
+    texts = wiki * 10  # 3,000 documents, so that .0005 of them are 2
+    dataset = datasets.Dataset.from_dict({"text": texts})
+    meta = write_dataset(tmp_path, lambda: owt.corpus(load("gpt2"), dataset), "wiki", 0, False)
+    bpe = tiktoken.get_encoding("gpt2")
+    parts = dataset.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
+    ids, _ = bins(tmp_path)
+    for split, part in (("train", parts["train"]), ("val", parts["test"])):
+        assert meta[split]["documents"] == len(part) == {"train": 2998, "val": 2}[split]
+        encoded = {text: bpe.encode_ordinary(text) for text in set(part["text"])}
+        expected = [i for text in part["text"] for i in [*encoded[text], 50256]]
+        assert ids[split].tolist() == expected
+
+
+def test_openwebtext_reads_local_parquet_as_jsonl(wiki, wiki_jsonl, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets", reason="pip install 'scalegpt[data]'")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    datasets.Dataset.from_dict({"text": wiki}).to_parquet(tmp_path / "a.parquet")
+    owt = module("openwebtext")
+    for pattern in (str(tmp_path / "*.parquet"), str(tmp_path), str(wiki_jsonl)):
+        assert list(owt.load_text(pattern, tmp_path)["text"]) == wiki
+    for pattern in (str(tmp_path / "cache/*"), "/nowhere"):
+        with pytest.raises(ValueError, match="found: none"):
+            owt.load_text(pattern, tmp_path)
+
+
+# --- own text
+
+
+def test_text_is_split_by_a_hash_and_tokenised_as_by_hand(wiki, wiki_jsonl, tmp_path):
+    tiktoken = pytest.importorskip("tiktoken")
+    options = ("--val-fraction", 0.1, "--seed", 7, "--out", tmp_path)
+    run = script("text", "--input", wiki_jsonl, *options)
+    assert run.returncode == 0, run.stderr
+    ids, meta = bins(tmp_path)
+
+    def to_val(text):
+        digest = hashlib.blake2b(text[:65536].encode(), key=b"7", digest_size=8).digest()
+        return int.from_bytes(digest, "big") < 0.1 * 2**64
+
+    bpe = tiktoken.get_encoding("gpt2")
+    for split, kept in (
+        ("train", [t for t in wiki if not to_val(t)]),
+        ("val", filter(to_val, wiki)),
+    ):
+        kept = list(kept)
+        assert split_at(ids[split], 50256) == [bpe.encode_ordinary(t) for t in kept]
+        assert meta[split]["bytes"] == sum(len(t.encode()) for t in kept)
+        assert meta[split]["documents"] == len(kept)
+    assert 15 <= meta["val"]["documents"] <= 45
+
+
+def test_packed_and_plain_and_reordered_text_is_the_same_data(wiki, wiki_jsonl, tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    raw = wiki_jsonl.read_bytes()
+    half = raw.index(b"\n", len(raw) // 2) + 1
+    frames = zstandard.ZstdCompressor().compress(raw[:half])
+    frames += zstandard.ZstdCompressor().compress(raw[half:])
+    packed = {
+        "gz": gzip.compress(raw[:half]) + gzip.compress(raw[half:]),
+        "xz": lzma.compress(raw),
+        "bz2": bz2.compress(raw),
+        "zst": frames,
+    }
+    text = module("text")
+    for suffix, content in packed.items():
+        path = tmp_path / f"wiki.jsonl.{suffix}"
+        path.write_bytes(content)
+        assert list(text.read_documents([path], "text", "strict")) == wiki, suffix
+        path.write_bytes(content[: len(content) * 2 // 3])
+        with pytest.raises(ValueError, match=f"cannot read .*wiki.jsonl.{suffix}"):
+            list(text.read_documents([path], "text", "strict"))
+        path.unlink()
+    folder = tmp_path / "plain" / "deep"
+    folder.mkdir(parents=True)
+    for i, article in enumerate(wiki):
+        (folder / f"{(i * 7) % 300:03}.md").write_bytes(article.encode())
+    (folder / ".hidden").write_bytes(b"\xff")
+    sides = []
+    for source in (wiki_jsonl, tmp_path / "plain", f"{tmp_path}/plain/**/*.md"):
+        files = text.find_files(str(source))
+        pairs = text.split_documents(files, "text", "strict", 0.1, 0)
+        sides.append({(split, "".join(chunks)) for split, chunks in pairs})
+    assert sides[0] == sides[1] == sides[2] and len(sides[0]) == len(set(wiki))
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "char", "gpt2"])
+def test_a_single_document_gives_its_end(shakespeare, tmp_path, tokenizer):
+    options = ("--tokenizer", tokenizer, "--val-fraction", 0.25, "--out", tmp_path / "out")
+    run = script("text", "--input", shakespeare, *options)
+    assert run.returncode == 0, run.stderr
+    ids, meta = bins(tmp_path / "out")
+    content = shakespeare.read_text("utf-8")
+    cut = int(len(content) * 0.75)
+    for split, part in (("train", content[:cut]), ("val", content[cut:])):
+        mark = load(meta["tokenizer"]).eot
+        found = ids[split] if mark is None else split_at(ids[split], mark)[0]
+        assert load(meta["tokenizer"]).decode(found) == part
+        assert meta[split]["bytes"] == len(part.encode()) + (tokenizer == "byte")
+
+
+def test_validation_text_of_its_own(tmp_path):
+    (tmp_path / "t.txt").write_text("to train")
+    (tmp_path / "v.txt").write_text("to validate")
+    run = script(
+        *("text", "--input", tmp_path / "t.txt", "--val-input", tmp_path / "v.txt"),
+        *("--tokenizer", "byte", "--out", tmp_path / "out"),
+    )
+    assert run.returncode == 0, run.stderr
+    ids, _ = bins(tmp_path / "out")
+    assert {s: bytes(i.tolist()) for s, i in ids.items()} == {
+        "train": b"to train\0",
+        "val": b"to validate\0",
+    }
+
+
+def test_a_tokenizer_json_is_kept_whole_in_meta(wiki, wiki_jsonl, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    model = tokenizers.ByteLevelBPETokenizer()
+    model.train_from_iterator(wiki[:50], vocab_size=600, special_tokens=["</s>"])
+    model.save(str(tmp_path / "mine.json"))
+    options = ("--tokenizer", tmp_path / "mine.json", "--val-fraction", 0.1)
+    run = script("text", "--input", wiki_jsonl, *options, "--out", tmp_path / "out")
+    assert run.returncode == 0, run.stderr
+    (tmp_path / "mine.json").unlink()
+    ids, meta = bins(tmp_path / "out")
+    texts = [load(meta["tokenizer"]).decode(t) for s in ids for t in split_at(ids[s], 0)]
+    assert meta["vocab_size"] == 600 and sorted(texts) == sorted(wiki)
+
+
+def test_bad_utf8_is_named_with_its_place_or_replaced(tmp_path):
+    path = tmp_path / "bad.txt"
+    offset = (1 << 20) + 1  # behind the first block read, whose end cuts a character in two
+    path.write_bytes(b"a" * ((1 << 20) - 1) + "é".encode() + b"\xffb")
+    text = module("text")
+    with pytest.raises(ValueError, match=f"bad.txt is not UTF-8: byte 0xff at offset {offset}"):
+        "".join(next(text.read_documents([path], "text", "strict")))
+    found = "".join(next(text.read_documents([path], "text", "replace")))
+    assert found == "a" * ((1 << 20) - 1) + "é\ufffdb"
+    (tmp_path / "half.jsonl").write_text('{"text": "a\\ud800b"}')
+    with pytest.raises(ValueError, match="half.jsonl, line 1"):
+        list(text.read_documents([tmp_path / "half.jsonl"], "text", "strict"))
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ([], "--input is missing"),
+        (["--input", "nowhere.txt"], "'nowhere.txt'"),
+        (["--input", "empty.txt"], "no text in empty.txt"),
+        (["--input", "a.jsonl", "--key", "body"], "line 1: no text under --key 'body' in ['text']"),
+        (["--input", "a.jsonl", "--tokenizer", "gpt5"], "'gpt5'"),
+        (["--input", "a.jsonl", "--val-fraction", "1"], "between 0 and 1, got 1.0"),
+        (["--input", "a.jsonl", "--tokenizer", "byte"], "the val split is empty"),
+        (["--input", "torn.jsonl"], "torn.jsonl, line 2 is not JSON"),
+        (["--input", "torn.gz"], "cannot read torn.gz"),
+        (["--input", "a.jsonl", "--out", "."], "--out . holds input files"),
+    ],
+)
+def test_a_users_mistake_is_told_without_a_traceback(tmp_path, args, message):
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"text": "two"}\n')
+    (tmp_path / "torn.jsonl").write_text('{"text": "one"}\n{"te')
+    (tmp_path / "torn.gz").write_bytes(b"no gzip")
+    run = script("text", "--out", "out", *args, cwd=tmp_path)
+    assert run.returncode == 2 and "Traceback" not in run.stderr
+    assert run.stderr.startswith("error: ") and message in run.stderr
+    assert not (tmp_path / "out").exists() or is_unprepared(tmp_path / "out")
+
+
+# --- the writer
+
+
+def test_workers_do_not_change_the_files(shakespeare, wiki, tmp_path):
+    texts = [shakespeare.read_text("utf-8")[i:] for i in range(8)] + [*wiki, "", "end"]
+
+    def build():
+        splits = ("val" if i % 9 == 4 else "train" for i in range(len(texts)))
+        return Corpus(load("gpt2"), zip(splits, texts, strict=True), 10**6)
+
+    assert len(list(prepare._batches(build()))) > 5  # more than are encoded ahead
+    metas = [write_dataset(tmp_path / str(n), build, "x", n, False) for n in (0, 2)]
+    assert metas[0] == metas[1]
+    for name in ("train.bin", "val.bin", "meta.json"):
+        assert (tmp_path / "0" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_chunks_of_a_document_have_the_tokens_of_the_whole(shakespeare, size):
+    """GPT-2's pieces may not be cut anywhere: white space looks ahead."""
+    nasty = "a  b\n\n\nc \n d\t\te\u00a0 f\x1c g\u3000\n h's 'll   12 34\r\n\r\n  !?  "
+    text = nasty + shakespeare.read_text("utf-8")[: 60 * size] + nasty
+    chunks = [text[i : i + size] for i in range(0, len(text), size)]
+    tokenizer = load("gpt2")
+    pieces = list(prepare._pieces(chunks))
+    assert "".join(piece for piece, _ in pieces) == text and len(pieces) > 3
+    assert [last for _, last in pieces] == [False] * (len(pieces) - 1) + [True]
+    whole = tokenizer.encode(text).tolist()
+    assert np.concatenate([tokenizer.encode(piece) for piece, _ in pieces]).tolist() == whole
+    assert np.concatenate([tokenizer.encode(chunk) for chunk in chunks]).tolist() != whole
+
+
+def test_more_than_65536_ids_are_uint32(tmp_path):
+    chars = "".join(map(chr, range(0x10000, 0x10000 + 65537)))
+    for n, dtype in ((65536, "uint16"), (65537, "uint32")):
+        documents = [("train", chars[:n]), ("val", chars[n - 1])]
+        meta = write_dataset(
+            *(tmp_path / dtype, lambda d=documents, c=chars[:n]: Corpus(char_tokenizer([c]), d, 9)),
+            *("x", 0, False),
+        )
+        assert meta["dtype"] == dtype and meta["train"]["max_id"] == n - 1
+        ids, _ = bins(tmp_path / dtype)
+        assert ids["train"].tolist() == list(range(n)) and ids["val"].tolist() == [n - 1]
+
+
+def test_without_separation_no_mark_is_set(tmp_path):
+    write_dataset(tmp_path, lambda: corpus(["ab", "c", "d"], separate=False), "x", 0, False)
+    ids, meta = bins(tmp_path)
+    assert ids["train"].tolist() == [97, 98, 99] and meta["train"]["documents"] == 2
+
+
+def test_what_is_there_is_kept_until_the_new_is_whole(tmp_path):
+    first = write_dataset(tmp_path, lambda: corpus(["a", "b"]), "one", 0, False)
+    assert write_dataset(tmp_path, pytest.fail, "one", 0, False) == first
+    with pytest.raises(ValueError, match="holds 'one', not 'two'"):
+        write_dataset(tmp_path, pytest.fail, "two", 0, False)
+
+    def broken():
+        yield "c" * (1 << 21)
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="gone"):
+        write_dataset(tmp_path, lambda: corpus([broken(), "d"]), "two", 0, True)
+    assert bins(tmp_path)[1] == first and not list(tmp_path.glob("*.partial"))
+    second = write_dataset(tmp_path, lambda: corpus(["c", "d"]), "two", 0, True)
+    assert bins(tmp_path)[0]["train"].tolist() == [99, 0] and second["source"] == "two"
+    with open(tmp_path / "train.bin", "ab") as file:
+        file.write(b"\0")  # no longer what meta.json says
+    assert write_dataset(tmp_path, lambda: corpus(["c", "d"]), "two", 0, False) == second
+    assert (tmp_path / "train.bin").stat().st_size == 4
+
+
+def test_too_little_disk_is_told_before_anything_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1999}))
+    with pytest.raises(ValueError, match="2,000 bytes needed, 1,999 free"):
+        write_dataset(tmp_path, lambda: corpus(["a", "b"]), "x", 0, False)
+    assert is_unprepared(tmp_path) and "MB needed" in capsys.readouterr().out
+
+
+KILLED = """
+import multiprocessing, sys, time
+from pathlib import Path
+from scalegpt.prepare import Corpus, write_dataset
+from scalegpt.tokenizer import load
+
+def documents():
+    for i in range(1000):
+        if i == 20:
+            print(*(p.pid for p in multiprocessing.active_children()), flush=True)
+            time.sleep(60)
+        yield "val" if i % 5 else "train", "text " * 100_000
+
+if __name__ == "__main__":
+    write_dataset(Path("out"), lambda: Corpus(load("byte"), documents(), 1000), "x", 2, False)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads process states in /proc")
+def test_a_killed_run_leaves_nothing_whole_and_no_workers(tmp_path):
+    (tmp_path / "killed.py").write_text(KILLED)
+    run = subprocess.Popen(
+        [sys.executable, "killed.py"], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    )
+    run.stdout.readline()  # disk
+    workers = [int(pid) for pid in run.stdout.readline().split()]
+    out = tmp_path / "out"
+    assert len(workers) == 2 and (out / "train.bin.partial").stat().st_size > 0
+    os.kill(run.pid, signal.SIGKILL)
+    run.wait()
+    assert is_unprepared(out)
+
+    def lives(pid):
+        stat = Path(f"/proc/{pid}/stat")
+        return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+    deadline = time.monotonic() + 10
+    while any(map(lives, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(lives, workers))
+    write_dataset(out, lambda: corpus(["a", "b"]), "x", 0, False)
+    assert sorted(p.name for p in out.iterdir()) == ["meta.json", "train.bin", "val.bin"]

@@ -1,0 +1,194 @@
+"""Tokenizers against second implementations: tiktoken itself, dictionaries, Python's codecs."""
+
+import hashlib
+import json
+import lzma
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from scalegpt.tokenizer import char_tokenizer, load
+
+UNICODE = (
+    "naïve façade — Ελλάδα 漢字かな 🙂👩‍👩‍👧 e\u0301\r\n\t  x  \u00a0\u3000 y<|endoftext|>z\n\n\n"
+)
+GPT2_FILES = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+
+
+@pytest.fixture(scope="module")
+def wiki(shared_data):
+    """200 articles of Wikipedia."""
+    with lzma.open(shared_data / "wiki_en.jsonl.xz", "rt", encoding="utf-8") as file:
+        return [json.loads(line)["text"] for line, _ in zip(file, range(200), strict=False)]
+
+
+@pytest.fixture(scope="module")
+def bpe(shared_data):
+    tiktoken = pytest.importorskip("tiktoken")
+    return tiktoken.get_encoding("gpt2")
+
+
+@pytest.fixture(scope="module")
+def tokenizer_json(shared_data, tmp_path_factory):
+    """GPT-2's vocabulary and merges as a Hugging Face tokenizer.json."""
+    tokenizers = pytest.importorskip("tokenizers")
+
+    def cached(name):
+        return (
+            shared_data / "tiktoken_cache" / hashlib.sha1((GPT2_FILES + name).encode()).hexdigest()
+        )
+
+    vocab = json.loads(cached("encoder.json").read_text("utf-8"))
+    merges = [tuple(m.split(" ")) for m in cached("vocab.bpe").read_text("utf-8").split("\n")[1:-1]]
+    model = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    model.add_special_tokens(["<|endoftext|>"])
+    model.enable_truncation(8)  # what a file may ask for, and data must not suffer
+    model.enable_padding(length=8)
+    path = tmp_path_factory.mktemp("hf") / "tokenizer.json"
+    path.write_text(model.to_str(), encoding="utf-8")
+    return path
+
+
+def all_kinds(tokenizer_json):
+    return [load("gpt2"), load("byte"), char_tokenizer([UNICODE]), load(str(tokenizer_json))]
+
+
+def test_gpt2_is_tiktokens(wiki, bpe):
+    tokenizer = load("gpt2")
+    assert (tokenizer.name, tokenizer.vocab_size, tokenizer.eot) == ("gpt2", 50257, 50256)
+    for text in [UNICODE, "", *wiki]:
+        ids = tokenizer.encode(text)
+        assert ids.dtype == np.int32 and ids.tolist() == bpe.encode_ordinary(text)
+        assert tokenizer.decode(ids) == text
+    assert 50256 not in tokenizer.encode(UNICODE)
+
+
+@pytest.mark.parametrize("text", [UNICODE, "<|endoftext|>", "<|endoftext|><|endoftext|>a", "", "a"])
+def test_prompt_of_gpt2_is_tiktokens_with_special_tokens(text, bpe):
+    expected = bpe.encode(text, allowed_special="all")
+    assert load("gpt2").encode_prompt(text).tolist() == expected
+
+
+def test_prompt_without_an_eot_is_plain_text():
+    tokenizer = char_tokenizer(["<|endoftext|>"])
+    assert tokenizer.encode_prompt("<|endoftext|>").tolist() == [
+        sorted(set("<|endoftext|>")).index(c) for c in "<|endoftext|>"
+    ]
+    assert load("byte").encode_prompt("a<|endoftext|>b").tolist() == [97, 0, 98]
+
+
+def test_byte_is_utf8(wiki):
+    tokenizer = load("byte")
+    assert (tokenizer.vocab_size, tokenizer.eot) == (256, 0)
+    for text in [UNICODE, "", *wiki]:
+        assert tokenizer.encode(text).tolist() == list(text.encode("utf-8"))
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_decode_of_partial_utf8_is_the_replacement_character(bpe):
+    cut = "é🙂".encode()[:-1]
+    assert load("byte").decode(list(cut)) == "é\ufffd"
+    half = load("gpt2").encode("🙂")[:1]
+    assert load("gpt2").decode(half) == bpe.decode(half.tolist()) == "\ufffd"
+
+
+def test_char_is_a_dictionary(shared_data):
+    text = (shared_data / "tinyshakespeare/input.txt").read_text("utf-8")
+    tokenizer = char_tokenizer(text[i : i + 1000] for i in range(0, len(text), 1000))
+    stoi = {c: i for i, c in enumerate(sorted(set(text)))}
+    assert tokenizer.vocab_size == 65 and tokenizer.eot is None
+    assert tokenizer.encode(text[:50_000]).tolist() == [stoi[c] for c in text[:50_000]]
+    assert tokenizer.decode(tokenizer.encode(text[:50_000])) == text[:50_000]
+
+
+@pytest.mark.parametrize(
+    "text, named", [("ab~", "'~' (U+007E)"), ("🙂a", "'🙂' (U+1F642)"), ("a\x00", "'\\x00'")]
+)
+def test_char_names_an_unknown_character(text, named):
+    with pytest.raises(ValueError) as error:
+        char_tokenizer(["abc"]).encode(text)
+    assert named in str(error.value)
+
+
+def test_char_refuses_an_empty_or_double_vocabulary():
+    for chars in ("", "aba"):
+        with pytest.raises(ValueError, match="distinct"):
+            load({"kind": "char", "chars": chars})
+
+
+def test_tokenizer_json_of_gpt2_is_tiktokens(tokenizer_json, wiki, bpe):
+    tokenizer = load(str(tokenizer_json))
+    assert (tokenizer.vocab_size, tokenizer.eot, tokenizer.piecewise) == (50257, 50256, False)
+    for text in [UNICODE, "", *wiki[:50]]:
+        assert tokenizer.encode(text).tolist() == bpe.encode_ordinary(text)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode_prompt(UNICODE).tolist() == bpe.encode(UNICODE, allowed_special="all")
+    assert tokenizer.decode([50256, 64]) == "<|endoftext|>a"
+
+
+def test_a_spec_makes_the_same_tokenizer_without_its_file(tokenizer_json, tmp_path):
+    copy = tmp_path / "mine.json"
+    copy.write_bytes(tokenizer_json.read_bytes())
+    tokenizers = [*all_kinds(tokenizer_json)[:3], load(str(copy))]
+    copy.unlink()
+    for tokenizer in tokenizers:
+        again = load(json.loads(json.dumps(tokenizer.spec())))
+        for field in ("name", "vocab_size", "eot", "piecewise"):
+            assert getattr(again, field) == getattr(tokenizer, field)
+        assert again.spec() == tokenizer.spec()
+        np.testing.assert_array_equal(again.encode(UNICODE), tokenizer.encode(UNICODE))
+        assert again.decode(again.encode(UNICODE)) == UNICODE
+
+
+def test_decode_refuses_an_id_outside_the_vocabulary(tokenizer_json):
+    for tokenizer in all_kinds(tokenizer_json):
+        for bad in (-1, tokenizer.vocab_size, 50303 + tokenizer.vocab_size):
+            with pytest.raises(ValueError, match=f"token id {bad} is outside"):
+                tokenizer.decode([0, bad])
+        assert tokenizer.decode([]) == ""
+
+
+@pytest.mark.parametrize("spec", ["gpt3", "char", "", {"kind": "char"}, {"vocab": 3}, {}])
+def test_load_refuses_what_it_does_not_know(spec):
+    with pytest.raises(ValueError, match="no tokenizer .*gpt2, byte"):
+        load(spec)
+
+
+def test_load_names_a_file_that_is_no_tokenizer(tmp_path):
+    pytest.importorskip("tokenizers")
+    for content in ("{}", "not JSON", '{"model": 3}'):
+        (tmp_path / "t.json").write_text(content)
+        with pytest.raises(ValueError, match="t.json is not a Hugging Face tokenizer.json"):
+            load(str(tmp_path / "t.json"))
+
+
+def test_a_missing_package_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    (tmp_path / "t.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"scalegpt\[data\]"):
+        load(str(tmp_path / "t.json"))
+
+
+def test_gpt2_without_cache_or_network_says_what_to_do(tmp_path):
+    code = (
+        "from scalegpt.tokenizer import load\ntry: load('gpt2')\nexcept ValueError as e: print(e)"
+    )
+    nowhere = {"TIKTOKEN_CACHE_DIR": str(tmp_path), "HTTPS_PROXY": "http://127.0.0.1:9"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | nowhere, capture_output=True, text=True
+    )
+    assert run.returncode == 0 and "TIKTOKEN_CACHE_DIR" in run.stdout, run.stderr
+
+
+def test_importing_loads_no_tokenizer_package_and_no_jax():
+    code = (
+        "import sys, scalegpt.tokenizer, scalegpt.prepare\n"
+        "print(sorted({'tiktoken', 'tokenizers', 'datasets', 'jax'} & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout == "[]\n", run.stderr
