@@ -53,20 +53,21 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
-        self._asked = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._notice)
+        self._asked, self._alone = False, jax.process_count() == 1
+        signal.signal(signal.SIGINT, self._notice)
+        if self._alone:  # else jax.distributed watches for SIGTERM, in all processes together
+            signal.signal(signal.SIGTERM, self._notice)
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
         signal.signal(number, signal.SIG_DFL)
         name = signal.Signals(number).name
         print(f"\n{name}: saving after this step; once more to leave at once", file=sys.stderr)
+        if not self._alone:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def reached(self, step: int) -> bool:
-        """Whether to stop after `step`: the same answer in every process."""
-        if jax.process_count() == 1:
+        """Whether to stop after `step`: the same answer in every process, without waiting."""
+        if self._alone:
             return self._asked
-        # Also true on a maintenance notice; it lets all processes agree on one step.
-        agreed = multihost_utils.reached_preemption_sync_point(step)
-        return agreed or bool(multihost_utils.process_allgather(self._asked).any())
+        return multihost_utils.reached_preemption_sync_point(step)

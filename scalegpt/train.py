@@ -178,8 +178,9 @@ def open_datasets(config: Config) -> list[Dataset]:
     """Open and check every data set, preparing what is missing if the config says so."""
     datasets = []
     for path in config.data.weights:
-        script, bins = Path(path, "prepare.py"), [Path(path, f"{s}.bin") for s in ("train", "val")]
-        if config.data.prepare and script.is_file() and not all(b.is_file() for b in bins):
+        script = Path(path, "prepare.py")
+        whole = all(Path(path, name).is_file() for name in ("train.bin", "val.bin", "meta.json"))
+        if config.data.prepare and script.is_file() and not whole:
             if subprocess.run([sys.executable, str(script)]).returncode:
                 raise ValueError(f"{script} could not prepare the data, see above")
         dataset = open_dataset(path, config.data.cache_dir)

@@ -1,6 +1,7 @@
 """Token files against plain loops on real text: exact counts, order, packing, death half-way."""
 
 import bz2
+import dataclasses
 import gzip
 import hashlib
 import importlib.util
@@ -316,7 +317,7 @@ def test_bad_utf8_is_named_with_its_place_or_replaced(tmp_path):
         (["--input", "a.jsonl", "--key", "body"], "line 1: no text under --key 'body' in ['text']"),
         (["--input", "a.jsonl", "--tokenizer", "gpt5"], "'gpt5'"),
         (["--input", "a.jsonl", "--val-fraction", "1"], "between 0 and 1, got 1.0"),
-        (["--input", "a.jsonl", "--tokenizer", "byte"], "the val split is empty"),
+        (["--input", "a.jsonl"], "the val split is empty"),
         (["--input", "torn.jsonl"], "torn.jsonl, line 2 is not JSON"),
         (["--input", "torn.gz"], "cannot read torn.gz"),
         (["--input", "a.jsonl", "--out", "."], "--out . holds input files"),
@@ -327,7 +328,7 @@ def test_a_users_mistake_is_told_without_a_traceback(tmp_path, args, message):
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"text": "two"}\n')
     (tmp_path / "torn.jsonl").write_text('{"text": "one"}\n{"te')
     (tmp_path / "torn.gz").write_bytes(b"no gzip")
-    run = script("text", "--out", "out", *args, cwd=tmp_path)
+    run = script("text", "--out", "out", "--tokenizer", "byte", *args, cwd=tmp_path)
     assert run.returncode == 2 and "Traceback" not in run.stderr
     assert run.stderr.startswith("error: ") and message in run.stderr
     assert not (tmp_path / "out").exists() or is_unprepared(tmp_path / "out")
@@ -353,7 +354,8 @@ def test_workers_do_not_change_the_files(shakespeare, wiki, tmp_path):
 @pytest.mark.parametrize("size", [1, 7, 1000])
 def test_chunks_of_a_document_have_the_tokens_of_the_whole(shakespeare, size):
     """GPT-2's pieces may not be cut anywhere: white space looks ahead."""
-    nasty = "a  b\n\n\nc \n d\t\te\u00a0 f\x1c g\u3000\n h's 'll   12 34\r\n\r\n  !?  "
+    nasty = "a  b\n\n\nc \n d\t\te\u00a0 f\x1c g\u3000\n h's 'll   12 34\r\n\r\n  !?  x"
+    nasty += " \u00a0" * 8 + "\ty"  # of these, several together are one token
     text = nasty + shakespeare.read_text("utf-8")[: 60 * size] + nasty
     chunks = [text[i : i + size] for i in range(0, len(text), size)]
     tokenizer = load("gpt2")
@@ -363,6 +365,13 @@ def test_chunks_of_a_document_have_the_tokens_of_the_whole(shakespeare, size):
     whole = tokenizer.encode(text).tolist()
     assert np.concatenate([tokenizer.encode(piece) for piece, _ in pieces]).tolist() == whole
     assert np.concatenate([tokenizer.encode(chunk) for chunk in chunks]).tolist() != whole
+
+
+def test_a_document_stays_whole_for_a_tokenizer_that_cuts_unknown_ways():
+    tokenizer = dataclasses.replace(load("byte"), piecewise=False)
+    documents = [("train", iter(["one ", "two", " three"])), ("val", "four")]
+    batches = list(prepare._batches(Corpus(tokenizer, documents, 1)))
+    assert batches == [[("train", "one two three", True), ("val", "four", True)]]
 
 
 def test_more_than_65536_ids_are_uint32(tmp_path):
@@ -403,6 +412,24 @@ def test_what_is_there_is_kept_until_the_new_is_whole(tmp_path):
         file.write(b"\0")  # no longer what meta.json says
     assert write_dataset(tmp_path, lambda: corpus(["c", "d"]), "two", 0, False) == second
     assert (tmp_path / "train.bin").stat().st_size == 4
+
+
+@pytest.mark.parametrize("renamed", [0, 1, 2])
+def test_dying_between_renames_leaves_no_mixture(tmp_path, monkeypatch, renamed):
+    write_dataset(tmp_path, lambda: corpus(["a", "b"]), "old", 0, False)
+    replace, calls = os.replace, iter(range(9))
+
+    def die(source, target):
+        if next(calls) == renamed:
+            raise OSError("killed here")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", die)
+    with pytest.raises(OSError, match="killed here"):
+        write_dataset(tmp_path, lambda: corpus(["cc", "dd"]), "new", 0, True)
+    bins_there = {p.name: p.stat().st_size for p in tmp_path.glob("*.bin")}
+    assert not (tmp_path / "meta.json").exists()
+    assert bins_there in ({"train.bin": 4}, {"train.bin": 6}, {"train.bin": 6, "val.bin": 6})
 
 
 def test_too_little_disk_is_told_before_anything_is_written(tmp_path, monkeypatch, capsys):

@@ -1,0 +1,701 @@
+"""The model against GPT-2 written in NumPy float64, against Hugging Face, and its promises."""
+
+import math
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT
+from jax.extend.core import jaxprs_in_params
+
+from scalegpt import model as model_module
+from scalegpt import sharding, step
+from scalegpt.command_line import validate
+from scalegpt.config import ModelConfig
+from scalegpt.flops import parameter_count
+from scalegpt.model import GPT, constrain, dropout, logits, rotary_tables, rotate
+
+TINY = dict(n_layer=2, n_head=3, n_embd=12, block_size=10, vocab_size=50, vocab_multiple=16)
+
+
+def gpt(dtype="float32", **keys):
+    return GPT(ModelConfig(**{**TINY, **keys}), jnp.dtype(dtype), "xla")
+
+
+def initial(model, seed=0):
+    def init(key):
+        return nn.unbox(model.init(key, jnp.zeros((1, 1), jnp.int32))["params"])
+
+    return jax.jit(init)(jax.random.key(seed))
+
+
+def away_from_initial(params, seed=1):
+    """Every leaf moved, so that a bias or a scale that is not used shows."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: x + 0.2 * rng.normal(size=x.shape).astype(np.float32), params)
+
+
+def all_logits(model, params, tokens):
+    hidden = model.apply({"params": params}, tokens)
+    return logits(hidden, params["wte"], model.config.vocab_size)
+
+
+def some_tokens(rows=3, length=10, vocab=50, seed=0):
+    return np.random.default_rng(seed).integers(0, vocab, (rows, length)).astype(np.int32)
+
+
+def equations(jaxpr):
+    """Every equation of a jaxpr, those of its inner jaxprs included."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jaxprs_in_params(eqn.params):
+            yield from equations(inner)
+
+
+def named(tree) -> dict:
+    paths = jax.tree_util.tree_leaves_with_path(tree)
+    return {"/".join(key.key for key in path): leaf for path, leaf in paths}
+
+
+# --- the forward pass
+
+
+def numpy_gpt(c: ModelConfig, params, tokens):
+    """Logits [B, T, vocab_size] of GPT-2 in float64."""
+    p = {k: np.asarray(v, np.float64) for k, v in named(params).items()}
+    erf = np.vectorize(math.erf)
+
+    def norm(x, name, layer=None):
+        scale, bias = (p.get(f"{name}/{k}") for k in ("scale", "bias"))
+        pick = (lambda a: a) if layer is None else (lambda a: a[layer])
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        return x * pick(scale) + (0 if bias is None else pick(bias))
+
+    def linear(x, name, layer):
+        """The last axis of x against the kernel as a matrix."""
+        kernel = p[f"{name}_kernel"][layer].reshape(x.shape[-1], -1)
+        bias = p.get(f"{name}_bias")
+        return x @ kernel + (0 if bias is None else bias[layer].reshape(-1))
+
+    def turn(x):
+        """RoPE as a complex rotation: entry j is the real part, j + K/2 the imaginary one."""
+        if c.position != "rope":
+            return x
+        half = c.head_dim // 2
+        z = x[..., :half] + 1j * x[..., half:]
+        t, j = np.arange(x.shape[1]), np.arange(half)
+        z = z * np.exp(1j * t[:, None] * c.rope_base ** (-2 * j / c.head_dim))[:, None, :]
+        return np.concatenate([z.real, z.imag], -1)
+
+    def gelu(x):
+        if c.activation == "gelu":
+            return x * 0.5 * (1 + erf(x / math.sqrt(2)))
+        return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+    b, t = tokens.shape
+    x = p["wte"][tokens]
+    if c.position == "learned":
+        x = x + p["wpe"][:t]
+    for i in range(c.n_layer):
+        qkv = linear(norm(x, "h/ln_1", i), "h/attn/qkv", i)
+        q, k, v = np.moveaxis(qkv.reshape(b, t, 3, c.n_head, c.head_dim), 2, 0)
+        scores = np.einsum("bthk,bshk->bhts", turn(q), turn(k)) / math.sqrt(c.head_dim)
+        scores = np.where(np.tri(t, dtype=bool), scores, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        y = np.einsum("bhts,bshk->bthk", weights, v).reshape(b, t, -1)
+        x = x + linear(y, "h/attn/proj", i)
+        x = x + linear(gelu(linear(norm(x, "h/ln_2", i), "h/mlp/up", i)), "h/mlp/down", i)
+    return norm(x, "ln_f") @ p["wte"][: c.vocab_size].T
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"activation": "gelu"},
+        {"position": "rope"},
+        {"position": "rope", "rope_base": 50.0, "n_head": 2, "activation": "gelu"},
+    ],
+    ids=str,
+)
+def test_forward_matches_numpy(keys, bias):
+    model = gpt(bias=bias, **keys)
+    params = away_from_initial(initial(model))
+    tokens = some_tokens()
+    want = numpy_gpt(model.config, params, tokens)
+    got = jax.jit(lambda p, x: all_logits(model, p, x))(params, tokens)[..., :50]
+    assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
+    assert np.abs(want).max() > 1  # so that the comparison means something
+
+
+def test_the_two_gelus_and_the_two_positions_are_not_the_same():
+    params = away_from_initial(initial(gpt()))
+    tokens = some_tokens()
+    base = all_logits(gpt(), params, tokens)[..., :50]
+    assert np.abs(all_logits(gpt(activation="gelu"), params, tokens)[..., :50] - base).max() > 1e-4
+    assert np.abs(all_logits(gpt(position="rope"), params, tokens)[..., :50] - base).max() > 0.1
+
+
+def test_fault_10_learned_positions_are_used():
+    model = gpt()
+    params = away_from_initial(initial(model))
+    other = {**params, "wpe": params["wpe"][::-1]}
+    tokens = some_tokens()
+    assert np.abs(all_logits(model, params, tokens) - all_logits(model, other, tokens)).max() > 0.1
+
+
+def test_rotation_depends_on_the_distance_only():
+    cos, sin = rotary_tables(1024, 64, 10000.0)
+    q, k = np.random.default_rng(0).normal(size=(2, 64)).astype(np.float32)
+    everywhere = [rotate(jnp.tile(x, (1, 1024, 1, 1)), cos, sin)[0, :, 0] for x in (q, k)]
+    for distance in (0, 1, 77, 500):
+        products = (everywhere[0][distance:] * everywhere[1][: 1024 - distance]).sum(-1)
+        np.testing.assert_allclose(products, products[0], atol=1e-4)
+    np.testing.assert_allclose(everywhere[0][0], q)  # position 0 does not turn
+
+
+@pytest.mark.parametrize("activation", ["gelu_new", "gelu"])
+def test_forward_matches_hugging_face(activation):
+    torch = pytest.importorskip("torch", reason="the second opinion on GPT-2 needs torch")
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    theirs = GPT2LMHeadModel(
+        GPT2Config(n_layer=2, n_head=3, n_embd=12, n_positions=10, vocab_size=50,
+                   activation_function=activation, attn_implementation="eager")
+    ).double().eval()  # fmt: skip
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    weights = {k: v.numpy() for k, v in theirs.state_dict().items()}
+
+    def stacked(name, *shape):
+        layers = [weights[f"transformer.h.{i}.{name}"].reshape(shape or (-1,)) for i in range(2)]
+        return jnp.asarray(np.stack(layers), jnp.float32)
+
+    def norm(name):
+        return {"scale": stacked(f"{name}.weight"), "bias": stacked(f"{name}.bias")}
+
+    wte = jnp.zeros((64, 12)).at[:50].set(weights["transformer.wte.weight"])
+    params = {
+        "wte": wte,
+        "wpe": jnp.asarray(weights["transformer.wpe.weight"], jnp.float32),
+        "h": {
+            "ln_1": norm("ln_1"),
+            "ln_2": norm("ln_2"),
+            "attn": {
+                "qkv_kernel": stacked("attn.c_attn.weight", 12, 3, 3, 4),
+                "qkv_bias": stacked("attn.c_attn.bias", 3, 3, 4),
+                "proj_kernel": stacked("attn.c_proj.weight", 3, 4, 12),
+                "proj_bias": stacked("attn.c_proj.bias"),
+            },
+            "mlp": {
+                "up_kernel": stacked("mlp.c_fc.weight", 12, 48),
+                "up_bias": stacked("mlp.c_fc.bias"),
+                "down_kernel": stacked("mlp.c_proj.weight", 48, 12),
+                "down_bias": stacked("mlp.c_proj.bias"),
+            },
+        },
+        "ln_f": {
+            "scale": jnp.asarray(weights["transformer.ln_f.weight"], jnp.float32),
+            "bias": jnp.asarray(weights["transformer.ln_f.bias"], jnp.float32),
+        },
+    }
+    model = gpt(bias=True, activation="gelu" if activation == "gelu" else "gelu_tanh")
+    assert jax.tree.map(jnp.shape, initial(model)) == jax.tree.map(jnp.shape, params)
+    tokens = some_tokens()
+    want = theirs(torch.tensor(tokens, dtype=torch.long)).logits.detach().numpy()
+    got = all_logits(model, params, tokens)[..., :50]
+    assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
+
+
+def test_no_position_sees_a_later_one():
+    model = gpt()
+    params, tokens = away_from_initial(initial(model)), some_tokens(1)
+    out, pullback = jax.vjp(
+        jax.jit(lambda wpe: model.apply({"params": {**params, "wpe": wpe}}, tokens)), params["wpe"]
+    )
+    direction = jax.random.normal(jax.random.key(0), out.shape[-1:])
+    for t in range(10):
+        reached = np.abs(pullback(jnp.zeros_like(out).at[0, t].set(direction))[0]).max(-1)
+        assert (reached[t + 1 :] == 0).all(), f"{t} sees a later position"
+        assert (reached[: t + 1] > 0).all(), f"{t} misses an earlier position"
+
+
+def test_with_rope_no_position_sees_a_later_one():
+    model = gpt(position="rope")
+    params, tokens = away_from_initial(initial(model)), some_tokens(1)
+    apply = jax.jit(lambda x: model.apply({"params": params}, x))
+    base = np.asarray(apply(tokens))
+    for t in (1, 5, 9):
+        other = tokens.copy()
+        other[0, t] = (other[0, t] + 1) % 50
+        changed = (np.asarray(apply(other)) != base).any(-1)[0]
+        assert not changed[:t].any() and changed[t:].all()
+
+
+def test_more_tokens_than_block_size_is_an_error():
+    model = gpt()
+    with pytest.raises(ValueError, match="11 tokens are more than model.block_size=10"):
+        jax.eval_shape(model.apply, {"params": initial(model)}, jnp.zeros((1, 11), jnp.int32))
+
+
+# --- initialisation
+
+
+def test_fault_25_initialisation_is_gpt2s():
+    """N(0, 0.02); the two projections into the residual stream 0.02 / sqrt(2 L); no fan-in."""
+    L, D = 8, 128
+    model = gpt(n_layer=L, n_head=4, n_embd=D, block_size=256, vocab_size=500, bias=True)
+    params = named(initial(model))
+    for name, x in params.items():
+        if name.endswith("scale"):
+            assert (x == 1).all(), name
+        elif name.endswith("bias"):
+            assert (x == 0).all(), name
+        else:
+            std = 0.02 / math.sqrt(2 * L) if "proj" in name or "down" in name else 0.02
+            layers = np.asarray(x).reshape(L, -1) if name.startswith("h/") else x.reshape(1, -1)
+            # 5 sigma of an estimate from n draws.
+            error = 5 * std / math.sqrt(2 * layers.shape[1])
+            assert np.abs(layers.std(1) - std).max() < error, name
+            assert np.abs(layers.mean(1)).max() < 5 * std / math.sqrt(layers.shape[1]), name
+            # Layers, and the kernels of a layer, are drawn independently.
+            together = np.corrcoef(layers[:, :1000]) - np.eye(len(layers))
+            assert len(layers) == 1 or np.abs(together).max() < 0.2, name
+    kernels = [np.asarray(x)[0].ravel()[:1000] for k, x in params.items() if k.endswith("kernel")]
+    assert np.abs(np.corrcoef(kernels) - np.eye(4)).max() < 0.2
+    assert sum(k.endswith("bias") for k in params) == 7 and len(kernels) == 4
+
+
+def test_initial_loss_is_that_of_guessing():
+    model = gpt(n_head=4, n_embd=64, block_size=64, vocab_size=997, vocab_multiple=128)
+    tokens = some_tokens(8, 65, 997)
+    loss = jax.jit(lambda p: step.row_losses(model, p, tokens, None))(initial(model)).sum() / 512
+    # Logits of std s = 0.02 sqrt(D) = 0.16 cost s^2 / 2 = 0.013 nats above ln V.
+    assert float(loss) == pytest.approx(math.log(997) + 0.013, abs=0.03)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("position", ["learned", "rope"])
+def test_leaves_add_up_to_parameter_count(position, bias):
+    model = gpt(position=position, bias=bias)
+    shapes = jax.eval_shape(lambda: initial(model))
+    padding = (64 - 50) * 12
+    count = sum(x.size for x in jax.tree.leaves(shapes)) - padding
+    assert count == parameter_count(model.config)
+    assert {x.dtype.name for x in jax.tree.leaves(shapes)} == {"float32"}
+
+
+def test_leaves_of_gpt2_add_up_to_the_published_number():
+    for bias, published in ((False, 124_337_664), (True, 124_439_808)):
+        model = GPT(ModelConfig(bias=bias, vocab_size=50257), jnp.dtype("float32"), "xla")
+        shapes = jax.eval_shape(lambda model=model: initial(model))
+        assert sum(x.size for x in jax.tree.leaves(shapes)) == published + 47 * 768
+
+
+# --- precision
+
+
+def test_fault_03_products_are_bfloat16_on_every_accelerator_and_never_float16():
+    def dtype(platform, kind, **keys):
+        base = {"data": {"path": "x"}, "run": {"out_dir": "y"}, "model": keys}
+        device = SimpleNamespace(platform=platform, device_kind=kind, coords=None)
+        mesh = SimpleNamespace(devices=np.array([device]))
+        return step.resolve(validate(base, "test"), mesh)[0]
+
+    for kind in ("TPU v2", "TPU v3", "TPU v4", "TPU v5 lite", "TPU v6 lite"):
+        assert dtype("tpu", kind) == "bfloat16"
+    assert dtype("gpu", "NVIDIA H200") == "bfloat16"
+    assert dtype("cpu", "cpu") == "float32"
+    assert dtype("tpu", "TPU v3", dtype="float32") == "float32"
+    assert dtype("cpu", "cpu", dtype="bfloat16") == "bfloat16"
+
+
+def test_fault_04_logits_are_float32_under_bfloat16():
+    # 257 is no bfloat16 number.
+    hidden, table = jnp.array([[256.0, 1.0]], "bfloat16"), jnp.ones((3, 2))
+    scores = logits(hidden, table, 2)
+    assert scores.dtype == jnp.float32 and scores[0, :2].tolist() == [257.0, 257.0]
+
+
+def test_fault_04_loss_is_float32_under_bfloat16():
+    model = gpt("bfloat16")
+    params, tokens = away_from_initial(initial(model)), some_tokens(16, 11)
+    losses = jax.jit(lambda p: step.row_losses(model, p, tokens, None))(params)
+    exact = jax.jit(lambda p: step.row_losses(gpt(), p, tokens, None))(params)
+    assert losses.dtype == jnp.float32
+    rounded = losses.astype(jnp.bfloat16).astype(jnp.float32)
+    assert (losses != rounded).sum() >= 14  # one in 2^16 would be, by chance
+    np.testing.assert_allclose(losses, exact, rtol=0.05)
+    assert (losses != exact).any()  # it did compute in bfloat16
+
+
+def test_under_bfloat16_products_are_bfloat16_and_everything_delicate_is_float32():
+    model = gpt("bfloat16", bias=True, position="rope")
+    params, tokens = initial(model), some_tokens(3, 11)
+    jaxpr = jax.make_jaxpr(lambda p: step.row_losses(model, p, tokens, None))(params).jaxpr
+    seen = []
+    for eqn in equations(jaxpr):
+        kinds = {str(v.aval.dtype) for v in eqn.invars}
+        if eqn.primitive.name == "dot_general":
+            assert kinds == {"bfloat16"}, eqn
+        if eqn.primitive.name in ("exp", "log", "rsqrt", "reduce_sum", "reduce_max"):
+            assert kinds <= {"float32", "int32", "bool"}, eqn
+        seen.append(eqn.primitive.name)
+    # qkv, scores, values, proj, up and down of a scanned layer, and the head.
+    assert seen.count("dot_general") % 7 == 0 and {"exp", "log", "rsqrt"} <= set(seen)
+
+
+def test_fault_16_no_complex_no_float64_and_no_int64():
+    model = gpt("bfloat16", bias=True, position="rope", dropout=0.1)
+    params, tokens = initial(model), some_tokens(3, 11)
+    keys = jax.random.split(jax.random.key(0), 3)
+    with jax.enable_x64(True):  # without it they could not even be asked for
+        loss = lambda p: step.row_losses(model, p, jnp.asarray(tokens), keys).sum()  # noqa: E731
+        jaxpr = jax.make_jaxpr(jax.grad(loss))(params).jaxpr
+    values = [v for eqn in equations(jaxpr) for v in (*eqn.invars, *eqn.outvars)]
+    big = {
+        (str(v.aval.dtype), v.aval.shape)
+        for v in values
+        if hasattr(v.aval, "dtype") and v.aval.size >= 10
+    }
+    kinds = {kind for kind, _ in big}
+    assert "bfloat16" in kinds
+    assert not kinds & {"float64", "complex64", "complex128"}, big
+
+
+# --- the padded vocabulary
+
+
+def test_fault_22_padded_ids_never_win_and_have_no_probability():
+    model = gpt()
+    params = away_from_initial(initial(model))
+    params["wte"] = params["wte"].at[50:].set(100.0)  # would win everything
+    scores = all_logits(model, params, some_tokens())
+    assert scores.shape[-1] == 64
+    assert (scores.argmax(-1) < 50).all()
+    assert (jax.nn.softmax(scores)[..., 50:] == 0).all()
+
+
+def test_padding_changes_neither_loss_nor_gradient():
+    padded, exact = gpt(), gpt(vocab_multiple=1)
+    params = away_from_initial(initial(padded))
+    tokens = some_tokens(3, 11)
+
+    def value(model, params):
+        return jax.value_and_grad(lambda p: step.row_losses(model, p, tokens, None).sum())(params)
+
+    loss, grads = jax.jit(lambda p: value(padded, p))(params)
+    cut = {**params, "wte": params["wte"][:50]}
+    loss_cut, grads_cut = jax.jit(lambda p: value(exact, p))(cut)
+    assert float(loss) == pytest.approx(float(loss_cut), rel=1e-6)
+    np.testing.assert_allclose(grads["wte"][:50], grads_cut["wte"], rtol=1e-4, atol=1e-5)
+    assert (grads["wte"][50:] == 0).all()
+    assert (np.abs(grads["wte"][:50]).max(-1) > 0).all()
+
+
+# --- the loss
+
+
+def numpy_losses(hidden, table, targets, vocab):
+    """Sums of rows, and the gradients of their total to hidden and table, in float64."""
+    hidden, table = np.asarray(hidden, np.float64), np.asarray(table, np.float64)[:vocab]
+    scores = hidden @ table.T
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    counted = targets >= 0
+    right = np.take_along_axis(p, np.maximum(targets, 0)[..., None], -1)[..., 0]
+    d = (p - np.eye(vocab)[np.maximum(targets, 0)]) * counted[..., None]
+    dtable = np.einsum("btv,btd->vd", d, hidden)
+    return (-np.log(right) * counted).sum(-1), d @ table, dtable
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 4, 5, 11, 12, 13, 128])
+def test_chunked_loss_and_gradients_match_numpy(chunk):
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(3, 12, 6)).astype(np.float32)
+    table = rng.normal(size=(16, 6)).astype(np.float32)
+    targets = rng.integers(0, 11, (3, 12)).astype(np.int32)
+    targets[0, :5] = targets[1, 11] = targets[2] = -1  # a row that counts nothing at all, too
+
+    def losses(hidden, table):
+        rows = step.token_losses(hidden, table, targets, 11, chunk)
+        return rows.sum(), rows
+
+    grad = jax.jit(jax.value_and_grad(losses, argnums=(0, 1), has_aux=True))
+    (_, rows), (dhidden, dtable) = grad(hidden, table)
+    want, want_dhidden, want_dtable = numpy_losses(hidden, table, targets, 11)
+    assert rows.dtype == jnp.float32 and rows[2] == 0
+    np.testing.assert_allclose(rows, want, rtol=2e-6)
+    np.testing.assert_allclose(dhidden, want_dhidden, atol=3e-6)
+    np.testing.assert_allclose(dtable[:11], want_dtable, atol=1e-5)
+    assert (dtable[11:] == 0).all()
+
+
+def test_masked_inputs_and_targets_count_nothing():
+    model = gpt(loss_chunk=4)
+    params = away_from_initial(initial(model))
+    tokens = some_tokens(2, 11)
+    masked = tokens.copy()
+    masked[0, 6:] = -1
+    row = lambda x: jax.jit(lambda p: step.row_losses(model, p, x, None))(params)  # noqa: E731
+    scores = jnp.asarray(numpy_gpt(model.config, params, tokens[:, :-1]))
+    each = -jnp.take_along_axis(jax.nn.log_softmax(scores), tokens[:, 1:, None], -1)[..., 0]
+    np.testing.assert_allclose(row(tokens), each.sum(1), rtol=1e-5)
+    np.testing.assert_allclose(row(masked), [each[0, :5].sum(), each[1].sum()], rtol=1e-5)
+
+
+def test_logits_of_the_whole_sequence_are_never_held():
+    """At T = 1024 and V = 50304 they would be the largest array by far."""
+    B, T, V, chunk = 2, 1024, 50304, 128
+
+    def largest(chunk, scan):
+        model = gpt(n_layer=1, n_head=1, n_embd=8, block_size=T, vocab_size=50257,
+                    vocab_multiple=128, loss_chunk=chunk, scan_layers=scan)  # fmt: skip
+        params = jax.eval_shape(lambda: initial(model))
+        tokens = jax.ShapeDtypeStruct((B, T + 1), jnp.int32)
+        loss = lambda p, x: step.row_losses(model, p, x, None).sum()  # noqa: E731
+        jaxpr = jax.make_jaxpr(jax.value_and_grad(loss))(params, tokens).jaxpr
+        return max(
+            v.aval.size for eqn in equations(jaxpr) for v in eqn.outvars if hasattr(v.aval, "size")
+        )
+
+    assert largest(chunk, True) == largest(chunk, False) == B * chunk * V
+    assert largest(T, True) == B * T * V  # that this test would notice
+
+
+# --- unrolled or looped, kept or recomputed
+
+
+def test_scan_and_remat_change_neither_loss_nor_gradient():
+    """With dropout: recomputing must draw the same masks again."""
+    tokens = some_tokens(3, 11)
+    keys = jax.random.split(jax.random.key(3), 3)
+    params = away_from_initial(initial(gpt(bias=True)))
+    results = {}
+    for scan in (False, True):
+        for remat in ("none", "dots", "full"):
+            model = gpt(bias=True, scan_layers=scan, remat=remat, dropout=0.2)
+            same = jax.eval_shape(lambda model=model: initial(model))
+            assert jax.tree.map(jnp.shape, same) == jax.tree.map(jnp.shape, params)
+            loss = lambda p, model=model: step.row_losses(model, p, tokens, keys).sum()  # noqa: E731
+            results[scan, remat] = jax.jit(jax.value_and_grad(loss))(params)
+    value, grads = results.pop((False, "none"))
+    for which, (other, other_grads) in results.items():
+        assert float(other) == pytest.approx(float(value), rel=1e-6), which
+        for name, g in named(grads).items():
+            error = np.linalg.norm(named(other_grads)[name] - g) / np.linalg.norm(g)
+            assert error < 1e-6, f"{which} {name}: {error:.1e}"
+
+
+def test_remat_recomputes_and_scan_loops():
+    """That the two keys do something."""
+
+    def count(name, **keys):
+        model = gpt(n_layer=3, **keys)
+        params = jax.eval_shape(lambda: initial(model))
+        tokens = jnp.zeros((1, 11), jnp.int32)
+        loss = lambda p: step.row_losses(model, p, tokens, None).sum()  # noqa: E731
+        jaxpr = jax.make_jaxpr(jax.grad(loss))(params).jaxpr
+        return sum(eqn.primitive.name == name for eqn in equations(jaxpr))
+
+    none, dots, full = (count("dot_general", remat=r) for r in ("none", "dots", "full"))
+    assert none < dots < full  # "dots" still recomputes products with batch axes: attention's
+    assert count("tanh", remat="dots") == count("tanh", remat="full") > count("tanh", remat="none")
+    unrolls = [
+        [eqn.params["unroll"] for eqn in equations(jaxpr_of_forward(scan)) if is_scan(eqn)]
+        for scan in (False, True)
+    ]
+    assert unrolls == [[3], [1]]
+
+
+def is_scan(eqn) -> bool:
+    return eqn.primitive.name == "scan"
+
+
+def jaxpr_of_forward(scan_layers):
+    model = gpt(n_layer=3, scan_layers=scan_layers)
+    params = jax.eval_shape(lambda: initial(model))
+    apply = lambda p: model.apply({"params": p}, jnp.zeros((1, 10), jnp.int32))  # noqa: E731
+    return jax.make_jaxpr(apply)(params).jaxpr
+
+
+# --- dropout
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_dropout_keeps_the_right_share_and_scales_it(rate):
+    x = jnp.ones((8, 64, 32))
+    keys = jax.random.split(jax.random.key(0), 8)
+    y = np.asarray(dropout(x, rate, keys, 0))
+    np.testing.assert_allclose(y[y > 0], 1 / (1 - rate), rtol=1e-6)
+    assert abs((y > 0).mean() - (1 - rate)) < 5 * math.sqrt(rate * (1 - rate) / y.size)
+    assert len(np.unique(y.reshape(8, -1), axis=0)) == 8  # every row its own mask
+    assert (y != dropout(x, rate, keys, 1)).any()  # every site too
+    assert dropout(x.astype(jnp.bfloat16), rate, keys, 0).dtype == jnp.bfloat16
+
+
+def test_dropout_of_rate_0_or_without_keys_is_identity():
+    x = jax.random.normal(jax.random.key(0), (3, 5, 2))
+    keys = jax.random.split(jax.random.key(0), 3)
+    np.testing.assert_array_equal(dropout(x, 0.0, keys, 0), x)
+    np.testing.assert_array_equal(dropout(x, 0.5, None, 0), x)
+
+
+def test_dropout_mask_of_a_row_follows_its_key():
+    x = jax.random.normal(jax.random.key(0), (6, 5, 4))
+    keys = jax.random.split(jax.random.key(1), 6)
+    whole = dropout(x, 0.4, keys, 7)
+    order = jnp.array([3, 1, 5])
+    np.testing.assert_array_equal(dropout(x[order], 0.4, keys[order], 7), whole[order])
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_every_place_of_dropout_draws_its_own_mask(monkeypatch, scan):
+    """One key for all layers is a fault of ROCm's nanoGPT-JAX."""
+    seen = []
+
+    def record(keys):
+        jax.debug.callback(lambda *data: seen.append(np.array(data)), *jax.random.key_data(keys))
+
+    def spy_dropout(x, rate, keys, site):
+        record(jax.vmap(lambda key: jax.random.fold_in(key, site))(keys))
+        return dropout(x, rate, keys, site)
+
+    attend = model_module.causal_attention
+
+    def spy_attention(*args, dropout_keys, **kwargs):
+        record(dropout_keys)
+        return attend(*args, dropout_keys=dropout_keys, **kwargs)
+
+    monkeypatch.setattr(model_module, "dropout", spy_dropout)
+    monkeypatch.setattr(model_module, "causal_attention", spy_attention)
+    model = gpt(n_layer=3, dropout=0.2, scan_layers=scan)
+    params = initial(gpt(n_layer=3))
+    keys = jax.random.split(jax.random.key(0), 2)
+    jax.jit(lambda p: model.apply({"params": p}, some_tokens(2), keys))(params)
+    jax.effects_barrier()
+    assert len(seen) == 3 * 3 + 1  # weights, projection and MLP of each layer, and embeddings
+    assert len(np.unique(np.concatenate(seen), axis=0)) == 2 * len(seen)
+
+
+def run_config(**sections):
+    base = {
+        "model": {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 6, "vocab_size": 11},
+        "batch": {"sequences": 8},
+        "data": {"path": "x"},
+        "run": {"out_dir": "y"},
+        "optim": {"steps": 10, "warmup_steps": 2},
+    }
+    for name, keys in sections.items():
+        base[name] = {**base[name], **keys} if name in base else keys
+    return validate(base, "test")
+
+
+def build(devices, **sections):
+    config = run_config(**sections)
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
+    return step.build(config, mesh, "float32", "xla")
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.9])
+def test_fault_08_dropout_is_off_in_evaluation_and_on_in_training(rate):
+    with_dropout, without = (build(1, model={"dropout": r}) for r in (rate, 0.0))
+    params = jax.tree.map(lambda x: 20 * x, without.init().params)
+    tokens = some_tokens(8, 7, 11)
+    got, count = with_dropout.evaluate(params, tokens)
+    want, _ = without.evaluate(params, tokens)
+    np.testing.assert_array_equal(got, want)
+    assert count.tolist() == [6] * 8
+    keys = jax.random.split(jax.random.key(0), 8)
+    trained = jax.jit(lambda p: step.row_losses(with_dropout.model, p, tokens, keys))(params)
+    assert np.isfinite(trained).all() and (np.abs(trained - want) > 1e-3).all()
+
+
+def test_dropout_of_a_row_does_not_depend_on_the_microbatch():
+    tokens = some_tokens(8, 7, 11)
+    losses = {}
+    for microbatch in (8, 2):
+        for seed in (1, 2) if microbatch == 8 else (1,):
+            steps = build(
+                1, model={"dropout": 0.4}, batch={"microbatch": microbatch},
+                run={"out_dir": "y", "seed": seed},
+            )  # fmt: skip
+            a, m = steps.layout
+            assert (a, m) == (8 // microbatch, microbatch)
+            # Larger weights, so that a mask moves the loss; the same for every run.
+            params = jax.tree.map(
+                lambda x: 20 * jax.random.normal(jax.random.key(0), x.shape) * 0.02,
+                steps.init().params,
+            )
+            state = steps.init().replace(params=params)
+            batch = jax.device_put(tokens.reshape(a, m, 7), steps.batch_sharding)
+            _, metrics = steps.train(state, batch)
+            losses[microbatch, seed] = [float(metrics[k]) for k in ("train/loss", "train/grad_norm")]
+    np.testing.assert_allclose(losses[2, 1], losses[8, 1], rtol=1e-5)
+    assert abs(losses[8, 1][0] - losses[8, 2][0]) > 1e-3  # other masks give another loss
+
+
+# --- placement
+
+
+def test_unknown_logical_name_is_an_error():
+    x = jnp.ones((2, 3))
+    with nn.logical_axis_rules((("batch", None), ("act_embed", None))):
+        with pytest.raises(KeyError, match="act_embd"):
+            jax.eval_shape(lambda x: constrain(x, "batch", "act_embd"), x)
+    np.testing.assert_array_equal(constrain(x, "batch", "act_embd"), x)  # no mesh: nothing to place
+
+
+def test_every_name_in_the_model_has_a_rule_and_the_constraints_are_in_the_train_step():
+    """Under `with mesh:` Flax's constraints silently vanish; under jax.set_mesh they must not."""
+    steps = build(8, mesh={"data": 2, "fsdp": 2, "tensor": 2}, batch={"microbatch": 1})
+    a, m = steps.layout
+    tokens = jax.ShapeDtypeStruct((a, m, 7), jnp.int32, sharding=steps.batch_sharding)
+    with jax.set_mesh(steps.mesh):
+        jaxpr = jax.make_jaxpr(steps.jit_train)(steps.abstract, tokens).jaxpr
+    specs = [
+        tuple(eqn.params["sharding"].spec)
+        for eqn in equations(jaxpr)
+        if eqn.primitive.name == "sharding_constraint"
+    ]
+    # Inside the manual axis `data` the rows of a microbatch lie over fsdp alone.
+    rows = [s for s in specs if s and s[0] in ("fsdp", ("fsdp",))]
+    heads = [s for s in rows if len(s) == 5 and s[3] == "tensor"]
+    mlp = [s for s in rows if len(s) == 3 and s[2] == "tensor"]
+    residual = [s for s in rows if len(s) == 3 and s[2] is None]
+    table = [s for s in specs if len(s) == 2 and s[0] == "tensor"]
+    # Each is there for the forward pass and again for its gradient. mlp holds the logits, too.
+    assert len(heads) >= 2 and len(mlp) >= 4 and len(residual) >= 6 and len(table) >= 2
+
+
+# --- imports
+
+
+def test_fault_23_importing_any_module_touches_no_device():
+    code = (
+        "import importlib, pkgutil, scalegpt\n"
+        "for m in pkgutil.iter_modules(scalegpt.__path__):\n"
+        "    importlib.import_module('scalegpt.' + m.name)\n"
+        "    print(m.name)\n"
+        "import jax._src.xla_bridge as xb\n"
+        "assert not xb._backends, xb._backends\n"
+        "import jax\n"
+        "jax.devices()\n"
+        "assert xb._backends, 'this test could not fail'\n"
+    )
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env
+    )
+    assert result.returncode == 0, result.stderr
+    assert {"train", "model", "step", "attention", "data", "generate"} <= set(result.stdout.split())

@@ -1,0 +1,363 @@
+"""The mesh changes speed, never numbers; every array lies where the rules say; traffic is least."""
+
+from functools import cache
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from hlo_traffic import collectives, table
+from jax.sharding import PartitionSpec as P
+
+from scalegpt import sharding, step
+from scalegpt.config import BatchConfig, Config, MeshConfig
+
+LAYERS, D, T, CHUNK, VOCAB, ROWS, UPDATES = 3, 64, 32, 8, 65, 32, 30
+ONE = (("data", 1),)
+FSDP8, DATA8 = (("data", 1), ("fsdp", 8)), (("data", 8),)
+HYBRID = (("data", 2), ("fsdp", 4))
+CUBE = (("data", 2), ("fsdp", 2), ("tensor", 2))
+TENSOR4 = (("data", 1), ("tensor", 4))
+SLICES = (("replica", 2), ("data", 2), ("tensor", 2))
+
+
+def make_config(mesh: tuple, accumulation: int = 1, dropout: float = 0.0, **model) -> Config:
+    shards = int(np.prod([n for axis, n in mesh if axis != "tensor"]))
+    return Config(
+        model=dict(n_layer=LAYERS, n_head=4, n_embd=D, block_size=T, vocab_size=VOCAB)
+        | dict(loss_chunk=CHUNK, dropout=dropout, dtype="float32", attention="xla")
+        | model,
+        mesh=dict(mesh),
+        batch=dict(sequences=ROWS, microbatch=ROWS // shards // accumulation),
+        data=dict(path="unused"),
+        optim=dict(lr=1e-3, min_lr=1e-4, warmup_steps=3, steps=UPDATES),
+        run=dict(out_dir="unused"),
+    )
+
+
+@cache
+def build(*args, **keywords) -> step.Steps:
+    config = make_config(*args, **keywords)
+    devices = jax.devices()[: int(np.prod([n for _, n in args[0]]))]
+    return step.build(config, sharding.make_mesh(config.mesh, devices), "float32", "xla")
+
+
+def train(steps: step.Steps, updates: int = UPDATES) -> SimpleNamespace:
+    """Losses of some updates on fixed random rows, and the parameters before and after."""
+    a, m = steps.layout
+    rng = np.random.default_rng(0)
+    state = steps.init()
+    first, losses, norms = jax.tree.map(np.asarray, state.params), [], []
+    for _ in range(updates):
+        tokens = rng.integers(0, VOCAB, (ROWS, T + 1), dtype=np.int32)
+        tokens[:, 1::2] = tokens[:, :-1:2]  # half of the targets can be learnt
+        state, metrics = steps.train(state, tokens.reshape(a, m, T + 1))
+        losses.append(float(metrics["train/loss"]))
+        norms.append(float(metrics["train/grad_norm"]))
+    return SimpleNamespace(losses=losses, norms=norms, first=first, state=state)
+
+
+@cache
+def trained(mesh: tuple, accumulation: int, dropout: float) -> SimpleNamespace:
+    return train(build(mesh, accumulation, dropout))
+
+
+# Dropout masks are keyed by row, so they are the same on every mesh and accumulation too.
+CASES = [
+    (DATA8, 1, 0.1), (DATA8, 2, 0.0), (DATA8, 4, 0.1),
+    (FSDP8, 1, 0.0), (FSDP8, 2, 0.1),
+    (HYBRID, 1, 0.0), (HYBRID, 2, 0.1), (HYBRID, 4, 0.0),
+    (CUBE, 1, 0.1), (CUBE, 2, 0.0), (CUBE, 4, 0.1),
+    (TENSOR4, 1, 0.1),
+    (SLICES, 1, 0.0), (SLICES, 4, 0.1),
+    (ONE, 4, 0.1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("mesh", "accumulation", "dropout"), CASES)
+def test_losses_do_not_depend_on_mesh_and_accumulation(mesh, accumulation, dropout):
+    one, here = trained(ONE, 1, dropout), trained(mesh, accumulation, dropout)
+    assert one.losses[0] - one.losses[-1] > 0.1, "nothing was learnt, so nothing is compared"
+    np.testing.assert_allclose(here.losses, one.losses, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(here.norms, one.norms, rtol=2e-4)
+
+
+@pytest.mark.parametrize("mesh", [DATA8, FSDP8, HYBRID, CUBE, TENSOR4, SLICES])
+def test_initial_parameters_are_bitwise_equal_on_every_mesh(mesh):
+    case = next(c for c in CASES if c[0] == mesh)
+    jax.tree.map(np.testing.assert_array_equal, trained(ONE, 1, 0.1).first, trained(*case).first)
+
+
+def test_a_rerun_is_bitwise_equal():
+    again = train(build(CUBE, 4, 0.1))
+    assert again.losses == trained(CUBE, 4, 0.1).losses
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)),
+        again.state,
+        trained(CUBE, 4, 0.1).state,
+    )
+
+
+def test_dropout_changes_the_losses():
+    assert abs(trained(ONE, 1, 0.1).losses[1] - trained(ONE, 1, 0.0).losses[1]) > 1e-4
+
+
+# --- where things lie
+
+# Shape of each parameter's part on a device of a mesh of fsdp 4 x tensor 2, by hand.
+PARTS = {
+    "wte": (128 // 8, D),
+    "wpe": (T, D // 4),
+    "h/ln_1/scale": (LAYERS, D), "h/ln_1/bias": (LAYERS, D),
+    "h/ln_2/scale": (LAYERS, D), "h/ln_2/bias": (LAYERS, D),
+    "h/attn/qkv_kernel": (LAYERS, D // 4, 3, 4 // 2, 16), "h/attn/qkv_bias": (LAYERS, 3, 2, 16),
+    "h/attn/proj_kernel": (LAYERS, 4 // 2, 16, D // 4), "h/attn/proj_bias": (LAYERS, D),
+    "h/mlp/up_kernel": (LAYERS, D // 4, 4 * D // 2), "h/mlp/up_bias": (LAYERS, 4 * D // 2),
+    "h/mlp/down_kernel": (LAYERS, 4 * D // 2, D // 4), "h/mlp/down_bias": (LAYERS, D),
+    "ln_f/scale": (D,), "ln_f/bias": (D,),
+}  # fmt: skip
+
+
+def parts(tree) -> dict:
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {"/".join(k.key for k in path): x.addressable_shards[0].data.shape for path, x in flat}
+
+
+def test_every_parameter_and_moment_lies_where_the_rules_say():
+    steps = build((("data", 1), ("fsdp", 4), ("tensor", 2)), 2, bias=True)
+    state = steps.init()
+    for _ in range(2):  # as initialised, and as an update leaves it
+        assert parts(state.params) == PARTS
+        adam = next(s for s in state.opt_state if hasattr(s, "mu"))
+        assert parts(adam.mu) == parts(adam.nu) == PARTS
+        placed = jax.tree.map(lambda x, a: x.sharding == a.sharding, state, steps.abstract)
+        assert all(jax.tree.leaves(placed))
+        state, _ = steps.train(state, np.zeros((*steps.layout, T + 1), np.int32))
+
+
+def test_the_state_is_initialised_in_its_sharding_never_whole():
+    steps = build((("data", 1), ("fsdp", 4), ("tensor", 2)), 2, bias=True)
+    with jax.set_mesh(steps.mesh):
+        hlo = steps.jit_init.lower().compile().as_text()
+    assert "f32[16,64]" in hlo and "f32[3,16,128]" in hlo
+    for whole in ("[128,64]", "[3,64,3,4,16]", "[3,64,256]", "[3,256,64]"):
+        assert f"f32{whole}" not in hlo and f"u32{whole}" not in hlo
+
+
+def test_the_constraints_are_in_the_program():
+    """Under `with mesh:` Flax's constraints silently vanish; ours must not."""
+    steps = build(CUBE, 1, 0.1)
+    tokens = jax.ShapeDtypeStruct((*steps.layout, T + 1), jnp.int32)
+    with jax.set_mesh(steps.mesh):
+        jaxpr = str(steps.jit_train.trace(steps.abstract, tokens).jaxpr)
+    assert jaxpr.count("sharding_constraint") >= 6
+
+
+def test_an_unknown_logical_axis_is_an_error():
+    boxed = {"w": nn.LogicallyPartitioned(jnp.zeros((2, 2)), ("embed", "wrong"))}
+    with pytest.raises(ValueError, match="'wrong' has no rule"):
+        sharding.specs(boxed, sharding.RULES)
+
+
+def test_no_rule_puts_two_axes_of_one_array_on_one_mesh_axis():
+    for tree in (build(ONE, 1, bias=True).abstract, build(CUBE, 1, 0.1).abstract):
+        for leaf in jax.tree.leaves(tree):
+            used = [a for names in leaf.sharding.spec for a in np.ravel(names) if a is not None]
+            assert len(used) == len(set(used))
+
+
+def test_rules_within_manual_axes_leave_only_the_others_to_the_batch():
+    assert sharding.rules_within(("replica", "data"))["batch"] == ("fsdp",)
+    assert sharding.rules_within(())["batch"] == ("replica", "data", "fsdp")
+    assert sharding.rules_within(sharding.ROWS)["vocab"] == ("tensor", "fsdp")
+
+
+# --- the arithmetic of meshes and batches
+
+
+def mesh_of(**sizes):
+    return sharding.make_mesh(MeshConfig(**sizes))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ({}, (1, 8, 1, 1)),
+        ({"data": 2, "fsdp": -1}, (1, 2, 4, 1)),
+        ({"replica": 2, "data": 2, "tensor": 2}, (2, 2, 1, 2)),
+    ],
+)
+def test_a_mesh_axis_of_minus_one_takes_what_is_left(sizes, expected):
+    mesh = mesh_of(**sizes)
+    assert tuple(mesh.shape.values()) == expected
+    assert {str(kind) for kind in mesh.axis_types} == {"Auto"}
+
+
+@pytest.mark.parametrize("sizes", [{"data": 3}, {"data": 4}, {"fsdp": 16}, {"tensor": 3}])
+def test_a_mesh_that_does_not_fit_names_the_devices(sizes):
+    with pytest.raises(ValueError, match=r"does not fit 8 cpu device\(s\).*multiply to 8"):
+        mesh_of(**sizes)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "microbatch", "expected"),
+    [(480, None, (1, 480)), (480, 12, (5, 96)), (480, 1, (60, 8)), (8, 1, (1, 8))],
+)
+def test_accumulation_follows_from_the_batch(sequences, microbatch, expected):
+    batch = BatchConfig(sequences=sequences, microbatch=microbatch)
+    assert sharding.batch_layout(batch, mesh_of()) == expected
+
+
+def test_the_tensor_axis_splits_no_rows():
+    batch = BatchConfig(sequences=12, microbatch=3)
+    assert sharding.batch_layout(batch, mesh_of(data=4, tensor=2)) == (1, 12)
+
+
+@pytest.mark.parametrize(("sequences", "works"), [(479, 480), (485, 488), (3, 8)])
+def test_a_batch_that_does_not_divide_names_one_that_does(sequences, works):
+    with pytest.raises(ValueError, match=f"={sequences} .*nearest that does is {works}"):
+        sharding.batch_layout(BatchConfig(sequences=sequences), mesh_of())
+    sharding.batch_layout(BatchConfig(sequences=works), mesh_of())
+
+
+def test_a_microbatch_that_does_not_divide_names_those_that_do():
+    with pytest.raises(ValueError, match=r"batch.microbatch=5 .*could be 1, 2, 3, 4, 6, 12$"):
+        sharding.batch_layout(BatchConfig(sequences=96, microbatch=5), mesh_of())
+
+
+@pytest.mark.parametrize(
+    ("mesh", "model", "match"),
+    [
+        ({"data": 1, "tensor": 8}, {}, "n_head=4 does not divide over mesh.tensor=8"),
+        ({"data": 1, "fsdp": 8}, {"n_embd": 68, "n_head": 4}, "n_embd=68 .*mesh.fsdp=8"),
+        ({"data": 1, "fsdp": 8}, {"vocab_multiple": 5}, "of 65 .*fsdp x tensor = 8.*multiple=40"),
+    ],
+)
+def test_a_model_that_does_not_divide_over_the_mesh_is_refused(mesh, model, match):
+    config = make_config(tuple(mesh.items()), **model)
+    with pytest.raises(ValueError, match=match):
+        sharding.check_divisible(config, sharding.make_mesh(config.mesh))
+
+
+@pytest.mark.parametrize("mesh", [DATA8, FSDP8, HYBRID, CUBE, SLICES])
+@pytest.mark.parametrize("accumulated", [True, False])
+def test_local_rows_make_the_global_array(mesh, accumulated):
+    mesh = sharding.make_mesh(MeshConfig(**dict(mesh)))
+    rows = sharding.local_rows(mesh, 16)
+    np.testing.assert_array_equal(rows, np.arange(16))  # one process has them all
+    local = np.random.default_rng(0).integers(0, 9, (3, 16, 5) if accumulated else (16, 5))
+    place = sharding.batch_sharding(mesh, accumulated)
+    array = sharding.to_global(local, rows, place, 16)
+    assert array.sharding == place
+    assert array.addressable_shards[0].data.shape[-2] == 16 // sharding.row_shards(mesh)
+    np.testing.assert_array_equal(np.asarray(array), local)
+
+
+# --- traffic between devices, read off the compiled program
+
+
+@cache
+def traffic(mesh: tuple, **model) -> SimpleNamespace:
+    """Of the step with four microbatches and layers in a loop."""
+    steps = build(mesh, 4, scan_layers=True, **model)
+    sizes = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): 4 * x.size
+        for path, x in jax.tree_util.tree_flatten_with_path(steps.abstract.params)[0]
+    }
+    hlo = steps.lower().compile().as_text()
+    found = collectives(hlo, steps.mesh)
+    return SimpleNamespace(found=found, table=table(found), sizes=sizes, total=sum(sizes.values()))
+
+
+def test_fault_14_gradients_are_reduced_over_data_once_an_update():
+    """Under plain jit every microbatch reduces every layer: 4 x the bytes, over the slow links."""
+    seen = traffic(DATA8)
+    assert {(c.kind, c.axes, c.depth) for c in seen.found} == {("all-reduce", ("data",), 0)}
+    small = seen.table["all-reduce", "data", 0] - seen.total
+    assert 0 < small <= 64, "the sums of losses and of tokens, and nothing more"
+
+
+@pytest.mark.parametrize("mesh", [HYBRID, CUBE, SLICES])
+def test_fault_14_no_loop_holds_a_collective_over_replica_or_data(mesh):
+    slow = [c for c in traffic(mesh).found if {"replica", "data"} & set(c.axes)]
+    assert any(c.bytes > 10_000 for c in slow), "the gradients must be reduced somewhere"
+    assert {c.depth for c in slow} == {0}
+    big = [c for c in slow if c.bytes > 64]
+    assert {"fsdp", "tensor"}.isdisjoint(axis for c in big for axis in c.axes)
+
+
+def test_traffic_of_data_and_fsdp_is_near_the_least_possible():
+    """Least: a microbatch gathers each layer's weights forward and backward and reduces their
+    gradients; an update gathers the table and reduces a fourth of all gradients over data."""
+    seen, micro = traffic(HYBRID), 4
+    kernels = sum(size for name, size in seen.sizes.items() if "kernel" in name)
+    norms = sum(size for name, size in seen.sizes.items() if "scale" in name)
+    ends = seen.sizes["wte"] + seen.sizes["wpe"]
+
+    # Once an update. The norms are not split, so they are reduced whole.
+    reduced = (seen.total - norms) // 4 + norms
+    assert 0 <= seen.table["all-reduce", "data", 0] - reduced <= 64
+    assert seen.table["all-gather", "fsdp", 0] == ends
+    # In a layer of a microbatch; CPU writes all-reduce where others have reduce-scatter.
+    assert seen.table["all-gather", "fsdp", 2] == 2 * micro * kernels
+    layer_norms = norms - seen.sizes["ln_f/scale"]
+    assert seen.table["all-reduce", "fsdp", 2] == micro * (kernels + layer_norms)
+    # In a microbatch: the gradients of table and positions; for the look-up's part of it XLA
+    # gathers the activations' gradient.
+    rows = ROWS // 2 // micro * T
+    assert seen.table["all-gather", "fsdp", 1] <= micro * rows * (D + 1) * 4
+    assert seen.table["all-reduce", "fsdp", 1] <= micro * (ends + 1000)
+
+
+@pytest.mark.parametrize("mesh", [FSDP8, HYBRID, CUBE])
+def test_the_chunked_loss_gathers_the_head_once_and_reduces_its_gradient_once(mesh):
+    """Not once a chunk: 8 chunks of a 124M model would move 1.2 GB a microbatch."""
+    fsdp = [c for c in traffic(mesh).found if "fsdp" in c.axes]
+    # The layers' loop is all that may be left at depth 2.
+    in_chunks = [c for c in fsdp if c.depth == 2 and "/h/" not in c.source and ":h" not in c.source]
+    assert [c for c in in_chunks if c.times != 4 * LAYERS] == []
+    tensor = dict(mesh).get("tensor", 1)
+    whole = [c for c in fsdp if c.kind == "all-gather" and c.bytes == 128 * D * 4 // tensor
+             and "sharding_constraint" in c.source]  # fmt: skip
+    assert [c.times for c in whole] == [1]
+
+
+def test_evaluation_gathers_the_head_once():
+    steps = build(HYBRID, 4, scan_layers=True)
+    tokens = jax.ShapeDtypeStruct((8, T + 1), jnp.int32)
+    with jax.set_mesh(steps.mesh):
+        compiled = steps.jit_evaluate.lower(steps.abstract.params, tokens).compile()
+    found = collectives(compiled.as_text(), steps.mesh)
+    assert [c.times for c in found if c.bytes == 128 * D * 4 and c.kind == "all-gather"] == [1]
+    assert {c.times for c in found} <= {1, LAYERS}, "something moves once a chunk"
+
+
+def test_the_optimizer_gathers_no_parameter():
+    for c in traffic(FSDP8).found:
+        assert c.kind != "all-gather" or "GPT" in c.source, c
+
+
+def test_hlo_depths_are_counted_from_loops():
+    """The reader itself: a reduction in a loop of a loop is seen with its trip counts."""
+    mesh = mesh_of(data=4, tensor=2)
+
+    @jax.jit
+    def twice_nested(x):
+        def inner(c, _):
+            return jax.lax.psum(c, "tensor") * 0.5, None
+
+        def outer(c, _):
+            c = jax.lax.scan(inner, c, None, length=5)[0]
+            return jax.lax.psum(jax.lax.all_gather(c, "data"), "data")[0], None
+
+        return jax.lax.scan(outer, x, None, length=3)[0]
+
+    run = jax.shard_map(
+        twice_nested, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False
+    )
+    hlo = jax.jit(run).lower(jnp.zeros((7, 11))).compile().as_text()
+    seen = table(collectives(hlo, mesh))
+    assert seen["all-reduce", "tensor", 2] == 15 * 7 * 11 * 4
+    assert seen["all-gather", "data", 1] == 3 * 4 * 7 * 11 * 4
