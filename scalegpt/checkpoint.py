@@ -43,16 +43,18 @@ class Checkpoints:
                 ),
             ]
         )
-        self._manager = ocp.CheckpointManager(
-            self.folder,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=policy,
-                best_fn=lambda metrics: metrics[_VAL_LOSS],
-                best_mode="min",
-                read_only=read_only,
-            ),
-            item_names=("params", "optimizer", "meta"),
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policy,
+            best_fn=lambda metrics: metrics[_VAL_LOSS],
+            best_mode="min",
+            read_only=read_only,
         )
+        try:
+            self._manager = ocp.CheckpointManager(
+                self.folder, options=options, item_names=("params", "optimizer", "meta")
+            )
+        except OSError as error:
+            raise ValueError(f"cannot write to run.out_dir={out_dir}: {error}") from None
 
     def save(self, state: State, step: int, meta: dict[str, Any], val_loss: float | None) -> None:
         """Save once `step`; val_loss: of an evaluation at just this step, makes it a candidate."""

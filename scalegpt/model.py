@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from scalegpt.attention import causal_attention
+from scalegpt.attention import causal_attention, product
 from scalegpt.config import ModelConfig
 
 LAYER_NORM_EPS = 1e-5  # GPT-2's; Flax's own default is 1e-6
@@ -58,6 +59,11 @@ def rotary_tables(length: int, head_dim: int, base: float) -> tuple[np.ndarray, 
     return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
 
 
+def project(spec: str, x: Array, kernel: Array) -> Array:
+    """x times a weight matrix, under the name by which remat=dots keeps it."""
+    return checkpoint_name(product(spec, x, kernel), "project")
+
+
 class _Layer(nn.Module):
     """What all parts share: the configuration, the dtype of products, and how weights are made."""
 
@@ -97,7 +103,7 @@ class Attention(_Layer):
     def __call__(self, x: Array, layer: Array, keys: Array | None, rotary: Any) -> Array:
         c, (d, h, k) = self.config, (self.config.n_embd, self.config.n_head, self.config.head_dim)
         kernel = self.weight("qkv_kernel", (d, 3, h, k), ("embed", "qkv", "heads", "kv"), 0.02)
-        qkv = jnp.einsum("btd,dchk->btchk", x, kernel)
+        qkv = project("btd,dchk->btchk", x, kernel)
         qkv = qkv + self.bias("qkv_bias", (3, h, k), ("qkv", "heads", "kv"))
         qkv = constrain(qkv, "batch", "position", None, "act_heads", None)
         q, key, v = (qkv[:, :, i] for i in range(3))
@@ -112,7 +118,7 @@ class Attention(_Layer):
             dropout_keys=mask_keys,
         )  # fmt: skip
         kernel = self.weight("proj_kernel", (h, k, d), ("heads", "kv", "embed"), residual_std(c))
-        y = jnp.einsum("bthk,hkd->btd", y, kernel) + self.bias("proj_bias", (d,), ("norm",))
+        y = project("bthk,hkd->btd", y, kernel) + self.bias("proj_bias", (d,), ("norm",))
         return dropout(y, c.dropout, keys, 3 * layer + 1)
 
 
@@ -120,11 +126,11 @@ class MLP(_Layer):
     @nn.compact
     def __call__(self, x: Array, layer: Array, keys: Array | None) -> Array:
         c, (d, f) = self.config, (self.config.n_embd, 4 * self.config.n_embd)
-        x = jnp.einsum("btd,df->btf", x, self.weight("up_kernel", (d, f), ("embed", "mlp"), 0.02))
+        x = project("btd,df->btf", x, self.weight("up_kernel", (d, f), ("embed", "mlp"), 0.02))
         x = constrain(x + self.bias("up_bias", (f,), ("mlp",)), "batch", "position", "act_mlp")
         x = jax.nn.gelu(x, approximate=c.activation == "gelu_tanh")
         kernel = self.weight("down_kernel", (f, d), ("mlp", "embed"), residual_std(c))
-        x = jnp.einsum("btf,fd->btd", x, kernel) + self.bias("down_bias", (d,), ("norm",))
+        x = project("btf,fd->btd", x, kernel) + self.bias("down_bias", (d,), ("norm",))
         return dropout(x, c.dropout, keys, 3 * layer + 2)
 
 
@@ -185,7 +191,7 @@ class GPT(_Layer):
 def _remat(config: ModelConfig) -> Callable:
     if config.remat == "none":
         return Block
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    policy = jax.checkpoint_policies.save_only_these_names("project")
     # Inside a loop nothing can be merged with the forward pass; unrolled it would be.
     return nn.remat(
         Block,

@@ -67,8 +67,8 @@ def train(config: Config) -> int:
     }
     if (start := checkpoints.latest or 0) > 0:
         meta["best_loss"] = check_same_run(config, meta, checkpoints.meta(start))
-    if is_main:
-        write_config(config)
+    notes: list[str] = []
+    state = initial_state(config, steps, checkpoints, start, notes.append)
     resume_step = start if start else (-1 if stored else None)
     metrics = Metrics(
         config.run.out_dir,
@@ -79,8 +79,10 @@ def train(config: Config) -> int:
         config=meta["config"],
     )
     try:
-        metrics.say(describe(config, datasets, steps))
-        state = initial_state(config, steps, checkpoints, start, metrics.say)
+        # The mark of a run that may be continued comes after all that can refuse to start one.
+        if is_main:
+            write_config(config)
+        metrics.say("\n".join([describe(config, datasets, steps), *notes]))
         return loop(config, datasets, steps, checkpoints, meta, state, start, metrics, stop)
     finally:
         metrics.close()
@@ -156,6 +158,8 @@ def loop(
             continue
         throughput.pause()
         best, loss = meta["best_loss"], evaluation(done) if evaluate_now else None
+        if loss is not None and not math.isfinite(loss):
+            return not_finite(done, checkpoints, metrics)
         if save_now or (loss is not None and loss < best):
             checkpoints.save(state, done, meta, loss)
         throughput.resume()
@@ -190,6 +194,11 @@ def open_datasets(config: Config) -> list[Dataset]:
                 f"{dataset.name} and {datasets[0].name} have different tokenizers; "
                 "prepare the data sets of a mixture with the same one"
             )
+        if any(dataset.name == other.name for other in datasets):
+            raise ValueError(
+                f"two data sets of the mixture are both named {dataset.name}, as their folders "
+                f"are; rename one, for val/{dataset.name}/loss is of one"
+            )
         datasets.append(dataset)
     return datasets
 
@@ -212,12 +221,6 @@ def batches_from(config: Config, datasets: list[Dataset], steps: step.Steps, sta
     )
     for batch in train_iterator(source, start, config.data.prefetch):
         yield sharding.to_global(batch, rows, steps.batch_sharding, microbatch)
-
-
-
-
-
-
 
 
 def describe(config: Config, datasets: list[Dataset], steps: step.Steps) -> str:
@@ -265,7 +268,7 @@ def finish(
 
 
 def not_finite(done: int, checkpoints: checkpoint.Checkpoints, metrics: Metrics) -> int:
-    """Loss or gradient of update `done` is NaN or infinite: leave, with nothing bad saved."""
+    """A loss or the gradient of update `done` is NaN or infinite: leave, with nothing bad saved."""
     checkpoints.wait()
     good = checkpoints.latest
     metrics.say(
@@ -274,8 +277,6 @@ def not_finite(done: int, checkpoints: checkpoint.Checkpoints, metrics: Metrics)
         + f" in {checkpoints.folder}. A lower optim.lr or a longer warm-up may help"
     )
     return NOT_FINITE
-
-
 
 
 if __name__ == "__main__":

@@ -32,7 +32,9 @@ def collectives(hlo: str, mesh: Mesh) -> list[Collective]:
     loops = _loops(bodies)
     found = []
     for name, lines in bodies.items():
-        shapes = {m[1]: m[2] for line in lines if (m := re.match(r"(?:ROOT )?%?(\S+) = (.*)", line))}
+        shapes = {
+            m[1]: m[2] for line in lines if (m := re.match(r"(?:ROOT )?%?(\S+) = (.*)", line))
+        }
         for line in lines:
             match = re.search(rf"= (.*?) ({KINDS})(?:-start)?\((.*?)\)", line)
             if not match:

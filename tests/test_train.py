@@ -1,0 +1,474 @@
+"""A run end to end: it survives interruption bit for bit, and says what went wrong."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from scalegpt import checkpoint, distributed, evaluate, generate, step, train
+from scalegpt.command_line import parse
+from scalegpt.config import LogConfig
+from scalegpt.metrics import Metrics
+from scalegpt.sharding import make_mesh
+
+TEXT = "".join(
+    f"{who}:\nSpeak, {what} number {n}, and let us {n * n % 97} times be heard!\n\n"
+    for n, (who, what) in enumerate(
+        (w, t) for w in ("KING", "Queen", "Fool", "Page") for t in ("sir", "maid", "duke") * 30
+    )
+)
+STEPS, ROWS, T = 12, 16, 16
+
+
+def write_data(folder: Path, text: str) -> Path:
+    """A character data set, as prepare.py would write it."""
+    folder.mkdir(parents=True)
+    chars = "".join(sorted(set(TEXT)))
+    ids = np.array([chars.index(c) for c in text], "<u2")
+    cut = len(ids) * 9 // 10
+    meta = {"format": 1, "tokenizer": {"kind": "char", "chars": chars}, "dtype": "uint16"}
+    for split, part in (("train", ids[:cut]), ("val", ids[cut:])):
+        part.tofile(folder / f"{split}.bin")
+        meta[split] = {"tokens": len(part), "bytes": len(part)}
+    (folder / "meta.json").write_text(json.dumps({**meta, "vocab_size": len(chars)}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data") / "plays", TEXT)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_compilation_of_each_program(tmp_path_factory):
+    """Most runs here are the same run; compiled programs are kept, for subprocesses too."""
+    keys = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": 0,
+    }
+    before = {key: getattr(jax.config, key) for key in keys}
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in keys.items():
+            jax.config.update(key, value)
+            patch.setenv(key.upper(), str(value))
+        yield
+    for key, value in before.items():
+        jax.config.update(key, value)
+
+
+@pytest.fixture(autouse=True)
+def signals_as_they_were():
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def arguments(data: Path, out_dir: Path, **changes) -> list[str]:
+    values = {
+        "data.path": data, "run.out_dir": out_dir,
+        "model.n_layer": 2, "model.n_head": 2, "model.n_embd": 32, "model.block_size": T,
+        "model.dropout": 0.1, "model.scan_layers": "true",
+        "batch.sequences": ROWS, "batch.microbatch": 1,
+        "optim.lr": 1e-2, "optim.min_lr": 1e-3, "optim.warmup_steps": 2, "optim.steps": STEPS,
+        "eval.every": 5, "eval.windows": 12, "checkpoint.every": 4,
+        "log.every": 1, "log.tensorboard": "false",
+    }  # fmt: skip
+    values |= {key.replace("__", "."): value for key, value in changes.items()}
+    return [f"--{key}={value}" for key, value in values.items() if value is not None]
+
+
+def rows(out_dir: Path, key: str = "train/loss") -> dict[int, float]:
+    """Step -> value; fails on a step that is there twice."""
+    text = (out_dir / "metrics.jsonl").read_text()
+    lines = text[: text.rfind("\n") + 1].splitlines()  # the last may be half written
+    found = [(row["step"], row[key]) for row in map(json.loads, lines) if key in row]
+    assert len(found) == len(dict(found)), "a step is there twice"
+    return dict(found)
+
+
+def stop_after(monkeypatch, *at: int) -> None:
+    monkeypatch.setattr(distributed.StopRequest, "reached", lambda self, step: step in at)
+
+
+@pytest.fixture(scope="module")
+def unbroken(data, tmp_path_factory) -> Path:
+    """The finished run that others are compared with."""
+    out_dir = tmp_path_factory.mktemp("runs") / "unbroken"
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    assert train.main(arguments(data, out_dir)) == 0
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert list(rows(out_dir)) == list(range(1, STEPS + 1))
+    return out_dir
+
+
+# --- interruption
+
+
+def test_fault_07_interrupted_at_five_steps_and_continued_is_bitwise_the_same_run(
+    data, unbroken, tmp_path, monkeypatch, capsys
+):
+    """Adam's moments, schedule, dropout keys, data order and best loss all continue."""
+    for at in (1, 2, 5, 7, 11):
+        stop_after(monkeypatch, at)
+        assert train.main(arguments(data, tmp_path / "run")) == 3
+        assert f"stopped on request after update {at}" in capsys.readouterr().out
+    stop_after(monkeypatch)
+    assert train.main(arguments(data, tmp_path / "run")) == 0
+    assert "continuing from step 11" in capsys.readouterr().out
+    for key in ("train/loss", "train/grad_norm", "train/lr", "train/tokens"):
+        assert rows(tmp_path / "run", key) == rows(unbroken, key)
+    for key in ("val/loss", "val/best_loss"):
+        assert rows(tmp_path / "run", key) == rows(unbroken, key)
+    states = [saved_state(folder) for folder in (tmp_path / "run", unbroken)]
+    jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+def saved_state(out_dir: Path):
+    """Everything in the latest checkpoint, in NumPy."""
+    config = parse([f"--config={out_dir}/config.yaml"], "test", {})[0]
+    steps = step.build(config, make_mesh(config.mesh), "float32", "xla")
+    checkpoints = checkpoint.open_checkpoints(out_dir)
+    state = checkpoints.restore(checkpoints.latest, steps.abstract)
+    checkpoints.close()
+    return jax.tree.map(np.asarray, state)
+
+
+def test_continued_on_another_mesh_is_the_same_run(data, unbroken, tmp_path, monkeypatch):
+    stop_after(monkeypatch, 6)
+    assert train.main(arguments(data, tmp_path / "run")) == 3
+    stop_after(monkeypatch)
+    other = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "batch.microbatch": 4}
+    assert train.main(arguments(data, tmp_path / "run", **other, log__every=2)) == 0
+    ours, theirs = rows(tmp_path / "run"), rows(unbroken)
+    assert list(ours) == [1, 2, 3, 4, 5, 6, 7, 8, 10, 12]
+    np.testing.assert_allclose(list(ours.values()), [theirs[s] for s in ours], rtol=0, atol=1e-5)
+
+
+def start(argv: list[str], **environment) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-u", "-m", "scalegpt.train", *argv],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def wait_for_step(process: subprocess.Popen, out_dir: Path, at: int, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and process.poll() is None:
+        if (out_dir / "metrics.jsonl").exists() and max(rows(out_dir), default=0) >= at:
+            return
+        time.sleep(0.01)
+    process.kill()
+    pytest.fail(f"step {at} was not reached: {process.communicate()[0][-2000:]}")
+
+
+LONG = {"optim.steps": 400, "eval.every": 0, "checkpoint.every": 50}
+
+
+@pytest.fixture(scope="module")
+def long_run(data, tmp_path_factory) -> Path:
+    out_dir = tmp_path_factory.mktemp("runs") / "long"
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    assert train.main(arguments(data, out_dir, **LONG)) == 0
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    return out_dir
+
+
+def test_a_real_signal_saves_and_the_same_command_continues(data, long_run, tmp_path):
+    argv = arguments(data, tmp_path / "run", **LONG)
+    process = start(argv)
+    wait_for_step(process, tmp_path / "run", 20)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 3, output
+    assert "SIGINT: saving after this step" in output
+    stopped = max(rows(tmp_path / "run"))
+    assert 20 <= stopped < 400 and f"stopped on request after update {stopped}" in output
+    assert train.main(argv) == 0
+    assert rows(tmp_path / "run") == rows(long_run)
+
+
+def test_after_kill_9_between_checkpoints_no_row_is_missing_or_twice(data, long_run, tmp_path):
+    argv = arguments(data, tmp_path / "run", **LONG)
+    process = start(argv)
+    wait_for_step(process, tmp_path / "run", 70)
+    process.kill()
+    process.communicate(timeout=60)
+    reached = max(rows(tmp_path / "run"))
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 999, "train/lo')  # a torn line, as a kill can leave
+    assert train.main(argv) == 0
+    assert reached < 400 and list(rows(tmp_path / "run")) == list(range(1, 401))
+    assert rows(tmp_path / "run") == rows(long_run)
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(data, unbroken, tmp_path):
+    out_dir = tmp_path / "run"
+    shutil.copytree(unbroken, out_dir, ignore=shutil.ignore_patterns("checkpoints"))
+    assert train.main(arguments(data, out_dir)) == 0
+    assert rows(out_dir) == rows(unbroken)
+
+
+def test_the_finished_run_started_again_changes_nothing(data, unbroken, tmp_path, capsys):
+    out_dir = shutil.copytree(unbroken, tmp_path / "run")
+    assert train.main(arguments(data, out_dir)) == 0
+    assert (out_dir / "metrics.jsonl").read_text() == (unbroken / "metrics.jsonl").read_text()
+    assert "done: best val loss" in capsys.readouterr().out
+
+
+def test_the_training_step_is_compiled_once_also_after_resuming(data, tmp_path, monkeypatch):
+    built = []
+    build = step.build
+    monkeypatch.setattr(step, "build", lambda *a: built.append(build(*a)) or built[-1])
+    stop_after(monkeypatch, 3)
+    assert train.main(arguments(data, tmp_path / "run")) == 3
+    stop_after(monkeypatch)
+    assert train.main(arguments(data, tmp_path / "run")) == 0
+    assert [s.jit_train._cache_size() for s in built] == [1, 1]
+    assert [s.jit_evaluate._cache_size() for s in built] == [1, 1]
+
+
+# --- evaluation
+
+
+def test_fault_12_evaluation_does_not_change_training_and_repeats_itself(data, unbroken, tmp_path):
+    changes = {"eval.every": 1, "checkpoint.every": 0}
+    assert train.main(arguments(data, tmp_path / "run", **changes)) == 0
+    assert rows(tmp_path / "run") == rows(unbroken)
+    ours, theirs = rows(tmp_path / "run", "val/loss"), rows(unbroken, "val/loss")
+    assert list(theirs) == [0, 5, 10, 12] and list(ours) == list(range(STEPS + 1))
+    assert {at: ours[at] for at in theirs} == theirs
+
+
+def test_fault_08_evaluation_and_sampling_use_no_dropout(data, unbroken, capsys):
+    """The run has dropout 0.1; both commands give the same twice, and the logged figure."""
+    outputs = []
+    for _ in range(2):
+        argv = ["--run", str(unbroken), "--checkpoint", "latest", "--windows", "12", "--json"]
+        assert evaluate.main(argv) == 0
+        argv = ["--run", str(unbroken), "--prompt", "KING:\n", "--max-new-tokens", "5"]
+        assert generate.main([*argv, "--temperature", "0"]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]
+    row = json.loads(outputs[0].splitlines()[0])
+    assert row["step"] == STEPS
+    assert abs(row["val/loss"] - rows(unbroken, "val/loss")[STEPS]) < 1e-6
+    assert outputs[0].splitlines()[1] == "KING:"
+
+
+def test_fault_20_the_evaluate_command_works_on_other_data_and_for_a_person(
+    data, unbroken, tmp_path, capsys
+):
+    other = write_data(tmp_path / "other", TEXT[::-1])
+    assert evaluate.main(["--run", str(unbroken), "--data", str(other), "--windows", "5"]) == 0
+    printed = capsys.readouterr().out
+    assert "on other" in printed and "loss_stderr" in printed and "bits_per_byte" in printed
+
+
+def test_fault_13_a_row_counts_updates_and_tokens_of_the_whole_batch(unbroken):
+    tokens, loss = rows(unbroken, "train/tokens"), rows(unbroken)
+    assert tokens == {at: at * ROWS * T for at in range(1, STEPS + 1)}
+    assert loss[1] > loss[STEPS] + 0.3
+    seconds, rate = rows(unbroken, "perf/step_seconds"), rows(unbroken, "perf/tokens_per_second")
+    assert 1 not in seconds, "the compilation is no step"
+    for at in seconds:
+        assert math.isclose(seconds[at] * rate[at], ROWS * T, rel_tol=1e-6)
+
+
+def test_a_mixture_reports_each_data_set_and_their_weighted_mean(data, tmp_path):
+    other = write_data(tmp_path / "other", TEXT[::-1])
+    path = json.dumps({str(data): 3, str(other): 1})
+    argv = arguments(path, tmp_path / "run", **{"optim.steps": 2, "model.n_layer": 1})
+    assert train.main(argv) == 0
+    keys = ("val/plays/loss", "val/other/loss", "val/loss")
+    plays, others, mean = (rows(tmp_path / "run", key) for key in keys)
+    assert plays[0] != others[0] and plays[2] < plays[0]
+    assert math.isclose(mean[2], 0.75 * plays[2] + 0.25 * others[2], rel_tol=1e-9)
+    changed = arguments(json.dumps({str(data): 1, str(other): 1}), tmp_path / "run",
+                        **{"optim.steps": 2, "model.n_layer": 1})  # fmt: skip
+    with pytest.raises(ValueError, match="data.path: .*3.0.* -> .*1.0"):
+        train.main(changed)
+
+
+def test_two_data_sets_of_one_name_are_refused(data, tmp_path):
+    twin = write_data(tmp_path / "plays", TEXT[::-1])
+    path = json.dumps({str(data): 1, str(twin): 1})
+    with pytest.raises(ValueError, match="both are named plays"):
+        train.main(arguments(path, tmp_path / "run"))
+
+
+# --- what is in the folder, and who may continue it
+
+
+def test_the_folder_holds_config_metrics_best_and_latest(data, unbroken, capsys):
+    assert {p.name for p in unbroken.iterdir()} == {"config.yaml", "metrics.jsonl", "checkpoints"}
+    stored = parse([f"--config={unbroken}/config.yaml"], "test", {})[0]
+    asked = parse(arguments(data, unbroken), "test", {})[0]
+    assert stored == asked.with_vocab(stored.model.vocab_size)
+    checkpoints = checkpoint.open_checkpoints(unbroken)
+    losses = rows(unbroken, "val/loss")
+    best = min(list(losses)[1:], key=losses.get)
+    assert checkpoints.find("best") == best and checkpoints.find("latest") == STEPS
+    assert checkpoints.meta(STEPS)["best_loss"] == losses[best]
+    checkpoints.close()
+
+
+def test_fault_21_the_default_run_saves_and_the_commands_it_names_work(data, tmp_path, capsys):
+    changes = {"checkpoint.every": None, "eval.every": None, "optim.steps": 3}
+    assert train.main(arguments(data, tmp_path / "run", **changes)) == 0
+    printed = capsys.readouterr().out
+    assert "at step 3" in printed and "--- a sample ---" in printed
+    lines = [line.strip() for line in printed.splitlines() if "python -m" in line]
+    assert lines == [
+        f'python -m scalegpt.generate --run {tmp_path}/run --prompt "..."',
+        f"python -m scalegpt.evaluate --run {tmp_path}/run",
+    ]
+    assert generate.main(["--run", f"{tmp_path}/run", "--prompt", "K", "--num-samples", "2",
+                          "--max-new-tokens", "3"]) == 0  # fmt: skip
+    assert evaluate.main(["--run", f"{tmp_path}/run"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"optim.lr": 0.02}, r"optim.lr: 0.01 -> 0.02"),
+        ({"run.seed": 7}, r"run.seed: 1337 -> 7"),
+        ({"model.dropout": 0.2}, r"model.dropout: 0.1 -> 0.2"),
+        ({"batch.sequences": 32}, r"batch.sequences: 16 -> 32"),
+    ],
+)
+def test_a_change_of_the_curve_is_refused_naming_the_key(data, unbroken, change, line):
+    before = sorted(p.stat().st_mtime_ns for p in unbroken.rglob("*"))
+    with pytest.raises(ValueError, match=f"differs:\n  {line}\n(.|\n)*allow_config_change=true"):
+        train.main(arguments(data, unbroken, **change))
+    assert sorted(p.stat().st_mtime_ns for p in unbroken.rglob("*")) == before
+
+
+def test_a_change_of_the_curve_can_be_allowed(data, unbroken, tmp_path):
+    out_dir = shutil.copytree(unbroken, tmp_path / "run")
+    changes = {"optim.steps": 14, "run.allow_config_change": "true"}
+    assert train.main(arguments(data, out_dir, **changes)) == 0
+    assert list(rows(out_dir)) == list(range(1, 15))
+
+
+def test_other_data_under_the_same_path_is_refused(data, unbroken, tmp_path):
+    out_dir = shutil.copytree(unbroken, tmp_path / "run")
+    moved = shutil.copytree(data, tmp_path / "moved")
+    assert train.main(arguments(moved, out_dir)) == 0, "the same tokens elsewhere are the same"
+    changed = write_data(tmp_path / "plays", TEXT[::-1])
+    with pytest.raises(ValueError, match="data plays: other tokens"):
+        train.main(arguments(changed, out_dir))
+
+
+# --- weights of another run
+
+
+def test_init_from_starts_from_the_best_weights_of_another_run(data, unbroken, tmp_path):
+    argv = arguments(data, tmp_path / "run", run__init_from=unbroken, optim__steps=1)
+    assert train.main([*argv, "--optim.warmup_steps=0"]) == 0
+    best = min(list(rows(unbroken, "val/loss").values())[1:])
+    assert abs(rows(tmp_path / "run", "val/loss")[0] - best) < 1e-6
+
+
+def test_init_from_another_architecture_is_refused_and_nothing_is_written(data, unbroken, tmp_path):
+    argv = arguments(data, tmp_path / "run", run__init_from=unbroken, model__n_layer=1)
+    with pytest.raises(ValueError, match="holds another model: model.n_layer: 2 -> 1"):
+        train.main(argv)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+# --- what goes wrong
+
+
+def test_a_loss_that_is_not_finite_ends_with_4_and_no_bad_checkpoint(data, tmp_path, capsys):
+    out_dir = tmp_path / "run"
+    changes = {"optim.lr": 1e38, "optim.warmup_steps": 0, "optim.schedule": "constant",
+               "checkpoint.every": 0, "eval.every": 0, "optim.grad_clip": 0}  # fmt: skip
+    assert train.main(arguments(data, out_dir, **changes)) == 4
+    printed = capsys.readouterr().out
+    assert "is not finite; stopped" in printed and "no checkpoint yet" in printed
+    assert not [p for p in (out_dir / "checkpoints").iterdir() if p.name.isdigit()]
+
+
+def test_the_last_good_checkpoint_is_named_and_a_bad_evaluation_saves_none(
+    data, unbroken, tmp_path, capsys
+):
+    out_dir = shutil.copytree(unbroken, tmp_path / "run")
+    changes = {"optim.lr": 1e38, "optim.schedule": "constant", "optim.steps": 20}
+    changes |= {"run.allow_config_change": "true", "eval.every": 1, "checkpoint.every": 1}
+    assert train.main(arguments(data, out_dir, **changes)) == 4
+    assert f"last good checkpoint is step {STEPS} in" in capsys.readouterr().out
+    checkpoints = checkpoint.open_checkpoints(out_dir)
+    assert checkpoints.latest == STEPS
+    checkpoints.close()
+
+
+def test_rows_of_another_run_are_never_overwritten_however_often_one_tries(data, tmp_path):
+    (tmp_path / "run").mkdir()
+    file = tmp_path / "run" / "metrics.jsonl"
+    file.write_text('{"step": 7, "train/loss": 1.5}\n')
+    for _ in range(2):
+        with pytest.raises(ValueError, match="is another run's"):
+            train.main(arguments(data, tmp_path / "run"))
+    assert rows(tmp_path / "run") == {7: 1.5}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data.path": "/nowhere/at/all"}, "there is no folder /nowhere/at/all"),
+        ({"batch.sequences": 17}, "batch.sequences=17 does not divide over 8"),
+        ({"batch.microbatch": 3}, "batch.microbatch=3 does not divide"),
+        ({"mesh.data": 3}, "mesh .* does not fit 8 cpu"),
+        ({"mesh.data": 1, "mesh.tensor": 8}, "n_head=2 does not divide over mesh.tensor=8"),
+        ({"model.block_size": 100_000}, "needs at least 100001"),
+        ({"distributed.process_id": 0}, "belong together"),
+        ({"run.init_from": "/nowhere"}, "/nowhere is not the folder of a run"),
+    ],
+)
+def test_a_mistake_is_one_message_and_nothing_is_written(data, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train.main(arguments(data, tmp_path / "run", **changes))
+    assert not (tmp_path / "run" / "config.yaml").exists()
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_an_out_dir_that_is_a_file_is_a_message(data, tmp_path):
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(ValueError, match="run.out_dir"):
+        train.main(arguments(data, tmp_path / "run"))
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_a_folder_that_is_no_run_is_a_message(tmp_path):
+    for command, extra in ((evaluate.main, []), (generate.main, ["--prompt", "K"])):
+        with pytest.raises(ValueError, match="is not the folder of a run"):
+            command(["--run", str(tmp_path), *extra])
+
+
+def test_a_run_with_wandb_offline_and_tensorboard(data, tmp_path):
+    changes = {"log.wandb": "true", "log.tensorboard": "true", "optim.steps": 2}
+    assert train.main(arguments(data, tmp_path / "run", **changes)) == 0
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
+def test_fault_18_every_process_decides_by_its_own_index():
+    """Only the main process writes rows: the metrics of any other write nothing."""
+    silent = Metrics("/nowhere/at/all", LogConfig(wandb=True), total_steps=1, is_main=False)
+    silent.train({"step": 1, "train/loss": 1.0})
+    silent.close()
+    assert not Path("/nowhere").exists()
