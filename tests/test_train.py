@@ -306,7 +306,7 @@ def test_a_mixture_reports_each_data_set_and_their_weighted_mean(data, tmp_path)
 def test_two_data_sets_of_one_name_are_refused(data, tmp_path):
     twin = write_data(tmp_path / "plays", TEXT[::-1])
     path = json.dumps({str(data): 1, str(twin): 1})
-    with pytest.raises(ValueError, match="both are named plays"):
+    with pytest.raises(ValueError, match="are both named plays"):
         train.main(arguments(path, tmp_path / "run"))
 
 
