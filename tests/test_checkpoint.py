@@ -51,7 +51,7 @@ MESHES = [dict(data=2, fsdp=4), dict(data=1, fsdp=2, tensor=4), dict(data=8), di
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-def test_a_state_comes_back_bitwise_on_any_mesh_in_its_sharding(saved, state, mesh):
+def test_trap_8_a_state_comes_back_bitwise_on_any_mesh_in_its_sharding(saved, state, mesh):
     steps = build(**mesh)
     checkpoints = open_checkpoints(saved)
     restored = checkpoints.restore(checkpoints.latest, steps.abstract)

@@ -339,7 +339,7 @@ def shakespeare(shared_data):
 
 
 @pytest.mark.parametrize("T, R", [(256, 16), (255, 7), (1024, 1), (111_539, 2), (200_000, 2)])
-def test_eval_predicts_every_token_once(shakespeare, T, R):
+def test_trap_7_evaluation_predicts_every_token_once(shakespeare, T, R):
     val = shakespeare[1]
     assert len(val) == 111_540
     source = EvalBatches(val, T, R, np.arange(R), None)
@@ -476,7 +476,7 @@ def test_bins_alone_in_uint32_are_noticed(tmp_path):
     open_dataset(write(tmp_path / "ok", train=np.arange(200) % 2, val=np.arange(200) % 3))
 
 
-def test_nanogpt_meta_pkl(tmp_path, shakespeare):
+def test_trap_9_nanogpts_folder_is_read_as_it_is(tmp_path, shakespeare):
     train, val, chars = shakespeare
     folder = write(tmp_path / "shakespeare_char", train=train, val=val, meta=False)
     itos, stoi = dict(enumerate(chars)), {c: i for i, c in enumerate(chars)}
@@ -662,7 +662,7 @@ def remote(request, tmp_path):
     return folder, url, *publish(folder, url)
 
 
-def test_url_is_staged_once_and_again_when_it_changes(remote, tmp_path, monkeypatch):
+def test_fault_17_a_url_is_staged_to_disk_once_not_read_into_memory(remote, tmp_path, monkeypatch):
     folder, url, fs, root = remote
     opened, open_ = [], type(fs).open
     monkeypatch.setattr(
@@ -788,7 +788,7 @@ def test_importing_touches_no_device_and_no_file_system():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_throughput(tmp_path):
+def test_fault_15_the_input_pipeline_throughput(tmp_path):
     """64 x 1024 tokens a batch from 100M: at least 20M tokens/s, or a NumPy gather's rate.
 
     Seeds' fault 15: 15 ms a step on the critical path. See the figures with pytest -s.

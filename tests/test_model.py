@@ -145,7 +145,7 @@ def numpy_gpt(c: ModelConfig, params, tokens):
     ],
     ids=str,
 )
-def test_forward_matches_numpy(keys, bias):
+def test_trap_3_forward_matches_numpy_with_either_bias_and_gelu(keys, bias):
     model = gpt(bias=bias, **keys)
     params = random_params(model)
     tokens = some_tokens()
@@ -155,7 +155,7 @@ def test_forward_matches_numpy(keys, bias):
     assert np.abs(want).max() > 1  # so that the comparison means something
 
 
-def test_the_two_gelus_and_the_two_positions_are_not_the_same():
+def test_traps_3_and_4_the_two_gelus_and_the_two_positions_are_not_the_same():
     params = random_params(gpt())
     tokens = some_tokens()
     base = all_logits(gpt(), params, tokens)[..., :50]
@@ -361,7 +361,7 @@ def test_fault_04_loss_is_float32_under_bfloat16():
     assert (losses != exact).any()  # it did compute in bfloat16
 
 
-def test_under_bfloat16_products_are_bfloat16_and_everything_delicate_is_float32():
+def test_trap_5_under_bfloat16_everything_delicate_is_float32():
     model = gpt("bfloat16", bias=True, position="rope")
     params, tokens = shapes(model), some_tokens(3, 11)
     jaxpr = jax.make_jaxpr(lambda p: step.row_losses(model, p, tokens, None))(params).jaxpr
@@ -410,7 +410,7 @@ def test_fault_22_padded_ids_never_win_and_have_no_probability():
     assert (jax.nn.softmax(scores)[..., 50:] == 0).all()
 
 
-def test_padding_changes_neither_loss_nor_gradient():
+def test_trap_6_padding_changes_neither_loss_nor_gradient():
     padded, exact = gpt(), gpt(vocab_multiple=1)
     params = random_params(padded)
     tokens = some_tokens(3, 11)

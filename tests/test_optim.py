@@ -62,7 +62,7 @@ def test_schedule_matches_numpy_at_every_update(name, keys):
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "wsd"])
-def test_schedule_at_its_corners(name):
+def test_trap_1_schedule_counts_updates_at_its_corners(name):
     lr = schedule(OptimConfig(schedule=name, lr=6e-4, min_lr=6e-5, steps=600_000))
     first, last_warm, peak, end, after, far = (
         float(lr(i)) for i in (0, 1999, 2000, 600_000, 600_001, 10**9)
@@ -308,7 +308,7 @@ def abstract_params():
 
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("decay", ["matrices", "no_embeddings", "all"])
-def test_fault_19_decay_follows_nanogpts_rule_leaf_by_leaf(abstract_params, decay, scan):
+def test_fault_19_trap_2_decay_follows_nanogpts_rule_leaf_by_leaf(abstract_params, decay, scan):
     params = named(abstract_params[scan])
     assert {k: leaf.ndim for k, leaf in params.items()} == {k: n for k, (n, _) in LEAVES.items()}
     want = {

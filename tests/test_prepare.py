@@ -458,7 +458,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads process states in /proc")
-def test_a_killed_run_leaves_nothing_whole_and_no_workers(tmp_path):
+def test_fault_24_a_killed_preparation_leaves_nothing_whole_and_no_workers(tmp_path):
     (tmp_path / "killed.py").write_text(KILLED)
     run = subprocess.Popen(
         [sys.executable, "killed.py"], cwd=tmp_path, stdout=subprocess.PIPE, text=True

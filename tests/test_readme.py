@@ -10,7 +10,7 @@ TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
 
 
-def test_first_block_holds_exactly_the_two_commands():
+def test_fault_11_the_readme_gives_one_command_that_passes_the_tests():
     first = BLOCKS[0][1].splitlines()
     assert len(first) == 2
     assert "python -m scalegpt.train --config configs/demo.yaml" in first[0]

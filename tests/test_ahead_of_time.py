@@ -1,0 +1,43 @@
+"""The step compiles for TPUs that are not here; skipped where TPU's compiler is not installed."""
+
+import re
+
+import pytest
+
+from scalegpt import train
+
+V3_8 = ["--config", "configs/v3_8.yaml"]
+# As narrow as its compiler likes: it takes most of its time for the arithmetic of wide layers.
+SMALL = ["--model.n_layer=1", "--model.n_embd=256", "--model.n_head=4", "--model.vocab_size=1000",
+         "--batch.sequences=128"]  # fmt: skip
+
+
+@pytest.fixture
+def libtpu(monkeypatch):
+    pytest.importorskip("libtpu", reason="compiling for a TPU needs the package libtpu")
+    # Without these it looks for a TPU on this machine, and says so on four lines.
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+
+
+def gib(printed: str, what: str) -> float:
+    return float(re.search(rf"{what} ([\d.]+)", printed).group(1))
+
+
+def test_the_step_of_v3_8_compiles_with_the_state_sharded(libtpu, capsys):
+    mesh = ["--mesh.data=1", "--mesh.fsdp=8"]
+    assert train.main([*V3_8, *SMALL, *mesh, "--compile-only", "v3-8"]) == 0
+    printed = capsys.readouterr().out
+    assert "8 x TPU v3" in printed and "accumulation 2" in printed
+    # 12 bytes a parameter; each device has an eighth of them, which two digits show as nothing.
+    whole = 12 * int(printed.split(" parameters")[0].replace(",", "")) / 2**30
+    assert gib(printed, "state and batch") <= 0.01 < whole
+
+
+def test_a_step_that_does_not_fit_says_what_to_lower(libtpu):
+    with pytest.raises(ValueError, match="does not fit.*(?s:.)*batch.microbatch"):
+        train.main([*V3_8, "--model.n_layer=2", "--batch.microbatch=64", "--compile-only", "v3-8"])
+
+
+def test_an_unknown_topology_names_some_that_are_known(libtpu):
+    with pytest.raises(ValueError, match="v9-8.*v5e:4x4"):
+        train.main([*V3_8, "--compile-only", "v9-8"])
