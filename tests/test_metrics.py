@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pty
+import select
 import struct
 import subprocess
 import sys
