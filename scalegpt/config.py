@@ -203,7 +203,7 @@ class LogConfig(Section):
 
 
 class RunConfig(Section):
-    out_dir: str
+    out_dir: Annotated[str, Field(min_length=1)]
     """the run's folder; a second start with the same folder continues the run"""
     seed: Whole = 1337
     init_from: str | None = None

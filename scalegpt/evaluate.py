@@ -81,6 +81,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--microbatch", type=int, default=8, help="sequences a device (default 8)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     flags = parser.parse_args(argv)
+    for name in ("microbatch", "windows"):
+        if getattr(flags, name) is not None and getattr(flags, name) < 1:
+            raise ValueError(f"--{name}={getattr(flags, name)} must be at least 1")
     loaded = load_run(flags.run, flags.checkpoint, MeshConfig(), flags.microbatch)
     weights = {flags.data: 1.0} if flags.data else loaded.config.data.weights
     datasets = [open_dataset(path, loaded.config.data.cache_dir) for path in weights]
@@ -93,6 +96,11 @@ def main(argv: list[str]) -> int:
             )
     evaluate = validation(loaded.steps, datasets, list(weights.values()), flags.windows)
     row = {"step": loaded.step, **evaluate(loaded.params)}
+    if not math.isfinite(row["val/loss"]):
+        raise ValueError(
+            f"the loss of {flags.run}, step {loaded.step}, is not finite: val.bin holds other "
+            "tokens than its meta.json says, or the weights are broken"
+        )
     if flags.json:
         print(json.dumps(row))
         return 0

@@ -4,6 +4,7 @@ The same keys go to metrics.jsonl (always), TensorBoard and W&B (optional), and 
 on the console. Only the main process of a run writes anything.
 """
 
+import contextlib
 import json
 import math
 import shutil
@@ -162,7 +163,8 @@ class Console:
     def say(self, text: str) -> None:
         """A line that stays; on a terminal, above the live one."""
         if self._bar is None:
-            print(text, file=self._stream, flush=True)
+            with contextlib.suppress(BrokenPipeError):  # `| head` shall not end a run
+                print(text, file=self._stream, flush=True)
         else:
             self._bar.write(text, file=self._stream)
 

@@ -165,7 +165,9 @@ class GPT(_Layer):
         shape, axes = (c.padded_vocab, c.n_embd), ("vocab", "table_embed")
         wte = self.param("wte", nn.with_logical_partitioning(init, axes), shape, jnp.float32)
         # Looked up in float32: gradients of a frequent token would be summed in bfloat16.
-        x = head_table(wte)[tokens]
+        # Looked up whole: for some shapes XLA aborts on a look-up in a vocabulary that is split
+        # over tensor inside manual axes.
+        x = constrain(head_table(wte), None, None)[tokens]
         if c.position == "learned":
             shape, axes = (c.block_size, c.n_embd), ("position", "embed")
             wpe = self.param("wpe", nn.with_logical_partitioning(init, axes), shape, jnp.float32)

@@ -1,12 +1,39 @@
 """What run.out_dir already holds, whether this run may continue it, and with what state."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from scalegpt.checkpoint import Checkpoints, open_checkpoints
 from scalegpt.command_line import load, validate
 from scalegpt.config import Config, curve_diff
 from scalegpt.step import State, Steps
+
+try:
+    import fcntl
+except ImportError:  # Windows: there, nothing keeps two processes out of one folder
+    fcntl = None
+
+
+def lock(config: Config) -> TextIO:
+    """Keep a second process out of run.out_dir until the file is closed, or this process ends.
+
+    Raises ValueError when another process trains there already.
+    """
+    folder = Path(config.run.out_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "w")
+    except OSError as error:
+        raise ValueError(f"cannot write to run.out_dir={folder}: {error}") from None
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(
+            f"another process is training in {folder}; stop it, or choose another run.out_dir"
+        ) from None
+    return file
 
 
 def stored_config(config: Config) -> Config | None:

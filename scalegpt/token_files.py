@@ -71,9 +71,11 @@ def open_dataset(path: str | Path, cache_dir: str | None = None) -> Dataset:
         if not 0 <= facts.get("max_id", vocab_size) < vocab_size:
             _check_ids(file, tokens, vocab_size)
         splits[split] = tokens
-        # Without a recorded hash, both ends tell apart different data of equal size.
+        if "sha256" in facts and tokens.nbytes <= SLOW:  # a larger one takes too long to read
+            _check_hash(file, facts["sha256"])
+        # Both ends tell other data of equal size apart, whatever meta.json says of it.
         ends = tokens[: 1 << 16].tobytes() + tokens[-(1 << 16) :].tobytes()
-        hashed += [len(tokens), facts.get("sha256") or hashlib.sha256(ends).hexdigest()]
+        hashed += [len(tokens), facts.get("sha256"), hashlib.sha256(ends).hexdigest()]
     val_bytes = meta.get("val", {}).get("bytes")
     return Dataset(
         name=posixpath.basename(path.rstrip("/")) if remote else folder.name,
@@ -173,6 +175,17 @@ def _map_tokens(file: Path, dtype: np.dtype, expected: int | None) -> np.memmap:
             f"{expected * dtype.itemsize} bytes: it is {kind}; copy it or run prepare.py again"
         )
     return np.memmap(file, dtype=dtype, mode="r")
+
+
+def _check_hash(file: Path, expected: str) -> None:
+    with file.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != expected:
+        raise ValueError(
+            f"{file} is not the file that meta.json beside it describes (sha256 {found[:8]}..., "
+            f"not {expected[:8]}...); run its prepare.py again, or remove meta.json if the ids are "
+            "nanoGPT's"
+        )
 
 
 def _refuse_uint32(file: Path, tokens: np.ndarray) -> None:

@@ -5,6 +5,7 @@ non-finite loss or gradient, nothing bad saved.
 """
 
 import math
+import shlex
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ from scalegpt.data import Dataset, TrainBatches, check_tokens, open_dataset, tra
 from scalegpt.evaluate import validation
 from scalegpt.flops import mfu_meter, parameter_count
 from scalegpt.metrics import Metrics, Throughput
-from scalegpt.resume import check_same_run, initial_state, stored_config, write_config
+from scalegpt.resume import check_same_run, initial_state, lock, stored_config, write_config
 
 FLAGS = {
     "--print-config": {"action": "store_true", "help": "print the resolved configuration, exit"},
@@ -58,6 +59,9 @@ def train(config: Config) -> int:
     mesh = sharding.make_mesh(config.mesh)
     steps = step.build(config, mesh, *step.resolve(config, mesh))
     stored = stored_config(config)
+    if config.run.init_from and not stored:  # before this run's folder is made
+        checkpoint.open_checkpoints(config.run.init_from).find(config.run.init_checkpoint)
+    in_use = lock(config) if is_main else None
     checkpoints = checkpoint.Checkpoints(config.run.out_dir, config.checkpoint.keep)
     meta = {
         "config": config.model_dump(),
@@ -87,6 +91,8 @@ def train(config: Config) -> int:
     finally:
         metrics.close()
         checkpoints.close()
+        if in_use:
+            in_use.close()
 
 
 def loop(
@@ -257,7 +263,7 @@ def finish(
     ids = generate.continuations(
         steps, state.params, start_ids, samples=1, max_new_tokens=new_tokens, stop=codec.eot
     )
-    best, out_dir = checkpoints.find("best"), config.run.out_dir
+    best, out_dir = checkpoints.find("best"), shlex.quote(config.run.out_dir)
     metrics.say(f"--- a sample ---\n{codec.decode(ids[0])}\n----------------")
     metrics.say(
         f"done: best val loss {meta['best_loss']:.4f} at step {best}; metrics in "

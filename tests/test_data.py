@@ -455,6 +455,13 @@ def test_fingerprint_follows_the_tokens(tmp_path):
     assert len(set(others + bare + same)) == 9
 
 
+def test_a_file_that_meta_json_does_not_describe_is_refused(tmp_path):
+    folder = write(tmp_path / "o")
+    (folder / "train.bin").write_bytes(np.arange(1, 201).astype("<u2").tobytes())
+    with pytest.raises(ValueError, match="train.bin is not the file that meta.json .* describes"):
+        open_dataset(folder)
+
+
 def test_bins_alone_are_gpt2_in_uint16(tmp_path):
     dataset = open_dataset(write(tmp_path / "o", train=[50_256, 1, 2] * 9, meta=False))
     assert (dataset.tokenizer, dataset.vocab_size) == ("gpt2", 50_257)

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from scalegpt import checkpoint, distributed, evaluate, generate, step, train
+from scalegpt import checkpoint, distributed, evaluate, generate, resume, step, train
 from scalegpt.command_line import parse
 from scalegpt.config import LogConfig
 from scalegpt.metrics import Metrics
@@ -314,7 +314,8 @@ def test_two_data_sets_of_one_name_are_refused(data, tmp_path):
 
 
 def test_the_folder_holds_config_metrics_best_and_latest(data, unbroken, capsys):
-    assert {p.name for p in unbroken.iterdir()} == {"config.yaml", "metrics.jsonl", "checkpoints"}
+    names = {p.name for p in unbroken.iterdir()}
+    assert names == {".lock", "config.yaml", "metrics.jsonl", "checkpoints"}
     stored = parse([f"--config={unbroken}/config.yaml"], "test", {})[0]
     asked = parse(arguments(data, unbroken), "test", {})[0]
     assert stored == asked.with_vocab(stored.model.vocab_size)
@@ -444,6 +445,15 @@ def test_a_mistake_is_one_message_and_nothing_is_written(data, tmp_path, changes
         train.main(arguments(data, tmp_path / "run", **changes))
     assert not (tmp_path / "run" / "config.yaml").exists()
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_second_process_in_the_same_folder_is_refused(data, tmp_path):
+    config = parse(arguments(data, tmp_path / "run"), "test", {})[0]
+    with resume.lock(config):
+        with pytest.raises(ValueError, match="another process is training in"):
+            train.main(arguments(data, tmp_path / "run"))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    resume.lock(config).close()  # free again
 
 
 def test_an_out_dir_that_is_a_file_is_a_message(data, tmp_path):
