@@ -482,3 +482,13 @@ def test_fault_18_every_process_decides_by_its_own_index():
     silent.train({"step": 1, "train/loss": 1.0})
     silent.close()
     assert not Path("/nowhere").exists()
+
+
+def test_data_sets_in_another_order_are_refused(data, tmp_path):
+    config = parse(arguments(data, tmp_path / "run"), "test", {})[0]
+    stored = {"data": {"a": "1", "b": "2"}, "best_loss": 1.5}
+    renamed = {"data": {"x": "1", "y": "2"}}
+    assert resume.check_same_run(config, renamed, stored) == 1.5
+    for other in ({"b": "2", "a": "1"}, {"a": "1", "b": "2", "c": "3"}):
+        with pytest.raises(ValueError, match="other tokens"):
+            resume.check_same_run(config, {"data": other}, stored)
