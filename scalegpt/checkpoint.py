@@ -6,16 +6,13 @@ no position in the data: the batch of a step follows from seed and step.
 """
 
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
-from scalegpt.config import Config, MeshConfig
-from scalegpt.sharding import make_mesh
-from scalegpt.step import State, Steps, build_for_use
+from scalegpt.step import State
 
 FOLDER = "checkpoints"
 _VAL_LOSS = "val_loss"
@@ -120,32 +117,6 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
-
-
-@dataclass(frozen=True)
-class LoadedRun:
-    """The weights of a run at a step, and what is needed to use them."""
-
-    config: Config
-    tokenizer: dict | str
-    step: int
-    steps: Steps
-    params: Any
-
-
-def load_run(out_dir: str | Path, which: str, mesh: MeshConfig, microbatch: int) -> LoadedRun:
-    """Weights of a run, on any mesh. which: best, latest or a step. Raises ValueError.
-
-    microbatch: sequences that each device evaluates at a time.
-    """
-    checkpoints = open_checkpoints(out_dir)
-    step = checkpoints.find(which)
-    meta = checkpoints.meta(step)
-    config = Config.model_validate(meta["config"])
-    steps = build_for_use(config, make_mesh(mesh), microbatch)
-    params = checkpoints.restore_params(step, steps.abstract.params)
-    checkpoints.close()
-    return LoadedRun(config, meta["tokenizer"], step, steps, params)
 
 
 def open_checkpoints(out_dir: str | Path) -> Checkpoints:

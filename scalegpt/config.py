@@ -42,6 +42,8 @@ class ModelConfig(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     bias: bool = False
     """biases in linear layers and LayerNorms (GPT-2: true, nanoGPT: false)"""
+    tie_word_embeddings: bool = True
+    """the head is the embedding table itself (GPT-2, nanoGPT); false: a table of its own"""
     position: Literal["learned", "rope"] = "learned"
     rope_base: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10000.0
     activation: Literal["gelu_tanh", "gelu"] = "gelu_tanh"

@@ -12,9 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from scalegpt import command_line, sharding
-from scalegpt.checkpoint import load_run
-from scalegpt.config import MeshConfig
+from scalegpt import command_line, sharding, trained
 from scalegpt.data import Dataset, EvalBatches, check_tokens, open_dataset
 from scalegpt.step import Steps
 
@@ -74,8 +72,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="scalegpt.evaluate", description="Loss of a trained model on held-out tokens."
     )
-    parser.add_argument("--run", required=True, help="out_dir of a training run")
-    parser.add_argument("--checkpoint", default="best", help="best (default), latest or a step")
+    trained.add_flags(parser)
     parser.add_argument("--data", help="folder with val.bin (default: the run's own)")
     parser.add_argument("--windows", type=int, help="first so many windows (default: all)")
     parser.add_argument("--microbatch", type=int, default=8, help="sequences a device (default 8)")
@@ -84,7 +81,7 @@ def main(argv: list[str]) -> int:
     for name in ("microbatch", "windows"):
         if getattr(flags, name) is not None and getattr(flags, name) < 1:
             raise ValueError(f"--{name}={getattr(flags, name)} must be at least 1")
-    loaded = load_run(flags.run, flags.checkpoint, MeshConfig(), flags.microbatch)
+    loaded = trained.load(flags, flags.microbatch)
     weights = {flags.data: 1.0} if flags.data else loaded.config.data.weights
     datasets = [open_dataset(path, loaded.config.data.cache_dir) for path in weights]
     for dataset in datasets:
@@ -98,13 +95,13 @@ def main(argv: list[str]) -> int:
     row = {"step": loaded.step, **evaluate(loaded.params)}
     if not math.isfinite(row["val/loss"]):
         raise ValueError(
-            f"the loss of {flags.run}, step {loaded.step}, is not finite: val.bin holds other "
+            f"the loss of {loaded.name}, step {loaded.step}, is not finite: val.bin holds other "
             "tokens than its meta.json says, or the weights are broken"
         )
     if flags.json:
         print(json.dumps(row))
         return 0
-    print(f"{flags.run}, step {loaded.step}, on {', '.join(d.name for d in datasets)}")
+    print(f"{loaded.name}, step {loaded.step}, on {', '.join(d.name for d in datasets)}")
     for key, value in list(row.items())[1:]:
         print(f"  {key.removeprefix('val/'):16} {value:.5f}")
     return 0

@@ -29,6 +29,7 @@ def parameters_by_component(model: Any) -> dict[str, int]:
         "mlp/fc": L * 4 * D * (D + bias),
         "mlp/proj": L * D * (4 * D + bias),
         "ln_f": norm,
+        "head": 0 if model.tie_word_embeddings else model.vocab_size * D,
     }
 
 

@@ -12,9 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from scalegpt import command_line, sharding, tokenizer
-from scalegpt.checkpoint import load_run
-from scalegpt.config import MeshConfig
+from scalegpt import command_line, sharding, tokenizer, trained
 from scalegpt.model import head_table, logits
 from scalegpt.step import Steps
 
@@ -77,7 +75,7 @@ def _next_token(steps: Steps, temperature: float, top_k: int) -> Callable:
     def next_token(params: Any, tokens: Array, last: Array, key: Array) -> Array:
         with nn.logical_axis_rules(tuple(sharding.RULES.items())):
             hidden = steps.model.apply({"params": params}, tokens)[:, last]
-            scores = logits(hidden, head_table(params["wte"]), config.vocab_size)
+            scores = logits(hidden, head_table(params), config.vocab_size)
         return sample_token(scores, key, temperature, top_k)
 
     everywhere = jax.sharding.NamedSharding(steps.mesh, jax.sharding.PartitionSpec())
@@ -88,8 +86,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="scalegpt.generate", description="Continue a text with a trained model."
     )
-    parser.add_argument("--run", required=True, help="out_dir of a training run")
-    parser.add_argument("--checkpoint", default="best", help="best (default), latest or a step")
+    trained.add_flags(parser)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", help="text to continue (default: standard input)")
     source.add_argument("--prompt-file", type=Path, help="file with the text to continue")
@@ -105,7 +102,7 @@ def main(argv: list[str]) -> int:
             shown = name.replace("_", "-")
             raise ValueError(f"--{shown}={getattr(flags, name)} must be at least {lowest}")
     text = _prompt(flags)
-    loaded = load_run(flags.run, flags.checkpoint, MeshConfig(), microbatch=1)
+    loaded = trained.load(flags, microbatch=1)
     codec = tokenizer.load(loaded.tokenizer)
     prompt = codec.encode_prompt(text)
     if not len(prompt):

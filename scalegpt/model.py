@@ -167,7 +167,7 @@ class GPT(_Layer):
         # Looked up in float32: gradients of a frequent token would be summed in bfloat16.
         # Looked up whole: for some shapes XLA aborts on a look-up in a vocabulary that is split
         # over tensor inside manual axes.
-        x = constrain(head_table(wte), None, None)[tokens]
+        x = constrain(constrain(wte, "act_vocab", None), None, None)[tokens]
         if c.position == "learned":
             shape, axes = (c.block_size, c.n_embd), ("position", "embed")
             wpe = self.param("wpe", nn.with_logical_partitioning(init, axes), shape, jnp.float32)
@@ -187,6 +187,11 @@ class GPT(_Layer):
         )
         part = (c, self.dtype, self.attention)
         x, _ = layers(*part, name="h")(x, jnp.arange(c.n_layer), dropout_keys, rotary)
+        if not c.tie_word_embeddings:  # made here, used by `head_table`
+            shape, axes = (c.padded_vocab, c.n_embd), ("vocab", "table_embed")
+            self.param(
+                "head_kernel", nn.with_logical_partitioning(init, axes), shape, jnp.float32
+            )
         return LayerNorm(*part, name="ln_f")(x)
 
 
@@ -202,16 +207,16 @@ def _remat(config: ModelConfig) -> Callable:
     )
 
 
-def head_table(wte: Array) -> Array:
-    """The embedding table [V, D], gathered over fsdp once: both for look-up and for the head.
+def head_table(params: Any) -> Array:
+    """The table [V, D] of the head, which is the embedding's when tied, gathered over fsdp once.
 
     Without this the chunked loss gathers it, and reduces its gradient, once a chunk.
     """
-    return constrain(wte, "act_vocab", None)
+    return constrain(params.get("head_kernel", params["wte"]), "act_vocab", None)
 
 
 def logits(hidden: Array, table: Array, vocab_size: int) -> Array:
-    """float32 logits [..., V] of hidden [..., D] by the tied table; padded ids get the lowest."""
+    """float32 logits [..., V] of hidden [..., D] by the head's table; padded ids get the lowest."""
     y = jnp.einsum(
         "...d,vd->...v", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32
     )

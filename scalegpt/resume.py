@@ -99,9 +99,10 @@ def initial_state(
         return state
     source = open_checkpoints(config.run.init_from)
     at = source.find(config.run.init_checkpoint)
-    theirs, ours = source.meta(at)["config"]["model"], config.model.model_dump()
+    theirs = Config.model_validate(source.meta(at)["config"]).model.model_dump()
+    ours = config.model.model_dump()
     shaping = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "vocab_multiple",
-               "bias", "position", "rope_base", "activation")  # fmt: skip
+               "bias", "tie_word_embeddings", "position", "rope_base", "activation")  # fmt: skip
     if differ := [f"model.{k}: {theirs[k]} -> {ours[k]}" for k in shaping if theirs[k] != ours[k]]:
         raise ValueError(
             f"run.init_from={config.run.init_from} holds another model: {'; '.join(differ)}"

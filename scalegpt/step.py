@@ -65,7 +65,7 @@ def row_losses(model: GPT, params: Any, tokens: Array, dropout_keys: Array | Non
     """Sum of the cross-entropies of each row of tokens [B, T+1]: [B] float32."""
     inputs, targets = jnp.maximum(tokens[:, :-1], 0), tokens[:, 1:]
     hidden = model.apply({"params": params}, inputs, dropout_keys)
-    c, table = model.config, head_table(params["wte"])
+    c, table = model.config, head_table(params)
     losses = partial(token_losses, vocab=c.vocab_size, chunk=c.loss_chunk)
     mesh = jax.sharding.get_abstract_mesh()
     split = {a for a in sharding.ROWS if mesh.shape.get(a, 1) > 1} - set(mesh.manual_axes)

@@ -9,9 +9,10 @@ import pytest
 from scalegpt import flops
 
 
-def gpt(L=12, H=12, D=768, T=1024, V=50257, bias=False, position="learned"):
+def gpt(L=12, H=12, D=768, T=1024, V=50257, bias=False, position="learned", tied=True):
     return SimpleNamespace(
-        n_layer=L, n_head=H, n_embd=D, block_size=T, vocab_size=V, bias=bias, position=position
+        n_layer=L, n_head=H, n_embd=D, block_size=T, vocab_size=V, bias=bias, position=position,
+        tie_word_embeddings=tied,
     )
 
 
@@ -20,6 +21,8 @@ def leaf_sizes(m) -> list[int]:
     D, shapes = m.n_embd, [(m.vocab_size, m.n_embd)]
     if m.position == "learned":
         shapes.append((m.block_size, D))
+    if not m.tie_word_embeddings:
+        shapes.append((m.vocab_size, D))
     for _ in range(m.n_layer):
         shapes += [(D,), (D, 3 * D), (D, D), (D,), (D, 4 * D), (4 * D, D)]
         if m.bias:

@@ -241,15 +241,15 @@ def test_fault_02_every_flag_of_the_command_has_its_effect(monkeypatch, capsys, 
         def decode(self, ids):
             return "".join(map(chr, ids))
 
-    def load_run(run, checkpoint, *args, **kwargs):
-        seen.update(run=run, checkpoint=checkpoint)
+    def load(flags, **kwargs):
+        seen.update(run=flags.run, checkpoint=flags.checkpoint)
         return SimpleNamespace(tokenizer="t", steps="s", params="p")
 
     def fake(steps, params, prompt, **kwargs):
         seen.update(kwargs, prompt=prompt.tolist())
         return [[88, 89]] * kwargs["samples"]
 
-    monkeypatch.setattr(generate, "load_run", load_run)
+    monkeypatch.setattr(generate.trained, "load", load)
     monkeypatch.setattr(generate, "continuations", fake)
     monkeypatch.setattr(generate.tokenizer, "load", lambda description: Codec())
     flags = ["--num-samples=2", "--max-new-tokens=7", "--temperature=0.3", "--top-k=9", "--seed=5"]

@@ -1,0 +1,1 @@
+"""GPT-2 weights from and to Hugging Face's format (being written)."""

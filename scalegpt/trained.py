@@ -1,0 +1,105 @@
+"""A trained model, of a run or of Hugging Face's format, ready for use on any mesh."""
+
+import argparse
+from dataclasses import dataclass
+from typing import Any
+
+from scalegpt import distributed, hf
+from scalegpt.checkpoint import open_checkpoints
+from scalegpt.command_line import validate
+from scalegpt.config import Config, DistributedConfig, MeshConfig, ModelConfig
+from scalegpt.sharding import make_mesh
+from scalegpt.step import Steps, build_for_use
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Weights, and what is needed to use them.
+
+    name: for messages. tokenizer: a spec for `tokenizer.load`, or None when the source has none.
+    step: the update at which a run had these weights, None for a model of Hugging Face's format.
+    """
+
+    name: str
+    config: Config
+    tokenizer: dict | str | None
+    step: int | None
+    steps: Steps
+    params: Any
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Which model, in which precision, on which mesh; `load` reads them."""
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", help="out_dir of a training run")
+    source.add_argument(
+        "--hf", metavar="NAME", help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, another repository "
+        "of Hugging Face, or a folder with config.json and model.safetensors",
+    )  # fmt: skip
+    parser.add_argument("--checkpoint", default="best", help="best (default), latest or a step")
+    parser.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16"),
+        help="of matrix products (default: the run's; auto: float32 on a CPU, else bfloat16)",
+    )  # fmt: skip
+    for section, config in (("mesh", MeshConfig), ("distributed", DistributedConfig)):
+        for key, field in config.model_fields.items():
+            parser.add_argument(f"--{section}.{key}", metavar="N", help=field.description)
+
+
+def load(flags: argparse.Namespace, microbatch: int) -> Trained:
+    """The model that the flags name; starts JAX, among several processes too. Raises ValueError.
+
+    microbatch: sequences that each device works on at a time.
+    """
+    keys = vars(flags)
+    sections = {
+        section: {k.split(".")[1]: v for k, v in keys.items() if k.startswith(section) and v}
+        for section in ("mesh.", "distributed.")
+    }
+    asked = validate(
+        {"mesh": sections["mesh."], "distributed": sections["distributed."],
+         "data": {"path": ""}, "run": {"out_dir": "none"}},
+        "this command line",
+    )  # fmt: skip
+    distributed.start(asked.distributed)
+    if flags.hf:
+        return from_hugging_face(flags.hf, asked.mesh, microbatch, flags.dtype)
+    return from_run(flags.run, flags.checkpoint, asked.mesh, microbatch, flags.dtype)
+
+
+def from_run(
+    out_dir: str, which: str, mesh: MeshConfig, microbatch: int, dtype: str | None = None
+) -> Trained:
+    """which: best, latest or a step."""
+    checkpoints = open_checkpoints(out_dir)
+    step = checkpoints.find(which)
+    meta = checkpoints.meta(step)
+    config = Config.model_validate(meta["config"])
+    config = _with_dtype(config, dtype)
+    steps = build_for_use(config, make_mesh(mesh), microbatch)
+    params = checkpoints.restore_params(step, steps.abstract.params)
+    checkpoints.close()
+    return Trained(out_dir, config, meta["tokenizer"], step, steps, params)
+
+
+def from_hugging_face(
+    source: str, mesh: MeshConfig, microbatch: int, dtype: str | None = None
+) -> Trained:
+    """source: as `hf.locate` takes it."""
+    folder = hf.locate(source)
+    model, tokenizer = hf.describe(folder)
+    config = _with_dtype(config_of(model), dtype)
+    steps = build_for_use(config, make_mesh(mesh), microbatch)
+    params = hf.load_params(folder, config.model, steps.abstract.params)
+    return Trained(source, config, tokenizer, None, steps, params)
+
+
+def config_of(model: ModelConfig) -> Config:
+    """A run around a model that came without one: it has no data and no folder."""
+    return Config.model_validate({"model": model, "data": {"path": ""}, "run": {"out_dir": "none"}})
+
+
+def _with_dtype(config: Config, dtype: str | None) -> Config:
+    if dtype is None:
+        return config
+    return config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
