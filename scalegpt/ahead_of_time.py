@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from scalegpt import sharding, step
+from scalegpt import pmap_step, sharding
 from scalegpt.config import Config
 from scalegpt.flops import parameter_count
 
@@ -16,7 +16,7 @@ def compile_only(config: Config, where: str) -> None:
     Raises ValueError for an unknown topology and for a step that does not fit its memory.
     """
     mesh = sharding.make_mesh(config.mesh, None if where == "here" else tpu_devices(where))
-    steps = step.build(config, mesh, *step.resolve(config, mesh))
+    steps = pmap_step.build_for_training(config, mesh)
     began = time.perf_counter()
     try:
         compiled = steps.lower().compile()

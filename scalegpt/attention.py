@@ -97,6 +97,37 @@ def causal_attention(
     raise ValueError(f"unknown attention {implementation!r}: resolve() gives {IMPLEMENTATIONS}")
 
 
+def cached_attention(
+    q: Array, k: Array, v: Array, past: tuple[Array, Array], first: Array, used: Array
+) -> tuple[Array, tuple[Array, Array]]:
+    """Attention of new tokens q, k, v [B,T,H,K] over themselves and the past; `past` with them.
+
+    past: keys and values [B,H,S,K], of which the slots before `used` are filled and T more will
+    be; row b begins at slot first[b], and what is before it is never seen.
+    """
+    past = tuple(
+        jax.lax.dynamic_update_slice_in_dim(old, new.swapaxes(1, 2), used, axis=2)
+        for old, new in zip(past, (k, v), strict=True)
+    )
+    now = used + jnp.arange(q.shape[1])
+
+    def attend(slots: int, q: Array, k: Array, v: Array) -> Array:
+        slot = jnp.arange(slots)
+        seen = (slot <= now[:, None]) & (slot >= first[:, None, None])
+        k, v = k[:, :, :slots], v[:, :, :slots]
+        scores = jnp.einsum("bthk,bhsk->bhts", q, k, preferred_element_type=jnp.float32)
+        scores = scores * q.shape[-1] ** -0.5
+        scores = jnp.where(seen[:, None], scores, jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(scores).astype(v.dtype)
+        return jnp.einsum("bhts,bhsk->bthk", weights, v)
+
+    # Most of the cache is empty most of the time, and reading it would cost as much as the weights.
+    size = past[0].shape[2]
+    sizes = [2**i for i in range(7, size.bit_length()) if 2**i < size] + [size]
+    which = jnp.searchsorted(jnp.array(sizes), used + q.shape[1])
+    return jax.lax.switch(which, [partial(attend, n) for n in sizes], q, *past), past
+
+
 def _dropout(rate: float, keys: Array | None, shape: tuple[int, ...]) -> Callable[[Array], Array]:
     """Drops weights [B,H,T,T] and scales the rest up; row b's mask depends on keys[b] alone."""
     if not rate:

@@ -2,7 +2,8 @@
 
 A step's folder holds three items: `params`; `optimizer` (its state and the step); and `meta`, JSON
 with the resolved config, the tokenizer, the data's fingerprint and the best loss so far. There is
-no position in the data: the batch of a step follows from seed and step.
+no position in the data: the batch of a step follows from seed and step. Step 0, weights that were
+imported, has no `optimizer`.
 """
 
 import logging
@@ -68,14 +69,23 @@ class Checkpoints:
             force=True,
         )
 
+    def save_weights(self, params: Any, meta: dict[str, Any]) -> None:
+        """Weights alone, as step 0, which no run has: something to start from, not to continue."""
+        items = {"params": ocp.args.StandardSave(params), "meta": ocp.args.JsonSave(meta)}
+        self._manager.save(0, args=ocp.args.Composite(**items), force=True)
+        self.wait()
+
     def find(self, which: str) -> int:
-        """best, latest or a number -> the step. Raises ValueError naming those that there are."""
+        """best, latest or a number -> the step. Raises ValueError naming those that there are.
+
+        Of weights that were imported, which nobody has evaluated, the best are those.
+        """
         steps = sorted(self._manager.all_steps())
         if not steps:
             raise ValueError(f"there is no checkpoint in {self.folder}")
         step = steps[-1] if which == "latest" else None
         if which == "best":
-            step = self._manager.best_step()
+            step = 0 if steps == [0] else self._manager.best_step()
         elif which.isdigit() and int(which) in steps:
             step = int(which)
         if step is None:

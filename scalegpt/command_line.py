@@ -18,12 +18,13 @@ _START = "or start from a whole one: --config configs/demo.yaml"
 
 
 def parse(
-    argv: list[str], prog: str, flags: dict[str, dict[str, Any]]
+    argv: list[str], prog: str, flags: dict[str, dict[str, Any]],
+    defaults: dict[str, dict[str, Any]] | None = None,
 ) -> tuple[Config, argparse.Namespace]:
     """Command line -> the run and the values of `flags` (name -> keywords of `add_argument`).
 
-    Later wins: defaults, then `--config FILE`, then `--section.key=value`.
-    Raises ValueError with one line for each mistake.
+    Later wins: Config's defaults, then `defaults` (section -> key -> value), then `--config FILE`,
+    then `--section.key=value`. Raises ValueError with one line for each mistake.
     """
     parser = _Parser(prog=prog, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file; see configs/")
@@ -39,6 +40,9 @@ def parse(
     if isinstance(data := overrides.get("data"), dict) and "path" in data:
         overrides["data"] = {**data, "path": _mixture_or_path(data["path"])}
     values = load(flag_values.config) if flag_values.config else {}
+    for section, keys in (defaults or {}).items():
+        if isinstance(stored := values.get(section, {}), dict):
+            values[section] = {**keys, **stored}
     for section, keys in overrides.items():
         stored = values.get(section, {})
         if isinstance(stored, dict):  # else the file is wrong, which validate will say

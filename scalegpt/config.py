@@ -184,6 +184,10 @@ class EvalConfig(Section):
     """updates between evaluations; 0: only at the end"""
     windows: Positive | None = None
     """evaluate on the first so many windows of val.bin; default: the whole file"""
+    tasks: dict[Literal["hellaswag", "lambada", "multiple_choice"], str] = {}
+    """also score these, {task: jsonl file}; see `python -m scalegpt.evaluate --help`"""
+    task_examples: Positive | None = None
+    """of each task the first so many examples; default: all"""
 
 
 class CheckpointConfig(Section):
@@ -208,6 +212,8 @@ class RunConfig(Section):
     out_dir: Annotated[str, Field(min_length=1)]
     """the run's folder; a second start with the same folder continues the run"""
     seed: Whole = 1337
+    backend: Literal["jit", "pmap"] = "jit"
+    """what runs the update; pmap: copies of the whole model, to compare with"""
     init_from: str | None = None
     """start from the weights of another run (its out_dir)"""
     init_checkpoint: str = "best"

@@ -1,4 +1,4 @@
-"""Loss over fixed windows of held-out tokens, weighted by token; `python -m scalegpt.evaluate`.
+"""Figures of a trained model: loss over text, and tasks; `python -m scalegpt.evaluate`.
 
 Evaluation shares no random key and no position with training: how often it happens changes
 nothing in the run.
@@ -8,103 +8,211 @@ import argparse
 import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-import numpy as np
+import jax
 
-from scalegpt import command_line, sharding, trained
-from scalegpt.data import Dataset, EvalBatches, check_tokens, open_dataset
+from scalegpt import command_line, tasks, tokenizer, trained
+from scalegpt.config import Config, DataConfig
+from scalegpt.data import Dataset
+from scalegpt.likelihood import scorer
+from scalegpt.losses import losses, text_split
 from scalegpt.step import Steps
-
-
-def mean_loss(steps: Steps, params: Any, batches: EvalBatches) -> tuple[float, float]:
-    """Mean cross-entropy a token in nats, and its standard error with windows as samples.
-
-    Every process gets the same figures; they do not depend on batch size or mesh.
-    """
-    results = []
-    for batch in batches:
-        tokens = sharding.to_global(
-            batch, batches.rows, steps.eval_sharding, batches.rows_per_batch
-        )
-        results.append(steps.evaluate(params, tokens))
-    sums, counts = (np.concatenate([np.asarray(r[i]) for r in results]) for i in (0, 1))
-    sums, counts = (x[: batches.windows].astype(np.float64) for x in (sums, counts))
-    loss = sums.sum() / counts.sum()
-    # Standard error of a ratio of sums (Cochran, Sampling Techniques, 1977, eq. 6.9).
-    spread = np.square(sums - loss * counts).sum() * len(sums) / max(1, len(sums) - 1)
-    return float(loss), math.sqrt(spread) / float(counts.sum())
+from scalegpt.tasks import Figures
+from scalegpt.token_files import Split, open_split
 
 
 def validation(
-    steps: Steps, datasets: list[Dataset], weights: list[float], windows: int | None
+    config: Config, datasets: list[Dataset], steps: Steps
 ) -> Callable[[Any], dict[str, float]]:
-    """params -> the evaluation row of metrics.jsonl, over the val.bin of each data set.
+    """params -> the evaluation row of metrics.jsonl: the loss over each val.bin, and eval.tasks.
 
-    Of a mixture val/loss is the mean by the mixture's weights; val/NAME/loss are its parts.
+    Raises ValueError for tasks that cannot be scored.
     """
-    rows_per_batch = steps.layout[1]
-    rows = sharding.local_rows(steps.mesh, rows_per_batch)
-    block = steps.model.config.block_size
-    all_batches = [EvalBatches(d.val, block, rows_per_batch, rows, windows) for d in datasets]
+    splits = [
+        Split(d.name, d.tokenizer, d.vocab_size, d.val, d.val_bytes_per_token) for d in datasets
+    ]
+    weights = list(config.data.weights.values())
+    loss = losses(steps, splits, weights, config.eval.windows, shown=False)[0]
+    scores = tasks.in_training(config.eval, datasets[0].tokenizer, steps)
 
     def evaluate(params: Any) -> dict[str, float]:
-        results = np.array([mean_loss(steps, params, batches) for batches in all_batches])
-        loss = float(np.dot(weights, results[:, 0]))
-        row = {
-            "val/loss": loss,
-            "val/loss_stderr": float(np.linalg.norm(weights * results[:, 1])),
-            "val/perplexity": math.exp(min(loss, 700)),
-        }
-        if all(d.val_bytes_per_token for d in datasets):
-            bits = results[:, 0] / math.log(2) / [d.val_bytes_per_token for d in datasets]
-            row["val/bits_per_byte"] = float(np.dot(weights, bits))
-        if len(datasets) > 1:
-            row |= {
-                f"val/{d.name}/loss": float(r) for d, r in zip(datasets, results[:, 0], strict=True)
-            }
-        return row
+        figures = loss(params)
+        row = {f"val/{key}": value for key, (value, _) in figures.items()}
+        return {**row, "val/loss_stderr": figures["loss"][1], **scores(params)}
 
     return evaluate
 
 
 def main(argv: list[str]) -> int:
+    flags = _parser().parse_args(argv)
+    _check(flags)
+    config = None
+    if flags.config:
+        config = command_line.validate(command_line.load(flags.config), flags.config)
+        if not config.run.init_from:
+            raise ValueError(
+                f"{flags.config} has no run.init_from, which names the weights to evaluate; for "
+                f"those of the run itself: --run {config.run.out_dir}"
+            )
+    asked = dict(zip(flags.task, flags.file, strict=True))
+    if config and not (asked or flags.text or flags.data):
+        asked, flags.limit = config.eval.tasks, flags.limit or config.eval.task_examples
+    microbatch = flags.microbatch or (config and config.batch.microbatch) or 8
+    # Before the weights are read, maybe downloaded; of a run's own data only they can tell.
+    splits, weights = _splits(flags, config.data) if config else ([], [])
+    loaded = trained.load(flags, microbatch, config)
+    model, steps = loaded.config.model, loaded.steps
+    if config:
+        _refuse_other_model(config, loaded)
+    else:
+        splits, weights = _splits(flags, loaded.config.data)
+    for split in splits:
+        _refuse_other_tokens(split, loaded)
+    codec = None
+    if loaded.tokenizer is not None and (asked or flags.text):
+        codec = tokenizer.load(loaded.tokenizer)
+    elif asked or flags.text:
+        raise ValueError(f"{loaded.name} came without a tokenizer; evaluate it on token files")
+    # Everything is read before anything is computed: a mistake shall not cost an hour.
+    opened = [tasks.open_task(n, f, codec, model.block_size, flags.limit) for n, f in asked.items()]
+    if flags.text:
+        splits, weights = [text_split(flags.text, codec)], [1.0]
+    results: list[tuple[str, Figures, int, str]] = []
+    if splits:
+        windows = flags.windows or (config and config.eval.windows)
+        evaluate, count = losses(steps, splits, weights, windows, shown=True)
+        name = "text" if flags.text else flags.split
+        results.append((name, evaluate(loaded.params), count, "tokens"))
+    score = scorer(steps)
+    for task in opened:
+        found = tasks.run(task, score, loaded.params, shown=True)
+        results.append((task.name, found, len(task.gold), "examples"))
+    for name, figures, _, _ in results:
+        if not all(math.isfinite(value) for value, _ in figures.values()):
+            raise ValueError(
+                f"a figure of {loaded.name} over {name} is not finite: the tokens are others than "
+                "their meta.json says, or the weights are broken"
+            )
+    if jax.process_index() == 0:
+        at = "" if loaded.step is None else f", step {loaded.step}"
+        on = [split.name for split in splits] + [Path(file).name for file in asked.values()]
+        title = f"{loaded.name}{at}, on {', '.join(on)}"
+        print(_json(loaded, results) if flags.json else f"{title}\n{_table(results)}")
+    return 0
+
+
+def _json(loaded: trained.Trained, results: list[tuple[str, Figures, int, str]]) -> str:
+    row: dict[str, Any] = {"model": loaded.name, "step": loaded.step}
+    for name, figures, count, unit in results:
+        for key, (value, error) in figures.items():
+            row |= {f"{name}/{key}": value, f"{name}/{key}_stderr": error}
+        row[f"{name}/{unit}"] = count
+    return json.dumps(row)
+
+
+def _table(results: list[tuple[str, Figures, int, str]]) -> str:
+    lines = [
+        (f"{name}/{key}", f"{value:.6g}", f"± {error:.3g}", f"{count:,} {unit}")
+        for name, figures, count, unit in results
+        for key, (value, error) in figures.items()
+    ]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    cells = ([x.ljust(w) for x, w in zip(line, widths, strict=True)] for line in lines)
+    return "\n".join("  " + "  ".join(line).rstrip() for line in cells)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="scalegpt.evaluate", description="Loss of a trained model on held-out tokens."
+        prog="scalegpt.evaluate",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Loss of a trained model over text, and its scores in tasks. Text is evaluated "
+        "in\nwindows of block_size side by side, each without what came before it.",
+        epilog=tasks.__doc__,
     )
-    trained.add_flags(parser)
-    parser.add_argument("--data", help="folder with val.bin (default: the run's own)")
+    trained.add_flags(parser).add_argument(
+        "--config", metavar="FILE", help="a run's config: the weights of its run.init_from, on its "
+        "data.path, with its eval, batch.microbatch and mesh",
+    )  # fmt: skip
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument(
+        "--data", metavar="PATH", help="folder or URL with val.bin, or a .bin file (default: the "
+        "run's own, if there is no --task)",
+    )  # fmt: skip
+    text.add_argument(
+        "--text", metavar="FILE", help="UTF-8 text, encoded by the model's tokenizer; predicted "
+        "from its first token on, where the tokenizer has an end-of-text mark to start from",
+    )  # fmt: skip
+    parser.add_argument("--split", choices=("val", "train"), default="val", help="of the data")
     parser.add_argument("--windows", type=int, help="first so many windows (default: all)")
-    parser.add_argument("--microbatch", type=int, default=8, help="sequences a device (default 8)")
+    parser.add_argument(
+        "--task", action="append", choices=tasks.NAMES, default=[], help="with its --file; several "
+        "are possible",
+    )  # fmt: skip
+    parser.add_argument("--file", action="append", default=[], help="the task's examples")
+    parser.add_argument("--limit", type=int, help="first so many examples (default: all)")
+    parser.add_argument("--microbatch", type=int, help="rows a device works on (default 8)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    flags = parser.parse_args(argv)
-    for name in ("microbatch", "windows"):
+    return parser
+
+
+def _check(flags: argparse.Namespace) -> None:
+    """What can be told before JAX starts and weights are read."""
+    for name in ("microbatch", "windows", "limit"):
         if getattr(flags, name) is not None and getattr(flags, name) < 1:
             raise ValueError(f"--{name}={getattr(flags, name)} must be at least 1")
-    loaded = trained.load(flags, flags.microbatch)
-    weights = {flags.data: 1.0} if flags.data else loaded.config.data.weights
-    datasets = [open_dataset(path, loaded.config.data.cache_dir) for path in weights]
-    for dataset in datasets:
-        check_tokens(dataset, loaded.config.model.block_size)
-        if dataset.vocab_size > loaded.config.model.vocab_size:
-            raise ValueError(
-                f"{dataset.name} has {dataset.vocab_size} token ids, the model only "
-                f"{loaded.config.model.vocab_size}; prepare the text with the model's tokenizer"
-            )
-    evaluate = validation(loaded.steps, datasets, list(weights.values()), flags.windows)
-    row = {"step": loaded.step, **evaluate(loaded.params)}
-    if not math.isfinite(row["val/loss"]):
+    if len(flags.task) != len(flags.file) or len(set(flags.task)) != len(flags.task):
+        raise ValueError("each --task needs its --file, and each task can be given once")
+    for path in [*flags.file, *([flags.text] if flags.text else [])]:
+        if not Path(path).is_file():
+            raise ValueError(f"there is no file {path}")
+    if flags.limit and not (flags.task or flags.config):
+        raise ValueError(f"--limit={flags.limit} is of a --task; --windows is of text")
+    if flags.hf and not (flags.data or flags.text or flags.task):
         raise ValueError(
-            f"the loss of {loaded.name}, step {loaded.step}, is not finite: val.bin holds other "
-            "tokens than its meta.json says, or the weights are broken"
+            f"say what to evaluate {flags.hf} on: --data PATH, --text FILE, or --task with --file"
         )
-    if flags.json:
-        print(json.dumps(row))
-        return 0
-    print(f"{loaded.name}, step {loaded.step}, on {', '.join(d.name for d in datasets)}")
-    for key, value in list(row.items())[1:]:
-        print(f"  {key.removeprefix('val/'):16} {value:.5f}")
-    return 0
+
+
+def _refuse_other_model(config: Config, loaded: trained.Trained) -> None:
+    """The weights decide what the model is, so the config must not say that it is another."""
+    neutral = {"preset", "dtype", "attention", "scan_layers", "remat", "loss_chunk", "dropout",
+               "vocab_multiple"}  # fmt: skip
+    theirs = loaded.config.model
+    for key in sorted(config.model.model_fields_set - neutral):
+        if getattr(config.model, key) != getattr(theirs, key):
+            raise ValueError(
+                f"model.{key}={getattr(config.model, key)}, but {loaded.name} of run.init_from has "
+                f"{getattr(theirs, key)}"
+            )
+
+
+def _splits(flags: argparse.Namespace, data: DataConfig) -> tuple[list[Split], list[float]]:
+    """The token files asked for, else those of `data`; none if only something else is asked for."""
+    if flags.text or (flags.task and not flags.data):
+        return [], []
+    shares = {flags.data: 1.0} if flags.data else data.weights
+    splits = [open_split(path, flags.split, data.cache_dir) for path in shares]
+    return splits, list(shares.values())
+
+
+def _refuse_other_tokens(split: Split, loaded: trained.Trained) -> None:
+    size = loaded.config.model.vocab_size
+    if split.vocab_size > size:
+        raise ValueError(
+            f"{split.name} has {split.vocab_size} token ids, the model only {size}; prepare the "
+            "text with the model's tokenizer"
+        )
+    ours, theirs = (
+        {"kind": spec} if isinstance(spec, str) else spec
+        for spec in (loaded.tokenizer, split.tokenizer)
+    )
+    if ours is not None and ours != theirs:
+        raise ValueError(
+            f"{split.name} was made with tokenizer {theirs['kind']}, the model with another, "
+            f"{ours['kind']}, so that ids do not mean the same; prepare the text again"
+        )
 
 
 if __name__ == "__main__":

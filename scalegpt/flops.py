@@ -38,18 +38,40 @@ def parameter_count(model: Any) -> int:
     return sum(parameters_by_component(model).values())
 
 
-def forward_flops(model: Any, causal: bool = False) -> int:
-    """FLOPs of the forward pass over one sequence of block_size tokens.
+def used_parameters(model: Any) -> int:
+    """Parameters that multiply: all but `wpe` and, when the head has its own table, `wte`.
+
+    The N of PaLM's and Chinchilla's formulas as nanoGPT's notebooks read them: 123,653,376 for
+    GPT-2.
+    """
+    parts = parameters_by_component(model)
+    return sum(parts.values()) - parts["wpe"] - (parts["wte"] if parts["head"] else 0)
+
+
+def flops_by_component(model: Any, causal: bool = False) -> dict[str, int]:
+    """FLOPs of the forward pass over one sequence of block_size tokens, over all layers.
 
     Counts matrix products only, 2 FLOPs for a multiply-add: the 12 D^2 weights of each layer, the
     head, and in attention q·k and scores·v (2 T^2 D each). Looking up embeddings costs nothing;
     norms, biases, GELU and softmax are left out. `causal` counts half of T x T, the useful half.
-    Source: nanoGPT's transformer_sizing.ipynb, whose figure is the one with causal=False.
+    Source: nanoGPT's transformer_sizing.ipynb, whose figures are those with causal=False.
     """
     L, T, D = model.n_layer, model.block_size, model.n_embd
-    weights = 12 * L * D * D + D * model.vocab_size
-    scores = 4 * L * T * T * D
-    return 2 * T * weights + (scores // 2 if causal else scores)
+    pairs = T * T * D if causal else 2 * T * T * D
+    return {
+        "attn/qkv": L * 2 * T * 3 * D * D,
+        "attn/scores": L * pairs,
+        "attn/reduce": L * pairs,
+        "attn/proj": L * 2 * T * D * D,
+        "mlp/fc": L * 2 * T * 4 * D * D,
+        "mlp/proj": L * 2 * T * 4 * D * D,
+        "head": 2 * T * D * model.vocab_size,
+    }
+
+
+def forward_flops(model: Any, causal: bool = False) -> int:
+    """FLOPs of the forward pass over one sequence: 291,648,307,200 for GPT-2 as nanoGPT counts."""
+    return sum(flops_by_component(model, causal).values())
 
 
 def flops_per_token(model: Any, causal: bool = True) -> float:
@@ -62,10 +84,18 @@ def flops_per_token(model: Any, causal: bool = True) -> float:
     return 3 * forward_flops(model, causal) / model.block_size
 
 
+def palm_flops_per_token(model: Any) -> int:
+    """6 N + 12 L H Q T, the formula itself: it counts norms and biases as products too.
+
+    Source: PaLM, arXiv:2204.02311, appendix B, with N as in nanoGPT's transformer_sizing.ipynb.
+    """
+    return 6 * used_parameters(model) + 12 * model.n_layer * model.n_embd * model.block_size
+
+
 # Dense TFLOP/s of 16-bit matrix products with float32 accumulation, for one *JAX device*. Vendors
 # like to print the figure with 2:4 sparsity, twice as high: it is halved here. Names are what
 # `jax.devices()[0].device_kind` says, or their first words ("NVIDIA A100" for every A100).
-_PEAK_TFLOPS = {
+PEAK_TFLOPS = {
     # Per chip: Cloud TPU documentation; names: jax/_src/pallas/mosaic/tpu_info.py. A device is
     # one core, half a chip, on v2, v3 and tpu7x; on v4 and v5p it is a chip (megacore).
     "TPU v2": 45 / 2,
@@ -116,11 +146,11 @@ def peak_flops(device_kind: str, dtype: str = "bfloat16") -> float | None:
     """
     if dtype not in ("bfloat16", "float16"):
         return None
-    for name in sorted(_PEAK_TFLOPS, key=len, reverse=True):
+    for name in sorted(PEAK_TFLOPS, key=len, reverse=True):
         rest = device_kind.removeprefix(name)
         if rest == device_kind or rest[:1].isalnum():
             continue
-        return None if _OTHER_PART & set(rest.split()) else _PEAK_TFLOPS[name] * 1e12
+        return None if _OTHER_PART & set(rest.split()) else PEAK_TFLOPS[name] * 1e12
     return None
 
 

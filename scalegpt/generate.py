@@ -1,135 +1,242 @@
 """Text from a trained model: `python -m scalegpt.generate --run out/NAME --prompt "..."`."""
 
 import argparse
+import contextlib
+import importlib
+import json
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
-from scalegpt import command_line, sharding, tokenizer, trained
-from scalegpt.model import head_table, logits
+from scalegpt import command_line, tokenizer, trained
+from scalegpt.decode import Decoder, decoder
+from scalegpt.sampling import Sampler
 from scalegpt.step import Steps
+from scalegpt.tokenizer import Tokenizer
+
+_HELP = {
+    "temperature": "0: always the likeliest token",
+    "top_k": "draw from the so many likeliest; 0: from all",
+    "top_p": "draw from the likeliest that have this probability together",
+    "min_p": "draw from those at least this likely, relative to the likeliest",
+    "repetition_penalty": "above 1: tokens of the text so far become less likely",
+}
 
 
-def sample_token(scores: Array, key: Array, temperature: float, top_k: int) -> Array:
-    """One id [N] for each row of float32 logits [N, V], the row's key folded from `key`.
+@dataclass
+class Continuation:
+    """What has been written after one prompt. text: what is certain of it so far.
 
-    temperature 0: the likeliest id. top_k 0: all ids compete.
+    finish: why it ended, None while it has not: end_of_text, stop (a stop string, which is not part
+    of the text) or length.
     """
-    if temperature == 0:
-        return scores.argmax(-1)
-    if top_k:
-        lowest_kept = jax.lax.top_k(scores, min(top_k, scores.shape[-1]))[0][:, -1:]
-        scores = jnp.where(scores < lowest_kept, -jnp.inf, scores)
-    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(len(scores)))
-    return jax.vmap(jax.random.categorical)(keys, scores / temperature)
+
+    codec: Tokenizer
+    stops: Sequence[str] = ()
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+    finish: str | None = None
+
+    def add(self, token: int) -> None:
+        """One more token; it is ignored when the text has ended."""
+        if self.finish:
+            return
+        if token == self.codec.eot:
+            self.end("end_of_text")
+            return
+        self.ids.append(token)
+        text = self._decoded()
+        if found := [at for stop in self.stops if (at := text.find(stop)) >= 0]:
+            self.text, self.finish = text[: min(found)], "stop"
+            return
+        # Not yet certain: half a UTF-8 character, and what may become a stop string.
+        text = text.rstrip("\ufffd")
+        held = [n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
+        self.text = text[: len(text) - max(held, default=0)]
+
+    def end(self, finish: str) -> None:
+        if self.finish is None:
+            self.text, self.finish = self._decoded(), finish
+
+    def _decoded(self) -> str:
+        return self.codec.decode(np.array(self.ids, np.int64))
 
 
 def continuations(
-    steps: Steps,
-    params: Any,
-    prompt: np.ndarray,
+    write: Decoder,
+    codec: Tokenizer,
+    prompts: Sequence[np.ndarray],
     *,
-    samples: int,
     max_new_tokens: int,
-    temperature: float = 0.8,
-    top_k: int = 200,
     seed: int = 1337,
-    stop: int | None = None,
-) -> list[list[int]]:
-    """New ids for each of `samples` continuations of prompt [P]; one ends at the id `stop`.
+    stops: Sequence[str] = (),
+    watch: Callable[[list[Continuation]], None] = lambda texts: None,
+) -> list[Continuation]:
+    """Continue each prompt until end of text, a stop string or max_new_tokens.
 
-    Ids of the padded vocabulary are never drawn. A text longer than block_size is continued
-    from its last block_size tokens. Every process of a run must call this together.
+    watch: called after each token, with all texts. Every process must call this together.
     """
-    next_token = _next_token(steps, temperature, top_k)
-    rows = -(-samples // steps.layout[1]) * steps.layout[1]
-    local = sharding.local_rows(steps.mesh, rows)
-    block = steps.model.config.block_size
-    key = jax.random.key(seed)
-    text = np.tile(np.asarray(prompt, np.int32), (rows, 1))
-    for i in range(max_new_tokens):
-        window = text[:, -block:]
-        length = window.shape[1]
-        # Padded to one shape, so that one compilation serves all lengths; nothing looks right.
-        window = np.pad(window, ((0, 0), (0, block - length)))
-        tokens = sharding.to_global(window[local], local, steps.eval_sharding, rows)
-        with jax.set_mesh(steps.mesh):
-            new = next_token(params, tokens, length - 1, jax.random.fold_in(key, i))
-        text = np.concatenate([text, np.asarray(new)[:, None]], axis=1)
-        if stop is not None and (text[:samples, len(prompt) :] == stop).any(1).all():
+    texts = [Continuation(codec, stops) for _ in prompts]
+    for ids in write.ids(prompts, max_new_tokens, seed):
+        for text, token in zip(texts, ids.tolist(), strict=True):
+            text.add(token)
+        watch(texts)
+        if all(text.finish for text in texts):
             break
-    new_ids = [row.tolist() for row in text[:samples, len(prompt) :]]
-    return [ids[: ids.index(stop)] if stop in ids else ids for ids in new_ids]
+    for text in texts:
+        text.end("length")
+    watch(texts)
+    return texts
 
 
-def _next_token(steps: Steps, temperature: float, top_k: int) -> Callable:
-    config = steps.model.config
+def sample(steps: Steps, params: Any, codec: Tokenizer, max_new_tokens: int) -> str:
+    """A text from nothing, with the default settings."""
+    start = codec.encode("\n") if codec.eot is None else [codec.eot]
+    write = decoder(steps, params, Sampler(), codec.vocab_size)
+    return continuations(write, codec, [start], max_new_tokens=max_new_tokens)[0].text
 
-    def next_token(params: Any, tokens: Array, last: Array, key: Array) -> Array:
-        with nn.logical_axis_rules(tuple(sharding.RULES.items())):
-            hidden = steps.model.apply({"params": params}, tokens)[:, last]
-            scores = logits(hidden, head_table(params), config.vocab_size)
-        return sample_token(scores, key, temperature, top_k)
 
-    everywhere = jax.sharding.NamedSharding(steps.mesh, jax.sharding.PartitionSpec())
-    return jax.jit(next_token, out_shardings=everywhere)
+def prompt_ids(codec: Tokenizer, text: str) -> np.ndarray:
+    """An empty prompt is the start of a new text."""
+    ids = codec.encode_prompt(text)
+    if len(ids):
+        return ids
+    if codec.eot is None:
+        raise ValueError("the prompt is empty, and this tokenizer has no mark to start from")
+    return np.array([codec.eot])
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="scalegpt.generate", description="Continue a text with a trained model."
+        prog="scalegpt.generate",
+        description="Continue texts with a trained model. Without a prompt: standard input, or, "
+        "at a terminal, one prompt after the other.",
     )
     trained.add_flags(parser)
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prompt", help="text to continue (default: standard input)")
+    source.add_argument("--prompt", action="append", help="text to continue; can be repeated")
     source.add_argument("--prompt-file", type=Path, help="file with the text to continue")
-    parser.add_argument("--num-samples", type=int, default=1)
+    parser.add_argument("--num-samples", type=int, default=1, help="continuations of each prompt")
     parser.add_argument("--max-new-tokens", type=int, default=200)
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest")
-    parser.add_argument("--top-k", type=int, default=200, help="0: all tokens")
+    for option in fields(Sampler):
+        parser.add_argument(
+            f"--{option.name.replace('_', '-')}", type=option.type, default=option.default,
+            help=f"{_HELP[option.name]} (default {option.default})",
+        )  # fmt: skip
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT",
+                        help="end before this text; can be repeated")  # fmt: skip
     parser.add_argument("--seed", type=int, default=1337)
+    parser.add_argument("--past-block", choices=("slide", "error"), default="slide",
+                        help="a text longer than the model's block_size: continue from its last "
+                        "block_size tokens, slowly, or refuse")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print one JSON object a sample")
     flags = parser.parse_args(argv)
-    lowest_allowed = {"num_samples": 1, "max_new_tokens": 1, "temperature": 0, "top_k": 0}
-    for name, lowest in lowest_allowed.items():
-        if getattr(flags, name) < lowest:
-            shown = name.replace("_", "-")
-            raise ValueError(f"--{shown}={getattr(flags, name)} must be at least {lowest}")
-    text = _prompt(flags)
-    loaded = trained.load(flags, microbatch=1)
-    codec = tokenizer.load(loaded.tokenizer)
-    prompt = codec.encode_prompt(text)
-    if not len(prompt):
-        if codec.eot is None:
-            raise ValueError("the prompt is empty, and this tokenizer has no mark to start from")
-        prompt = np.array([codec.eot])
-    results = continuations(
-        loaded.steps, loaded.params, prompt,
-        samples=flags.num_samples, max_new_tokens=flags.max_new_tokens,
-        temperature=flags.temperature, top_k=flags.top_k, seed=flags.seed, stop=codec.eot,
-    )  # fmt: skip
-    for i, ids in enumerate(results):
-        if i:
-            print("---------------")
-        print(text + codec.decode(ids))
+    for name in ("num_samples", "max_new_tokens"):
+        if (value := getattr(flags, name)) < 1:
+            raise ValueError(f"--{name.replace('_', '-')}={value} must be at least 1")
+    if "" in flags.stop:
+        raise ValueError("--stop='' would end every text before it begins; give some text")
+    sampler = Sampler(**{option.name: getattr(flags, option.name) for option in fields(Sampler)})
+    prompts, interactive = _prompts(flags)
+    model = trained.load(flags, microbatch=1)
+    if flags.prompt is None and flags.prompt_file is None and jax.process_count() > 1:
+        raise ValueError("several processes need --prompt or --prompt-file: each has its own input")
+    codec = tokenizer.load(model.tokenizer)
+    write = decoder(model.steps, model.params, sampler, codec.vocab_size)
+    block = model.config.model.block_size
+    for texts in prompts:
+        ids = [prompt_ids(codec, text) for text in texts]
+        longest = max(map(len, ids))
+        if flags.past_block == "error" and longest + flags.max_new_tokens > block:
+            raise ValueError(
+                f"{longest} tokens of prompt and --max-new-tokens={flags.max_new_tokens} are more "
+                f"than the model's block_size={block}; ask for fewer, or use --past-block=slide"
+            )
+        try:
+            _write(flags, write, codec, texts, ids)
+        except KeyboardInterrupt:
+            if not interactive:
+                raise
+            print()
     return 0
 
 
-def _prompt(flags: argparse.Namespace) -> str:
+def _prompts(flags: argparse.Namespace) -> tuple[Iterable[list[str]], bool]:
+    """Batches of prompts, and whether somebody is typing them."""
     if flags.prompt is not None:
-        return flags.prompt
-    if flags.prompt_file is None:
-        return sys.stdin.read()
-    try:
-        return flags.prompt_file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read --prompt-file {flags.prompt_file}: {error}") from None
+        return [flags.prompt], False
+    if flags.prompt_file is not None:
+        try:
+            return [[flags.prompt_file.read_text(encoding="utf-8")]], False
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"cannot read --prompt-file {flags.prompt_file}: {error}") from None
+    if not sys.stdin.isatty():
+        return [[sys.stdin.read()]], False
+    return _typed_prompts(), True
+
+
+def _typed_prompts() -> Iterator[list[str]]:
+    """Until Ctrl-D, or Ctrl-C where a prompt is asked for."""
+    with contextlib.suppress(ImportError):  # Windows
+        importlib.import_module("readline")  # editing and history for input()
+    while True:
+        try:
+            text = input("prompt> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if text:
+            yield [text]
+
+
+def _write(
+    flags: argparse.Namespace,
+    write: Decoder,
+    codec: Tokenizer,
+    texts: list[str],
+    ids: list[np.ndarray],
+) -> None:
+    """Print the samples of all prompts, the first one while it is made, then the speed."""
+    asked = [pair for pair in zip(texts, ids, strict=True) for _ in range(flags.num_samples)]
+    is_main, stream = jax.process_index() == 0, not flags.json
+    printed, times = "", [time.perf_counter()]
+
+    def watch(written: list[Continuation]) -> None:
+        nonlocal printed
+        times.append(time.perf_counter())
+        if is_main and stream:
+            print(written[0].text[len(printed) :], end="", flush=True)
+            printed = written[0].text
+
+    if is_main and stream:
+        print(asked[0][0], end="", flush=True)
+    written = continuations(
+        write, codec, [x for _, x in asked],
+        max_new_tokens=flags.max_new_tokens, seed=flags.seed, stops=flags.stop, watch=watch,
+    )  # fmt: skip
+    if not is_main:
+        return
+    if stream:
+        rest = zip(asked[1:], written[1:], strict=True)
+        print("".join(f"\n---------------\n{text}{done.text}" for (text, _), done in rest))
+    else:
+        for (text, x), done in zip(asked, written, strict=True):
+            row = {"prompt": text, "text": done.text, "finish": done.finish,
+                   "prompt_tokens": len(x), "new_tokens": len(done.ids)}  # fmt: skip
+            print(json.dumps(row, ensure_ascii=False))
+    steps, seconds = len(times) - 3, times[-2] - times[1]  # the last call repeats what there is
+    speed = f", then {len(asked) * steps / seconds:.1f} tokens/s" if steps > 0 else ""
+    prompts = " + ".join(str(len(x)) for x in ids)
+    print(
+        f"[{prompts} tokens of prompt, first new token after {times[1] - times[0]:.1f} s{speed}]",
+        file=sys.stderr,
+    )
 
 
 if __name__ == "__main__":

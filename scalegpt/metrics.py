@@ -24,9 +24,10 @@ Say = Callable[[str], None]
 # unknown peak, val/bits_per_byte where bytes are not known.
 TRAIN_KEYS = ("step", "train/loss", "train/lr", "train/grad_norm", "train/tokens",
               "perf/tokens_per_second", "perf/step_seconds", "perf/mfu", "time")
-# A mixture adds val/NAME/loss for each of its data sets.
+# A mixture adds val/NAME/loss for each of its data sets, eval.tasks TASK/acc and TASK_KEYS' others.
 EVAL_KEYS = ("step", "val/loss", "val/loss_stderr", "val/perplexity", "val/bits_per_byte",
              "val/best_loss", "time")
+TASK_KEYS = ("acc", "acc_norm", "perplexity")
 # What the console shows of a row, in this order.
 _SHOWN = {
     "train/loss": "loss {:.4f}", "train/lr": "lr {:.2e}",
@@ -171,6 +172,7 @@ class Console:
     def write(self, row: Row) -> None:
         parts = [f"step {row['step']}/{self._total}"]
         parts += [form.format(row[key]) for key, form in _SHOWN.items() if key in row]
+        parts += [f"{key} {row[key]:.4g}" for key in row if _of_task(key)]
         if "perf/step_seconds" in row:  # of steps alone: evaluations and saves come on top
             left = (self._total - row["step"]) * row["perf/step_seconds"]
             parts.append(f"left {tqdm.format_interval(left)}")
@@ -217,8 +219,8 @@ class Metrics:
         self._write(row)
 
     def evaluation(self, row: Row) -> None:
-        """Write a row of EVAL_KEYS and, for mixtures, val/NAME/loss; `time` is added."""
-        extra = row.keys() - set(EVAL_KEYS)
+        """Write a row of EVAL_KEYS, val/NAME/loss and those of tasks; `time` is added."""
+        extra = {key for key in row.keys() - set(EVAL_KEYS) if not _of_task(key)}
         assert all(key.startswith("val/") and key.endswith("/loss") for key in extra), extra
         self._write(row)
 
@@ -230,6 +232,11 @@ class Metrics:
     def close(self) -> None:
         for writer in self._writers:
             writer.close()
+
+
+def _of_task(key: str) -> bool:
+    task, _, name = key.partition("/")
+    return task != "val" and name in TASK_KEYS
 
 
 class Throughput:

@@ -12,11 +12,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from scalegpt.attention import causal_attention, product
+from scalegpt.attention import cached_attention, causal_attention, product
 from scalegpt.config import ModelConfig
 
 LAYER_NORM_EPS = 1e-5  # GPT-2's; Flax's own default is 1e-6
@@ -44,9 +45,10 @@ def dropout(x: Array, rate: float, keys: Array | None, site: Array | int) -> Arr
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
 
-def rotate(x: Array, cos: np.ndarray, sin: np.ndarray) -> Array:
-    """Rotary position embedding of x [B, T, H, K], cos and sin [T, K/2] (arXiv:2104.09864)."""
-    cos, sin = cos[:, None, :], sin[:, None, :]
+def rotate(x: Array, cos: Any, sin: Any) -> Array:
+    """Rotary position embedding of x [B, T, H, K], cos, sin [T, K/2] or [B, T, K/2], one for each
+    position (arXiv:2104.09864)."""
+    cos, sin = cos[..., None, :], sin[..., None, :]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = (first * cos - second * sin, second * cos + first * sin)
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
@@ -62,6 +64,19 @@ def rotary_tables(length: int, head_dim: int, base: float) -> tuple[np.ndarray, 
 def project(spec: str, x: Array, kernel: Array) -> Array:
     """x times a weight matrix, under the name by which remat=dots keeps it."""
     return checkpoint_name(product(spec, x, kernel), "project")
+
+
+@struct.dataclass
+class Cache:
+    """What decoding keeps of the tokens so far.
+
+    layers: of each layer (keys, values), both [B, H, S, K]. All rows write to the same slots of S,
+    so shorter texts are padded on the left: first [B] is where each one begins. used: slots filled.
+    """
+
+    layers: tuple[tuple[Array, Array], ...]
+    first: Array
+    used: Array
 
 
 class _Layer(nn.Module):
@@ -100,7 +115,10 @@ class LayerNorm(_Layer):
 
 class Attention(_Layer):
     @nn.compact
-    def __call__(self, x: Array, layer: Array, keys: Array | None, rotary: Any) -> Array:
+    def __call__(
+        self, x: Array, layer: Array, keys: Array | None, rotary: Any, cache: Cache | None = None
+    ) -> tuple[Array, Any]:
+        """Also this layer's keys and values with those of x, when there is a cache."""
         c, (d, h, k) = self.config, (self.config.n_embd, self.config.n_head, self.config.head_dim)
         kernel = self.weight("qkv_kernel", (d, 3, h, k), ("embed", "qkv", "heads", "kv"), 0.02)
         qkv = project("btd,dchk->btchk", x, kernel)
@@ -109,17 +127,20 @@ class Attention(_Layer):
         q, key, v = (qkv[:, :, i] for i in range(3))
         if rotary is not None:
             q, key = rotate(q, *rotary), rotate(key, *rotary)
-        mask_keys = None
+        mask_keys = kept = None
         if keys is not None and c.dropout > 0:
             mask_keys = jax.vmap(lambda row: jax.random.fold_in(row, 3 * layer))(keys)
-        y = causal_attention(
-            q, key, v,
-            implementation=self.attention, dropout_rate=c.dropout if keys is not None else 0.0,
-            dropout_keys=mask_keys,
-        )  # fmt: skip
+        if cache is None:
+            y = causal_attention(
+                q, key, v,
+                implementation=self.attention, dropout_rate=c.dropout if keys is not None else 0.0,
+                dropout_keys=mask_keys,
+            )  # fmt: skip
+        else:
+            y, kept = cached_attention(q, key, v, cache.layers[layer], cache.first, cache.used)
         kernel = self.weight("proj_kernel", (h, k, d), ("heads", "kv", "embed"), residual_std(c))
         y = project("bthk,hkd->btd", y, kernel) + self.bias("proj_bias", (d,), ("norm",))
-        return dropout(y, c.dropout, keys, 3 * layer + 1)
+        return dropout(y, c.dropout, keys, 3 * layer + 1), kept
 
 
 class MLP(_Layer):
@@ -141,21 +162,28 @@ def residual_std(config: ModelConfig) -> float:
 
 class Block(_Layer):
     @nn.compact
-    def __call__(self, x: Array, layer: Array, keys: Array | None, rotary: Any):
+    def __call__(
+        self, x: Array, layer: Any, keys: Array | None, rotary: Any, cache: Cache | None = None
+    ) -> tuple[Array, Any]:
         part = (self.config, self.dtype, self.attention)
-        y = Attention(*part, name="attn")(LayerNorm(*part, name="ln_1")(x), layer, keys, rotary)
+        normed = LayerNorm(*part, name="ln_1")(x)
+        y, kept = Attention(*part, name="attn")(normed, layer, keys, rotary, cache)
         x = constrain(x + y, "batch", "position", "act_embed")
         y = MLP(*part, name="mlp")(LayerNorm(*part, name="ln_2")(x), layer, keys)
-        return constrain(x + y, "batch", "position", "act_embed"), None
+        return constrain(x + y, "batch", "position", "act_embed"), kept
 
 
 class GPT(_Layer):
     """Token ids [B, T] -> final hidden states [B, T, D]; `logits` turns those into logits."""
 
     @nn.compact
-    def __call__(self, tokens: Array, dropout_keys: Array | None = None) -> Array:
+    def __call__(
+        self, tokens: Array, dropout_keys: Array | None = None, cache: Cache | None = None
+    ) -> Any:
         """dropout_keys: [B] typed keys, one a row, to train with dropout; None: no dropout.
 
+        With a cache the tokens continue those in it, the parameters are `separate_layers` of the
+        usual ones, and the result is (hidden states, cache that holds these tokens too).
         Raises ValueError when T exceeds block_size.
         """
         c, length = self.config, tokens.shape[1]
@@ -165,34 +193,60 @@ class GPT(_Layer):
         shape, axes = (c.padded_vocab, c.n_embd), ("vocab", "table_embed")
         wte = self.param("wte", nn.with_logical_partitioning(init, axes), shape, jnp.float32)
         # Looked up in float32: gradients of a frequent token would be summed in bfloat16.
-        # Looked up whole: for some shapes XLA aborts on a look-up in a vocabulary that is split
-        # over tensor inside manual axes.
-        x = constrain(constrain(wte, "act_vocab", None), None, None)[tokens]
+        if cache is None:
+            # Looked up whole: for some shapes XLA aborts on a look-up in a vocabulary that is
+            # split over tensor inside manual axes.
+            x = constrain(constrain(wte, "act_vocab", None), None, None)[tokens]
+        else:  # positions of padding are negative, and what comes of it is never seen
+            x = wte[tokens]
+            positions = jnp.maximum(cache.used + jnp.arange(length) - cache.first[:, None], 0)
         if c.position == "learned":
             shape, axes = (c.block_size, c.n_embd), ("position", "embed")
             wpe = self.param("wpe", nn.with_logical_partitioning(init, axes), shape, jnp.float32)
-            x = x + constrain(wpe, None, None)[:length]
+            wpe = constrain(wpe, None, None)
+            x = x + (wpe[:length] if cache is None else wpe[positions])
         x = constrain(x.astype(self.dtype), "batch", "position", "act_embed")
         x = dropout(x, c.dropout, dropout_keys, 3 * c.n_layer)
 
-        rotary = rotary_tables(length, c.head_dim, c.rope_base) if c.position == "rope" else None
-        layers = nn.scan(
-            _remat(c),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
-            length=c.n_layer,
-            unroll=1 if c.scan_layers else c.n_layer,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
+        rotary = None
+        if c.position == "rope":
+            size = length if cache is None else c.block_size
+            rotary = rotary_tables(size, c.head_dim, c.rope_base)
+            if cache is not None:
+                rotary = tuple(jnp.asarray(table)[positions] for table in rotary)
         part = (c, self.dtype, self.attention)
-        x, _ = layers(*part, name="h")(x, jnp.arange(c.n_layer), dropout_keys, rotary)
+        if cache is None:
+            layers = nn.scan(
+                _remat(c),
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast, nn.broadcast),
+                length=c.n_layer,
+                unroll=1 if c.scan_layers else c.n_layer,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+            x, _ = layers(*part, name="h")(x, jnp.arange(c.n_layer), dropout_keys, rotary)
+        else:
+            kept = []
+            for i in range(c.n_layer):
+                x, layer = Block(*part, name=f"h_{i}")(x, i, None, rotary, cache)
+                kept.append(layer)
+            cache = Cache(tuple(kept), cache.first, cache.used + length)
         if not c.tie_word_embeddings:  # made here, used by `head_table`
             shape, axes = (c.padded_vocab, c.n_embd), ("vocab", "table_embed")
             self.param(
                 "head_kernel", nn.with_logical_partitioning(init, axes), shape, jnp.float32
             )
-        return LayerNorm(*part, name="ln_f")(x)
+        x = LayerNorm(*part, name="ln_f")(x)
+        return x if cache is None else (x, cache)
+
+
+def separate_layers(params: Any) -> Any:
+    """The same parameters with h [L, ...] as h_0, h_1, ...: decoding would copy out each layer of
+    the stack for every token, which takes longer than all its products."""
+    layers = range(jax.tree.leaves(params["h"])[0].shape[0])
+    parts = {f"h_{i}": jax.tree.map(lambda x, i=i: x[i], params["h"]) for i in layers}
+    return {name: x for name, x in params.items() if name != "h"} | parts
 
 
 def _remat(config: ModelConfig) -> Callable:

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any, TextIO
 
-from scalegpt.checkpoint import Checkpoints, open_checkpoints
+from scalegpt import hf
+from scalegpt.checkpoint import FOLDER, Checkpoints, open_checkpoints
 from scalegpt.command_line import load, validate
 from scalegpt.config import Config, curve_diff
 from scalegpt.step import State, Steps
@@ -37,13 +38,20 @@ def lock(config: Config) -> TextIO:
 
 
 def stored_config(config: Config) -> Config | None:
-    """The configuration that run.out_dir was started with, if it was.
+    """The configuration that run.out_dir was started with, if it was; it makes nothing.
 
-    Raises ValueError when this one would change the loss curve.
+    Raises ValueError when this one would change the loss curve, or cannot start from run.init_from.
     """
     path = config_path(config)
     if not path.exists():
+        if config.run.init_from:
+            _check_init_from(config)
         return None
+    if (path.parent / FOLDER / "0").is_dir():
+        raise ValueError(
+            f"{path.parent} holds imported weights, which are no run to continue; to start from "
+            f"them: --run.init_from={path.parent} --run.out_dir=another"
+        )
     stored = validate(load(path), str(path))
     refuse_changes(config, curve_diff(stored, config))
     return stored
@@ -90,22 +98,63 @@ def initial_state(
     start: int,
     say: Any,
 ) -> State:
-    """Of this run's own checkpoint, else of another run's weights, else random."""
+    """Of this run's own checkpoint, else with the weights of run.init_from, else random."""
     if start:
         say(f"continuing from step {start} in {checkpoints.folder}")
         return checkpoints.restore(start, steps.abstract)
     state = steps.init()
     if config.run.init_from is None:
         return state
-    source = open_checkpoints(config.run.init_from)
-    at = source.find(config.run.init_checkpoint)
-    theirs = Config.model_validate(source.meta(at)["config"]).model.model_dump()
-    ours = config.model.model_dump()
-    shaping = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "vocab_multiple",
-               "bias", "tie_word_embeddings", "position", "rope_base", "activation")  # fmt: skip
-    if differ := [f"model.{k}: {theirs[k]} -> {ours[k]}" for k in shaping if theirs[k] != ours[k]]:
+    state = state.replace(params=None)  # else there would be two copies of the model
+    if _is_run(config.run.init_from):
+        source = open_checkpoints(config.run.init_from)
+        at = source.find(config.run.init_checkpoint)
+        params = source.restore_params(at, steps.abstract.params)
+        name = f"{config.run.init_from}, step {at}"
+    else:
+        folder = hf.locate(config.run.init_from)
+        params = hf.load_params(folder, config.model, steps.abstract.params)
+        name = config.run.init_from
+    say(f"weights from {name}")
+    return state.replace(params=params)
+
+
+def _is_run(source: str) -> bool:
+    return Path(source, FOLDER).is_dir()
+
+
+def _check_init_from(config: Config) -> None:
+    """That run.init_from is there and holds a model of this shape.
+
+    A model of Hugging Face's may have more positions than this one, and other padding.
+    Raises ValueError naming the keys to set.
+    """
+    source = config.run.init_from
+    shaping = ["n_layer", "n_head", "n_embd", "vocab_size", "bias", "tie_word_embeddings",
+               "position", "rope_base", "activation"]  # fmt: skip
+    if _is_run(source):
+        checkpoints = open_checkpoints(source)
+        meta = checkpoints.meta(checkpoints.find(config.run.init_checkpoint))
+        theirs = Config.model_validate(meta["config"]).model
+        shaping += ["block_size", "vocab_multiple"]
+    else:
+        try:
+            theirs = hf.describe(hf.locate(source))[0]
+        except ValueError as error:
+            raise ValueError(
+                f"{source} is not the folder of a run: it has no {FOLDER}/; nor can it be read as "
+                f"a model of Hugging Face: {error}"
+            ) from None
+        if theirs.block_size < config.model.block_size:
+            shaping += ["block_size"]
+    then, now = theirs.model_dump(), config.model.model_dump()
+    if differ := [key for key in shaping if then[key] != now[key]]:
+        changes = "; ".join(f"model.{key}: {then[key]} -> {now[key]}" for key in differ)
+        keys = " ".join(f"--model.{key}={_shown(then[key])}" for key in differ)
         raise ValueError(
-            f"run.init_from={config.run.init_from} holds another model: {'; '.join(differ)}"
+            f"run.init_from={source} holds another model: {changes}\nto start from it set {keys}"
         )
-    say(f"weights from {config.run.init_from}, step {at}")
-    return state.replace(params=source.restore_params(at, steps.abstract.params))
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

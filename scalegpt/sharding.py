@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from scalegpt.config import BatchConfig, Config, MeshConfig
@@ -44,21 +44,26 @@ def rules_within(manual: Sequence[str]) -> dict[str, Any]:
     return {**RULES, "batch": tuple(axis for axis in ROWS if axis not in manual)}
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh over all devices; a size of -1 becomes what is left.
+def mesh_shape(config: MeshConfig, devices: int, what: str) -> tuple[int, ...]:
+    """Sizes of AXES on so many devices; a size of -1 becomes what is left. what: of the devices.
 
     Raises ValueError when the sizes do not multiply to the number of devices.
     """
-    devices = jax.devices() if devices is None else devices
     sizes = {axis: getattr(config, axis) for axis in AXES}
     fixed = prod(size for size in sizes.values() if size != -1)
     shown = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
-    if len(devices) % fixed or (-1 not in sizes.values() and fixed != len(devices)):
+    if devices % fixed or (-1 not in sizes.values() and fixed != devices):
         raise ValueError(
-            f"mesh {shown} does not fit {len(devices)} {devices[0].platform} device(s): "
-            f"the sizes must multiply to {len(devices)}; one of them may be -1"
+            f"mesh {shown} does not fit {devices} {what} device(s): "
+            f"the sizes must multiply to {devices}; one of them may be -1"
         )
-    shape = tuple(len(devices) // fixed if sizes[axis] == -1 else sizes[axis] for axis in AXES)
+    return tuple(devices // fixed if size == -1 else size for size in sizes.values())
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh over all devices. Raises ValueError as `mesh_shape` does."""
+    devices = jax.devices() if devices is None else devices
+    shape = mesh_shape(config, len(devices), devices[0].platform)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     # Flax's logical constraints need Auto axes; jax.make_mesh would give Explicit ones.
     auto = (AxisType.Auto,) * len(AXES)
@@ -73,12 +78,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(grid, AXES, axis_types=auto)
 
 
-def row_shards(mesh: Mesh) -> int:
+def row_shards(mesh: Mesh | AbstractMesh) -> int:
     """How many parts the rows of a batch are split into."""
     return prod(mesh.shape[axis] for axis in ROWS)
 
 
-def batch_layout(batch: BatchConfig, mesh: Mesh) -> tuple[int, int]:
+def batch_layout(batch: BatchConfig, mesh: Mesh | AbstractMesh) -> tuple[int, int]:
     """(A, M): microbatches of an update, and sequences of each over all devices.
 
     Raises ValueError when batch.sequences is not A * M for whole numbers, naming ones that are.
@@ -101,7 +106,7 @@ def batch_layout(batch: BatchConfig, mesh: Mesh) -> tuple[int, int]:
     return per_shard // microbatch, microbatch * shards
 
 
-def check_divisible(config: Config, mesh: Mesh) -> None:
+def check_divisible(config: Config, mesh: Mesh | AbstractMesh) -> None:
     """Raises ValueError when an axis of the model does not divide over its mesh axes."""
     model, fsdp, tensor = config.model, mesh.shape["fsdp"], mesh.shape["tensor"]
     if model.n_head % tensor:

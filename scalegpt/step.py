@@ -100,6 +100,41 @@ def accumulate(loss: Callable, params: Any, tokens: Array, rows: Array) -> tuple
     return jax.lax.scan(add, (zero, jax.tree.map(jnp.zeros_like, params)), (tokens, rows))[0]
 
 
+def sums(
+    config: Config, model: GPT, params: Any, tokens: Array, rows: Array, key: Array
+) -> tuple[Array, Any]:
+    """`accumulate` for a run: key is the update's, from which each row's dropout key follows."""
+
+    def loss(params: Any, tokens: Array, rows: Array) -> Array:
+        keys = None
+        if config.model.dropout > 0:
+            keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
+        return row_losses(model, params, tokens, keys).sum()
+
+    return accumulate(loss, params, tokens, rows)
+
+
+def dropout_key(config: Config, step: Array) -> Array:
+    """Of all rows of update `step`."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(config.run.seed), 1), step)
+
+
+def update(
+    config: Config, state: State, total: Array, grads: Any, count: Array
+) -> tuple[State, dict[str, Array]]:
+    """The optimizer's part, from the sums of loss and gradient over `count` tokens."""
+    count = jnp.maximum(count, 1)
+    grads = jax.tree.map(lambda g: g / count, grads)
+    updates, opt_state = optimizer(config.optim).update(grads, state.opt_state, state.params)
+    metrics = {
+        "train/loss": total / count,
+        "train/lr": schedule(config.optim)(state.step),
+        "train/grad_norm": optax.tree.norm(grads),
+    }
+    params = optax.apply_updates(state.params, updates)
+    return State(state.step + 1, params, opt_state), metrics
+
+
 @dataclass(frozen=True)
 class Steps:
     """The compiled functions of a run on a mesh, and where their arguments lie.
@@ -131,13 +166,15 @@ class Steps:
         with jax.set_mesh(self.mesh):
             return self.jit_evaluate(params, tokens)
 
+    @property
+    def abstract_tokens(self) -> jax.ShapeDtypeStruct:
+        shape = (*self.layout, self.model.config.block_size + 1)
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.batch_sharding)
+
     def lower(self) -> Any:
         """The training step as jax.stages.Lowered, for the machine that the mesh describes."""
-        a, m = self.layout
-        shape = (a, m, self.model.config.block_size + 1)
-        tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.batch_sharding)
         with jax.set_mesh(self.mesh):
-            return self.jit_train.lower(self.abstract, tokens)
+            return self.jit_train.lower(self.abstract, self.abstract_tokens)
 
 
 def build(config: Config, mesh: Mesh, dtype: str, implementation: str) -> Steps:
@@ -149,14 +186,13 @@ def build(config: Config, mesh: Mesh, dtype: str, implementation: str) -> Steps:
     sharding.check_divisible(config, mesh)
     layout = sharding.batch_layout(config.batch, mesh)
     model = GPT(config.model, jnp.dtype(dtype), implementation)
-    tx, learning_rate = optimizer(config.optim), schedule(config.optim)
-    root = config.run.seed
 
     def init() -> State:
         # Attention has no parameters, and kernels refuse a batch of one row.
         plain = model.clone(attention="xla")
-        params = plain.init(jax.random.key(root), jnp.zeros((1, 1), jnp.int32))["params"]
-        return State(jnp.zeros((), jnp.int32), params, tx.init(params))
+        root = jax.random.key(config.run.seed)
+        params = plain.init(root, jnp.zeros((1, 1), jnp.int32))["params"]
+        return State(jnp.zeros((), jnp.int32), params, optimizer(config.optim).init(params))
 
     boxed = jax.eval_shape(init)
     places = sharding.shardings(sharding.specs(boxed, sharding.RULES), mesh)
@@ -166,18 +202,11 @@ def build(config: Config, mesh: Mesh, dtype: str, implementation: str) -> Steps:
         places,
     )
 
-    def loss(step_key: Array, params: Any, tokens: Array, rows: Array) -> Array:
-        keys = None
-        if config.model.dropout > 0:
-            keys = jax.vmap(lambda row: jax.random.fold_in(step_key, row))(rows)
-        return row_losses(model, params, tokens, keys).sum()
-
     def reduced_gradients(params: Any, tokens: Array, rows: Array, key: Array) -> tuple:
         """Runs on each (replica, data) part with its own rows; one reduction after the scan."""
         params, key = jax.lax.pcast((params, key), manual, to="varying")
         with nn.logical_axis_rules(tuple(sharding.rules_within(manual).items())):
-            sums = accumulate(partial(loss, key), params, tokens, rows)
-        return jax.lax.psum(sums, manual)
+            return jax.lax.psum(sums(config, model, params, tokens, rows, key), manual)
 
     # Plain jit would reduce every layer's gradient in every microbatch, over the slow links too.
     # Axes of size 1 stay out: XLA fails on a manual reduction over nothing beside automatic axes.
@@ -191,18 +220,9 @@ def build(config: Config, mesh: Mesh, dtype: str, implementation: str) -> Steps:
 
     def train(state: State, tokens: Array) -> tuple[State, dict[str, Array]]:
         rows = jnp.arange(layout[0] * layout[1], dtype=jnp.uint32).reshape(layout)
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(root), 1), state.step)
+        key = dropout_key(config, state.step)
         total, grads = gradients(state.params, tokens, rows, key)
-        count = jnp.maximum((tokens[..., 1:] >= 0).sum(), 1)
-        grads = jax.tree.map(lambda g: g / count, grads)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        metrics = {
-            "train/loss": total / count,
-            "train/lr": learning_rate(state.step),
-            "train/grad_norm": optax.tree.norm(grads),
-        }
-        params = optax.apply_updates(state.params, updates)
-        return State(state.step + 1, params, opt_state), metrics
+        return update(config, state, total, grads, (tokens[..., 1:] >= 0).sum())
 
     def evaluate(params: Any, tokens: Array) -> tuple[Array, Array]:
         with nn.logical_axis_rules(tuple(sharding.RULES.items())):

@@ -5,23 +5,21 @@ uint16 or uint32 ids. What they mean is said by `meta.json` (written by `data/*/
 nanoGPT's `meta.pkl`, or by nothing at all, which means nanoGPT's GPT-2 ids in uint16.
 """
 
-import contextlib
 import hashlib
 import json
-import os
 import pickle
 import posixpath
-import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from scalegpt.staging import stage
+
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
-FILES = ("meta.json", "meta.pkl", "train.bin", "val.bin")
-CHUNK = 1 << 24  # bytes per read or check: large enough to run at disk speed, small in memory
+META = ("meta.json", "meta.pkl")
+CHUNK = 1 << 24  # ids per check: large enough to run at disk speed, small in memory
 SLOW = 1 << 28  # files above this many bytes get a progress bar
 
 
@@ -38,54 +36,96 @@ class Dataset:
     fingerprint: str  # changes with the tokens; a run continued on other data can be refused
 
 
+@dataclass(frozen=True, eq=False)
+class Split:
+    """One opened file of a dataset; `tokens` and `bytes_per_token` as in Dataset."""
+
+    name: str
+    tokenizer: dict | str
+    vocab_size: int
+    tokens: np.ndarray
+    bytes_per_token: float | None
+
+
 def open_dataset(path: str | Path, cache_dir: str | None = None) -> Dataset:
     """Open and check the dataset at `path`, a folder or an fsspec URL (gs://, s3://, memory://).
 
-    A URL is first copied to `cache_dir` (default: `$XDG_CACHE_HOME/scalegpt`, else
-    `~/.cache/scalegpt`), once. Raises ValueError, saying what to do, for a folder or file that is
-    missing, empty, truncated, of unknown format, or that holds an id outside its vocabulary.
+    A URL is first copied to the local disk, as `staging.stage` does. Raises ValueError, saying
+    what to do, for a folder or file that is missing, empty, truncated, of unknown format, or that
+    holds an id outside its vocabulary.
     """
-    path = str(path)
+    name, folder = _locate(str(path), ("train.bin", "val.bin"), cache_dir)
+    meta, stated = read_meta(folder)
+    splits, hashed = {}, [meta["dtype"], meta["vocab_size"]]
+    for split in ("train", "val"):
+        tokens = splits[split] = _open_tokens(folder / f"{split}.bin", meta, stated)
+        # Both ends tell other data of equal size apart, whatever meta.json says of it.
+        ends = tokens[: 1 << 16].tobytes() + tokens[-(1 << 16) :].tobytes()
+        said = meta.get(split, {}).get("sha256")
+        hashed += [len(tokens), said, hashlib.sha256(ends).hexdigest()]
+    return Dataset(
+        name=name,
+        tokenizer=meta["tokenizer"],
+        vocab_size=meta["vocab_size"],
+        train=splits["train"],
+        val=splits["val"],
+        val_bytes_per_token=_bytes_per_token(meta, "val", splits["val"]),
+        fingerprint=hashlib.sha256(json.dumps(hashed).encode()).hexdigest()[:16],
+    )
+
+
+def open_split(path: str | Path, split: str, cache_dir: str | None = None) -> Split:
+    """"train" or "val" of the dataset at `path` alone; or `path` itself, if it is a local file.
+
+    Copies and raises as `open_dataset`.
+    """
+    file = Path(path).expanduser().resolve()
+    if file.is_file():
+        name, folder, split = file.name, file.parent, file.stem
+    else:
+        name, folder = _locate(str(path), (f"{split}.bin",), cache_dir)
+        file = folder / f"{split}.bin"
+    meta, stated = read_meta(folder)
+    tokens = _open_tokens(file, meta, stated)
+    rate = _bytes_per_token(meta, split, tokens)
+    return Split(name, meta["tokenizer"], meta["vocab_size"], tokens, rate)
+
+
+def _locate(path: str, needed: tuple[str, ...], cache_dir: str | None) -> tuple[str, Path]:
+    """The dataset's name and its folder on this machine, which has the needed files."""
     remote = "://" in path
-    folder = _stage(path, cache_dir) if remote else Path(path).expanduser().resolve()
+    folder = Path(path).expanduser().resolve()
+    if remote:
+        folder = stage(path, (*META, *needed), cache_dir)
     if not folder.is_dir():
         raise ValueError(
             f"data.path: there is no folder {folder}. Run one of data/*/prepare.py with "
             f"--out {folder}, or point data.path at a folder with train.bin and val.bin"
         )
-    for name in ("train.bin", "val.bin"):
-        if not (folder / name).is_file():
+    for file in needed:
+        if not (folder / file).is_file():
             fix = "data.path must hold train.bin and val.bin, as data/*/prepare.py writes them"
             if (folder / "prepare.py").is_file():
                 fix = f"make it with: python {folder / 'prepare.py'}"
-            raise ValueError(f"{path} has no {name}; {fix}")
+            raise ValueError(f"{path} has no {file}; {fix}")
+    return posixpath.basename(path.rstrip("/")) if remote else folder.name, folder
 
-    meta, stated = _read_meta(folder)
-    dtype, vocab_size = DTYPES[meta["dtype"]], meta["vocab_size"]
-    splits, hashed = {}, [meta["dtype"], vocab_size]
-    for split in ("train", "val"):
-        facts, file = meta.get(split, {}), folder / f"{split}.bin"
-        tokens = _map_tokens(file, dtype, facts.get("tokens"))
-        if not stated:
-            _refuse_uint32(file, tokens)
-        if not 0 <= facts.get("max_id", vocab_size) < vocab_size:
-            _check_ids(file, tokens, vocab_size)
-        splits[split] = tokens
-        if "sha256" in facts and tokens.nbytes <= SLOW:  # a larger one takes too long to read
-            _check_hash(file, facts["sha256"])
-        # Both ends tell other data of equal size apart, whatever meta.json says of it.
-        ends = tokens[: 1 << 16].tobytes() + tokens[-(1 << 16) :].tobytes()
-        hashed += [len(tokens), facts.get("sha256"), hashlib.sha256(ends).hexdigest()]
-    val_bytes = meta.get("val", {}).get("bytes")
-    return Dataset(
-        name=posixpath.basename(path.rstrip("/")) if remote else folder.name,
-        tokenizer=meta["tokenizer"],
-        vocab_size=vocab_size,
-        train=splits["train"],
-        val=splits["val"],
-        val_bytes_per_token=val_bytes / len(splits["val"]) if val_bytes else None,
-        fingerprint=hashlib.sha256(json.dumps(hashed).encode()).hexdigest()[:16],
-    )
+
+def _open_tokens(file: Path, meta: dict, stated: bool) -> np.memmap:
+    dtype, vocab_size, facts = DTYPES[meta["dtype"]], meta["vocab_size"], meta.get(file.stem, {})
+    tokens = _map_tokens(file, dtype, facts.get("tokens"))
+    if not stated:
+        _refuse_uint32(file, tokens)
+    if not 0 <= facts.get("max_id", vocab_size) < vocab_size:
+        _check_ids(file, tokens, vocab_size)
+    if "sha256" in facts and tokens.nbytes <= SLOW:  # a larger one takes too long to read
+        _check_hash(file, facts["sha256"])
+    return tokens
+
+
+def _bytes_per_token(meta: dict, split: str, tokens: np.memmap) -> float | None:
+    size = meta.get(split, {}).get("bytes")
+    return size / len(tokens) if size else None
 
 
 def check_tokens(dataset: Dataset, block_size: int) -> None:
@@ -99,7 +139,7 @@ def check_tokens(dataset: Dataset, block_size: int) -> None:
             )
 
 
-def _read_meta(folder: Path) -> tuple[dict, bool]:
+def read_meta(folder: Path) -> tuple[dict, bool]:
     """What the ids mean, as meta.json's dict, and whether a file says so or it is assumed."""
     if (folder / "meta.json").is_file():
         return _read_meta_json(folder / "meta.json"), True
@@ -221,76 +261,3 @@ def _dtype_hint(tokens: np.ndarray) -> str:
     if tokens.dtype.itemsize == 4 and (head > 0xFFFF).mean() > 0.5:
         return ". It looks like uint16 read as uint32: most values are pairs of ids"
     return ""
-
-
-def _stage(url: str, cache_dir: str | None) -> Path:
-    """Copy the dataset's files at `url` to local disk, where they are not there yet."""
-    import fsspec
-
-    url = url.rstrip("/")
-    protocol = url.split("://")[0]
-    try:
-        fs, root = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        extra = '"scalegpt[tpu]"' if protocol in ("gs", "gcs") else "the package it names"
-        raise ValueError(f"cannot read {url}: {error}. Fix: pip install {extra}") from error
-    if cache_dir is None:
-        home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-        cache_dir = os.path.join(home, "scalegpt")
-    name = posixpath.basename(url)
-    folder = Path(cache_dir, f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:12]}")
-    folder.mkdir(parents=True, exist_ok=True)
-    with _one_process(folder / "lock"):
-        for file in FILES:
-            _stage_file(fs, posixpath.join(root, file), folder / file)
-    return folder
-
-
-def _stage_file(fs, source: str, target: Path) -> None:
-    stamp_file = target.with_name(target.name + ".stamp")
-    try:
-        info = fs.info(source)
-    except FileNotFoundError:
-        target.unlink(missing_ok=True)  # an old meta.json must not describe new bins
-        return
-    keys = ("etag", "ETag", "generation", "mtime", "LastModified", "updated", "created")
-    version = next((info[k] for k in keys if info.get(k) is not None), "")
-    size, stamp = info.get("size"), f"{info.get('size')} {version}"
-    if target.is_file() and stamp_file.is_file() and stamp_file.read_text() == stamp:
-        if target.stat().st_size == size:
-            return
-    free = shutil.disk_usage(target.parent).free
-    if size and size > free:
-        raise ValueError(
-            f"{source} has {size:,} bytes, and {target.parent} has room for {free:,}; free some, "
-            "or choose another cache folder"
-        )
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    bar = tqdm(total=size, desc=source, unit="B", unit_scale=True, disable=(size or 0) < CHUNK)
-    try:
-        with fs.open(source, "rb") as reader, open(partial, "wb") as writer, bar:
-            while chunk := reader.read(CHUNK):
-                writer.write(chunk)
-                bar.update(len(chunk))
-        if size is not None and partial.stat().st_size != size:
-            raise ValueError(
-                f"{source}: {partial.stat().st_size} of {size} bytes arrived; start again"
-            )
-        # The stamp goes last and the file appears whole: a kill in between costs a download.
-        os.replace(partial, target)
-        stamp_file.write_text(stamp)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _one_process(file: Path) -> Iterator[None]:
-    """Hold a lock: eight processes of one machine must not fill its disk with eight copies."""
-    try:
-        import fcntl
-    except ImportError:  # Windows, where JAX runs one process a machine
-        yield
-        return
-    with open(file, "w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield

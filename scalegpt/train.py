@@ -9,12 +9,13 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from scalegpt import checkpoint, command_line, distributed, generate, sharding, step, tokenizer
+from scalegpt import checkpoint, command_line, distributed, generate, pmap_step, sharding, tokenizer
 from scalegpt.ahead_of_time import compile_only
 from scalegpt.config import Config
 from scalegpt.data import Dataset, TrainBatches, check_tokens, open_dataset, train_iterator
@@ -22,6 +23,7 @@ from scalegpt.evaluate import validation
 from scalegpt.flops import mfu_meter, parameter_count
 from scalegpt.metrics import Metrics, Throughput
 from scalegpt.resume import check_same_run, initial_state, lock, stored_config, write_config
+from scalegpt.step import State, Steps
 
 FLAGS = {
     "--print-config": {"action": "store_true", "help": "print the resolved configuration, exit"},
@@ -57,10 +59,9 @@ def train(config: Config) -> int:
     datasets = open_datasets(config)
     config = config.with_vocab(max(d.vocab_size for d in datasets))
     mesh = sharding.make_mesh(config.mesh)
-    steps = step.build(config, mesh, *step.resolve(config, mesh))
+    steps = pmap_step.build_for_training(config, mesh)
     stored = stored_config(config)
-    if config.run.init_from and not stored:  # before this run's folder is made
-        checkpoint.open_checkpoints(config.run.init_from).find(config.run.init_checkpoint)
+    evaluate = validation(config, datasets, steps)
     in_use = lock(config) if is_main else None
     checkpoints = checkpoint.Checkpoints(config.run.out_dir, config.checkpoint.keep)
     meta = {
@@ -87,7 +88,9 @@ def train(config: Config) -> int:
         if is_main:
             write_config(config)
         metrics.say("\n".join([describe(config, datasets, steps), *notes]))
-        return loop(config, datasets, steps, checkpoints, meta, state, start, metrics, stop)
+        return loop(
+            config, datasets, steps, evaluate, checkpoints, meta, state, start, metrics, stop
+        )
     finally:
         metrics.close()
         checkpoints.close()
@@ -98,18 +101,17 @@ def train(config: Config) -> int:
 def loop(
     config: Config,
     datasets: list[Dataset],
-    steps: step.Steps,
+    steps: Steps,
+    evaluate: Callable[[Any], dict[str, float]],
     checkpoints: checkpoint.Checkpoints,
     meta: dict[str, Any],
-    state: step.State,
+    state: State,
     start: int,
     metrics: Metrics,
     stop: distributed.StopRequest,
 ) -> int:
     """Updates `start` + 1 to optim.steps, and what happens every so many of them."""
     total, tokens_per_step = config.optim.steps, config.batch.sequences * config.model.block_size
-    weights = list(config.data.weights.values())
-    evaluate = validation(steps, datasets, weights, config.eval.windows)
     batches = batches_from(config, datasets, steps, start)
     device = jax.devices()[0].device_kind
     meter = mfu_meter(config.model, device, jax.device_count(), metrics.say)
@@ -209,7 +211,7 @@ def open_datasets(config: Config) -> list[Dataset]:
     return datasets
 
 
-def batches_from(config: Config, datasets: list[Dataset], steps: step.Steps, start: int) -> Any:
+def batches_from(config: Config, datasets: list[Dataset], steps: Steps, start: int) -> Any:
     """Yields the global batch [A, M, T+1] of each update from `start` on, already on the devices.
 
     A process reads the rows of its own devices only.
@@ -229,7 +231,7 @@ def batches_from(config: Config, datasets: list[Dataset], steps: step.Steps, sta
         yield sharding.to_global(batch, rows, steps.batch_sharding, microbatch)
 
 
-def describe(config: Config, datasets: list[Dataset], steps: step.Steps) -> str:
+def describe(config: Config, datasets: list[Dataset], steps: Steps) -> str:
     """What is about to run, for the person at the terminal."""
     devices, (accumulation, microbatch) = jax.devices(), steps.layout
     mesh = " x ".join(f"{a} {n}" for a, n in steps.mesh.shape.items() if n > 1) or "one device"
@@ -240,7 +242,7 @@ def describe(config: Config, datasets: list[Dataset], steps: step.Steps) -> str:
             f"model    {parameter_count(config.model):,} parameters, {steps.model.dtype} products,"
             f" attention {steps.model.attention}",
             f"data     {text}",
-            f"devices  {len(devices)} x {devices[0].device_kind}, {mesh}",
+            f"devices  {len(devices)} x {devices[0].device_kind}, {mesh}, {config.run.backend}",
             f"update   {tokens:,} tokens = {accumulation} x {microbatch} sequences of "
             f"{config.model.block_size}",
             f"run      {config.optim.steps:,} updates into {config.run.out_dir}",
@@ -250,21 +252,17 @@ def describe(config: Config, datasets: list[Dataset], steps: step.Steps) -> str:
 
 def finish(
     config: Config,
-    steps: step.Steps,
+    steps: Steps,
     checkpoints: checkpoint.Checkpoints,
     meta: dict[str, Any],
-    state: step.State,
+    state: State,
     metrics: Metrics,
 ) -> None:
     """The end of a run: a sample, where things are, what to type next."""
     codec = tokenizer.load(meta["tokenizer"])
-    start_ids = codec.encode("\n") if codec.eot is None else [codec.eot]
-    new_tokens = min(200, config.model.block_size)
-    ids = generate.continuations(
-        steps, state.params, start_ids, samples=1, max_new_tokens=new_tokens, stop=codec.eot
-    )
+    text = generate.sample(steps, state.params, codec, min(200, config.model.block_size))
     best, out_dir = checkpoints.find("best"), shlex.quote(config.run.out_dir)
-    metrics.say(f"--- a sample ---\n{codec.decode(ids[0])}\n----------------")
+    metrics.say(f"--- a sample ---\n{text}\n----------------")
     metrics.say(
         f"done: best val loss {meta['best_loss']:.4f} at step {best}; metrics in "
         f"{out_dir}/metrics.jsonl\nnext:\n"

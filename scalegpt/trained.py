@@ -2,14 +2,17 @@
 
 import argparse
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from scalegpt import distributed, hf
-from scalegpt.checkpoint import open_checkpoints
+from scalegpt.checkpoint import FOLDER, open_checkpoints
 from scalegpt.command_line import validate
 from scalegpt.config import Config, DistributedConfig, MeshConfig, ModelConfig
 from scalegpt.sharding import make_mesh
 from scalegpt.step import Steps, build_for_use
+
+_SECTIONS = {"mesh": MeshConfig, "distributed": DistributedConfig}
 
 
 @dataclass(frozen=True)
@@ -28,43 +31,53 @@ class Trained:
     params: Any
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Which model, in which precision, on which mesh; `load` reads them."""
+def add_flags(parser: argparse.ArgumentParser) -> Any:
+    """Which model, in which precision, on which mesh; `load` reads them.
+
+    Returns the group of sources, of which one is required, for a command that has more of them.
+    """
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", help="out_dir of a training run")
     source.add_argument(
         "--hf", metavar="NAME", help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, another repository "
         "of Hugging Face, or a folder with config.json and model.safetensors",
     )  # fmt: skip
-    parser.add_argument("--checkpoint", default="best", help="best (default), latest or a step")
+    parser.add_argument("--checkpoint", help="of the run: best (default), latest or a step")
     parser.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16"),
         help="of matrix products (default: the run's; auto: float32 on a CPU, else bfloat16)",
     )  # fmt: skip
-    for section, config in (("mesh", MeshConfig), ("distributed", DistributedConfig)):
-        for key, field in config.model_fields.items():
+    for section, keys in _SECTIONS.items():
+        for key, field in keys.model_fields.items():
             parser.add_argument(f"--{section}.{key}", metavar="N", help=field.description)
+    return source
 
 
-def load(flags: argparse.Namespace, microbatch: int) -> Trained:
+def load(flags: argparse.Namespace, microbatch: int, config: Config | None = None) -> Trained:
     """The model that the flags name; starts JAX, among several processes too. Raises ValueError.
 
-    microbatch: sequences that each device works on at a time.
+    microbatch: sequences that each device works on at a time. config: a run's, whose run.init_from
+    is loaded where no flag names a model; its mesh and dtype hold where no flag gives another.
     """
-    keys = vars(flags)
+    stated = config.model_dump(include={"mesh", "distributed"}) if config else {}
     sections = {
-        section: {k.split(".")[1]: v for k, v in keys.items() if k.startswith(section) and v}
-        for section in ("mesh.", "distributed.")
-    }
-    asked = validate(
-        {"mesh": sections["mesh."], "distributed": sections["distributed."],
-         "data": {"path": ""}, "run": {"out_dir": "none"}},
-        "this command line",
-    )  # fmt: skip
+        name: {**stated.get(name, {}), **{k: v for k in keys.model_fields
+                                          if (v := getattr(flags, f"{name}.{k}")) is not None}}
+        for name, keys in _SECTIONS.items()
+    }  # fmt: skip
+    rest = {"data": {"path": ""}, "run": {"out_dir": "none"}}
+    asked = validate({**sections, **rest}, "this command line")
+    which, dtype, run, name = flags.checkpoint, flags.dtype, flags.run, flags.hf
+    if config and not (run or name):
+        source = config.run.init_from
+        run, name = (source, None) if Path(source, FOLDER).is_dir() else (None, source)
+        which, dtype = which or config.run.init_checkpoint, dtype or config.model.dtype
+    elif name and which:
+        raise ValueError(f"--checkpoint={which} is of a run, and {name} is none")
     distributed.start(asked.distributed)
-    if flags.hf:
-        return from_hugging_face(flags.hf, asked.mesh, microbatch, flags.dtype)
-    return from_run(flags.run, flags.checkpoint, asked.mesh, microbatch, flags.dtype)
+    if name:
+        return from_hugging_face(name, asked.mesh, microbatch, dtype)
+    return from_run(run, which or "best", asked.mesh, microbatch, dtype)
 
 
 def from_run(

@@ -423,7 +423,8 @@ OTHER = {  # a value that differs from the default, where adding one will not do
     "optim.min_lr": 1e-5, "optim.schedule": "linear", "optim.decay": "all",
     "optim.beta1": 0.8, "optim.beta2": 0.9, "optim.cooldown": 0.1, "optim.decay_steps": 5000,
     "run.out_dir": "moved", "run.init_from": "x", "run.init_checkpoint": "latest",
-    "eval.windows": 3, "distributed.coordinator": "a:1", "distributed.num_processes": 2,
+    "eval.windows": 3, "eval.tasks": {"lambada": "x"}, "eval.task_examples": 3,
+    "distributed.coordinator": "a:1", "distributed.num_processes": 2,
     "distributed.process_id": 1, "log.wandb_project": "x", "log.wandb_entity": "x",
     "log.wandb_name": "x", "mesh.data": 2,
 }  # fmt: skip
@@ -469,6 +470,10 @@ SIZES = {  # n_layer, n_embd, block_size, vocabulary
     "gpt2_medium": (24, 1024, 1024, 50257),
     "gpt2_large": (36, 1280, 1024, 50257),
     "gpt2_xl": (48, 1600, 1024, 50257),
+    "eval_gpt2": (12, 768, 1024, 50257),
+    "eval_gpt2_medium": (24, 1024, 1024, 50257),
+    "eval_gpt2_large": (36, 1280, 1024, 50257),
+    "eval_gpt2_xl": (48, 1600, 1024, 50257),
     "shakespeare_char": (6, 384, 256, 65),
     "shakespeare_char_cpu": (4, 128, 64, 65),
 }
@@ -482,6 +487,10 @@ PARAMETERS = {  # published figures, and the sum by hand for the characters
     ("gpt2_medium", True): 354_823_168,
     ("gpt2_large", True): 774_030_080,
     ("gpt2_xl", True): 1_557_611_200,
+    ("eval_gpt2", True): 124_439_808,
+    ("eval_gpt2_medium", True): 354_823_168,
+    ("eval_gpt2_large", True): 774_030_080,
+    ("eval_gpt2_xl", True): 1_557_611_200,
     ("shakespeare_char", False): 10_745_088,
     ("shakespeare_char_cpu", False): 804_096,
 }

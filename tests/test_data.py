@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from grain.experimental import index_shuffle
 
-from scalegpt import data, token_files
+from scalegpt import data, staging, token_files
 from scalegpt.data import EvalBatches, TrainBatches, TrainOrder, open_dataset, train_iterator
 from scalegpt.token_files import check_tokens
 
@@ -733,7 +733,7 @@ def test_a_broken_download_leaves_no_file(remote, tmp_path, monkeypatch, how):
 
 def test_a_full_disk_is_told_before_the_download(remote, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 10})
-    monkeypatch.setattr(token_files.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(ValueError, match="has room for 10; free some"):
         open_dataset(remote[1], str(tmp_path / "cache"))
 
@@ -761,7 +761,7 @@ def test_processes_of_a_machine_share_one_download(remote, tmp_path, monkeypatch
 
 def test_default_cache_folder_and_progress(remote, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    monkeypatch.setattr(token_files, "CHUNK", 100)
+    monkeypatch.setattr(staging, "CHUNK", 100)
     file = open_dataset(remote[1]).train.filename
     assert str(file).startswith(str(tmp_path / "xdg" / "scalegpt" / "toy-"))
     assert "train.bin: 100%" in capfd.readouterr().err

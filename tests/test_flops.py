@@ -195,3 +195,33 @@ def test_importing_flops_and_metrics_brings_no_heavy_package():
         "assert not {'jax', 'wandb', 'tensorboardX'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("position", ["learned", "rope"])
+def test_an_untied_head_is_counted_once_more_and_its_input_table_multiplies_nothing(position):
+    tied = gpt(3, 5, 35, 17, 101, bias=True, position=position)
+    untied = gpt(3, 5, 35, 17, 101, bias=True, position=position, tied=False)
+    assert flops.parameter_count(untied) == sum(leaf_sizes(untied))
+    assert flops.parameters_by_component(untied)["head"] == 101 * 35
+    assert flops.parameters_by_component(tied)["head"] == 0
+    assert flops.used_parameters(untied) == flops.used_parameters(tied)
+    assert flops.forward_flops(untied) == flops.forward_flops(tied)
+
+
+def test_parameters_that_multiply_are_those_of_nanogpts_scaling_notebook():
+    assert flops.used_parameters(gpt(bias=True)) == 123_653_376
+
+
+def test_flops_by_component_are_nanogpts_notebook():
+    layer = {
+        "attn/qkv": 3_623_878_656, "attn/scores": 1_610_612_736, "attn/reduce": 1_610_612_736,
+        "attn/proj": 1_207_959_552, "mlp/fc": 4_831_838_208, "mlp/proj": 4_831_838_208,
+    }  # fmt: skip
+    published = {name: 12 * n for name, n in layer.items()} | {"head": 79_047_426_048}
+    assert flops.flops_by_component(gpt()) == published
+    half = {name: published[name] // 2 for name in ("attn/scores", "attn/reduce")}
+    assert flops.flops_by_component(gpt(), causal=True) == published | half
+
+
+def test_the_palm_formula_is_nanogpts():
+    assert 1024 * flops.palm_flops_per_token(gpt()) == 875_062_886_400

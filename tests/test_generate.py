@@ -1,7 +1,8 @@
-"""Sampling: the distribution drawn from, what is kept, keys, windows past block_size, compiles."""
+"""Text: where a continuation ends, what is shown meanwhile, and every flag of the command."""
 
-import contextlib
-import math
+import io
+import json
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -9,273 +10,204 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scalegpt import generate, sharding, step
+from scalegpt import generate, sharding, step, tokenizer, trained
 from scalegpt.command_line import validate
-from scalegpt.generate import continuations, sample_token
+from scalegpt.generate import Continuation
 
-VOCAB, BLOCK = 11, 6
-DRAWS = 20_000
-
-sample = jax.jit(sample_token, static_argnums=(2, 3))
+BYTE = tokenizer.load({"kind": "byte"})
+BLOCK = 32
 
 
-def draws(scores, temperature, top_k, seed=0, count=DRAWS):
-    """Frequencies of the ids in `count` rows with the same scores."""
-    rows = jnp.tile(jnp.asarray(scores, jnp.float32), (count, 1))
-    ids = np.asarray(sample(rows, jax.random.key(seed), temperature, top_k))
-    assert ids.shape == (count,) and ids.min() >= 0 and ids.max() < len(scores)
-    return np.bincount(ids, minlength=len(scores)) / count
+def written(text: bytes, stops=(), codec=BYTE):
+    """The state of a continuation after each of these bytes."""
+    continuation, seen = Continuation(codec, stops), []
+    for token in text:
+        continuation.add(token)
+        seen.append((continuation.text, continuation.finish))
+    return continuation, seen
 
 
-def softmax(x):
-    p = np.exp(np.asarray(x, np.float64) - np.max(x))
-    return p / p.sum()
+# --- where a text ends
 
 
-# --- one token
+def test_what_is_shown_is_only_ever_added_to():
+    text = "Größe: 3 € 🙂 end."
+    continuation, seen = written(text.encode())
+    shown = [part for part, _ in seen]
+    assert all(later.startswith(part) for part, later in zip(shown, shown[1:], strict=False))
+    assert "\ufffd" not in "".join(shown) and shown[-1] == text
+    assert shown[2] == "Gr" and shown[3] == "Grö"  # not half a character
+    assert continuation.finish is None
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_frequencies_are_the_softmax_of_scores_over_temperature(temperature):
-    scores = np.array([0.3, -1.0, 2.0, 0.0, 1.5, -3.0])
-    got, want = draws(scores, temperature, 0), softmax(scores / temperature)
-    chi_square = DRAWS * ((got - want) ** 2 / want).sum()
-    assert chi_square < 30  # 5 degrees of freedom: p = 1.5e-5
-    wrong = softmax(scores / (temperature * 1.2))
-    assert DRAWS * ((got - wrong) ** 2 / wrong).sum() > 30  # that this test would notice
+def test_an_unfinished_character_is_shown_as_such_in_the_end():
+    continuation, _ = written("a€".encode()[:-1])
+    assert continuation.text == "a"
+    continuation.end("length")
+    assert (continuation.text, continuation.finish) == ("a\ufffd", "length")
 
 
-@pytest.mark.parametrize("top_k", [1, 2, 3, 5])
-def test_top_k_keeps_exactly_k_and_their_proportions(top_k):
-    scores = np.array([0.3, 0.1, 0.9, 0.0, 0.5, -0.2, 0.7])
-    got = draws(scores, 0.7, top_k)
-    kept = np.sort(np.argsort(scores)[-top_k:])
-    assert np.flatnonzero(got).tolist() == kept.tolist()
-    want = softmax(scores[kept] / 0.7)
-    assert np.abs(got[kept] - want).max() < 5 * math.sqrt(0.25 / DRAWS)
+def test_a_stop_string_ends_the_text_and_is_not_part_of_it():
+    continuation, seen = written(b"one. Two\n\nthree", stops=["\n\n", "THREE", "\nx"])
+    assert (continuation.text, continuation.finish) == ("one. Two", "stop")
+    # A single newline could be the beginning of one and is held back.
+    assert seen[8] == ("one. Two", None) and continuation.ids == list(b"one. Two\n\n")
+    held, _ = written(b"a\nb", stops=["\n\n"])
+    assert held.text == "a\nb"
 
 
-def test_top_k_of_0_or_of_everything_keeps_all():
-    scores = np.array([0.3, 0.1, 0.9, 0.0])
-    assert (draws(scores, 1.0, 0) > 0).all()
-    np.testing.assert_array_equal(draws(scores, 1.0, 0), draws(scores, 1.0, 4))
-    np.testing.assert_array_equal(draws(scores, 1.0, 0), draws(scores, 1.0, 200))
+def test_of_several_stop_strings_the_first_in_the_text_counts():
+    assert written(b"xabcy", stops=["cy", "abc"])[0].text == "x"
+    assert written(b"xTHE END", stops=["END", "THE END"])[0].text == "x"
 
 
-def test_temperature_0_is_the_likeliest_id():
-    scores = jax.random.normal(jax.random.key(0), (50, 7))
-    for key in (1, 2):
-        got = sample(scores, jax.random.key(key), 0.0, 3)
-        np.testing.assert_array_equal(got, np.asarray(scores).argmax(-1))
+def test_what_may_become_a_stop_string_is_text_when_it_does_not():
+    continuation, _ = written(b"the E", stops=["END"])
+    assert continuation.text == "the "
+    continuation.end("length")
+    assert continuation.text == "the E"
 
 
-def test_low_temperature_comes_close_to_it():
-    assert draws([0.3, 0.1, 0.9, 0.0], 0.01, 0)[2] == 1
-
-
-def test_rows_and_keys_draw_independently():
-    flat = jnp.zeros((64, 1000))
-    first, second = (np.asarray(sample(flat, jax.random.key(k), 1.0, 0)) for k in (1, 2))
-    for a, b in ((first[1:], first[:-1]), (first, second)):
-        assert (a == b).mean() < 0.1  # 1/1000 by chance
-    assert len(np.unique(first)) > 50  # of 64 draws out of 1000
-    np.testing.assert_array_equal(first, sample(flat, jax.random.key(1), 1.0, 0))
-
-
-def test_fault_22_padded_ids_are_never_drawn():
-    from scalegpt.model import logits
-
-    # 5 real ids of 128, all scores 0: without the mask 96 draws in 100 would be padding.
-    scores = np.asarray(logits(jnp.zeros((1, 4)), jnp.zeros((128, 4)), 5))[0]
-    for temperature, top_k in ((1.0, 0), (1e6, 0), (1e-3, 0), (1.0, 200), (1.0, 7)):
-        got = draws(scores, temperature, top_k, count=2000)
-        assert got[5:].sum() == 0 and (got[:5] > 0).all()
-
-
-# --- continuations
-
-
-@pytest.fixture(scope="module")
-def steps():
-    values = {
-        "model": {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": BLOCK,
-                  "vocab_size": VOCAB, "vocab_multiple": 16},
-        "batch": {"sequences": 2}, "data": {"path": "x"}, "run": {"out_dir": "y"},
-    }  # fmt: skip
-    config = validate(values, "test")
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[:2])
-    return step.build_for_use(config, mesh, microbatch=1)
-
-
-def params_of(steps, scale, seed=0):
-    rng = np.random.default_rng(seed)
-
-    def leaf(path, x):
-        mean = 1.0 if path[-1].key == "scale" else 0.0
-        return jnp.asarray(mean + scale * rng.normal(size=x.shape), x.dtype)
-
-    params = jax.tree_util.tree_map_with_path(leaf, steps.abstract.params)
-    return jax.device_put(params, jax.tree.map(lambda x: x.sharding, steps.abstract.params))
-
-
-@contextlib.contextmanager
-def compilations():
-    """A list that grows by one with every compilation."""
-    seen: list = []
-    listening = True
-
-    def listen(event: str, *_: object, **__: object) -> None:
-        if listening and event == "/jax/core/compile/backend_compile_duration":
-            seen.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield seen
-    listening = False
-
-
-@pytest.mark.parametrize("prompt", [[3], [1, 2, 3, 4, 5, 6], list(range(10))])
-def test_greedy_continuation_is_a_naive_loop_over_the_model(steps, prompt):
-    """Also past block_size: from then on the model sees the last block_size tokens."""
-    params = params_of(steps, 0.5, seed=5)
-    local = jax.tree.map(jnp.asarray, jax.device_get(params))
-    text = list(prompt)
-    apply = jax.jit(lambda x: steps.model.apply({"params": local}, x))
-    for _ in range(12):
-        window = np.array([text[-BLOCK:]], np.int32)
-        hidden = np.asarray(apply(window))[0, -1]
-        text.append(int((hidden @ local["wte"].T)[:VOCAB].argmax()))
-    got = continuations(
-        steps, params, np.array(prompt), samples=3, max_new_tokens=12, temperature=0.0
-    )
-    assert got == [text[len(prompt) :]] * 3
-    assert len(set(got[0])) > 3  # a model that repeats one id would prove little
-
-
-def test_fault_22_a_continuation_is_one_compilation(steps, monkeypatch):
-    made = []
-    original = generate._next_token
-
-    def keep(*args):
-        made.append(original(*args))
-        return made[-1]
-
-    monkeypatch.setattr(generate, "_next_token", keep)
-    params = params_of(steps, 0.3)
-    run = lambda n: continuations(  # noqa: E731
-        steps, params, np.array([1, 2]), samples=2, max_new_tokens=n, temperature=1.0, top_k=5
-    )
-    with compilations() as first:
-        run(1)
-    with compilations() as short:
-        run(2)
-    with compilations() as long:
-        run(3 * BLOCK)
-    assert len(first) >= 1 and [f._cache_size() for f in made] == [1, 1, 1]
-    # The one function that every call makes anew, and nothing for every token.
-    assert len(short) == len(long) == 1
-
-
-def test_fault_06_every_token_has_its_own_key(steps):
-    """nanogpt-jax: with one key a flat distribution gave the same id nineteen times in twenty."""
-    params = jax.tree.map(jnp.zeros_like, params_of(steps, 0.0))  # all logits 0: uniform
-    got = np.array(
-        continuations(
-            steps, params, np.array([1]), samples=40, max_new_tokens=40, temperature=1.0, top_k=0
-        )
-    )
-    assert got.shape == (40, 40) and got.max() < VOCAB
-    chance = 1 / VOCAB
-    error = 5 * math.sqrt(chance * (1 - chance) / got.size)
-    for a, b in ((got[:, 1:], got[:, :-1]), (got[1:], got[:-1])):  # steps, rows
-        assert abs((a == b).mean() - chance) < error
-    np.testing.assert_allclose(np.bincount(got.ravel()) / got.size, chance, atol=error)
-
-
-def test_seed_decides(steps):
-    params = params_of(steps, 0.3)
-
-    def run(seed):
-        return continuations(
-            steps, params, np.array([1]), samples=2, max_new_tokens=12, temperature=1.0, seed=seed
-        )
-
-    assert run(1) == run(1) != run(2)
-
-
-def test_a_sample_does_not_depend_on_how_many_there_are(steps):
-    params = params_of(steps, 0.3)
-    one, five = (
-        continuations(steps, params, np.array([1]), samples=n, max_new_tokens=8) for n in (1, 5)
-    )
-    assert len(one) == 1 and len(five) == 5 and five[0] == one[0]
-    assert len({tuple(ids) for ids in five}) == 5
-
-
-def test_stop_ends_a_continuation_and_is_not_part_of_it(steps):
-    params = jax.tree.map(jnp.zeros_like, params_of(steps, 0.0))
-    arguments = dict(samples=6, max_new_tokens=30, temperature=1.0, seed=3)
-    whole = continuations(steps, params, np.array([1]), **arguments)
-    stopped = continuations(steps, params, np.array([1]), **arguments, stop=4)
-    assert any(4 in ids for ids in whole)
-    for ids, cut in zip(whole, stopped, strict=True):
-        assert cut == (ids[: ids.index(4)] if 4 in ids else ids)
-    # A stop id in the prompt ends nothing.
-    assert continuations(steps, params, np.array([4]), **arguments, stop=-1) == continuations(
-        steps, params, np.array([4]), **arguments
-    )
+def test_end_of_text_ends_it_and_later_tokens_are_ignored():
+    continuation, _ = written(b"ab\0cd")
+    assert (continuation.text, continuation.finish) == ("ab", "end_of_text")
+    assert continuation.ids == list(b"ab")
 
 
 # --- the command
 
 
-def test_fault_02_every_flag_of_the_command_has_its_effect(monkeypatch, capsys, tmp_path):
+@pytest.fixture(scope="module")
+def model():
+    """A byte model of random weights, whose texts are lively."""
+    values = {
+        "model": {"n_layer": 2, "n_head": 2, "n_embd": 8, "block_size": BLOCK, "vocab_size": 256},
+        "data": {"path": "x"}, "run": {"out_dir": "y"},
+    }  # fmt: skip
+    config = validate(values, "test")
+    steps = step.build_for_use(config, sharding.make_mesh(config.mesh, jax.devices()[:1]), 1)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), steps.abstract.params
+    )
+    return trained.Trained("tiny", config, BYTE.spec(), None, steps, params)
+
+
+@pytest.fixture
+def command(model, monkeypatch, capsys):
+    """Runs the command on the model; gives (standard output, standard error)."""
+    monkeypatch.setattr(generate.trained, "load", lambda flags, microbatch: model)
+
+    def run(*argv: str) -> tuple[str, str]:
+        assert generate.main(["--run=out/x", *argv]) == 0
+        return capsys.readouterr()
+
+    return run
+
+
+def objects(out: str) -> list[dict]:
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_every_prompt_gets_its_samples_each_printed_after_it(command):
+    asked = ["--prompt=AB", "--prompt=C", "--num-samples=2", "--max-new-tokens=9"]
+    found = objects(command(*asked, "--json")[0])
+    assert [row["prompt"] for row in found] == ["AB", "AB", "C", "C"]
+    assert {row["new_tokens"] for row in found} <= set(range(10))
+    assert [row["prompt_tokens"] for row in found] == [2, 2, 1, 1]
+    assert len({row["text"] for row in found}) == 4
+    text, err = command(*asked)
+    assert text == "\n---------------\n".join(row["prompt"] + row["text"] for row in found) + "\n"
+    assert "2 + 1 tokens of prompt" in err and "tokens/s" in err
+
+
+def test_fault_02_every_flag_of_the_command_has_its_effect(command):
     """nanogpt-jax parsed --init_from and the rest, and then ran with a fresh default config."""
-    seen: dict = {}
+    base = ["--prompt=x", "--max-new-tokens=24", "--json"]
+    plain = objects(command(*base)[0])[0]
+    assert plain["finish"] == "length" and plain["new_tokens"] == 24
+    stop = next(c for c in plain["text"][3:] if c.isprintable())
+    changes = ["--max-new-tokens=5", "--temperature=0", "--top-k=1", "--top-p=0.1", "--min-p=0.9",
+               "--repetition-penalty=9", f"--stop={stop}", "--seed=5",
+               "--num-samples=2"]  # fmt: skip
+    for change in changes:
+        found = objects(command(*base, change)[0])
+        assert found != [plain], change
+    same = ("--temperature=0", "--top-k=1", "--top-p=1e-9", "--min-p=1")
+    likeliest = {objects(command(*base, change)[0])[0]["text"] for change in same}
+    assert len(likeliest) == 1
+    assert objects(command(*base, f"--stop={stop}")[0])[0]["finish"] == "stop"
 
-    class Codec:
-        eot = None
 
-        def encode_prompt(self, text):
-            return np.array([ord(c) for c in text])
+def test_text_past_block_size_slides_or_is_refused(command):
+    asked = ["--prompt=" + "x" * 30, "--max-new-tokens=8", "--json"]
+    assert objects(command(*asked)[0])[0]["new_tokens"] == 8
+    with pytest.raises(ValueError, match="30 tokens of prompt and --max-new-tokens=8 are"):
+        command(*asked, "--past-block=error")
+    assert command("--prompt=x", "--max-new-tokens=31", "--past-block=error")
 
-        def decode(self, ids):
-            return "".join(map(chr, ids))
 
-    def load(flags, **kwargs):
-        seen.update(run=flags.run, checkpoint=flags.checkpoint)
-        return SimpleNamespace(tokenizer="t", steps="s", params="p")
-
-    def fake(steps, params, prompt, **kwargs):
-        seen.update(kwargs, prompt=prompt.tolist())
-        return [[88, 89]] * kwargs["samples"]
-
-    monkeypatch.setattr(generate.trained, "load", load)
-    monkeypatch.setattr(generate, "continuations", fake)
-    monkeypatch.setattr(generate.tokenizer, "load", lambda description: Codec())
-    flags = ["--num-samples=2", "--max-new-tokens=7", "--temperature=0.3", "--top-k=9", "--seed=5"]
-    assert generate.main(["--run=out/x", "--checkpoint=latest", "--prompt=AB", *flags]) == 0
-    expected = dict(
-        run="out/x", checkpoint="latest", prompt=[65, 66], samples=2, max_new_tokens=7,
-        temperature=0.3, top_k=9, seed=5,
-    )  # fmt: skip
-    assert expected.items() <= seen.items()
-    assert capsys.readouterr().out.count("ABXY") == 2
+def test_the_prompt_comes_from_a_file_or_standard_input(command, tmp_path, monkeypatch):
     (tmp_path / "p.txt").write_text("CD", encoding="utf-8")
-    assert generate.main(["--run=out/x", f"--prompt-file={tmp_path / 'p.txt'}"]) == 0
-    assert seen["prompt"] == [67, 68] and seen["checkpoint"] == "best" and seen["samples"] == 1
+    common = ["--max-new-tokens=6", "--temperature=0"]
+    want = command("--prompt=CD", *common)[0]
+    assert command(f"--prompt-file={tmp_path / 'p.txt'}", *common)[0] == want
+    monkeypatch.setattr(sys, "stdin", io.StringIO("CD"))
+    assert command(*common)[0] == want
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))  # an empty prompt begins a new text
+    assert objects(command("--json", *common)[0])[0]["prompt_tokens"] == 1
+
+
+def test_at_a_terminal_one_prompt_after_the_other_is_asked_for(command, monkeypatch):
+    typed = iter(["AB", "", "C", KeyboardInterrupt, "D", EOFError])
+
+    def ask(shown):
+        assert shown == "prompt> "
+        text = next(typed)
+        if not isinstance(text, str):
+            raise text
+        return text
+
+    monkeypatch.setattr("builtins.input", ask)
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    common = ["--max-new-tokens=6", "--temperature=0"]
+    out = command(*common)[0]  # Ctrl-C at the prompt leaves
+    assert out == "".join(command(f"--prompt={p}", *common)[0] for p in ("AB", "C")) + "\n"
+    interrupted = iter([True, False])
+    real = generate.continuations
+
+    def once(*args, **kwargs):
+        if next(interrupted):
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(generate, "continuations", once)
+    typed = iter(["AB", "C", EOFError])
+    out = command(*common)[0]  # and while a text is made, only that text
+    monkeypatch.setattr(generate, "continuations", real)
+    assert out == "AB\n" + command("--prompt=C", *common)[0] + "\n"
 
 
 @pytest.mark.parametrize(
-    "flag", ["--num-samples=0", "--max-new-tokens=0", "--temperature=-1", "--top-k=-1"]
+    "flag", ["--num-samples=0", "--max-new-tokens=0", "--temperature=-1", "--top-k=-1", "--top-p=0"]
 )
 def test_flag_out_of_range_is_named(flag):
-    with pytest.raises(ValueError, match=f"{flag.split('=')[0]}=.* must be at least"):
+    with pytest.raises(ValueError, match=f"{flag.split('=')[0]}=.* must be"):
         generate.main(["--run=out/none", "--prompt=x", flag])
 
 
-def test_unreadable_prompt_file_is_named(tmp_path):
+def test_an_empty_stop_string_and_an_unreadable_prompt_file_are_named(tmp_path):
+    with pytest.raises(ValueError, match="--stop='' would end every text"):
+        generate.main(["--run=out/none", "--prompt=x", "--stop="])
     bad = tmp_path / "bad"
     bad.write_bytes(b"\xff\xfe\xff")
     for path in (tmp_path / "none", bad):
         with pytest.raises(ValueError, match="cannot read --prompt-file"):
             generate.main(["--run=out/none", f"--prompt-file={path}"])
+
+
+def test_an_empty_prompt_needs_a_mark_to_start_from():
+    codec = tokenizer.load({"kind": "char", "chars": "ab"})
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        generate.prompt_ids(codec, "")
+    assert generate.prompt_ids(BYTE, "").tolist() == [0]

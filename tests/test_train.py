@@ -275,7 +275,7 @@ def test_fault_20_the_evaluate_command_works_on_other_data_and_for_a_person(
     other = write_data(tmp_path / "other", TEXT[::-1])
     assert evaluate.main(["--run", str(unbroken), "--data", str(other), "--windows", "5"]) == 0
     printed = capsys.readouterr().out
-    assert "on other" in printed and "loss_stderr" in printed and "bits_per_byte" in printed
+    assert "on other" in printed and "val/loss" in printed and "val/bits_per_byte" in printed
 
 
 def test_fault_13_a_row_counts_updates_and_tokens_of_the_whole_batch(unbroken):

@@ -1,0 +1,67 @@
+"""Which token comes next: greedy, temperature, top-k, top-p, min-p, repetition penalty."""
+
+from dataclasses import dataclass, fields
+from math import inf
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How a token is drawn from logits, in the order in which transformers applies the same."""
+
+    temperature: float = 0.8
+    top_k: int = 200
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a value without a meaning."""
+        allowed = {
+            "temperature": (0 <= self.temperature < inf, "from 0, which is greedy, upwards"),
+            "top_k": (self.top_k >= 0, "at least 0, which keeps all tokens"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1, which keeps all tokens"),
+            "min_p": (0 <= self.min_p <= 1, "from 0, which keeps all tokens, to 1"),
+            "repetition_penalty": (self.repetition_penalty > 0, "above 0; 1 is none"),
+        }
+        for field in fields(self):
+            good, why = allowed[field.name]
+            if not good:
+                name, value = field.name.replace("_", "-"), getattr(self, field.name)
+                raise ValueError(f"--{name}={value} must be {why}")
+
+
+def sample_token(scores: Array, key: Array, sampler: Sampler, seen: Array | None = None) -> Array:
+    """One id [N] int32 for each row of float32 logits [N, V], the row's key folded from `key`.
+
+    seen: [N, V] bool, ids of the text so far, whose logits repetition_penalty divides when they
+    are positive and multiplies when they are not (CTRL, arXiv:1909.05858, section 4.1). top_p
+    keeps the likeliest ids until their probability reaches it (arXiv:1904.09751); min_p those at
+    least that likely, relative to the likeliest (arXiv:2407.01082).
+    """
+    if sampler.repetition_penalty != 1:
+        penalty = sampler.repetition_penalty
+        scores = jnp.where(
+            seen, jnp.where(scores > 0, scores / penalty, scores * penalty), scores
+        )
+    if sampler.temperature == 0:
+        return scores.argmax(-1).astype(jnp.int32)
+    scores, ids = scores / sampler.temperature, None
+    if sampler.top_k or sampler.top_p < 1:  # from here on sorted, and no more than have to be
+        size = scores.shape[-1]
+        scores, ids = jax.lax.top_k(scores, min(sampler.top_k or size, size))
+    if sampler.top_p < 1:
+        probability = jax.nn.softmax(scores)
+        likelier = jnp.cumsum(probability, -1) - probability
+        scores = jnp.where(likelier < sampler.top_p, scores, -jnp.inf)
+    if sampler.min_p:
+        lowest = scores.max(-1, keepdims=True) + jnp.log(sampler.min_p)
+        scores = jnp.where(scores >= lowest, scores, -jnp.inf)
+    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(len(scores)))
+    drawn = jax.vmap(jax.random.categorical)(keys, scores)
+    if ids is not None:
+        drawn = jnp.take_along_axis(ids, drawn[:, None], axis=-1)[:, 0]
+    return drawn.astype(jnp.int32)

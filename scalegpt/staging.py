@@ -1,0 +1,90 @@
+"""Files of a URL, brought to the local disk once: whole, and by one process of each machine."""
+
+import contextlib
+import hashlib
+import os
+import posixpath
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+CHUNK = 1 << 24  # bytes per read: large enough to run at disk speed, small in memory
+
+
+def stage(url: str, files: Sequence[str], cache_dir: str | None = None) -> Path:
+    """The local folder with those of `files` that `url` has, copied where it is not up to date.
+
+    cache_dir: default `$XDG_CACHE_HOME/scalegpt`, else `~/.cache/scalegpt`. Raises ValueError for a
+    URL that cannot be read, a full disk, or a copy that ended early.
+    """
+    import fsspec
+
+    url = url.rstrip("/")
+    protocol = url.split("://")[0]
+    try:
+        fs, root = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        extra = '"scalegpt[tpu]"' if protocol in ("gs", "gcs") else "the package it names"
+        raise ValueError(f"cannot read {url}: {error}. Fix: pip install {extra}") from error
+    if cache_dir is None:
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+        cache_dir = os.path.join(home, "scalegpt")
+    name = posixpath.basename(url)
+    folder = Path(cache_dir, f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:12]}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with _one_process(folder / "lock"):
+        for file in files:
+            _stage_file(fs, posixpath.join(root, file), folder / file)
+    return folder
+
+
+def _stage_file(fs, source: str, target: Path) -> None:
+    stamp_file = target.with_name(target.name + ".stamp")
+    try:
+        info = fs.info(source)
+    except FileNotFoundError:
+        target.unlink(missing_ok=True)  # an old meta.json must not describe new bins
+        return
+    keys = ("etag", "ETag", "generation", "mtime", "LastModified", "updated", "created")
+    version = next((info[k] for k in keys if info.get(k) is not None), "")
+    size, stamp = info.get("size"), f"{info.get('size')} {version}"
+    if target.is_file() and stamp_file.is_file() and stamp_file.read_text() == stamp:
+        if target.stat().st_size == size:
+            return
+    free = shutil.disk_usage(target.parent).free
+    if size and size > free:
+        raise ValueError(
+            f"{source} has {size:,} bytes, and {target.parent} has room for {free:,}; free some, "
+            "or choose another cache folder"
+        )
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    bar = tqdm(total=size, desc=source, unit="B", unit_scale=True, disable=(size or 0) < CHUNK)
+    try:
+        with fs.open(source, "rb") as reader, open(partial, "wb") as writer, bar:
+            while chunk := reader.read(CHUNK):
+                writer.write(chunk)
+                bar.update(len(chunk))
+        if size is not None and partial.stat().st_size != size:
+            raise ValueError(
+                f"{source}: {partial.stat().st_size} of {size} bytes arrived; start again"
+            )
+        # The stamp goes last and the file appears whole: a kill in between costs a download.
+        os.replace(partial, target)
+        stamp_file.write_text(stamp)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _one_process(file: Path) -> Iterator[None]:
+    """Hold a lock: eight processes of one machine must not fill its disk with eight copies."""
+    try:
+        import fcntl
+    except ImportError:  # Windows, where JAX runs one process a machine
+        yield
+        return
+    with open(file, "w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield

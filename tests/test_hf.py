@@ -1,0 +1,713 @@
+"""Weights from and to Hugging Face: the logits are transformers' own, and every tensor is used."""
+
+import base64
+import json
+import math
+import os
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import convert_hf
+import jax
+import numpy as np
+import pytest
+import yaml
+from flax import traverse_util
+from safetensors.numpy import load_file, save_file
+
+from scalegpt import export, hf, resume, sharding, step, tokenizer, train, trained
+from scalegpt.checkpoint import Checkpoints, open_checkpoints
+from scalegpt.command_line import parse
+from scalegpt.config import MeshConfig, ModelConfig
+from scalegpt.evaluate import main as evaluate
+from scalegpt.model import head_table, logits
+from scalegpt.step import State, build_for_use
+from scalegpt.tokenizer_files import tokenizer_files
+
+ODD = {"n_layer": 3, "n_head": 3, "n_embd": 51, "vocab_size": 101, "n_positions": 37}
+# The real widths and head counts; depth and vocabulary only repeat.
+SIZES = {
+    "gpt2": {"n_head": 12, "n_embd": 768},
+    "gpt2-medium": {"n_head": 16, "n_embd": 1024},
+    "gpt2-large": {"n_head": 20, "n_embd": 1280},
+    "gpt2-xl": {"n_head": 25, "n_embd": 1600},
+    "odd": ODD,
+    "odd, with a head of its own": ODD | {"tie_word_embeddings": False},
+    "odd, exact GELU": ODD | {"activation_function": "gelu"},
+}
+
+
+MAKE_MESH = sharding.make_mesh
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """As in a terminal; with eight copies of each model, most of the time would go into those."""
+    for module in (sharding, trained):
+        monkeypatch.setattr(module, "make_mesh", lambda mesh: MAKE_MESH(mesh, jax.devices()[:1]))
+
+
+def read(folder: Path) -> trained.Trained:
+    return trained.from_hugging_face(str(folder), MeshConfig(), 1)
+
+
+def scores(model: trained.Trained, ids) -> np.ndarray:
+    """Logits [B, T, V] without the padding."""
+    vocab = model.config.model.vocab_size
+    ids = np.asarray(ids, np.int32)
+    hidden = jax.jit(model.steps.model.apply)({"params": model.params}, ids)
+    return np.asarray(logits(hidden, head_table(model.params), vocab))[..., :vocab]
+
+
+def weights(model: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random tensors of GPT-2's format, under the names of transformers."""
+    rng = np.random.default_rng(seed)
+    return {
+        name if name == "lm_head.weight" else f"transformer.{name}":
+        (0.1 * rng.standard_normal(place.shape) + name.endswith(("ln_f.weight", "1.weight")))
+        .astype(np.float32)
+        for name, place in hf.gpt2_places(model).items()
+    }  # fmt: skip
+
+
+def write(folder: Path, tensors: dict | None = None, **changes) -> Path:
+    """A folder of the odd model, without torch."""
+    folder.mkdir(parents=True, exist_ok=True)
+    values = {"model_type": "gpt2", **ODD, **changes}
+    (folder / "config.json").write_text(json.dumps(values))
+    if tensors is None:
+        tensors = weights(odd(**changes))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def odd(**changes) -> ModelConfig:
+    values = {"block_size" if key == "n_positions" else key: v for key, v in ODD.items()}
+    tied = changes.get("tie_word_embeddings", True)
+    return ModelConfig(**values, bias=True, tie_word_embeddings=tied)
+
+
+def assert_same_tensors(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype == np.float32, name
+        np.testing.assert_array_equal(a[name].view(np.uint32), b[name].view(np.uint32), name)
+
+
+def leaves(params) -> dict[str, np.ndarray]:
+    return {k: np.asarray(x) for k, x in traverse_util.flatten_dict(params, sep="/").items()}
+
+
+def params_of_run(folder: Path) -> dict[str, np.ndarray]:
+    return leaves(trained.from_run(str(folder), "best", MeshConfig(), 1).params)
+
+
+def write_data(folder: Path, train, val, spec: dict, vocab_size: int) -> None:
+    folder.mkdir()
+    meta = {"format": 1, "tokenizer": spec, "vocab_size": vocab_size, "dtype": "uint16"}
+    for name, ids in (("train", train), ("val", val)):
+        ids.tofile(folder / f"{name}.bin")
+        meta[name] = {"tokens": len(ids)}
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def convert(*argv) -> int:
+    return convert_hf.main([str(word) for word in argv])
+
+
+# --- the same numbers as transformers
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_fault_10_logits_are_transformers_own_both_ways(size, tmp_path):
+    """nanogpt-jax gave pretrained weights to a model with RoPE, and dropped their positions."""
+    torch = pytest.importorskip("torch", reason="compares with transformers, which needs torch")
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(len(size))
+    # Not 50256 as the end: it must lie in the vocabulary.
+    ends = {"bos_token_id": None, "eos_token_id": None}
+    small = {"n_layer": 2, "vocab_size": 307, "n_positions": 48}
+    reference = GPT2LMHeadModel(GPT2Config(**small | SIZES[size], **ends)).eval()
+    with torch.no_grad():
+        for name, value in reference.named_parameters():
+            if value.ndim == 1:  # as made, biases are 0 and LayerNorms 1: swaps would not show
+                value.normal_(float(name.endswith("weight")), 0.3)
+            elif size.startswith("odd"):
+                value.normal_(0, 0.2)
+    ids = torch.randint(reference.config.vocab_size, (2, 37))
+    with torch.no_grad():
+        expected = reference(ids).logits.numpy()
+    reference.save_pretrained(tmp_path / "theirs")
+    model = read(tmp_path / "theirs")
+    ours = scores(model, ids.numpy())
+    assert np.abs(ours - expected).max() < 2e-4
+    assert expected.std() > 0.1, "else any model would do"
+
+    (tmp_path / "ours").mkdir()
+    export.export_gpt2(model, tmp_path / "ours")
+    again, report = GPT2LMHeadModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(report.values()), report
+    with torch.no_grad():
+        assert np.abs(again.eval()(ids).logits.numpy() - ours).max() < 2e-4
+    assert_same_tensors(*(load_file(tmp_path / name / "model.safetensors")
+                          for name in ("theirs", "ours")))  # fmt: skip
+
+
+def test_a_trained_model_gives_its_stored_activations_and_sorts(shared_data, tmp_path):
+    """minGPT's sorter: nn.Linear kernels [out, in], and a head of its own."""
+    stored, partials = (
+        json.loads((shared_data / "gpt_nano_sort" / f"gpt-nano-sort-{name}.json").read_text())
+        for name in ("model", "t0-partials")
+    )
+
+    def array(entry: dict) -> np.ndarray:
+        data = np.frombuffer(base64.b64decode(entry["data"]), np.float32)
+        return data.reshape(entry["shape"])
+
+    sizes = stored.pop("config")
+    tensors = {name: array(entry) for name, entry in stored.items() if ".attn.bias" not in name}
+    linear = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    tensors = {name: np.ascontiguousarray(x.T) if name.endswith(linear) else x
+               for name, x in tensors.items()}  # fmt: skip
+    sizes = {key: sizes[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size")}
+    write(tmp_path / "hf", tensors, **sizes, n_positions=11, tie_word_embeddings=False)
+    run = tmp_path / "run"
+    assert convert("import", tmp_path / "hf", "--out", run) == 0
+
+    ids = array(partials["idx"]).astype(np.int32)
+    model = trained.from_run(str(run), "best", MeshConfig(), 1, "float32")
+    params = leaves(model.params)
+    for name, got in (("tok_emb", params["wte"][ids]), ("pos_emb", params["wpe"][None])):
+        np.testing.assert_array_equal(got, array(partials[name]), name)
+    names = ["x", "block0", "block1", "block2", "ln_f", "lm_head"]
+    states = convert_hf.outputs(str(run), ids, by_layer=True)
+    for name, got in zip(names, states, strict=True):
+        assert np.abs(got - array(partials[name])).max() < 2e-5, name
+    probs = np.asarray(jax.nn.softmax(states[-1]))
+    assert np.abs(probs - array(partials["probs"])).max() < 1e-6
+
+    digits = np.array(list(product(range(3), repeat=6)), np.int32)
+    assert len(digits) == 729
+    text = np.pad(digits, ((0, 0), (0, 6)))
+    for i in range(6, 12):  # in one shape, so that it compiles once; nothing looks right
+        text[:, i] = scores(model, text[:, :11])[:, i - 1].argmax(-1)
+    np.testing.assert_array_equal(text[:, 6:], np.sort(digits, axis=1))
+
+
+# --- there and back
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_hugging_face_to_scalegpt_and_back_is_bitwise(tmp_path, tied):
+    source = write(tmp_path / "a", tie_word_embeddings=tied)
+    convert("import", source, "--out", tmp_path / "b", "--vocab-multiple", 8)
+    convert("export", "--run", tmp_path / "b", "--out", tmp_path / "c", "--format", "scalegpt")
+    convert("import", tmp_path / "c", "--out", tmp_path / "d")
+    convert("export", "--run", tmp_path / "d", "--out", tmp_path / "e")
+    assert_same_tensors(*(load_file(tmp_path / x / "model.safetensors") for x in "ae"))
+    assert hf.describe(tmp_path / "c")[0].vocab_multiple == 8
+    # Another padding is another matrix product, and rounds otherwise.
+    assert convert("check", tmp_path / "a", tmp_path / "c", "--tolerance", "1e-5") == 0
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """A folder of a run with random weights at step 7, evaluated there."""
+
+    def make(name: str, spec=None, **changes) -> Path:
+        sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 101}
+        config = trained.config_of(ModelConfig(**sizes | changes))
+        config = config.model_copy(update={"data": config.data.model_copy(
+            update={"path": {"data/books": 1.0, "data/owt": 2.0}})})  # fmt: skip
+        rng, mesh = np.random.default_rng(0), sharding.make_mesh(config.mesh)
+        params = jax.tree.map(lambda x: 0.3 * rng.standard_normal(x.shape, np.float32),
+                              build_for_use(config, mesh, 1).abstract.params)  # fmt: skip
+        checkpoints = Checkpoints(tmp_path / name)
+        meta = {"config": config.model_dump(), "tokenizer": spec, "data": {}, "best_loss": 1.25}
+        checkpoints.save(State(np.int32(7), params, {}), 7, meta, 1.25)
+        checkpoints.wait()
+        checkpoints.close()
+        rows = [{"step": 0, "val/loss": 9.0}, {"step": 7, "train/loss": 2.0},
+                {"step": 7, "val/loss": 1.25, "val/bits_per_byte": 1.8034}]  # fmt: skip
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / name / "metrics.jsonl").write_text(lines)
+        return tmp_path / name
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("form", "changes"),
+    [
+        ("hf", {"bias": True, "dropout": 0.1}),
+        ("hf", {"bias": True, "tie_word_embeddings": False, "activation": "gelu"}),
+        ("scalegpt", {"bias": False, "position": "rope", "rope_base": 500.0, "vocab_multiple": 16}),
+        ("scalegpt", {"bias": True, "tie_word_embeddings": False}),
+    ],
+)
+def test_a_run_exported_and_imported_again_is_bitwise(make_run, tmp_path, form, changes):
+    run = make_run("run", {"kind": "byte"} if form == "scalegpt" else None, **changes)
+    convert("export", "--run", run, "--out", tmp_path / "out", "--format", form)
+    assert convert("import", tmp_path / "out", "--out", tmp_path / "again") == 0
+    before, after = params_of_run(run), params_of_run(tmp_path / "again")
+    for name in ("wte", "head_kernel"):
+        if form == "hf" and name in before:  # padding is cut off, and made anew as zeros
+            assert np.abs(before[name][101:]).max() > 0 and not after[name][101:].any()
+            before[name], after[name] = before[name][:101], after[name][:101]
+    assert_same_tensors(before, after)
+    assert convert("check", run, tmp_path / "again", "--tolerance", "0") == 0
+    runs = (run, tmp_path / "again")
+    then, now = (trained.from_run(str(x), "best", MeshConfig(), 1) for x in runs)
+    kept = then.config.model.model_copy(update={"dropout": 0.0} if form == "hf" else {})
+    assert now.config.model == kept and now.tokenizer == then.tokenizer
+    assert yaml.safe_load((tmp_path / "again" / "config.yaml").read_text())["model"][
+        "n_embd"
+    ] == 32  # fmt: skip
+
+
+def test_without_biases_gpt2s_format_gets_zeros_and_the_same_logits(make_run, tmp_path):
+    run = make_run("run", bias=False)
+    convert("export", "--run", run, "--out", tmp_path / "out")
+    assert convert("check", run, tmp_path / "out", "--tolerance", "1e-6") == 0
+    assert "no biases" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_card_and_the_configs_say_what_the_run_was(make_run, tmp_path):
+    run = make_run("plays", {"kind": "char", "chars": "".join(map(chr, range(33, 134)))},
+                   bias=True, activation="gelu", dropout=0.1)  # fmt: skip
+    convert("export", "--run", run, "--out", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    lines = ("# plays", "| validation loss | 1.2500 nats a token |", "| updates | 7 |",
+             "| bits per byte | 1.8034 |", "| data | books, owt |", "activation: gelu")  # fmt: skip
+    for line in lines:
+        assert line in card, line
+    count = sum(x.size for x in load_file(tmp_path / "out" / "model.safetensors").values())
+    assert f"A GPT of {count:,} parameters, trained with scalegpt" in card
+    values = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert values["activation_function"] == "gelu" and values["attn_pdrop"] == 0.1
+    assert values["eos_token_id"] is None, "GPT-2's default, 50256, is not in this vocabulary"
+
+
+# --- what a user may have
+
+
+def test_names_and_masks_of_old_files_are_read(tmp_path):
+    """The official files: no prefix, causal masks beside the weights, a copy of the tied head."""
+    tensors = weights(odd())
+    old = {name.removeprefix("transformer."): x for name, x in tensors.items()}
+    for i in range(3):
+        old[f"h.{i}.attn.bias"] = np.ones((1, 1, 37, 37), np.uint8)
+        old[f"h.{i}.attn.masked_bias"] = np.array(-1e4, np.float32)
+    old["lm_head.weight"] = old["wte.weight"].copy()
+    a, b = read(write(tmp_path / "new", tensors)), read(write(tmp_path / "old", old))
+    assert_same_tensors(leaves(a.params), leaves(b.params))
+
+
+def test_shards_are_read_and_a_missing_one_is_named(tmp_path):
+    tensors = weights(odd())
+    whole = read(write(tmp_path / "whole", tensors))
+    folder = write(tmp_path / "shards", tensors)
+    (folder / "model.safetensors").unlink()
+    files = {name: f"model-0000{i % 2 + 1}-of-00002.safetensors" for i, name in enumerate(tensors)}
+    for file in set(files.values()):
+        save_file({n: x for n, x in tensors.items() if files[n] == file}, folder / file)
+    index = {"metadata": {}, "weight_map": files}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert_same_tensors(leaves(whole.params), leaves(read(folder).params))
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ValueError, match="cannot read .*model-00002-of-00002.safetensors"):
+        read(folder)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_becomes_float32(tmp_path, dtype):
+    half = {name: x.astype(dtype) for name, x in weights(odd()).items()}
+    params = leaves(read(write(tmp_path / "half", half)).params)
+    wider = {name: x.astype(np.float32) for name, x in half.items()}
+    assert_same_tensors(params, leaves(read(write(tmp_path / "full", wider)).params))
+
+
+def test_pytorchs_own_file_is_read_where_torch_is_there(tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch", reason="writes PyTorch's format")
+    tensors = weights(odd())
+    folder = write(tmp_path / "hf", tensors)
+    expected = leaves(read(folder).params)
+    (folder / "model.safetensors").unlink()
+    state = {name: torch.from_numpy(x) for name, x in tensors.items()}
+    state["lm_head.weight"] = state["transformer.wte.weight"]
+    torch.save(state, folder / "pytorch_model.bin")
+    assert_same_tensors(leaves(read(folder).params), expected)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ValueError, match="needs a package that is not installed: pip install"):
+        read(folder)
+
+
+def test_every_mesh_gets_the_same_values(tmp_path):
+    folder = write(tmp_path / "hf", n_head=2, n_embd=8, vocab_size=100,
+                   tensors=weights(ModelConfig(**ODD_FOR_MESH)))  # fmt: skip
+    alone = read(folder)
+    mesh = MAKE_MESH(MeshConfig(data=1, fsdp=4, tensor=2))
+    abstract = build_for_use(alone.config, mesh, 1).abstract.params
+    spread = hf.load_params(folder, alone.config.model, abstract)
+    assert_same_tensors(leaves(alone.params), leaves(spread))
+    jax.tree.map(lambda x, place: x.sharding == place.sharding or pytest.fail(), spread, abstract)
+    kernel = spread["h"]["attn"]["qkv_kernel"]
+    assert kernel.addressable_shards[0].data.size == kernel.size // 8
+
+
+ODD_FOR_MESH = {"n_layer": 3, "n_head": 2, "n_embd": 8, "vocab_size": 100, "block_size": 37,
+                "bias": True}  # fmt: skip
+
+
+def test_positions_are_cropped_vocabulary_padded_and_dropout_set_as_asked(tmp_path):
+    source = write(tmp_path / "hf")
+    asked = ("--block-size", 9, "--vocab-multiple", 64, "--dropout", 0.1)
+    convert("import", source, "--out", tmp_path / "run", *asked)
+    model = trained.from_run(str(tmp_path / "run"), "latest", MeshConfig(), 1)
+    assert model.config.model.dropout == 0.1 and model.config.model.block_size == 9
+    whole, cropped = leaves(read(source).params), leaves(model.params)
+    np.testing.assert_array_equal(cropped["wpe"], whole["wpe"][:9])
+    assert cropped["wte"].shape == (128, 51) and not cropped["wte"][101:].any()
+    np.testing.assert_array_equal(cropped["wte"][:101], whole["wte"][:101])
+    with pytest.raises(ValueError, match="block_size=38 is more than the 37 positions"):
+        convert("import", source, "--out", tmp_path / "other", "--block-size", 38)
+    assert not (tmp_path / "other").exists()
+
+
+# --- tokenizers
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "byte", "char"])
+def test_transformers_reads_our_tokenizers_with_the_same_ids_and_text(kind, shared_data, tmp_path):
+    from transformers import AutoTokenizer
+
+    text = (shared_data / "tinyshakespeare" / "input.txt").read_text()[:50_000]
+    text += " é日本 a . b 's ’ \r\n\t   it 's 1234  😀 \x00 Ā"
+    spec = {"kind": "char", "chars": "".join(sorted(set(text)))} if kind == "char" else kind
+    codec = tokenizer.load(spec)
+    for name, content in tokenizer_files(codec.spec(), 64).items():
+        (tmp_path / name).write_text(json.dumps(content))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    ids = codec.encode(text)
+    assert theirs(text)["input_ids"] == ids.tolist()
+    assert theirs.decode(ids.tolist()) == text
+    assert len(theirs) == codec.vocab_size
+    noise = np.random.default_rng(0).integers(0, codec.vocab_size, 2000)  # broken UTF-8 among it
+    assert theirs.decode(noise.tolist()) == codec.decode(noise)
+    if kind == "gpt2":
+        assert theirs.eos_token_id == codec.eot == theirs.encode("<|endoftext|>")[0]
+    if kind == "char":
+        with pytest.raises(Exception, match="Missing"):  # as ours; never dropped in silence
+            theirs("ß")
+
+
+def test_a_vocabulary_is_gpt2s_only_if_it_is(shared_data, tmp_path):
+    """There are GPT-2s of other languages with 50257 tokens too."""
+    content = tokenizer_files("gpt2", 64)["tokenizer.json"]
+    folder = write(tmp_path / "hf")
+    assert hf.describe(folder)[1] is None
+    write(folder, vocab_size=50257, tensors={})
+    assert hf.describe(folder)[1] == {"kind": "gpt2"}, "nothing but weights was put there"
+    for file, value in (("tokenizer.json", content), ("vocab.json", content["model"]["vocab"])):
+        (folder / file).write_text(json.dumps(value))
+        assert hf.describe(folder)[1] == {"kind": "gpt2"}
+        (folder / file).unlink()
+    vocab = content["model"]["vocab"]
+    vocab["the"], vocab["of"] = vocab["of"], vocab["the"]
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    assert hf.describe(folder)[1] is None
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    spec = hf.describe(folder)[1]
+    assert spec == {"kind": "tokenizer.json", "name": "tokenizer.json", "json": content}
+    (tmp_path / "out").mkdir()
+    files = tokenizer_files(spec, 64)
+    assert files["tokenizer.json"] == content
+    assert files["tokenizer_config.json"]["eos_token"] == "<|endoftext|>"
+
+
+# --- what is wrong
+
+
+def change(name, value):
+    return lambda tensors: tensors.update({name: value})
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t.pop("transformer.h.1.attn.c_attn.bias"), "missing: h.1.attn.c_attn.bias$"),
+        (change("transformer.h.3.ln_1.bias", np.zeros(51, np.float32)),
+         "unexpected: h.3.ln_1.bias$"),
+        (change("score.weight", np.zeros((2, 51), np.float32)), "unexpected: score.weight$"),
+        (change("transformer.h.0.attn.c_proj.bias", np.zeros((1, 51), np.float32)),
+         r"h.0.attn.c_proj.bias is \(1, 51\), not \(51,\)$"),
+        (change("transformer.h.0.mlp.c_fc.weight", np.zeros((204, 51), np.float32)),
+         r"h.0.mlp.c_fc.weight is \(204, 51\), not \(51, 204\)$"),
+        (change("lm_head.weight", np.ones((101, 51), np.float32)),
+         "lm_head.weight differs from wte.weight"),
+        (change("transformer.wte.weight", np.zeros((101, 51), np.int8)), "is stored as I8"),
+        (change("wte.weight", np.zeros((101, 51), np.float32)), "with and without the prefix"),
+    ],
+)  # fmt: skip
+def test_a_tensor_that_is_wrong_is_named_and_nothing_is_written(edit, message, tmp_path):
+    tensors = weights(odd())
+    edit(tensors)
+    source = write(tmp_path / "hf", tensors)
+    with pytest.raises(ValueError, match=message):
+        convert("import", source, "--out", tmp_path / "out" / "run")
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_wrong_tensors_are_listed_at_once(tmp_path):
+    tensors = weights(odd())
+    del tensors["transformer.h.0.ln_1.bias"], tensors["transformer.ln_f.bias"]
+    tensors["a"] = tensors["b"] = np.zeros(1, np.float32)
+    with pytest.raises(ValueError) as caught:
+        read(write(tmp_path / "hf", tensors))
+    expected = ["missing: ln_f.bias", "missing: h.0.ln_1.bias", "unexpected: a", "unexpected: b"]
+    assert [line.strip() for line in str(caught.value).splitlines()[1:]] == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "llama"}, "model_type is 'llama', not gpt2"),
+        ({"n_inner": 100}, "n_inner is 100, which our model has not; it has 204"),
+        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06, .* it has 1e-05"),
+        ({"activation_function": "relu"}, "activation_function is relu, .* it has gelu_new or"),
+        ({"scale_attn_weights": False}, "scale_attn_weights is False"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
+        ({"add_cross_attention": True}, "add_cross_attention is True"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is .* it has none"),
+        ({"n_head": 4}, "n_embd=51 is not divisible by model.n_head=4"),
+        ({"n_layer": None}, "does not give n_layer"),
+        ({"n_layer": 4}, "missing: h.3.ln_1.weight"),
+    ],
+)
+def test_a_config_that_our_model_cannot_express_is_refused(changes, message, tmp_path):
+    source = write(tmp_path / "hf", weights(odd()), **changes)
+    with pytest.raises(ValueError, match=message):
+        read(source)
+
+
+def test_folders_that_are_no_model_are_told_apart(tmp_path, make_run):
+    with pytest.raises(ValueError, match=r"cannot read .*config.json: No such file"):
+        read(tmp_path)
+    with pytest.raises(ValueError, match="is the folder of a run, give it as --run"):
+        read(make_run("run"))
+    for wrong in (f"{tmp_path}/none", "./gpt2", "a/b/c", "", "gpt 2", "C:\\gpt2"):
+        with pytest.raises(ValueError, match="is not a folder with config.json"):
+            hf.locate(wrong)
+    write(tmp_path / "hf")
+    (tmp_path / "hf" / "model.safetensors").write_bytes(b"\x10")
+    with pytest.raises(ValueError, match="cannot read .*model.safetensors"):
+        read(tmp_path / "hf")
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="has no model.safetensors, no .* and no pytorch_model"):
+        read(tmp_path / "hf")
+
+
+def test_without_a_network_a_name_says_what_to_place_where(tmp_path):
+    tool = Path(convert_hf.__file__)
+    done = subprocess.run(
+        [sys.executable, tool, "import", "gpt2-large", "--out", tmp_path / "run"],
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")},
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    for part in ("error: gpt2-large is not a folder", "put config.json and model.safetensors",
+                 "HF_HOME"):  # fmt: skip
+        assert part in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_download_takes_what_is_needed_and_nothing_else(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def snapshot_download(name, allow_patterns):
+        asked.append(allow_patterns)
+        write(tmp_path / "snapshot")
+        if len(asked) == 1 and name == "old/model":
+            (tmp_path / "snapshot" / "model.safetensors").unlink()
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert hf.locate("owner/model") == tmp_path / "snapshot"
+    assert len(asked) == 1 and "pytorch_model.bin" not in asked[0]
+    asked.clear()
+    hf.locate("old/model")
+    assert "pytorch_model.bin" in asked[1]
+
+
+def test_nothing_is_overwritten_and_an_interrupted_import_leaves_nothing(tmp_path, monkeypatch):
+    source, taken = write(tmp_path / "hf"), tmp_path / "taken"
+    taken.mkdir()
+    (taken / "mine").write_text("x")
+    run = tmp_path / "run"
+    convert("import", source, "--out", run)
+    for argv in (("import", source), ("export", "--run", run)):
+        for out in (taken, run, taken / "mine"):
+            with pytest.raises(ValueError, match="is there already"):
+                convert(*argv, "--out", out)
+    with pytest.raises(ValueError, match="cannot write to --out"):
+        convert("import", source, "--out", taken / "mine" / "below")
+    assert [x.name for x in taken.iterdir()] == ["mine"]
+
+    (tmp_path / "out").mkdir()
+    save = Checkpoints.save_weights
+    monkeypatch.setattr(Checkpoints, "save_weights", lambda *a: (save(*a), 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        convert("import", source, "--out", tmp_path / "out" / "run")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_rope_is_refused_with_the_reason_and_the_way_out(make_run, tmp_path):
+    run = make_run("run", position="rope")
+    with pytest.raises(ValueError, match="position=rope: .* no rotary .* use --format scalegpt"):
+        convert("export", "--run", run, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_key_of_the_model_is_either_in_gpt2s_format_or_refused():
+    """A new key must be put into one of the two, or exported models would lose it in silence."""
+    written = {"n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout", "bias",
+               "tie_word_embeddings", "activation"}  # fmt: skip
+    without_effect = {"preset", "vocab_multiple", "rope_base", "dtype", "attention",
+                      "scan_layers", "remat", "loss_chunk"}  # fmt: skip
+    assert written | without_effect | set(export._ONLY) == set(ModelConfig.model_fields)
+
+
+# --- check
+
+
+def test_check_finds_the_layer_where_two_models_part(tmp_path, capsys):
+    tensors = weights(odd())
+    a = write(tmp_path / "a", tensors)
+    for name, said in (("transformer.h.1.mlp.c_proj.bias", "in layer 1"),
+                       ("transformer.wpe.weight", "in the embedding"),
+                       ("transformer.ln_f.weight", "in the last LayerNorm")):  # fmt: skip
+        other = {**tensors, name: tensors[name] + 0.01 * np.sin(np.arange(51)).astype(np.float32)}
+        b = write(tmp_path / "b", other)
+        assert convert("check", a, b) == 1
+        assert f"they first differ {said}" in capsys.readouterr().out
+    assert convert("check", a, b, "--tolerance", "100") == 0
+    convert("import", a, "--out", tmp_path / "run")
+    ids = [np.arange(30, dtype="<u2")] * 2
+    write_data(tmp_path / "data", *ids, {"kind": "byte"}, 101)
+    for data in (tmp_path / "data", tmp_path / "data" / "val.bin"):
+        capsys.readouterr()
+        assert convert("check", a, tmp_path / "run", "--data", data) == 0
+        assert "difference 0.000e+00 over 30 positions" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="neither model has a tokenizer"):
+        convert("check", a, a, "--prompt", "hello")
+    smaller = write(tmp_path / "c", weights(ModelConfig(**ODD_FOR_MESH)), n_head=2, n_embd=8,
+                    vocab_size=100)  # fmt: skip
+    with pytest.raises(ValueError, match="101 tokens, .* 100: there is nothing to compare"):
+        convert("check", a, smaller)
+
+
+def test_check_sees_a_nan(tmp_path):
+    tensors = weights(odd())
+    tensors["transformer.ln_f.bias"] = np.full(51, math.nan, np.float32)
+    b = write(tmp_path / "b", tensors)
+    assert convert("check", write(tmp_path / "a"), b) == 1
+
+
+# --- a run that starts from such weights
+
+
+def test_training_starts_from_a_hugging_face_model_or_an_imported_one(tmp_path, capsys):
+    text = np.frombuffer(Path(hf.__file__).read_bytes()[:6000], np.uint8).astype("<u2")
+    data = tmp_path / "bytes"
+    write_data(data, text[:5000], text[5000:], {"kind": "byte"}, 256)
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": 256}
+    tensors = weights(ModelConfig(**sizes, block_size=37, bias=True))
+    source = write(tmp_path / "hf", tensors, **sizes)
+    imported = tmp_path / "imported"
+    convert("import", source, "--out", imported)
+
+    def arguments(name: str, **changes) -> list[str]:
+        keys = {"model.n_layer": 1, "model.n_head": 2, "model.n_embd": 16, "model.bias": "true",
+                "model.block_size": 37, "data.path": data, "batch.sequences": 8, "optim.steps": 1,
+                "optim.warmup_steps": 0, "log.tensorboard": "false",
+                "run.out_dir": tmp_path / name}  # fmt: skip
+        keys |= {key.replace("__", "."): value for key, value in changes.items()}
+        return [f"--{key}={value}" for key, value in keys.items()]
+
+    def started(**changes) -> dict[str, np.ndarray]:
+        config = parse(arguments("none", **changes), "test", {})[0].with_vocab(256)
+        assert resume.stored_config(config) is None
+        mesh = sharding.make_mesh(config.mesh)
+        steps = step.build(config, mesh, *step.resolve(config, mesh))
+        return leaves(resume.initial_state(config, steps, None, 0, print).params)
+
+    expected = leaves(read(source).params)
+    for where in (source, imported):
+        assert_same_tensors(started(run__init_from=where), expected)
+    cropped = started(run__init_from=source, model__block_size=20, model__vocab_multiple=512)
+    np.testing.assert_array_equal(cropped["wpe"], expected["wpe"][:20])
+    np.testing.assert_array_equal(cropped["wte"][:256], expected["wte"])
+
+    capsys.readouterr()
+    assert train.main(arguments("run", run__init_from=source)) == 0
+    assert f"weights from {source}" in capsys.readouterr().out
+    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    evaluate(["--run", str(imported), "--data", str(data), "--json"])
+    evaluated = json.loads(capsys.readouterr().out)
+    assert abs(evaluated["val/loss"] - first["val/loss"]) < 1e-6
+
+    wrong = {"model__bias": "false", "model__n_layer": 3}
+    for where in (source, imported):
+        with pytest.raises(ValueError, match="set --model.n_layer=1 --model.bias=true"):
+            train.main(arguments("other", run__init_from=where, **wrong))
+    with pytest.raises(ValueError, match="block_size: 37 -> 38\nto start .*--model.block_size=37"):
+        train.main(arguments("other", run__init_from=source, model__block_size=38))
+    with pytest.raises(ValueError, match="imported weights, .* --run.init_from=.*imported"):
+        train.main(arguments("imported"))
+    assert not (tmp_path / "other").exists() and not (imported / "metrics.jsonl").exists()
+    assert open_checkpoints(imported).find("best") == 0
+
+
+# --- memory
+
+MEASURE = """
+import sys
+import convert_hf
+
+def peak():
+    with open("/proc/self/status") as file:
+        return 1024 * next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
+
+*argv, source, out = sys.argv[1:]
+convert_hf.main([*argv, "small" + source, "--out", "small" + out])
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # the peak from here on
+base = peak()
+convert_hf.main([*argv, "big" + source, "--out", "big" + out])
+print(peak() - base)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's peak memory")
+def test_memory_stays_below_2_2_times_the_model(tmp_path):
+    """Import and export, beyond what converting a tiny model has left in the process."""
+    size = {"n_layer": 8, "n_head": 4, "n_embd": 640, "vocab_size": 9000}
+    big = weights(ModelConfig(**size, block_size=37, bias=True))
+    count = sum(x.nbytes for x in big.values())
+    assert count > 150e6
+    write(tmp_path / "small")
+    write(tmp_path / "big", big, **size)
+    environment = os.environ | {"PYTHONPATH": str(Path(convert_hf.__file__).parent),
+                                "JAX_NUM_CPU_DEVICES": "1"}  # fmt: skip
+    for argv in (["import", "", "-run"], ["export", "--run", "-run", "-out"]):
+        done = subprocess.run([sys.executable, "-c", MEASURE, *argv], env=environment,
+                              cwd=tmp_path, capture_output=True, text=True)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        ratio = int(done.stdout.splitlines()[-1]) / count
+        print(f"{argv[0]}: peak memory {ratio:.2f} times the model")
+        assert 1 < ratio < 2.2, argv

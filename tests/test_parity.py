@@ -1,0 +1,163 @@
+"""tools/parity.py says ok where the numbers are the same, and FAIL where they are not."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import parity
+import pytest
+from conftest import ROOT
+
+from scalegpt import step
+
+T = 16
+
+
+@pytest.fixture(scope="module")
+def argv(tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("bottles")
+    text = "".join(f"{n} green bottles on the wall, then {n * n % 101}.\n" for n in range(300))
+    chars = "".join(sorted(set(text)))
+    ids = np.array([chars.index(c) for c in text], "<u2")
+    meta = {"format": 1, "tokenizer": {"kind": "char", "chars": chars}, "dtype": "uint16"}
+    for split, part in (("train", ids[:-1500]), ("val", ids[-1500:])):
+        part.tofile(folder / f"{split}.bin")
+        meta[split] = {"tokens": len(part)}
+    (folder / "meta.json").write_text(json.dumps({**meta, "vocab_size": len(chars)}))
+    return [
+        *("--model.n_layer=2", "--model.n_head=2", "--model.n_embd=32", f"--model.block_size={T}"),
+        *("--model.dropout=0.1", "--model.scan_layers=true", "--batch.sequences=20", "--steps=3"),
+        *("--optim.lr=1e-3", "--optim.warmup_steps=5", f"--data.path={folder}"),
+        "--run.out_dir=unused",
+    ]
+
+
+@pytest.fixture
+def settings_as_they_were(monkeypatch):
+    """The tool's settings are its process's."""
+    keys = ["jax_default_matmul_precision", "jax_compilation_cache_dir",
+            "jax_persistent_cache_min_compile_time_secs"]  # fmt: skip
+    before = {key: getattr(jax.config, key) for key in keys}
+    for key in keys:
+        monkeypatch.setenv(key.upper(), "")  # so that it is put back
+        monkeypatch.delenv(key.upper())
+    yield
+    for key, value in before.items():
+        jax.config.update(key, value)
+
+
+def in_this_process(monkeypatch, capsys, argv: list[str], *names: str) -> tuple[int, dict]:
+    monkeypatch.setattr(parity, "ROWS", [row for row in parity.ROWS if row.name in names])
+    code = parity.main([*argv, "--json"])
+    return code, json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_every_row_agrees_on_a_tiny_model(argv, tmp_path):
+    """The command as a person types it, with its eight devices and its two processes."""
+    outside = {k: v for k, v in os.environ.items()
+               if k not in ("JAX_NUM_CPU_DEVICES", "PJRT_NPROC")}  # fmt: skip
+    command = [sys.executable, str(ROOT / "tools" / "parity.py"), *argv]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=400, env=outside, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith(f"3 updates of 32 x {T} tokens in float32 on 8 x cpu")
+    assert lines[1] == "batch.sequences raised from 20 to 32: 8 devices x accumulation 4"
+    assert lines[-1] == "all rows that ran agree" and not list(tmp_path.iterdir())
+    figure = r"(\d\.\de[+-]\d\d)"
+    pattern = rf"(.+?) +{figure}  {figure}  {figure} +([\d.]+) MB +([\d,]+) ms  ok"
+    rows = {m[1]: m.groups()[1:] for line in lines if (m := re.fullmatch(pattern, line))}
+    assert list(rows) == [row.name for row in parity.ROWS] and len(rows) == 11
+    assert len({len(line) for line in lines[3:-1]}) == 1, "the columns are not aligned"
+    # Equal to the digit would mean that a row is the reference itself.
+    assert [name for name, row in rows.items() if float(row[2]) == 0] == ["jit, 1 device"]
+    moved = {name: float(row[3]) for name, row in rows.items()}
+    assert moved["jit, 1 device"] == 0 < moved["data 8"] == moved["data 8, accumulation 4"]
+    assert moved["pmap 8, two processes"] == moved["pmap 8"] == moved["data 8"] < moved["fsdp 8"]
+
+
+def test_a_gradient_of_the_wrong_size_fails_though_adamw_hides_it(
+    argv, monkeypatch, capsys, settings_as_they_were
+):
+    """As when a reduction means where it should sum; here it depends on the accumulation."""
+    accumulate = step.accumulate
+
+    def broken(loss, params, tokens, rows):
+        total, grads = accumulate(loss, params, tokens, rows)
+        return total, jax.tree.map(lambda g: g / tokens.shape[0], grads)
+
+    monkeypatch.setattr(step, "accumulate", broken)
+    names = ("jit, 1 device", "pmap 8", "pmap 8, accumulation 4")
+    code, found = in_this_process(monkeypatch, capsys, argv, *names)
+    assert code == 1 and not found["ok"]
+    assert [row["verdict"] for row in found["rows"]] == ["ok", "ok", "FAIL"]
+    wrong = found["rows"][2]
+    assert wrong["norm_difference"] == pytest.approx(0.75, abs=1e-3) and "norm" in wrong["reason"]
+
+
+def test_a_tolerance_of_nothing_fails_and_a_mesh_that_cannot_be_is_skipped_aloud(
+    argv, monkeypatch, capsys, settings_as_they_were
+):
+    odd = [*argv, "--model.n_head=1", "--model.n_layer=1", "--tolerance=0"]
+    names = ("jit, 1 device", "data 2 x fsdp 2 x tensor 2", "replica 2 x data 4")
+    code, found = in_this_process(monkeypatch, capsys, odd, *names)
+    assert code == 1
+    assert [row["verdict"] for row in found["rows"]] == ["ok", "skipped", "FAIL"]
+    assert "n_head=1 does not divide over mesh.tensor=2" in found["rows"][1]["reason"]
+
+
+def test_a_row_that_breaks_is_a_failure_and_the_others_run(
+    argv, monkeypatch, capsys, settings_as_they_were
+):
+    def breaks(*_):
+        raise RuntimeError("process 1 died")
+
+    monkeypatch.setattr(parity, "in_processes", breaks)
+    monkeypatch.setattr(
+        parity, "updates", lambda *_: parity.Result([1.0], [1.0], {"w": np.ones(1)})
+    )
+    names = ("jit, 1 device", "data 8, two processes", "pmap 8, two processes")
+    code, found = in_this_process(monkeypatch, capsys, argv, *names)
+    assert code == 1 and [row["verdict"] for row in found["rows"]] == ["ok", "FAIL", "FAIL"]
+    assert found["rows"][1]["reason"] == "process 1 died"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--steps=0"], "--steps=0 must be at least 1"),
+        (["--tolerance=-1"], "--tolerance=-1.0 must be 0 or more"),
+        (["--model.n_haed=2"], "did you mean --model.n_head"),
+    ],
+)
+def test_mistakes_are_refused(argv, flags, message):
+    with pytest.raises(ValueError, match=message):
+        parity.main([*argv, *flags])
+
+
+def test_fewer_devices_than_eight_are_refused(argv, monkeypatch):
+    monkeypatch.setattr(parity, "DEVICES", 16)
+    with pytest.raises(ValueError, match="needs 16 devices, here are 8: unset JAX_NUM_CPU_DEVICES"):
+        parity.main(argv)
+
+
+@pytest.mark.parametrize(
+    ("given", "threads"),
+    [({"JAX_NUM_CPU_DEVICES": "8"}, "64"), ({}, ""), ({"JAX_NUM_CPU_DEVICES": "1"}, ""),
+     ({"JAX_NUM_CPU_DEVICES": "8", "NPROC": "3"}, ""),
+     ({"JAX_NUM_CPU_DEVICES": "8", "PJRT_NPROC": "5"}, "5")],
+)  # fmt: skip
+def test_simulated_devices_get_threads_enough(given, threads):
+    """With as many threads as devices, two collectives at once (fsdp) can wait for ever."""
+    names = ("JAX_NUM_CPU_DEVICES", "NPROC", "PJRT_NPROC")
+    outside = {k: v for k, v in os.environ.items() if k not in names}
+    program = "import os, scalegpt; print(os.environ.get('PJRT_NPROC', ''))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=outside | given
+    )
+    assert done.stdout.strip() == threads, done.stderr

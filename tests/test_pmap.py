@@ -1,0 +1,263 @@
+"""run.backend=pmap is the same training: same numbers, one reduction, same checkpoints."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import warnings
+from functools import cache
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from hlo_traffic import collectives
+
+from scalegpt import checkpoint, distributed, pmap_step, sharding, train
+from scalegpt.command_line import parse
+from scalegpt.config import Config
+from scalegpt.data import open_dataset
+
+ROWS, T, VOCAB, UPDATES = 32, 16, 65, 8
+DATA8, SLICES = (("data", 8),), (("replica", 2), ("data", 4))
+
+
+def make_config(backend: str, mesh: tuple, accumulation: int) -> Config:
+    return Config(
+        model=dict(n_layer=2, n_head=4, n_embd=32, block_size=T, vocab_size=VOCAB, dropout=0.1)
+        | dict(bias=True, dtype="float32", loss_chunk=8, scan_layers=True),
+        mesh=dict(mesh),
+        batch=dict(sequences=ROWS, microbatch=ROWS // 8 // accumulation),
+        data=dict(path="unused"),
+        optim=dict(lr=1e-3, min_lr=1e-4, warmup_steps=2, steps=UPDATES),
+        run=dict(out_dir="unused", backend=backend),
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_compilation_of_each_program(tmp_path_factory):
+    """Most runs here are the same run; compiled programs are kept, for subprocesses too."""
+    keys = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {key: getattr(jax.config, key) for key in keys}
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in keys.items():
+            jax.config.update(key, value)
+            patch.setenv(key.upper(), str(value))
+        yield
+    for key, value in before.items():
+        jax.config.update(key, value)
+
+
+@cache
+def build(*case) -> pmap_step.Steps:
+    config = make_config(*case)
+    return pmap_step.build_for_training(config, sharding.make_mesh(config.mesh))
+
+
+@cache
+def trained(*case):
+    """(losses, gradient norms, state) of some updates on rows of which some are partly masked."""
+    steps = build(*case)
+    rng, state, losses, norms = np.random.default_rng(0), build(*case).init(), [], []
+    for _ in range(UPDATES):
+        tokens = rng.integers(0, VOCAB, (ROWS, T + 1), dtype=np.int32)
+        tokens[:, 1::2] = tokens[:, :-1:2]
+        tokens[:5, 7:] = -1  # so a mean over devices of their own means would be another loss
+        before = state
+        batch = jax.device_put(tokens.reshape(*steps.layout, T + 1), steps.batch_sharding)
+        state, metrics = steps.train(state, batch)
+        assert all(x.is_deleted() for x in jax.tree.leaves(before)), "a second state is kept"
+        losses.append(float(metrics["train/loss"]))
+        norms.append(float(metrics["train/grad_norm"]))
+    return losses, norms, state
+
+
+@pytest.mark.parametrize(("mesh", "accumulation"), [(DATA8, 1), (DATA8, 4), (SLICES, 4)])
+def test_losses_gradients_and_parameters_are_those_of_jit(mesh, accumulation):
+    """Also with dropout and masked targets; jit accumulates nothing here, pmap 1 or 4 times."""
+    losses, norms, state = trained("pmap", mesh, accumulation)
+    want_losses, want_norms, want = trained("jit", DATA8, 1)
+    assert want_losses[0] - want_losses[-1] > 0.02, "nothing was learnt, so nothing is compared"
+    np.testing.assert_allclose(losses, want_losses, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(norms, want_norms, rtol=1e-4)
+    ours, theirs = state, want
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-5), ours, theirs)
+
+
+def test_the_state_lies_where_evaluation_and_checkpoints_expect_it():
+    steps, (_, _, state) = build("pmap", DATA8, 4), trained("pmap", DATA8, 4)
+    assert jax.tree.all(jax.tree.map(lambda x, a: x.sharding == a.sharding, state, steps.abstract))
+    initial = build("jit", DATA8, 1).init().params
+    jax.tree.map(np.testing.assert_array_equal, steps.init().params, initial)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_fault_14_gradients_are_reduced_once_an_update(accumulation):
+    steps = build("pmap", DATA8, accumulation)
+    with warnings.catch_warnings(action="error"):
+        compiled = steps.lower().compile()
+    found = collectives(compiled.as_text(), steps.mesh)
+    assert {(c.kind, c.axes, c.depth) for c in found} == {("all-reduce", ("data",), 0)}
+    parameters = sum(4 * x.size for x in jax.tree.leaves(steps.abstract.params))
+    assert 0 < sum(c.bytes for c in found) - parameters <= 64
+    # The state is updated in place: copies of it on the way in or out would show here.
+    state = sum(x.dtype.itemsize * x.size for x in jax.tree.leaves(steps.abstract))
+    assert compiled.memory_analysis().alias_size_in_bytes == state
+
+
+def test_devices_of_a_process_are_put_side_by_side():
+    """A TPU mesh may interleave hosts, which pmap refuses."""
+
+    class Device:
+        platform = device_kind = "cpu"
+
+        def __init__(self, id, process_index):
+            self.id, self.process_index = id, process_index
+
+    mixed = [Device(i, i % 2) for i in range(8)]
+    config = make_config("pmap", DATA8, 1)
+    mesh = jax.sharding.Mesh(np.array(mixed).reshape(1, 8, 1, 1), sharding.AXES)
+    steps = pmap_step.build(config, mesh, "float32", "xla")
+    assert [d.process_index for d in steps.mesh.devices.flat] == [0] * 4 + [1] * 4
+
+
+# --- runs
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("bottles")
+    text = "".join(f"{n} green bottles on the wall, then {n * n % 101}.\n" for n in range(300))
+    chars = "".join(sorted(set(text)))
+    ids = np.array([chars.index(c) for c in text], "<u2")
+    meta = {"format": 1, "tokenizer": {"kind": "char", "chars": chars}, "dtype": "uint16"}
+    for split, part in (("train", ids[:-1500]), ("val", ids[-1500:])):
+        part.tofile(folder / f"{split}.bin")
+        meta[split] = {"tokens": len(part)}
+    (folder / "meta.json").write_text(json.dumps({**meta, "vocab_size": len(chars)}))
+    return folder
+
+
+def arguments(data: Path, out_dir: Path, backend: str, *extra: str) -> list[str]:
+    return [
+        *("--model.n_layer=1", "--model.n_head=2", "--model.n_embd=32", f"--model.block_size={T}"),
+        *("--model.dropout=0.1", "--model.scan_layers=true", "--batch.sequences=16"),
+        *("--batch.microbatch=1", "--optim.lr=1e-2", "--optim.steps=8", "--optim.warmup_steps=2"),
+        *("--eval.every=4", "--eval.windows=9", "--checkpoint.every=4", "--log.every=1"),
+        *("--log.tensorboard=false", f"--data.path={data}", f"--run.out_dir={out_dir}"),
+        *(f"--run.backend={backend}", *extra),
+    ]
+
+
+def rows(out_dir: Path, key: str = "train/loss") -> dict[int, float]:
+    lines = map(json.loads, (out_dir / "metrics.jsonl").read_text().splitlines())
+    return {row["step"]: row[key] for row in lines if key in row}
+
+
+def state_of(data: Path, out_dir: Path, backend: str = "jit"):
+    argv = arguments(data, out_dir, backend)
+    config = parse(argv, "test", {})[0].with_vocab(open_dataset(str(data)).vocab_size)
+    steps = pmap_step.build_for_training(config, sharding.make_mesh(config.mesh))
+    checkpoints = checkpoint.open_checkpoints(out_dir)
+    state = checkpoints.restore(checkpoints.latest, steps.abstract)
+    checkpoints.close()
+    return jax.tree.map(np.asarray, state)
+
+
+@pytest.fixture(scope="module")
+def unbroken(data, tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    for backend in ("jit", "pmap"):
+        assert train.main(arguments(data, folder / backend, backend)) == 0
+    return {backend: folder / backend for backend in ("jit", "pmap")}
+
+
+def close(ours: dict, theirs: dict) -> None:
+    assert list(ours) == list(theirs) and len(ours) >= 3
+    np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("first", "then"), [("jit", "pmap"), ("pmap", "jit"), ("pmap", "pmap")])
+def test_a_run_of_one_backend_continues_under_the_other(
+    data, unbroken, tmp_path, monkeypatch, capsys, first, then
+):
+    monkeypatch.setattr(distributed.StopRequest, "reached", lambda self, step: step == 3)
+    assert train.main(arguments(data, tmp_path / "run", first)) == 3
+    monkeypatch.setattr(distributed.StopRequest, "reached", lambda self, step: False)
+    assert train.main(arguments(data, tmp_path / "run", then)) == 0
+    printed = capsys.readouterr().out
+    assert "continuing from step 3" in printed and f"data 8, {then}" in printed
+    for key in ("train/loss", "val/loss"):
+        close(rows(tmp_path / "run", key), rows(unbroken["jit"], key))
+    if first == then:
+        assert rows(tmp_path / "run") == rows(unbroken[first])
+        states = (state_of(data, out_dir) for out_dir in (tmp_path / "run", unbroken[first]))
+        jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+def test_two_processes_are_the_run_of_one(data, unbroken, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"--distributed.coordinator=localhost:{free.getsockname()[1]}"
+    environment = {
+        **{k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "OMPI"))},
+        "JAX_NUM_CPU_DEVICES": "4",
+    }
+    argv = arguments(data, tmp_path / "run", "pmap", address, "--distributed.num_processes=2")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "scalegpt.train", *argv, f"--distributed.process_id={i}"],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    try:
+        outputs = [process.communicate(timeout=150)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert "data 8, pmap" in outputs[0] and "resharding" not in "".join(outputs)
+    for key in ("train/loss", "val/loss"):
+        close(rows(tmp_path / "run", key), rows(unbroken["pmap"], key))
+    # What two have written, one reads, whatever its backend.
+    ours, theirs = state_of(data, tmp_path / "run"), state_of(data, unbroken["jit"], "pmap")
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-4), ours, theirs)
+
+
+# --- mistakes, and compiling alone
+
+
+@pytest.mark.parametrize("mesh", [{"fsdp": 2}, {"tensor": 2}, {"replica": 2, "fsdp": 2}])
+def test_a_mesh_that_splits_the_model_is_refused_before_anything_is_made(data, tmp_path, mesh):
+    flags = [f"--mesh.{axis}={size}" for axis, size in mesh.items()]
+    axis = list(mesh)[-1]
+    with pytest.raises(ValueError, match=rf"whole copy .*mesh\.{axis}=2; set --mesh\.{axis}=1"):
+        train.main(arguments(data, tmp_path / "run", "pmap", *flags))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mistyped_backend_names_both(data, tmp_path):
+    with pytest.raises(ValueError, match=r"run.backend='pmpa'.*'jit' or 'pmap'"):
+        train.main(arguments(data, tmp_path / "run", "pmpa"))
+
+
+def test_compile_only_compiles_the_step_of_pmap(data, tmp_path, capsys):
+    assert train.main(arguments(data, tmp_path / "run", "pmap", "--compile-only")) == 0
+    assert "'data': 8" in capsys.readouterr().out
+
+
+def test_compile_only_takes_a_tpu_that_is_not_here(monkeypatch, capsys):
+    pytest.importorskip("libtpu", reason="compiling for a TPU needs the package libtpu")
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    small = ["--model.n_layer=1", "--model.n_embd=128", "--model.n_head=2"]
+    small += ["--model.vocab_size=500"]
+    argv = ["--config", "configs/v3_8_pmap.yaml", *small, "--model.block_size=128"]
+    assert train.main([*argv, "--batch.sequences=128", "--compile-only", "v3-8"]) == 0
+    printed = capsys.readouterr().out
+    assert "8 x TPU v3" in printed and re.search(r"accumulation 2$", printed, re.MULTILINE)

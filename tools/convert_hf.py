@@ -1,0 +1,260 @@
+"""Weights between scalegpt and Hugging Face, and whether two models are the same.
+
+python tools/convert_hf.py import gpt2 --out out/gpt2
+python tools/convert_hf.py export --run out/NAME --out NAME
+python tools/convert_hf.py check out/gpt2 gpt2
+
+Exit codes: 0 done; 1 `check` found a difference; 2 the user's mistake.
+"""
+
+import argparse
+import math
+import shlex
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from scalegpt import command_line, export, hf, sharding, tokenizer, trained
+from scalegpt.checkpoint import FOLDER, Checkpoints, open_checkpoints
+from scalegpt.config import Config, MeshConfig, ModelConfig
+from scalegpt.flops import parameter_count
+from scalegpt.model import GPT, Block, head_table, logits, rotary_tables
+from scalegpt.step import build_for_use
+from scalegpt.token_files import open_split
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="convert_hf.py", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True)
+
+    def command(name: str, function: Any, summary: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=summary, description=summary)
+        sub.set_defaults(function=function)
+        return sub
+
+    sub = command("import", import_, "make a run folder from a model of Hugging Face")
+    sub.add_argument("source", metavar="SOURCE", help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, "
+                     "another repository, or a folder with config.json and weights")  # fmt: skip
+    sub.add_argument("--out", required=True, help="run folder to make, such as out/gpt2")
+    sub.add_argument("--block-size", type=int, help="keep only so many positions")
+    sub.add_argument("--dropout", type=float, default=0.0, help="for training (default: 0)")
+    sub.add_argument("--vocab-multiple", type=int, help="pad the vocabulary to a multiple of this")
+
+    sub = command("export", export_, "make a folder for transformers from a run")
+    sub.add_argument("--run", required=True, help="out_dir of a run")
+    sub.add_argument("--checkpoint", default="best", help="best (default), latest or a step")
+    sub.add_argument("--out", required=True, help="folder to make")
+    sub.add_argument("--format", choices=("hf", "scalegpt"), default="hf",
+                     help="hf: GPT-2's, for transformers; scalegpt: any model")  # fmt: skip
+
+    sub = command("check", check, "compare the logits of two models, in float32")
+    for name in ("A", "B"):
+        sub.add_argument(name.lower(), metavar=name, help="run folder, Hugging Face folder or name")
+    text = sub.add_mutually_exclusive_group()
+    text.add_argument("--prompt", help="on this text")
+    text.add_argument("--data", help="on the start of this .bin, or of a data set's val.bin "
+                      "(default: on random tokens)")  # fmt: skip
+    sub.add_argument("--tolerance", type=float, default=2e-4, help="of a logit (default: 2e-4)")
+    flags = parser.parse_args(argv)
+    # Converting needs no accelerator, and a TPU would be taken from whatever trains on it.
+    jax.config.update("jax_platforms", "cpu")
+    return flags.function(flags)
+
+
+def import_(flags: argparse.Namespace) -> int:
+    began, out = time.perf_counter(), Path(flags.out)
+    refuse_existing(out)
+    folder = hf.locate(flags.source)
+    model, spec = hf.describe(folder)
+    asked = {"block_size": flags.block_size, "vocab_multiple": flags.vocab_multiple,
+             "dropout": flags.dropout}  # fmt: skip
+    values = model.model_dump() | {key: v for key, v in asked.items() if v is not None}
+    config = command_line.validate(
+        {"model": values, "data": {"path": ""}, "run": {"out_dir": flags.out}}, "this command line"
+    )
+    kind = spec["kind"] if spec else "none"
+    print(f"reading {folder}: {describe(config.model)}, tokenizer: {kind}", flush=True)
+    steps = build_for_use(config, sharding.make_mesh(MeshConfig()), 1)
+    params = hf.load_params(folder, config.model, steps.abstract.params)
+    meta = {"config": config.model_dump(), "tokenizer": spec, "data": {}, "best_loss": math.inf}
+    with new_folder(out) as scratch:
+        checkpoints = Checkpoints(scratch)
+        checkpoints.save_weights(params, meta)
+        checkpoints.close()
+        (scratch / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    name = shlex.quote(flags.out)
+    print(
+        f"{wrote(out, config.model, began)}\n"
+        f'next:\n  python -m scalegpt.generate --run {name} --prompt "..."\n'
+        f"  python -m scalegpt.evaluate --run {name} --data DIR\n"
+        f"  python -m scalegpt.train --config FILE --run.init_from={name} --run.out_dir=out/NEW"
+    )
+    return 0
+
+
+def export_(flags: argparse.Namespace) -> int:
+    began, out = time.perf_counter(), Path(flags.out)
+    refuse_existing(out)
+    loaded = trained.from_run(flags.run, flags.checkpoint, MeshConfig(), 1)
+    print(f"read {flags.run}, step {loaded.step}: {describe(loaded.config.model)}", flush=True)
+    write = export.export_gpt2 if flags.format == "hf" else export.export_own
+    with new_folder(out) as scratch:
+        write(loaded, scratch)
+    name = shlex.quote(flags.out)
+    print(
+        f"{wrote(out, loaded.config.model, began)}\n"
+        f"next:\n  python tools/convert_hf.py check {shlex.quote(flags.run)} {name}\n"
+        f'  python -m scalegpt.generate --hf {name} --prompt "..."'
+    )
+    if flags.format == "hf":
+        print(f'  transformers: AutoModelForCausalLM.from_pretrained("{out}")')
+    return 0
+
+
+def check(flags: argparse.Namespace) -> int:
+    sources = flags.a, flags.b
+    (model_a, spec), (model_b, other) = map(look_up, sources)
+    if (a := model_a.vocab_size) != (b := model_b.vocab_size):
+        raise ValueError(f"{flags.a} has {a} tokens, {flags.b} {b}: there is nothing to compare")
+    length = min(model_a.block_size, model_b.block_size)
+    tokens = tokens_for(flags, spec or other, length, model_a.vocab_size)
+    scores = [outputs(source, tokens[None])[-1][0] for source in sources]
+    difference = np.abs(scores[0] - scores[1])
+    difference[np.isnan(difference)] = np.inf  # a NaN is as different as can be
+    where = np.unravel_index(difference.argmax(), difference.shape)
+    print(
+        f"largest logit difference {difference[where]:.3e} over {len(tokens)} positions, tolerance "
+        f"{flags.tolerance:.0e}\n  at position {where[0]}, token {where[1]}: "
+        f"{flags.a} {scores[0][where]:.6f}, {flags.b} {scores[1][where]:.6f}"
+    )
+    if difference[where] <= flags.tolerance:
+        print("the same")
+        return 0
+    print(f"different: {first_difference(sources, tokens)}")
+    return 1
+
+
+def first_difference(sources: tuple[str, str], tokens: np.ndarray) -> str:
+    states = [outputs(source, tokens[None], by_layer=True) for source in sources]
+    if len(states[0]) != len(states[1]) or states[0][0].shape != states[1][0].shape:
+        return "the models have other numbers of layers or other widths"
+    names = ["in the embedding", *(f"in layer {i}" for i in range(len(states[0]) - 3)),
+             "in the last LayerNorm", "in the head"]  # fmt: skip
+    for name, a, b in zip(names, *states, strict=True):
+        # Above what rounding does to numbers of this size.
+        if not np.abs(a - b).max() <= 1e-4 * np.abs(a).max():
+            return f"they first differ {name} (counted from 0), by {np.abs(a - b).max():.3e}"
+    return "no layer differs by more than 1e-4 of its largest value: it is rounding"
+
+
+def outputs(source: str, tokens: np.ndarray, by_layer: bool = False) -> list[np.ndarray]:
+    """[logits [B, T, V]] for tokens [B, T]; before it, by_layer: the embedding [B, T, D] and what
+    each layer and ln_f give."""
+    load = trained.from_run if is_run(source) else trained.from_hugging_face
+    which = ("best",) if is_run(source) else ()
+    loaded = load(source, *which, MeshConfig(), 1, "float32")
+    params, config = loaded.params, loaded.config.model.model_copy(update={"scan_layers": True})
+    model = loaded.steps.model.clone(config=config)  # a loop compiles sooner than 48 layers
+    states = _states(model, params, tokens) if by_layer else []
+    hidden, scores = _forward(model, params, tokens)
+    states += [hidden] * by_layer
+    return [*map(np.asarray, states), np.asarray(scores)[..., : config.vocab_size]]
+
+
+# The model is an argument, so that two of one shape are compiled once.
+@partial(jax.jit, static_argnums=0)
+def _forward(model: GPT, params: Any, tokens: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    hidden = model.apply({"params": params}, tokens)
+    return hidden, logits(hidden, head_table(params), model.config.vocab_size)
+
+
+@partial(jax.jit, static_argnums=0)
+def _states(model: GPT, params: Any, tokens: np.ndarray) -> list[jax.Array]:
+    c, length = model.config, tokens.shape[1]
+    x = params["wte"][tokens] + params.get("wpe", jnp.zeros((1, 1)))[:length]
+    rotary = rotary_tables(length, c.head_dim, c.rope_base) if c.position == "rope" else None
+    block = Block(c, model.dtype, "xla")
+
+    def layer(x: jax.Array, params: Any) -> tuple[jax.Array, jax.Array]:
+        y = block.apply({"params": params}, x, 0, None, rotary)[0]
+        return y, y
+
+    after = jax.lax.scan(layer, x, params["h"])[1]
+    return [x, *(after[i] for i in range(c.n_layer))]
+
+
+def tokens_for(flags: argparse.Namespace, spec: Any, length: int, vocab: int) -> np.ndarray:
+    """Ids [T], T at most `length`: of the prompt, of the data, or random ones."""
+    if flags.prompt is not None:
+        if spec is None:
+            raise ValueError("neither model has a tokenizer for --prompt; use --data, or neither")
+        ids = tokenizer.load(spec).encode_prompt(flags.prompt)
+    elif flags.data:
+        ids = np.asarray(open_split(flags.data, "val").tokens[:length], np.int32)
+    else:
+        ids = np.random.default_rng(0).integers(0, vocab, length, np.int32)
+    if not len(ids):
+        raise ValueError("there is no token to compare on")
+    if ids.max() >= vocab:
+        raise ValueError(f"token id {ids.max()} is outside the models' vocabulary of {vocab}")
+    return ids[:length]
+
+
+def look_up(source: str) -> tuple[ModelConfig, Any]:
+    """(model, tokenizer spec) of either kind, without the weights."""
+    if not is_run(source):
+        return hf.describe(hf.locate(source))
+    checkpoints = open_checkpoints(source)
+    meta = checkpoints.meta(checkpoints.find("best"))
+    return Config.model_validate(meta["config"]).model, meta["tokenizer"]
+
+
+def is_run(source: str) -> bool:
+    return Path(source, FOLDER).is_dir()
+
+
+def describe(model: ModelConfig) -> str:
+    return (
+        f"{model.n_layer} layers, {model.n_head} heads, {model.n_embd} wide, "
+        f"{model.block_size} positions, {model.vocab_size} tokens"
+    )
+
+
+def wrote(folder: Path, model: ModelConfig, began: float) -> str:
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return (
+        f"wrote {folder}: {parameter_count(model):,} parameters, {size / 1e6:,.1f} MB "
+        f"in {time.perf_counter() - began:.1f} s"
+    )
+
+
+def refuse_existing(path: Path) -> None:
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"{path} is there already and is not overwritten; choose another --out")
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill that becomes `path` when it is whole, and is gone when it fails."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise ValueError(f"cannot write to --out={path}: {error}") from None
+    with scratch as beside:
+        inside = Path(beside, path.name)
+        inside.mkdir()
+        yield inside
+        inside.replace(path)
+
+
+if __name__ == "__main__":
+    command_line.run(main)

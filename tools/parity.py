@@ -1,0 +1,302 @@
+"""The same training over backends, meshes and accumulations, side by side: one table, one verdict.
+
+    python tools/parity.py --config configs/demo.yaml [--steps 5] [--section.key=value ...]
+
+Every row runs the first updates of the run that the configuration describes, in float32, with the
+same data, seed and dropout masks, and is compared with plain jit on one device:
+
+loss       the largest |difference| of train/loss over the updates
+norm       the same of train/grad_norm, as a share of it: AdamW hides a wrong scale from params
+params     the largest |difference| of a parameter after them, neither scaled nor averaged
+moved      bytes of all collectives of an update, on one device, read off the compiled program
+step       median time of an update but the first; rows share one machine here, so mind the noise
+
+A row FAILs when one of these three exceeds the tolerance (1e-5), and the exit code is 1. AdamW
+divides a gradient by its own size, so a parameter whose gradient is nothing but rounding moves by
+up to the learning rate. A warm-up keeps that below the tolerance; without one, or for many --steps,
+look at which parameter the verdict names.
+"""
+# ruff: noqa: E402
+
+import os
+
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")  # JAX reads it on import; a TPU or GPU does not
+
+import argparse
+import json
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from itertools import islice
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from hlo_traffic import collectives, table
+
+from scalegpt import command_line, distributed, pmap_step, sharding, train
+from scalegpt.config import Config
+from scalegpt.data import Dataset
+
+DEVICES, ACCUMULATION = 8, 4  # most of any row: what the batch must divide over
+FLAGS = {
+    "--steps": {"type": int, "default": 5, "help": "updates to compare (default 5)"},
+    "--tolerance": {"type": float, "default": 1e-5, "help": "largest difference (default 1e-5)"},
+    "--json": {"action": "store_true", "help": "print one JSON object"},
+    "--worker": {"help": argparse.SUPPRESS},  # a process of several, started by this tool
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    mesh: dict[str, int]
+    accumulation: int = 1
+    backend: str = "jit"
+    processes: int = 1
+
+    def config(self, config: Config) -> Config:
+        """The run on this row's mesh."""
+        sizes = dict(replica=1, data=1, fsdp=1, tensor=1) | self.mesh
+        shards = prod(sizes[axis] for axis in sharding.ROWS)
+        microbatch = config.batch.sequences // shards // self.accumulation
+        batch, run = {"microbatch": microbatch}, {"backend": self.backend}
+        return changed(config, mesh=sizes, batch=batch, run=run)
+
+
+ROWS = [
+    Row("jit, 1 device", {}),
+    Row("data 8", {"data": 8}),
+    Row("data 8, accumulation 2", {"data": 8}, 2),
+    Row("data 8, accumulation 4", {"data": 8}, 4),
+    Row("fsdp 8", {"fsdp": 8}),
+    Row("data 2 x fsdp 2 x tensor 2", {"data": 2, "fsdp": 2, "tensor": 2}),
+    Row("replica 2 x data 4", {"replica": 2, "data": 4}),
+    Row("pmap 8", {"data": 8}, backend="pmap"),
+    Row("pmap 8, accumulation 4", {"data": 8}, 4, backend="pmap"),
+    Row("data 8, two processes", {"data": 8}, processes=2),
+    Row("pmap 8, two processes", {"data": 8}, backend="pmap", processes=2),
+]
+WIDTH = max(len(row.name) for row in ROWS)
+
+
+@dataclass
+class Result:
+    """losses, norms: of the updates; params: after them; moved: bytes; seconds: of an update."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    params: dict[str, np.ndarray] = field(default_factory=dict)
+    moved: int | None = None
+    seconds: float = 0.0
+
+
+def main(argv: list[str]) -> int:
+    config, flags = command_line.parse(argv, "tools/parity.py", FLAGS)
+    if flags.steps < 1:
+        raise ValueError(f"--steps={flags.steps} must be at least 1")
+    if not flags.tolerance >= 0:
+        raise ValueError(f"--tolerance={flags.tolerance} must be 0 or more")
+    # A TPU multiplies float32 in bfloat16 otherwise, a GPU in TF32.
+    jax.config.update("jax_default_matmul_precision", "highest")
+    if flags.worker:
+        return work(config, Path(flags.worker), flags.steps)
+
+    datasets = train.open_datasets(config)
+    asked, devices = config, choose_devices()
+    config = config.with_vocab(max(d.vocab_size for d in datasets))
+    unit = DEVICES * ACCUMULATION
+    sequences = -(-config.batch.sequences // unit) * unit
+    config = changed(config, batch={"sequences": sequences}, model={"dtype": "float32"})
+    if not flags.json:
+        print(header(asked, config, devices, flags))
+    with tempfile.TemporaryDirectory(prefix="parity-") as folder:
+        cache(Path(folder))
+        rows = compare(config, datasets, devices, flags, Path(folder))
+    ok = all(row["verdict"] != "FAIL" for row in rows)
+    if flags.json:
+        print(json.dumps({"ok": ok, "tolerance": flags.tolerance, "updates": flags.steps,
+                          "sequences": sequences, "rows": rows}))  # fmt: skip
+    else:
+        print("all rows that ran agree" if ok else "not all rows agree")
+    return 0 if ok else 1
+
+
+def compare(
+    config: Config, datasets: list[Dataset], devices: list[Any], flags: Any, folder: Path
+) -> list[dict[str, Any]]:
+    """Run every row, saying each as it begins and as it ends."""
+    out = sys.stderr if flags.json else sys.stdout
+    reference, moved, rows = None, {}, []
+    for row in ROWS:
+        print(f"{row.name:{WIDTH}}  ", end="", flush=True, file=out)
+        found = dict(vars(row))
+        try:
+            if row.processes > 1:
+                result = in_processes(row, config, devices, flags.steps, folder)
+            else:
+                here = devices[: prod(row.mesh.values())]
+                result = updates(row.config(config), datasets, here, flags.steps)
+        except (ValueError, RuntimeError) as error:
+            if reference is None:
+                raise
+            # A mesh that the model does not divide over; anything else is a row that failed.
+            verdict = "skipped" if isinstance(error, ValueError) else "FAIL"
+            found |= {"verdict": verdict, "reason": str(error)}
+            print(f"{verdict}: {error}", file=out)
+        else:
+            # The program of a mesh is the same one however many processes run it.
+            program = (row.backend, str(row.mesh), row.accumulation)
+            result.moved = moved.setdefault(program, result.moved)
+            reference = reference or result
+            found |= difference(result, reference, flags.tolerance)
+            print(line(found), file=out)
+        rows.append(found)
+    return rows
+
+
+def updates(config: Config, datasets: list[Dataset], devices: list[Any], count: int) -> Result:
+    """The first `count` updates of a run on these devices. Raises ValueError for a bad mesh."""
+    steps = pmap_step.build_for_training(config, sharding.make_mesh(config.mesh, devices))
+    result, seconds = Result(), []
+    if jax.process_count() == 1:
+        hlo = steps.lower().compile().as_text()
+        result.moved = sum(table(collectives(hlo, steps.mesh)).values())
+    state = steps.init()
+    for batch in islice(train.batches_from(config, datasets, steps, 0), count):
+        began = time.perf_counter()
+        state, metrics = steps.train(state, batch)
+        result.losses.append(float(metrics["train/loss"]))
+        result.norms.append(float(metrics["train/grad_norm"]))
+        seconds.append(time.perf_counter() - began)
+    result.seconds = statistics.median(seconds[1:] or seconds)
+    result.params = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(x)
+        for path, x in jax.tree_util.tree_leaves_with_path(state.params)
+    }
+    return result
+
+
+def difference(result: Result, reference: Result, tolerance: float) -> dict[str, Any]:
+    apart = {k: np.abs(x - reference.params[k]).max() for k, x in result.params.items()}
+    norms = np.array([result.norms, reference.norms])
+    found = {
+        "loss_difference": float(np.abs(np.subtract(result.losses, reference.losses)).max()),
+        "norm_difference": float(np.abs(norms[0] / norms[1] - 1).max()),
+        "parameter_difference": float(max(apart.values())),
+        "bytes_moved": result.moved,
+        "step_seconds": result.seconds,
+        "verdict": "ok",
+    }
+    values = {"loss": found["loss_difference"], "norm": found["norm_difference"], **apart}
+    # "not <=", so that a NaN fails too.
+    if wrong := [name for name, value in values.items() if not value <= tolerance]:
+        found |= {"verdict": "FAIL", "reason": ", ".join(wrong[:3])}
+    return found
+
+
+def in_processes(row: Row, config: Config, devices: list[Any], count: int, folder: Path) -> Result:
+    """A row by several processes with a part of the devices each. Raises ValueError: cannot be."""
+    if devices[0].platform != "cpu":
+        raise ValueError(f"this process holds all {len(devices)} {devices[0].platform} devices")
+    (folder / "config.yaml").write_text(row.config(config).to_yaml(), encoding="utf-8")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    command = [
+        *(sys.executable, __file__, "--worker", str(folder), f"--steps={count}"),
+        *(f"--config={folder}/config.yaml", f"--distributed.coordinator={address}"),
+        f"--distributed.num_processes={row.processes}",
+    ]
+    per_process = str(prod(row.mesh.values()) // row.processes)
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": per_process}
+    workers = [
+        subprocess.Popen(
+            [*command, f"--distributed.process_id={i}"],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+        )
+        for i in range(row.processes)
+    ]  # fmt: skip
+    try:
+        outputs = [worker.communicate()[0] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    if any(worker.returncode for worker in workers):
+        raise RuntimeError(f"the processes of {row.name} failed:\n" + "\n".join(outputs))
+    stored = dict(np.load(folder / "result.npz"))
+    losses, norms, seconds = (stored.pop(f".{key}") for key in ("losses", "norms", "seconds"))
+    return Result(losses.tolist(), norms.tolist(), stored, None, float(seconds))
+
+
+def work(config: Config, folder: Path, count: int) -> int:
+    """One process of several: the same updates; the first writes what it found."""
+    distributed.start(config.distributed)
+    result = updates(config, train.open_datasets(config), jax.devices(), count)
+    if jax.process_index() == 0:
+        found = {".losses": result.losses, ".norms": result.norms, ".seconds": result.seconds}
+        np.savez(folder / "result.npz", **found, **result.params)
+    return 0
+
+
+def choose_devices() -> list[Any]:
+    """Eight real devices, else eight that the CPU pretends to have. Raises ValueError."""
+    devices = jax.devices()
+    if len(devices) < DEVICES and devices[0].platform != "cpu":
+        devices = jax.devices("cpu")
+    if len(devices) < DEVICES:
+        raise ValueError(
+            f"parity needs {DEVICES} devices, here are {len(devices)}: unset JAX_NUM_CPU_DEVICES"
+        )
+    return devices[:DEVICES]
+
+
+def changed(config: Config, **sections: dict[str, Any]) -> Config:
+    """The configuration with some keys of some sections replaced."""
+    parts = {name: getattr(config, name).model_copy(update=u) for name, u in sections.items()}
+    return config.model_copy(update=parts)
+
+
+def cache(folder: Path) -> None:
+    """Compiled programs are kept for this command: reading one's text would compile it twice."""
+    keys = {"jax_compilation_cache_dir": str(folder / "compiled"),
+            "jax_persistent_cache_min_compile_time_secs": 0}  # fmt: skip
+    for key, value in keys.items():
+        jax.config.update(key, value)
+        os.environ[key.upper()] = str(value)
+
+
+def header(asked: Config, config: Config, devices: list[Any], flags: Any) -> str:
+    was, now = asked.batch.sequences, config.batch.sequences
+    notes = []
+    if was != now:
+        notes.append(f"batch.sequences raised from {was} to {now}: 8 devices x accumulation 4")
+    if asked.model.dtype == "bfloat16":
+        notes.append("model.dtype is float32 here, not bfloat16")
+    if devices[0].platform != jax.default_backend():
+        notes.append(f"fewer than 8 {jax.default_backend()} devices: 8 simulated on the CPU")
+    return "\n".join([
+        f"{flags.steps} updates of {now} x {config.model.block_size} tokens in float32 on "
+        f"{len(devices)} x {devices[0].device_kind}; tolerance {flags.tolerance:g}",
+        *notes,
+        f"{'':{WIDTH}}     loss     norm   params       moved      step  verdict",
+    ])  # fmt: skip
+
+
+def line(found: dict[str, Any]) -> str:
+    return (
+        f"{found['loss_difference']:7.1e}  {found['norm_difference']:7.1e}  "
+        f"{found['parameter_difference']:7.1e}  "
+        f"{found['bytes_moved'] / 1e6:7,.1f} MB  {found['step_seconds'] * 1e3:5,.0f} ms  "
+        + ": ".join(found[key] for key in ("verdict", "reason") if key in found)
+    )
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,297 @@
+"""What a run will cost, before it starts: parameters, FLOPs, memory, days; and a better use of it.
+
+    python tools/sizing.py --config configs/gpt2_124m.yaml --device "NVIDIA A100" --devices 8
+    python tools/sizing.py --model.preset=gpt2-xl --budget 1e21 --plot optimum.png
+
+nanoGPT's notebooks transformer_sizing and scaling_laws as one command. It needs no data, no
+accelerator and no out_dir. The arithmetic is in scalegpt/flops.py, memory.py and scaling_laws.py.
+"""
+
+import json
+import math
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from isoflop_plot import check_file, draw, short
+from jax.sharding import AbstractMesh
+
+from scalegpt import attention, command_line, flops, memory, scaling_laws, sharding
+from scalegpt.config import Config
+from scalegpt.token_files import read_meta
+
+GPT2_VOCABULARY = 50257
+# A run without one of these cannot train, but can be sized.
+DEFAULTS = {"data": {"path": ""}, "run": {"out_dir": "none"}}
+FLAGS = {
+    "--device": {
+        "default": "NVIDIA A100", "metavar": "NAME",
+        "help": 'as jax.devices()[0].device_kind says, "TPU v3" (default: "NVIDIA A100")',
+    },
+    "--devices": {
+        "type": int, "metavar": "N",
+        "help": "how many JAX devices (default: as many as the mesh names; a v3-8 has 8)",
+    },
+    "--mfu": {
+        "type": float, "default": 0.4, "metavar": "SHARE",
+        "help": "model FLOPs utilisation that you expect, above 0 and up to 1 (default: 0.4)",
+    },
+    "--budget": {
+        "type": float, "metavar": "FLOPS",
+        "help": "of training, for the compute-optimal model (default: this run's own)",
+    },
+    "--plot": {"metavar": "FILE", "help": "draw loss over model size at that budget (.png, ...)"},
+    "--json": {"action": "store_true", "help": "print one JSON object"},
+}  # fmt: skip
+COUNTS = ("full", "causal")
+
+
+def main(argv: list[str]) -> int:
+    config, flags = command_line.parse(argv, "tools/sizing.py", FLAGS, DEFAULTS)
+    check(flags)
+    config, source = with_vocabulary(config)
+    report = size(config, flags)
+    report["model"]["vocabulary_from"] = source
+    if flags.plot:
+        draw(report["scaling"], flags.plot)
+    print(json.dumps(report, indent=2) if flags.json else tables(report))
+    if flags.plot and not flags.json:
+        print(f"\nplot in {flags.plot}")
+    return 0
+
+
+def check(flags: Namespace) -> None:
+    """Raises ValueError for flags that make no sense."""
+    if flops.peak_flops(flags.device) is None:
+        known = ", ".join(flops.PEAK_TFLOPS)
+        raise ValueError(f"--device={flags.device!r} is none of those known: {known}")
+    if flags.devices is not None and flags.devices < 1:
+        raise ValueError(f"--devices={flags.devices} must be at least 1")
+    if not 0 < flags.mfu <= 1:
+        raise ValueError(f"--mfu={flags.mfu} must be above 0 and at most 1; 40 % is 0.4")
+    if flags.budget is not None and not 0 < flags.budget < math.inf:
+        raise ValueError(f"--budget={flags.budget} must be a number of FLOPs, such as 1e21")
+    if flags.plot:
+        check_file(flags.plot)
+
+
+def with_vocabulary(config: Config) -> tuple[Config, str]:
+    """The config with a vocabulary, and where that comes from."""
+    if config.model.vocab_size is not None:
+        return config, "model.vocab_size"
+    paths = [path for path in config.data.weights if path]
+    metas = [(read_meta(Path(path).expanduser()), path) for path in paths]
+    if known := [(meta["vocab_size"], path) for (meta, stated), path in metas if stated]:
+        vocabulary, path = max(known)
+        return config.with_vocab(vocabulary), f"meta of {path}"
+    why = f"no meta.json in {paths[0]}" if paths else "no data"
+    return config.with_vocab(GPT2_VOCABULARY), f"GPT-2's: {why}; or set model.vocab_size"
+
+
+def size(config: Config, flags: Namespace) -> dict[str, Any]:
+    """All figures, in parameters, FLOPs, bytes, tokens and days. Raises ValueError."""
+    model, parts = config.model, flops.parameters_by_component(config.model)
+    parameters, used = sum(parts.values()), flops.used_parameters(model)
+    sequence = {kind: flops.flops_by_component(model, kind == "causal") for kind in COUNTS}
+    training = {kind: 3 * sum(by.values()) for kind, by in sequence.items()}
+    palm = flops.palm_flops_per_token(model) * model.block_size
+    updates, tokens_per_update = config.optim.steps, config.batch.sequences * model.block_size
+    tokens = updates * tokens_per_update
+    budget = flags.budget or 6 * used * tokens
+    place = placement(config, flags)
+    keys = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias")
+    return {
+        "model": {key: getattr(model, key) for key in keys},
+        "parameters": {
+            "by_component": parts, "total": parameters, "embedding": parts["wte"] + parts["wpe"],
+            "non_embedding": parameters - parts["wte"] - parts["wpe"], "used": used,
+            "float32_bytes": 4 * parameters,
+            "checkpoint_bytes": memory.checkpoint_bytes(parameters),
+        },
+        "flops": {
+            "forward": sequence, "training": training, "palm": palm,
+            "training_per_token": {k: v / model.block_size for k, v in training.items()},
+        },
+        "memory": place,
+        "run": {
+            "updates": updates, "tokens_per_update": tokens_per_update, "tokens": tokens,
+            "checkpoints_bytes": (config.checkpoint.keep + 1) * memory.checkpoint_bytes(parameters),
+            **cost(
+                {**{k: v / model.block_size * tokens for k, v in training.items()},
+                 "6ND": 6 * parameters * tokens},
+                flags, place,
+            ),
+        },
+        "scaling": scaling(used, tokens, budget),
+    }  # fmt: skip
+
+
+def placement(config: Config, flags: Namespace) -> dict[str, Any]:
+    """The run on its mesh, and bytes on each device under each remat. Raises ValueError."""
+    model = config.model
+    fixed = math.prod(max(1, n) for n in config.mesh.model_dump().values())
+    shape = sharding.mesh_shape(config.mesh, flags.devices or fixed, flags.device)
+    mesh = AbstractMesh(shape, sharding.AXES)
+    sharding.check_divisible(config, mesh)
+    accumulation, rows = sharding.batch_layout(config.batch, mesh)
+    microbatch = rows // sharding.row_shards(mesh)
+    dtype = "bfloat16" if model.dtype == "auto" else model.dtype
+    platform = {"TPU": "tpu", "AMD": "rocm"}.get(flags.device.split()[0], "cuda")
+    kernel = attention.resolve(
+        model.attention, platform, model.block_size, model.dropout, dtype, model.head_dim,
+        flags.device,
+    )  # fmt: skip
+    by_remat = {
+        remat: memory.on_device(
+            model, mesh.shape, microbatch, accumulation, 2 if dtype == "bfloat16" else 4,
+            kernel in ("cudnn", "splash"), remat,
+        )
+        for remat in memory.REMAT
+    }  # fmt: skip
+    return {
+        "device": flags.device, "devices": mesh.size, "mesh": dict(mesh.shape), "dtype": dtype,
+        "attention": kernel, "microbatch": microbatch, "accumulation": accumulation,
+        "remat": model.remat, "bytes": by_remat[model.remat],
+        "total_bytes": {remat: sum(parts.values()) for remat, parts in by_remat.items()},
+        "by_remat": by_remat,
+    }  # fmt: skip
+
+
+def cost(run_flops: dict[str, float], flags: Namespace, place: dict[str, Any]) -> dict[str, Any]:
+    """Days of the whole run for each way to count its FLOPs; None in float32, of unknown peak."""
+    peak = flops.peak_flops(flags.device, place["dtype"])
+    seconds = {k: peak and v / (peak * place["devices"] * flags.mfu) for k, v in run_flops.items()}
+    days = {k: s and s / 86400 for k, s in seconds.items()}
+    return {"mfu": flags.mfu, "peak_flops": peak, "flops": run_flops, "days": days}
+
+
+def scaling(parameters: int, tokens: int, budget: float) -> dict[str, Any]:
+    """Compute-optimal models for the budget, and this run measured by them."""
+    laws = scaling_laws.LAWS
+    pairs = {name: law.optimum(budget) for name, law in laws.items()}
+    pairs["approach 2"] = scaling_laws.table_optimum(budget)
+    pairs["this run"] = (parameters, tokens)
+    optimal = {name: law.tokens_for(parameters) for name, law in laws.items()}
+    optimal["approach 2"] = scaling_laws.table_tokens_for(parameters)
+    return {
+        "budget": budget,
+        "run_6ND": 6 * parameters * tokens,
+        "models": {
+            name: {
+                "parameters": n, "tokens": d, "tokens_per_parameter": d / n,
+                "loss": {by: law.loss(n, d) for by, law in laws.items()},
+            }
+            for name, (n, d) in pairs.items()
+        },
+        "optimal_tokens_of_this_model": optimal,
+    }  # fmt: skip
+
+
+def line(name: str, *cells: str, width: int = 16) -> str:
+    return f"  {name:28}" + "".join(f"{cell:>{width}}" for cell in cells)
+
+
+def tables(r: dict[str, Any]) -> str:
+    """The report for a person."""
+    m = r["model"]
+    head = (
+        f"{m['n_layer']} layers, {m['n_head']} heads, {m['n_embd']} wide, {m['block_size']:,} "
+        f"tokens, {'with' if m['bias'] else 'no'} biases; vocabulary {m['vocab_size']:,} "
+        f"({m['vocabulary_from']})"
+    )
+    sections = (of_parameters, of_flops, of_memory, of_time, of_scaling)
+    return "\n\n".join([head, *("\n".join(section(r)) for section in sections)])
+
+
+def of_parameters(r: dict[str, Any]) -> list[str]:
+    p = r["parameters"]
+    counts = {
+        **p["by_component"], "total": p["total"], "embeddings (wte, wpe)": p["embedding"],
+        "all but embeddings": p["non_embedding"],
+    }  # fmt: skip
+    return [
+        line("Parameters", "count", "share")[2:],
+        *(line(name, f"{n:,}", f"{n / p['total']:.2%}") for name, n in counts.items()),
+        f"  {p['float32_bytes'] / 1e9:.2f} GB on disk in float32; with AdamW's moments, as in a "
+        f"checkpoint, {p['checkpoint_bytes'] / 1e9:.2f} GB",
+    ]
+
+
+def of_flops(r: dict[str, Any]) -> list[str]:
+    f, length, token = r["flops"], r["model"]["block_size"], r["flops"]["training_per_token"]
+    full, causal = (f["forward"][kind] for kind in COUNTS)
+    forward = sum(full.values())
+    rows = {name: (full[name], causal[name]) for name in full}
+    rows["forward"] = (forward, sum(causal.values()))
+    rows["backward"] = tuple(2 * n for n in rows["forward"])
+    rows["training"] = tuple(f["training"][kind] for kind in COUNTS)
+    return [
+        line(f"FLOPs of {length:,} tokens", "full", "share", "causal", width=18)[2:],
+        *(line(name, f"{a:,}", f"{a / forward:.2%}", f"{b:,}", width=18)
+          for name, (a, b) in rows.items()),
+        line("training, a token", f"{token['full']:,.0f}", "", f"{token['causal']:,.0f}", width=18),
+        line("PaLM's 6 N + 12 L H Q T", f"{f['palm']:,}", width=18)
+        + f"  = {f['palm'] / f['training']['full']:.4f} x training",
+    ]
+
+
+def of_memory(r: dict[str, Any]) -> list[str]:
+    m, remats = r["memory"], r["memory"]["by_remat"]
+    rows = {name: [parts[name] for parts in remats.values()] for name in m["bytes"]}
+    rows["total"] = list(m["total_bytes"].values())
+    mesh = " x ".join(f"{axis} {n}" for axis, n in m["mesh"].items() if n > 1) or "one device"
+    return [
+        f"Memory of a device in GiB, on {m['devices']} x {m['device']}: {mesh}",
+        f"  microbatch of {m['microbatch']} sequences, accumulation {m['accumulation']}, "
+        f"{m['dtype']} products, attention {m['attention']}",
+        line("model.remat", *(f"{x} (set)" if x == m["remat"] else x for x in remats)),
+        *(line(name, *(f"{n / 2**30:.2f}" for n in row)) for name, row in rows.items()),
+        "  an estimate for model.scan_layers=true; scalegpt.train --compile-only asks the compiler",
+    ]
+
+
+def of_time(r: dict[str, Any]) -> list[str]:
+    run, m = r["run"], r["memory"]
+    names = {
+        "causal": "causal, as perf/mfu", "full": "full, as nanoGPT and PaLM",
+        "6ND": "6 N D, N all parameters",
+    }  # fmt: skip
+    days = {k: "unknown" if d is None else f"{d:,.2f}" for k, d in run["days"].items()}
+    peak = f"{run['peak_flops'] / 1e12:g}" if run["peak_flops"] else "unknown"
+    return [
+        f"Time of {run['updates']:,} updates x {run['tokens_per_update']:,} = "
+        f"{run['tokens']:,} tokens",
+        f"  on {m['devices']} x {m['device']} of {peak} TFLOP/s in {m['dtype']}, "
+        f"MFU {run['mfu']:.0%}",
+        line("attention counted", "FLOPs", "days"),
+        *(line(name, f"{run['flops'][k]:.3g}", days[k]) for k, name in names.items()),
+        f"  its checkpoints take up to {run['checkpoints_bytes'] / 1e9:.2f} GB: "
+        "checkpoint.keep and the best",
+    ]
+
+
+def of_scaling(r: dict[str, Any]) -> list[str]:
+    s = r["scaling"]
+    names = {
+        "Chinchilla": "Chinchilla, approach 3", "Epoch": "Epoch's fit of its data",
+        "approach 2": "Chinchilla, approach 2", "this run": "this run",
+    }  # fmt: skip
+
+    def row(name: str) -> str:
+        model, needs = s["models"][name], s["optimal_tokens_of_this_model"].get(name)
+        cells = [short(model["parameters"]), short(model["tokens"])]
+        cells += [f"{model['tokens_per_parameter']:,.1f}", short(needs) if needs else ""]
+        return line(names[name], *cells, *(f"{loss:.3f}" for loss in model["loss"].values()))
+
+    losses = [f"{name} loss" for name in scaling_laws.LAWS]
+    return [
+        f"Compute-optimal for {s['budget']:.3g} FLOPs"
+        + ", this run's own 6 N D" * (s["budget"] == s["run_6ND"]),
+        line("", "N", "tokens D", "D / N", "D for this N", *losses),
+        *map(row, s["models"]),
+        "  N leaves out tables that are only looked up; losses are of Chinchilla's text and tokens",
+    ]
+
+
+if __name__ == "__main__":
+    command_line.run(main)
