@@ -129,9 +129,14 @@ class Checkpoints:
         self._manager.close()
 
 
+def is_run(folder: str | Path) -> bool:
+    """Whether it is the folder of a run, or of imported weights, and not of Hugging Face's kind."""
+    return Path(folder, FOLDER).is_dir()
+
+
 def open_checkpoints(out_dir: str | Path) -> Checkpoints:
     """To read from a run, finished or not. Raises ValueError when there is none."""
-    if not (Path(out_dir) / FOLDER).is_dir():
+    if not is_run(out_dir):
         raise ValueError(
             f"{out_dir} is not the folder of a run: it has no {FOLDER}/; "
             "give the run.out_dir of a training run"

@@ -215,7 +215,7 @@ class RunConfig(Section):
     backend: Literal["jit", "pmap"] = "jit"
     """what runs the update; pmap: copies of the whole model, to compare with"""
     init_from: str | None = None
-    """start from the weights of another run (its out_dir)"""
+    """start from the weights of another run (its out_dir), or of Hugging Face: gpt2-xl, a folder"""
     init_checkpoint: str = "best"
     """which of its checkpoints: best, latest or a step"""
     allow_config_change: bool = False

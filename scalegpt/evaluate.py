@@ -83,7 +83,8 @@ def main(argv: list[str]) -> int:
     if splits:
         windows = flags.windows or (config and config.eval.windows)
         evaluate, count = losses(steps, splits, weights, windows, shown=True)
-        name = "text" if flags.text else flags.split
+        file = Path(flags.data) if flags.data else None
+        name = "text" if flags.text else file.stem if file and file.is_file() else flags.split
         results.append((name, evaluate(loaded.params), count, "tokens"))
     score = scorer(steps)
     for task in opened:
@@ -144,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
         "--text", metavar="FILE", help="UTF-8 text, encoded by the model's tokenizer; predicted "
         "from its first token on, where the tokenizer has an end-of-text mark to start from",
     )  # fmt: skip
-    parser.add_argument("--split", choices=("val", "train"), default="val", help="of the data")
+    parser.add_argument("--split", choices=("val", "train"), default="val", help="of a data folder")
     parser.add_argument("--windows", type=int, help="first so many windows (default: all)")
     parser.add_argument(
         "--task", action="append", choices=tasks.NAMES, default=[], help="with its --file; several "

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from scalegpt.checkpoint import FOLDER
+from scalegpt.checkpoint import is_run
 from scalegpt.command_line import validate
 from scalegpt.config import ModelConfig
 from scalegpt.model import LAYER_NORM_EPS
@@ -94,7 +94,7 @@ def describe(folder: Path) -> tuple[ModelConfig, dict[str, Any] | None]:
     """
     path = folder / "config.json"
     values = read_json(path, f"; {folder} is the folder of a run, give it as --run"
-                   if (folder / FOLDER).is_dir() else "")  # fmt: skip
+                   if is_run(folder) else "")  # fmt: skip
     if values.get("model_type") == OWN_TYPE:
         return _model(values.get("model", {}), path), values.get("tokenizer")
     if values.get("model_type") != "gpt2":

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from scalegpt import hf
-from scalegpt.checkpoint import FOLDER, Checkpoints, open_checkpoints
+from scalegpt.checkpoint import FOLDER, Checkpoints, is_run, open_checkpoints
 from scalegpt.command_line import load, validate
 from scalegpt.config import Config, curve_diff
 from scalegpt.step import State, Steps
@@ -106,7 +106,7 @@ def initial_state(
     if config.run.init_from is None:
         return state
     state = state.replace(params=None)  # else there would be two copies of the model
-    if _is_run(config.run.init_from):
+    if is_run(config.run.init_from):
         source = open_checkpoints(config.run.init_from)
         at = source.find(config.run.init_checkpoint)
         params = source.restore_params(at, steps.abstract.params)
@@ -119,10 +119,6 @@ def initial_state(
     return state.replace(params=params)
 
 
-def _is_run(source: str) -> bool:
-    return Path(source, FOLDER).is_dir()
-
-
 def _check_init_from(config: Config) -> None:
     """That run.init_from is there and holds a model of this shape.
 
@@ -132,7 +128,7 @@ def _check_init_from(config: Config) -> None:
     source = config.run.init_from
     shaping = ["n_layer", "n_head", "n_embd", "vocab_size", "bias", "tie_word_embeddings",
                "position", "rope_base", "activation"]  # fmt: skip
-    if _is_run(source):
+    if is_run(source):
         checkpoints = open_checkpoints(source)
         meta = checkpoints.meta(checkpoints.find(config.run.init_checkpoint))
         theirs = Config.model_validate(meta["config"]).model

@@ -29,7 +29,7 @@ def tokenizer_files(spec: Any, block_size: int) -> dict[str, Any]:
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": block_size,
-        "clean_up_tokenization_spaces": False,  # else "a ." comes back as "a."
+        "clean_up_tokenization_spaces": False,  # transformers before 5: "a ." came back as "a."
     }
     if mark:
         config |= {"bos_token": mark, "eos_token": mark}

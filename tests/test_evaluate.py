@@ -80,8 +80,8 @@ def test_loss_over_a_text_is_transformers(gpt2, shared_data, tmp_path, capsys):
     np.array(ids, "<u2").tofile(tmp_path / "some.bin")
     np.array(ids[::-1], "<u2").tofile(tmp_path / "val.bin")
     bins = figures(capsys, "--hf", folder, "--data", tmp_path / "some.bin")
-    assert bins["val/loss"] == pytest.approx(found["text/loss"], abs=1e-6)
-    assert "val/bits_per_byte" not in bins, "nobody knows the bytes"
+    assert bins["some/loss"] == pytest.approx(found["text/loss"], abs=1e-6)
+    assert "some/bits_per_byte" not in bins, "nobody knows the bytes"
     other = figures(capsys, "--hf", folder, "--data", tmp_path, "--windows", 2)
     sums, counts = window_losses(model, ids[::-1])
     assert abs(other["val/loss"] - sums[:2].sum() / counts[:2].sum()) < 1e-5
@@ -115,7 +115,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("a") / "run"
     data = folder.parent / "data"
     data.mkdir()
-    ids = {"train": TEXT[::-1].encode(), "val": TEXT.encode()}
+    ids = {"train": TEXT[::-1].encode() + b"more" * 9, "val": TEXT.encode()}
     meta = {"format": 1, "tokenizer": {"kind": "byte"}, "vocab_size": 256, "dtype": "uint16"}
     for split, text in ids.items():
         np.frombuffer(text, np.uint8).astype("<u2").tofile(data / f"{split}.bin")
@@ -157,8 +157,8 @@ def test_the_splits_of_a_run_and_the_same_text_as_a_file(run, tmp_path, capsys):
     data = run.parent / "data"
     assert val == figures(capsys, "--run", run, "--data", data / "val.bin")
     train = figures(capsys, "--run", run, "--split", "train")
-    assert train["train/loss"] == figures(capsys, "--run", run, "--data",
-                                          data / "train.bin")["val/loss"]  # fmt: skip
+    assert train == figures(capsys, "--run", run, "--data", data / "train.bin")
+    assert train["train/bits_per_byte"] == pytest.approx(train["train/loss"] / math.log(2))
     assert abs(train["train/loss"] - val["val/loss"]) > 1e-4
     # As a text it begins with the mark, so one more byte is predicted.
     (tmp_path / "text").write_bytes(TEXT.encode())
@@ -166,6 +166,14 @@ def test_the_splits_of_a_run_and_the_same_text_as_a_file(run, tmp_path, capsys):
     assert text["text/tokens"] == val["val/tokens"] + 1 == len(TEXT.encode())
     assert text["text/bits_per_byte"] == pytest.approx(text["text/loss"] / math.log(2), rel=1e-9)
     assert val["val/bits_per_byte"] == pytest.approx(val["val/loss"] / math.log(2), rel=1e-9)
+
+
+def test_without_a_mark_the_first_token_and_its_bytes_do_not_count(tmp_path):
+    (tmp_path / "text").write_text("éaé", encoding="utf-8")
+    split = losses.text_split(str(tmp_path / "text"), tokenizer.char_tokenizer(["aé"]))
+    assert split.tokens.tolist() == [1, 0, 1] and split.bytes_per_token == 3 / 2
+    split = losses.text_split(str(tmp_path / "text"), tokenizer.load("gpt2"))
+    assert split.tokens[0] == 50256 and split.bytes_per_token == 5 / (len(split.tokens) - 1)
 
 
 def test_two_processes_give_the_figures_of_one_and_the_first_prints(run, choices, capsys):
@@ -229,6 +237,7 @@ def test_a_config_names_weights_data_windows_tasks_and_mesh(run, choices, tmp_pa
     for keys, message in (
         ({"model": {"n_layer": 3}}, "model.n_layer=3, but .*run of run.init_from has 1"),
         ({"run": {"out_dir": "o"}}, "has no run.init_from"),
+        ({"run": {"out_dir": "o", "init_from": str(run), "init_checkpoint": "7"}}, "steps 0"),
         ({"data": {"path": "/nowhere"}}, "there is no folder /nowhere"),
         ({"model": {"n_layr": 3}}, "did you mean model.n_layer"),
     ):

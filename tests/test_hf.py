@@ -415,6 +415,11 @@ def test_a_vocabulary_is_gpt2s_only_if_it_is(shared_data, tmp_path):
         (folder / file).write_text(json.dumps(value))
         assert hf.describe(folder)[1] == {"kind": "gpt2"}
         (folder / file).unlink()
+    pad = {"id": 50257, "content": "<pad>"}
+    more = {**content, "added_tokens": [*content["added_tokens"], pad]}
+    (folder / "tokenizer.json").write_text(json.dumps(more))
+    assert hf.describe(folder)[1]["json"] == more
+    (folder / "tokenizer.json").unlink()
     vocab = content["model"]["vocab"]
     vocab["the"], vocab["of"] = vocab["of"], vocab["the"]
     (folder / "vocab.json").write_text(json.dumps(vocab))

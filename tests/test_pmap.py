@@ -207,6 +207,7 @@ def test_two_processes_are_the_run_of_one(data, unbroken, tmp_path):
     environment = {
         **{k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "OMPI"))},
         "JAX_NUM_CPU_DEVICES": "4",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # to compile faster
     }
     argv = arguments(data, tmp_path / "run", "pmap", address, "--distributed.num_processes=2")
     processes = [

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from scalegpt import command_line, export, hf, sharding, tokenizer, trained
-from scalegpt.checkpoint import FOLDER, Checkpoints, open_checkpoints
+from scalegpt.checkpoint import Checkpoints, is_run, open_checkpoints
 from scalegpt.config import Config, MeshConfig, ModelConfig
 from scalegpt.flops import parameter_count
 from scalegpt.model import GPT, Block, head_table, logits, rotary_tables
@@ -128,8 +128,7 @@ def check(flags: argparse.Namespace) -> int:
     tokens = tokens_for(flags, spec or other, length, model_a.vocab_size)
     scores = [outputs(source, tokens[None])[-1][0] for source in sources]
     difference = np.abs(scores[0] - scores[1])
-    difference[np.isnan(difference)] = np.inf  # a NaN is as different as can be
-    where = np.unravel_index(difference.argmax(), difference.shape)
+    where = np.unravel_index(difference.argmax(), difference.shape)  # of a NaN, if there is one
     print(
         f"largest logit difference {difference[where]:.3e} over {len(tokens)} positions, tolerance "
         f"{flags.tolerance:.0e}\n  at position {where[0]}, token {where[1]}: "
@@ -215,10 +214,6 @@ def look_up(source: str) -> tuple[ModelConfig, Any]:
     checkpoints = open_checkpoints(source)
     meta = checkpoints.meta(checkpoints.find("best"))
     return Config.model_validate(meta["config"]).model, meta["tokenizer"]
-
-
-def is_run(source: str) -> bool:
-    return Path(source, FOLDER).is_dir()
 
 
 def describe(model: ModelConfig) -> str:

@@ -24,13 +24,16 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")  # JAX reads it on import; a T
 
 import argparse
 import json
+import pickle
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from math import prod
 from pathlib import Path
@@ -88,13 +91,11 @@ WIDTH = max(len(row.name) for row in ROWS)
 
 @dataclass
 class Result:
-    """losses, norms: of the updates; params: after them; moved: bytes; seconds: of an update."""
-
-    losses: list[float] = field(default_factory=list)
-    norms: list[float] = field(default_factory=list)
-    params: dict[str, np.ndarray] = field(default_factory=dict)
-    moved: int | None = None
-    seconds: float = 0.0
+    losses: list[float]  # of each update
+    norms: list[float]
+    params: dict[str, np.ndarray]  # after the last
+    seconds: float  # of an update
+    moved: int | None  # bytes
 
 
 def main(argv: list[str]) -> int:
@@ -103,8 +104,6 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"--steps={flags.steps} must be at least 1")
     if not flags.tolerance >= 0:
         raise ValueError(f"--tolerance={flags.tolerance} must be 0 or more")
-    # A TPU multiplies float32 in bfloat16 otherwise, a GPU in TF32.
-    jax.config.update("jax_default_matmul_precision", "highest")
     if flags.worker:
         return work(config, Path(flags.worker), flags.steps)
 
@@ -117,70 +116,81 @@ def main(argv: list[str]) -> int:
     if not flags.json:
         print(header(asked, config, devices, flags))
     with tempfile.TemporaryDirectory(prefix="parity-") as folder:
-        cache(Path(folder))
+        settings(Path(folder))
         rows = compare(config, datasets, devices, flags, Path(folder))
-    ok = all(row["verdict"] != "FAIL" for row in rows)
+    count = Counter(row["verdict"] for row in rows)
     if flags.json:
-        print(json.dumps({"ok": ok, "tolerance": flags.tolerance, "updates": flags.steps,
-                          "sequences": sequences, "rows": rows}))  # fmt: skip
+        print(json.dumps({"ok": not count["FAIL"], "tolerance": flags.tolerance, "rows": rows}))
     else:
-        print("all rows that ran agree" if ok else "not all rows agree")
-    return 0 if ok else 1
+        failed = f"{count['FAIL']} FAIL, " if count["FAIL"] else ""
+        print(f"{count['ok']} rows agree, {failed}{count['skipped']} skipped")
+    return 1 if count["FAIL"] else 0
 
 
 def compare(
     config: Config, datasets: list[Dataset], devices: list[Any], flags: Any, folder: Path
 ) -> list[dict[str, Any]]:
     """Run every row, saying each as it begins and as it ends."""
-    out = sys.stderr if flags.json else sys.stdout
     reference, moved, rows = None, {}, []
     for row in ROWS:
-        print(f"{row.name:{WIDTH}}  ", end="", flush=True, file=out)
-        found = dict(vars(row))
-        try:
-            if row.processes > 1:
-                result = in_processes(row, config, devices, flags.steps, folder)
-            else:
-                here = devices[: prod(row.mesh.values())]
-                result = updates(row.config(config), datasets, here, flags.steps)
-        except (ValueError, RuntimeError) as error:
-            if reference is None:
-                raise
-            # A mesh that the model does not divide over; anything else is a row that failed.
-            verdict = "skipped" if isinstance(error, ValueError) else "FAIL"
-            found |= {"verdict": verdict, "reason": str(error)}
-            print(f"{verdict}: {error}", file=out)
+        say = partial(print, end="", flush=True, file=sys.stderr if flags.json else sys.stdout)
+        say(f"{row.name:{WIDTH}}  ")
+        found, mine = dict(vars(row)), row.config(config)
+        if reason := obstacle(row, mine, devices):
+            found |= {"verdict": "skipped", "reason": reason}
         else:
-            # The program of a mesh is the same one however many processes run it.
-            program = (row.backend, str(row.mesh), row.accumulation)
-            result.moved = moved.setdefault(program, result.moved)
-            reference = reference or result
-            found |= difference(result, reference, flags.tolerance)
-            print(line(found), file=out)
+            try:
+                if row.processes > 1:
+                    result = in_processes(row, mine, flags.steps, folder)
+                else:
+                    here = devices[: prod(row.mesh.values())]
+                    result = updates(mine, datasets, here, flags.steps)
+            except Exception as error:  # of one row: the others still tell something
+                if reference is None:
+                    raise
+                found |= {"verdict": "FAIL", "reason": str(error)}
+            else:
+                # The program of a mesh is the same one however many processes run it.
+                program = (row.backend, str(row.mesh), row.accumulation)
+                result.moved = moved.setdefault(program, result.moved)
+                reference = reference or result
+                found |= difference(result, reference, flags.tolerance)
+        say(f"{line(found)}\n")
         rows.append(found)
     return rows
 
 
+def obstacle(row: Row, config: Config, devices: list[Any]) -> str | None:
+    """Why a row cannot run with this model or on this machine, if it cannot."""
+    if row.processes > 1 and devices[0].platform != "cpu":
+        return f"this process holds all {len(devices)} {devices[0].platform} devices"
+    try:
+        mesh = sharding.make_mesh(config.mesh, devices[: prod(row.mesh.values())])
+        sharding.check_divisible(config, mesh)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def updates(config: Config, datasets: list[Dataset], devices: list[Any], count: int) -> Result:
-    """The first `count` updates of a run on these devices. Raises ValueError for a bad mesh."""
+    """The first `count` updates of a run on these devices."""
     steps = pmap_step.build_for_training(config, sharding.make_mesh(config.mesh, devices))
-    result, seconds = Result(), []
+    moved = None
     if jax.process_count() == 1:
         hlo = steps.lower().compile().as_text()
-        result.moved = sum(table(collectives(hlo, steps.mesh)).values())
-    state = steps.init()
+        moved = sum(table(collectives(hlo, steps.mesh)).values())
+    state, rows, seconds = steps.init(), [], []
     for batch in islice(train.batches_from(config, datasets, steps, 0), count):
         began = time.perf_counter()
         state, metrics = steps.train(state, batch)
-        result.losses.append(float(metrics["train/loss"]))
-        result.norms.append(float(metrics["train/grad_norm"]))
+        rows.append({key: float(value) for key, value in metrics.items()})
         seconds.append(time.perf_counter() - began)
-    result.seconds = statistics.median(seconds[1:] or seconds)
-    result.params = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(x)
-        for path, x in jax.tree_util.tree_leaves_with_path(state.params)
+    losses, norms = ([row[key] for row in rows] for key in ("train/loss", "train/grad_norm"))
+    leaves = jax.tree_util.tree_leaves_with_path(state.params)
+    params = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(x) for path, x in leaves
     }
-    return result
+    return Result(losses, norms, params, statistics.median(seconds[1:] or seconds), moved)
 
 
 def difference(result: Result, reference: Result, tolerance: float) -> dict[str, Any]:
@@ -201,11 +211,9 @@ def difference(result: Result, reference: Result, tolerance: float) -> dict[str,
     return found
 
 
-def in_processes(row: Row, config: Config, devices: list[Any], count: int, folder: Path) -> Result:
-    """A row by several processes with a part of the devices each. Raises ValueError: cannot be."""
-    if devices[0].platform != "cpu":
-        raise ValueError(f"this process holds all {len(devices)} {devices[0].platform} devices")
-    (folder / "config.yaml").write_text(row.config(config).to_yaml(), encoding="utf-8")
+def in_processes(row: Row, config: Config, count: int, folder: Path) -> Result:
+    """A row by several processes with a part of the devices each."""
+    (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -230,9 +238,7 @@ def in_processes(row: Row, config: Config, devices: list[Any], count: int, folde
             worker.kill()
     if any(worker.returncode for worker in workers):
         raise RuntimeError(f"the processes of {row.name} failed:\n" + "\n".join(outputs))
-    stored = dict(np.load(folder / "result.npz"))
-    losses, norms, seconds = (stored.pop(f".{key}") for key in ("losses", "norms", "seconds"))
-    return Result(losses.tolist(), norms.tolist(), stored, None, float(seconds))
+    return Result(**pickle.loads((folder / "result").read_bytes()))
 
 
 def work(config: Config, folder: Path, count: int) -> int:
@@ -240,8 +246,7 @@ def work(config: Config, folder: Path, count: int) -> int:
     distributed.start(config.distributed)
     result = updates(config, train.open_datasets(config), jax.devices(), count)
     if jax.process_index() == 0:
-        found = {".losses": result.losses, ".norms": result.norms, ".seconds": result.seconds}
-        np.savez(folder / "result.npz", **found, **result.params)
+        (folder / "result").write_bytes(pickle.dumps(vars(result)))
     return 0
 
 
@@ -251,9 +256,8 @@ def choose_devices() -> list[Any]:
     if len(devices) < DEVICES and devices[0].platform != "cpu":
         devices = jax.devices("cpu")
     if len(devices) < DEVICES:
-        raise ValueError(
-            f"parity needs {DEVICES} devices, here are {len(devices)}: unset JAX_NUM_CPU_DEVICES"
-        )
+        here = f"here are {len(devices)}: unset JAX_NUM_CPU_DEVICES"
+        raise ValueError(f"parity needs {DEVICES} devices, {here}")
     return devices[:DEVICES]
 
 
@@ -263,10 +267,15 @@ def changed(config: Config, **sections: dict[str, Any]) -> Config:
     return config.model_copy(update=parts)
 
 
-def cache(folder: Path) -> None:
-    """Compiled programs are kept for this command: reading one's text would compile it twice."""
-    keys = {"jax_compilation_cache_dir": str(folder / "compiled"),
-            "jax_persistent_cache_min_compile_time_secs": 0}  # fmt: skip
+def settings(folder: Path) -> None:
+    """Of JAX, for this process and those that it starts."""
+    keys = {
+        # A TPU multiplies float32 in bfloat16 otherwise, a GPU in TF32.
+        "jax_default_matmul_precision": "highest",
+        # Reading a program's text and running it would otherwise compile it twice.
+        "jax_compilation_cache_dir": str(folder / "compiled"),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }
     for key, value in keys.items():
         jax.config.update(key, value)
         os.environ[key.upper()] = str(value)
@@ -274,27 +283,28 @@ def cache(folder: Path) -> None:
 
 def header(asked: Config, config: Config, devices: list[Any], flags: Any) -> str:
     was, now = asked.batch.sequences, config.batch.sequences
-    notes = []
-    if was != now:
-        notes.append(f"batch.sequences raised from {was} to {now}: 8 devices x accumulation 4")
-    if asked.model.dtype == "bfloat16":
-        notes.append("model.dtype is float32 here, not bfloat16")
-    if devices[0].platform != jax.default_backend():
-        notes.append(f"fewer than 8 {jax.default_backend()} devices: 8 simulated on the CPU")
+    real = jax.default_backend()
+    notes = {
+        f"batch.sequences raised from {was} to {now}: 8 devices x accumulation 4": was != now,
+        "model.dtype is float32 here, not bfloat16": asked.model.dtype == "bfloat16",
+        f"fewer than 8 {real} devices: 8 simulated on the CPU": devices[0].platform != real,
+    }
     return "\n".join([
         f"{flags.steps} updates of {now} x {config.model.block_size} tokens in float32 on "
         f"{len(devices)} x {devices[0].device_kind}; tolerance {flags.tolerance:g}",
-        *notes,
+        *(note for note, holds in notes.items() if holds),
         f"{'':{WIDTH}}     loss     norm   params       moved      step  verdict",
     ])  # fmt: skip
 
 
 def line(found: dict[str, Any]) -> str:
+    verdict = ": ".join(found[key] for key in ("verdict", "reason") if key in found)
+    if "loss_difference" not in found:
+        return verdict
     return (
         f"{found['loss_difference']:7.1e}  {found['norm_difference']:7.1e}  "
-        f"{found['parameter_difference']:7.1e}  "
-        f"{found['bytes_moved'] / 1e6:7,.1f} MB  {found['step_seconds'] * 1e3:5,.0f} ms  "
-        + ": ".join(found[key] for key in ("verdict", "reason") if key in found)
+        f"{found['parameter_difference']:7.1e}  {found['bytes_moved'] / 1e6:7,.1f} MB  "
+        f"{found['step_seconds'] * 1e3:5,.0f} ms  {verdict}"
     )
 
 
