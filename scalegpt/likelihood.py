@@ -143,4 +143,4 @@ def fetch(results: Iterable[tuple[Array, ...]]) -> Iterator[list[np.ndarray]]:
 def progress(what: str, total: int, unit: str) -> tqdm:
     """A bar on stderr where that is a terminal and there is something to say; else nothing."""
     shown = None if what and jax.process_index() == 0 else True
-    return tqdm(total=total, desc=what, unit=unit, unit_scale=True, leave=False, disable=shown)
+    return tqdm(total=total, desc=what, unit=unit, leave=False, disable=shown)
