@@ -172,7 +172,7 @@ def _check(flags: argparse.Namespace) -> None:
         raise ValueError(f"--limit={flags.limit} is of a --task; --windows is of text")
     if flags.hf and not (flags.data or flags.text or flags.task):
         raise ValueError(
-            f"say what to evaluate {flags.hf} on: --data PATH, --text FILE, or --task with --file"
+            f"{flags.hf} has no data of its own; give --data, --text, or a --task"
         )
 
 
@@ -194,6 +194,8 @@ def _splits(flags: argparse.Namespace, data: DataConfig) -> tuple[list[Split], l
     if flags.text or (flags.task and not flags.data):
         return [], []
     shares = {flags.data: 1.0} if flags.data else data.weights
+    if "" in shares:
+        raise ValueError(f"{flags.run} has no data of its own; give --data, --text, or a --task")
     splits = [open_split(path, flags.split, data.cache_dir) for path in shares]
     return splits, list(shares.values())
 
