@@ -171,9 +171,7 @@ def _check(flags: argparse.Namespace) -> None:
     if flags.limit and not (flags.task or flags.config):
         raise ValueError(f"--limit={flags.limit} is of a --task; --windows is of text")
     if flags.hf and not (flags.data or flags.text or flags.task):
-        raise ValueError(
-            f"{flags.hf} has no data of its own; give --data, --text, or a --task"
-        )
+        raise ValueError(f"{flags.hf} has no data of its own; give --data, --text or --task")
 
 
 def _refuse_other_model(config: Config, loaded: trained.Trained) -> None:
@@ -195,7 +193,7 @@ def _splits(flags: argparse.Namespace, data: DataConfig) -> tuple[list[Split], l
         return [], []
     shares = {flags.data: 1.0} if flags.data else data.weights
     if "" in shares:
-        raise ValueError(f"{flags.run} has no data of its own; give --data, --text, or a --task")
+        raise ValueError("an imported model has no data of its own; give --data, --text or --task")
     splits = [open_split(path, flags.split, data.cache_dir) for path in shares]
     return splits, list(shares.values())
 

@@ -10,8 +10,9 @@ import numpy as np
 from scalegpt import sharding
 from scalegpt.data import EvalBatches
 from scalegpt.likelihood import fetch, progress
+from scalegpt.packed import read_text
 from scalegpt.step import Steps
-from scalegpt.tasks import Figures, read_text
+from scalegpt.tasks import Figures
 from scalegpt.token_files import Split
 from scalegpt.tokenizer import Tokenizer
 

@@ -6,13 +6,9 @@ lambada          text, whose last word is to be guessed, or context and continua
 multiple_choice  context (or query), choices, and label (or gold), the right one's index from 0
 """
 
-import bz2
-import gzip
 import json
-import lzma
 import math
 import re
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +19,10 @@ import numpy as np
 from scalegpt import tokenizer
 from scalegpt.config import EvalConfig
 from scalegpt.likelihood import Row, Scorer, scorer
+from scalegpt.packed import read_text
 from scalegpt.step import Steps
 from scalegpt.tokenizer import Tokenizer
 
-OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 # Name -> (value, standard error).
 Figures = dict[str, tuple[float, float]]
 
@@ -146,38 +142,6 @@ def in_training(
         return row
 
     return evaluate
-
-
-def read_text(path: str | Path) -> str:
-    """A UTF-8 file, unpacked by the end of its name. Raises ValueError."""
-    path = Path(path)
-    try:
-        if path.suffix == ".zst":
-            return _unpack_zstd(path).decode()
-        with OPENERS.get(path.suffix, open)(path, "rb") as file:
-            return file.read().decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise ValueError(f"cannot read {path}: {error}") from None
-
-
-def _unpack_zstd(path: Path) -> bytes:
-    try:
-        import zstandard
-    except ImportError:
-        raise ValueError(f"{path} needs zstandard: pip install 'scalegpt[data]'") from None
-    packed, parts = path.read_bytes(), []
-    while packed:  # frame by frame; its stream reader takes a truncated file for a whole one
-        frame = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
-        try:
-            parts.append(frame.decompress(packed))
-        except zstandard.ZstdError as error:
-            raise EOFError(error) from None
-        if not frame.eof:
-            raise EOFError("the file ends within a frame")
-        packed = frame.unused_data
-    return b"".join(parts)
 
 
 class _Fields:

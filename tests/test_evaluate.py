@@ -282,7 +282,7 @@ def test_a_mistake_is_one_message(run, choices, tmp_path, argv, message):
 
 
 def test_a_model_of_hugging_face_has_no_data_and_no_checkpoints(tmp_path):
-    with pytest.raises(ValueError, match="say what to evaluate gpt2 on: --data PATH, --text"):
+    with pytest.raises(ValueError, match="gpt2 has no data of its own; give --data, --text or"):
         evaluate.main(["--hf", "gpt2"])
     (tmp_path / "t").write_text("text")
     with pytest.raises(ValueError, match="--checkpoint=best is of a run, and gpt2 is none"):

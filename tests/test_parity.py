@@ -58,7 +58,7 @@ def test_every_row_agrees_on_a_tiny_model(argv, tmp_path):
     lines = done.stdout.splitlines()
     assert lines[0].startswith(f"3 updates of 32 x {T} tokens in float32 on 8 x cpu")
     assert lines[1] == "batch.sequences raised from 20 to 32: 8 devices x accumulation 4"
-    assert lines[-1] == "11 rows agree, 0 skipped" and not list(tmp_path.iterdir())
+    assert lines[-1] == "11 rows agree, 0 FAIL, 0 skipped" and not list(tmp_path.iterdir())
     figure = r"(\d\.\de[+-]\d\d)"
     pattern = rf"(.+?) +{figure}  {figure}  {figure} +([\d.]+) MB +([\d,]+) ms  ok"
     rows = {m[1]: m.groups()[1:] for line in lines if (m := re.fullmatch(pattern, line))}
@@ -128,7 +128,7 @@ def test_a_row_that_breaks_is_a_failure_and_the_others_run(argv, monkeypatch, ca
     ("flags", "message"),
     [
         (["--steps=0"], "--steps=0 must be at least 1"),
-        (["--tolerance=-1"], "--tolerance=-1.0 must be 0 or more"),
+        (["--tolerance=-1"], "--tolerance=-1.0 must be at least 0"),
         (["--model.n_haed=2"], "did you mean --model.n_head"),
     ],
 )

@@ -12,9 +12,8 @@ moved      bytes of all collectives of an update, on one device, read off the co
 step       median time of an update but the first; rows share one machine here, so mind the noise
 
 A row FAILs when one of these three exceeds the tolerance (1e-5), and the exit code is 1. AdamW
-divides a gradient by its own size, so a parameter whose gradient is nothing but rounding moves by
-up to the learning rate. A warm-up keeps that below the tolerance; without one, or for many --steps,
-look at which parameter the verdict names.
+divides a gradient by its own size, so a parameter whose gradient is mere rounding moves by up to
+the learning rate: without a warm-up, or for many --steps, see which one the verdict names.
 """
 # ruff: noqa: E402
 
@@ -47,7 +46,7 @@ from scalegpt import command_line, distributed, pmap_step, sharding, train
 from scalegpt.config import Config
 from scalegpt.data import Dataset
 
-DEVICES, ACCUMULATION = 8, 4  # most of any row: what the batch must divide over
+DEVICES, DIVISOR = 8, 8 * 4  # most of any row; what the batch must divide over: accumulation 4
 FLAGS = {
     "--steps": {"type": int, "default": 5, "help": "updates to compare (default 5)"},
     "--tolerance": {"type": float, "default": 1e-5, "help": "largest difference (default 1e-5)"},
@@ -100,18 +99,16 @@ class Result:
 
 def main(argv: list[str]) -> int:
     config, flags = command_line.parse(argv, "tools/parity.py", FLAGS)
-    if flags.steps < 1:
-        raise ValueError(f"--steps={flags.steps} must be at least 1")
-    if not flags.tolerance >= 0:
-        raise ValueError(f"--tolerance={flags.tolerance} must be 0 or more")
+    for name, lowest in (("steps", 1), ("tolerance", 0)):
+        if not (value := getattr(flags, name)) >= lowest:
+            raise ValueError(f"--{name}={value} must be at least {lowest}")
     if flags.worker:
         return work(config, Path(flags.worker), flags.steps)
 
     datasets = train.open_datasets(config)
     asked, devices = config, choose_devices()
     config = config.with_vocab(max(d.vocab_size for d in datasets))
-    unit = DEVICES * ACCUMULATION
-    sequences = -(-config.batch.sequences // unit) * unit
+    sequences = -(-config.batch.sequences // DIVISOR) * DIVISOR
     config = changed(config, batch={"sequences": sequences}, model={"dtype": "float32"})
     if not flags.json:
         print(header(asked, config, devices, flags))
@@ -122,8 +119,7 @@ def main(argv: list[str]) -> int:
     if flags.json:
         print(json.dumps({"ok": not count["FAIL"], "tolerance": flags.tolerance, "rows": rows}))
     else:
-        failed = f"{count['FAIL']} FAIL, " if count["FAIL"] else ""
-        print(f"{count['ok']} rows agree, {failed}{count['skipped']} skipped")
+        print(f"{count['ok']} rows agree, {count['FAIL']} FAIL, {count['skipped']} skipped")
     return 1 if count["FAIL"] else 0
 
 
@@ -177,8 +173,8 @@ def updates(config: Config, datasets: list[Dataset], devices: list[Any], count: 
     steps = pmap_step.build_for_training(config, sharding.make_mesh(config.mesh, devices))
     moved = None
     if jax.process_count() == 1:
-        hlo = steps.lower().compile().as_text()
-        moved = sum(table(collectives(hlo, steps.mesh)).values())
+        program = steps.lower().compile().as_text()
+        moved = sum(table(collectives(program, steps.mesh)).values())
     state, rows, seconds = steps.init(), [], []
     for batch in islice(train.batches_from(config, datasets, steps, 0), count):
         began = time.perf_counter()
@@ -187,18 +183,17 @@ def updates(config: Config, datasets: list[Dataset], devices: list[Any], count: 
         seconds.append(time.perf_counter() - began)
     losses, norms = ([row[key] for row in rows] for key in ("train/loss", "train/grad_norm"))
     leaves = jax.tree_util.tree_leaves_with_path(state.params)
-    params = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(x) for path, x in leaves
-    }
+    name = partial(jax.tree_util.keystr, simple=True, separator="/")
+    params = {name(path): np.asarray(x) for path, x in leaves}
     return Result(losses, norms, params, statistics.median(seconds[1:] or seconds), moved)
 
 
 def difference(result: Result, reference: Result, tolerance: float) -> dict[str, Any]:
     apart = {k: np.abs(x - reference.params[k]).max() for k, x in result.params.items()}
-    norms = np.array([result.norms, reference.norms])
+    norms = np.divide(result.norms, reference.norms)
     found = {
         "loss_difference": float(np.abs(np.subtract(result.losses, reference.losses)).max()),
-        "norm_difference": float(np.abs(norms[0] / norms[1] - 1).max()),
+        "norm_difference": float(np.abs(norms - 1).max()),
         "parameter_difference": float(max(apart.values())),
         "bytes_moved": result.moved,
         "step_seconds": result.seconds,
@@ -218,19 +213,17 @@ def in_processes(row: Row, config: Config, count: int, folder: Path) -> Result:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     command = [
-        *(sys.executable, __file__, "--worker", str(folder), f"--steps={count}"),
-        *(f"--config={folder}/config.yaml", f"--distributed.coordinator={address}"),
+        sys.executable, __file__, f"--worker={folder}", f"--config={folder}/config.yaml",
+        f"--steps={count}", f"--distributed.coordinator={address}",
         f"--distributed.num_processes={row.processes}",
-    ]
+    ]  # fmt: skip
     per_process = str(prod(row.mesh.values()) // row.processes)
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": per_process}
+    start = partial(subprocess.Popen, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     workers = [
-        subprocess.Popen(
-            [*command, f"--distributed.process_id={i}"],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
-        )
+        start([*command, f"--distributed.process_id={i}"], env=environment)
         for i in range(row.processes)
-    ]  # fmt: skip
+    ]
     try:
         outputs = [worker.communicate()[0] for worker in workers]
     finally:
@@ -253,11 +246,9 @@ def work(config: Config, folder: Path, count: int) -> int:
 def choose_devices() -> list[Any]:
     """Eight real devices, else eight that the CPU pretends to have. Raises ValueError."""
     devices = jax.devices()
-    if len(devices) < DEVICES and devices[0].platform != "cpu":
-        devices = jax.devices("cpu")
-    if len(devices) < DEVICES:
-        here = f"here are {len(devices)}: unset JAX_NUM_CPU_DEVICES"
-        raise ValueError(f"parity needs {DEVICES} devices, {here}")
+    devices = devices if len(devices) >= DEVICES else jax.devices("cpu")
+    if (here := len(devices)) < DEVICES:
+        raise ValueError(f"{here} devices, parity needs {DEVICES}: unset JAX_NUM_CPU_DEVICES")
     return devices[:DEVICES]
 
 
@@ -269,10 +260,8 @@ def changed(config: Config, **sections: dict[str, Any]) -> Config:
 
 def settings(folder: Path) -> None:
     """Of JAX, for this process and those that it starts."""
-    keys = {
-        # A TPU multiplies float32 in bfloat16 otherwise, a GPU in TF32.
+    keys = {  # else a TPU multiplies float32 in bfloat16, and a row's program is compiled twice
         "jax_default_matmul_precision": "highest",
-        # Reading a program's text and running it would otherwise compile it twice.
         "jax_compilation_cache_dir": str(folder / "compiled"),
         "jax_persistent_cache_min_compile_time_secs": 0,
     }
@@ -282,19 +271,18 @@ def settings(folder: Path) -> None:
 
 
 def header(asked: Config, config: Config, devices: list[Any], flags: Any) -> str:
-    was, now = asked.batch.sequences, config.batch.sequences
-    real = jax.default_backend()
+    was, now, real = asked.batch.sequences, config.batch.sequences, jax.default_backend()
     notes = {
         f"batch.sequences raised from {was} to {now}: 8 devices x accumulation 4": was != now,
         "model.dtype is float32 here, not bfloat16": asked.model.dtype == "bfloat16",
         f"fewer than 8 {real} devices: 8 simulated on the CPU": devices[0].platform != real,
     }
-    return "\n".join([
+    what = (
         f"{flags.steps} updates of {now} x {config.model.block_size} tokens in float32 on "
-        f"{len(devices)} x {devices[0].device_kind}; tolerance {flags.tolerance:g}",
-        *(note for note, holds in notes.items() if holds),
-        f"{'':{WIDTH}}     loss     norm   params       moved      step  verdict",
-    ])  # fmt: skip
+        f"{len(devices)} x {devices[0].device_kind}; tolerance {flags.tolerance:g}"
+    )
+    columns = f"{'':{WIDTH}}     loss     norm   params       moved      step  verdict"
+    return "\n".join([what, *(note for note, holds in notes.items() if holds), columns])
 
 
 def line(found: dict[str, Any]) -> str:

@@ -4,18 +4,15 @@ A plain file is one document; a line of .jsonl is one, under --key. Each may be 
 .bz2 or .zst. Documents go to validation by a hash of their text, a single one gives its end.
 """
 
-import bz2
 import codecs
 import glob
-import gzip
 import json
-import lzma
-import zlib
 from collections.abc import Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
 
+from scalegpt.packed import PACKED, blocks
 from scalegpt.prepare import (
     Corpus,
     Document,
@@ -26,9 +23,6 @@ from scalegpt.prepare import (
 )
 from scalegpt.tokenizer import char_tokenizer, load
 
-OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
-PACKED = (*OPENERS, ".zst")
-BLOCK = 1 << 20  # bytes read at once
 HASHED = 1 << 16  # characters of a document that decide its split
 
 
@@ -96,43 +90,10 @@ def _cut(document: Document, start: int, stop: int | None) -> Iterator[str]:
             return
 
 
-def _blocks(path: Path) -> Iterator[bytes]:
-    try:
-        if path.suffix == ".zst":
-            yield from _zstd_blocks(path)
-            return
-        with OPENERS.get(path.suffix, open)(path, "rb") as file:
-            while block := file.read(BLOCK):
-                yield block
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
-
-
-def _zstd_blocks(path: Path) -> Iterator[bytes]:
-    try:
-        import zstandard
-    except ImportError as error:
-        raise ValueError(f"{path} needs zstandard: pip install 'scalegpt[data]'") from error
-    # Not its stream_reader, which takes the end of a truncated file for the end of the text.
-    frame, packed = None, b""
-    with open(path, "rb") as file:
-        try:
-            while packed := packed or file.read(BLOCK >> 4):  # it may unpack to 1,000 times that
-                frame = frame or zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
-                yield frame.decompress(packed)
-                packed = frame.unused_data
-                if frame.eof:
-                    frame = None
-        except zstandard.ZstdError as error:
-            raise EOFError(error) from error
-    if frame:
-        raise EOFError("the file ends within a frame")
-
-
 def _decoded(path: Path, errors: str) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")(errors)
     n_read = 0
-    for block in chain(_blocks(path), [b""]):
+    for block in chain(blocks(path), [b""]):
         start = n_read - len(decoder.getstate()[0])
         try:
             text = decoder.decode(block, final=not block)

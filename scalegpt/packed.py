@@ -1,0 +1,54 @@
+"""Bytes of a file, unpacked by the end of its name: .gz, .xz, .bz2, .zst, or as they are."""
+
+import bz2
+import gzip
+import lzma
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+_OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+PACKED = (*_OPENERS, ".zst")
+BLOCK = 1 << 20  # bytes read at once
+
+
+def blocks(path: Path) -> Iterator[bytes]:
+    """The file, part by part. Raises ValueError when it cannot be read or is damaged."""
+    try:
+        if path.suffix == ".zst":
+            yield from _zstd_blocks(path)
+            return
+        with _OPENERS.get(path.suffix, open)(path, "rb") as file:
+            while block := file.read(BLOCK):
+                yield block
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+
+
+def read_text(path: str | Path) -> str:
+    """The whole of a UTF-8 file. Raises ValueError as `blocks` does, and when it is not UTF-8."""
+    try:
+        return b"".join(blocks(Path(path))).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+
+
+def _zstd_blocks(path: Path) -> Iterator[bytes]:
+    try:
+        import zstandard
+    except ImportError as error:
+        raise ValueError(f"{path} needs zstandard: pip install 'scalegpt[data]'") from error
+    # Not its stream_reader, which takes the end of a truncated file for the end of the text.
+    frame, packed = None, b""
+    with open(path, "rb") as file:
+        try:
+            while packed := packed or file.read(BLOCK >> 4):  # it may unpack to 1,000 times that
+                frame = frame or zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
+                yield frame.decompress(packed)
+                packed = frame.unused_data
+                if frame.eof:
+                    frame = None
+        except zstandard.ZstdError as error:
+            raise EOFError(error) from error
+    if frame:
+        raise EOFError("the file ends within a frame")
