@@ -7,13 +7,13 @@ another length compiles anything anew.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
 from scalegpt import sharding
@@ -88,15 +88,18 @@ class Decoder:
             return self.prefill(self.params, tokens, first, seen, key, i, slots=slots)
 
 
-def decoder(steps: Steps, params: Any, sampler: Sampler, vocab_size: int) -> Decoder:
-    """steps: of `build_for_use`; params: theirs, which are copied and may be deleted.
+def decoder(
+    steps: Steps, params: Any, sampler: Sampler, vocab_size: int, keep: bool = True
+) -> Decoder:
+    """steps: of `build_for_use`; params: theirs, which are copied.
 
-    vocab_size: ids that the tokenizer knows; of a model's others none is ever drawn.
+    vocab_size: ids that the tokenizer knows; of a model's others none is ever drawn. keep: False
+    deletes each of params' layers as it is copied, for a model of which two would not fit.
     """
     model = steps.model
     vocab_size = min(vocab_size, model.config.vocab_size)
     with jax.set_mesh(steps.mesh):
-        params = jax.jit(partial(_for_decoding, dtype=model.dtype))(params)
+        params = _for_decoding(params, model.dtype, keep)
 
     def draw(params: Any, tokens: Array, cache: Cache, seen: Any, key: Array, i: Array) -> tuple:
         with nn.logical_axis_rules(tuple(sharding.RULES.items())):
@@ -136,17 +139,29 @@ def _empty_cache(model: GPT, first: Array, slots: int) -> Cache:
     return Cache(layers, first, jnp.zeros((), jnp.int32))
 
 
-def _for_decoding(params: Any, dtype: Any) -> Any:
+def _for_decoding(params: Any, dtype: Any, keep: bool) -> Any:
     """Layers apart, and what only products read rounded once, not anew for every token."""
-    with nn.logical_axis_rules(tuple(sharding.RULES.items())):
-        parts = separate_layers(params)
-        if dtype != jnp.float32:
-            parts["head_kernel"] = head_table(params)
+
+    @jax.jit
+    def apart(part: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(cast, separate_layers(part))
 
     def cast(path: tuple, x: Array) -> Array:
         return x.astype(dtype) if path[-1].key.endswith("kernel") else x
 
-    return jax.tree_util.tree_map_with_path(cast, parts)
+    done = {}
+    if dtype != jnp.float32:
+        done[("head_kernel",)] = apart({"head_kernel": params.get("head_kernel", params["wte"])})[
+            "head_kernel"
+        ]
+    for path, leaf in flatten_dict(params).items():
+        if path in done or path[0] != "h":
+            done.setdefault(path, leaf)
+            continue
+        done |= flatten_dict(apart(unflatten_dict({path: leaf})))
+        if not keep:
+            leaf.delete()
+    return unflatten_dict(done)
 
 
 def _bucket(n: int) -> int:

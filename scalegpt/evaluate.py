@@ -84,7 +84,8 @@ def main(argv: list[str]) -> int:
         windows = flags.windows or (config and config.eval.windows)
         evaluate, count = losses(steps, splits, weights, windows, shown=True)
         file = Path(flags.data) if flags.data else None
-        name = "text" if flags.text else file.stem if file and file.is_file() else flags.split
+        name = file.stem if file and file.is_file() else flags.split or "val"
+        name = "text" if flags.text else name
         results.append((name, evaluate(loaded.params), count, "tokens"))
     score = scorer(steps)
     for task in opened:
@@ -145,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
         "--text", metavar="FILE", help="UTF-8 text, encoded by the model's tokenizer; predicted "
         "from its first token on, where the tokenizer has an end-of-text mark to start from",
     )  # fmt: skip
-    parser.add_argument("--split", choices=("val", "train"), default="val", help="of a data folder")
+    parser.add_argument("--split", choices=("val", "train"), help="of a data folder (default val)")
     parser.add_argument("--windows", type=int, help="first so many windows (default: all)")
     parser.add_argument(
         "--task", action="append", choices=tasks.NAMES, default=[], help="with its --file; several "
@@ -168,6 +169,10 @@ def _check(flags: argparse.Namespace) -> None:
     for path in [*flags.file, *([flags.text] if flags.text else [])]:
         if not Path(path).is_file():
             raise ValueError(f"there is no file {path}")
+    if flags.task and not (flags.data or flags.text) and (flags.windows or flags.split):
+        raise ValueError("--windows and --split are of text; a --task alone has --limit")
+    if flags.split and (flags.text or str(flags.data).endswith(".bin")):
+        raise ValueError(f"--split={flags.split} is of a folder; a file is evaluated as it is")
     if flags.limit and not (flags.task or flags.config):
         raise ValueError(f"--limit={flags.limit} is of a --task; --windows is of text")
     if flags.hf and not (flags.data or flags.text or flags.task):
@@ -194,7 +199,7 @@ def _splits(flags: argparse.Namespace, data: DataConfig) -> tuple[list[Split], l
     shares = {flags.data: 1.0} if flags.data else data.weights
     if "" in shares:
         raise ValueError("an imported model has no data of its own; give --data, --text or --task")
-    splits = [open_split(path, flags.split, data.cache_dir) for path in shares]
+    splits = [open_split(path, flags.split or "val", data.cache_dir) for path in shares]
     return splits, list(shares.values())
 
 
@@ -205,14 +210,11 @@ def _refuse_other_tokens(split: Split, loaded: trained.Trained) -> None:
             f"{split.name} has {split.vocab_size} token ids, the model only {size}; prepare the "
             "text with the model's tokenizer"
         )
-    ours, theirs = (
-        {"kind": spec} if isinstance(spec, str) else spec
-        for spec in (loaded.tokenizer, split.tokenizer)
-    )
-    if ours is not None and ours != theirs:
+    if loaded.tokenizer is not None and not tokenizer.same(loaded.tokenizer, split.tokenizer):
         raise ValueError(
-            f"{split.name} was made with tokenizer {theirs['kind']}, the model with another, "
-            f"{ours['kind']}, so that ids do not mean the same; prepare the text again"
+            f"{split.name} was made with tokenizer {tokenizer.kind(split.tokenizer)}, the model "
+            f"with another, {tokenizer.kind(loaded.tokenizer)}, so that ids do not mean the same; "
+            "prepare the text again"
         )
 
 

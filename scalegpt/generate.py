@@ -148,7 +148,7 @@ def main(argv: list[str]) -> int:
     if flags.prompt is None and flags.prompt_file is None and jax.process_count() > 1:
         raise ValueError("several processes need --prompt or --prompt-file: each has its own input")
     codec = tokenizer.load(model.tokenizer)
-    write = decoder(model.steps, model.params, sampler, codec.vocab_size)
+    write = decoder(model.steps, model.params, sampler, codec.vocab_size, keep=False)
     block = model.config.model.block_size
     for texts in prompts:
         ids = [prompt_ids(codec, text) for text in texts]
@@ -177,7 +177,7 @@ def _prompts(flags: argparse.Namespace) -> tuple[Iterable[list[str]], bool]:
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"cannot read --prompt-file {flags.prompt_file}: {error}") from None
     if not sys.stdin.isatty():
-        return [[sys.stdin.read()]], False
+        return ([sys.stdin.read()] for _ in range(1)), False  # not before it is asked for
     return _typed_prompts(), True
 
 
@@ -205,11 +205,11 @@ def _write(
     """Print the samples of all prompts, the first one while it is made, then the speed."""
     asked = [pair for pair in zip(texts, ids, strict=True) for _ in range(flags.num_samples)]
     is_main, stream = jax.process_index() == 0, not flags.json
-    printed, times = "", [time.perf_counter()]
+    printed, began, first = "", time.perf_counter(), 0.0
 
     def watch(written: list[Continuation]) -> None:
-        nonlocal printed
-        times.append(time.perf_counter())
+        nonlocal printed, first
+        first = first or time.perf_counter()
         if is_main and stream:
             print(written[0].text[len(printed) :], end="", flush=True)
             printed = written[0].text
@@ -220,6 +220,7 @@ def _write(
         write, codec, [x for _, x in asked],
         max_new_tokens=flags.max_new_tokens, seed=flags.seed, stops=flags.stop, watch=watch,
     )  # fmt: skip
+    ended = time.perf_counter()
     if not is_main:
         return
     if stream:
@@ -230,11 +231,11 @@ def _write(
             row = {"prompt": text, "text": done.text, "finish": done.finish,
                    "prompt_tokens": len(x), "new_tokens": len(done.ids)}  # fmt: skip
             print(json.dumps(row, ensure_ascii=False))
-    steps, seconds = len(times) - 3, times[-2] - times[1]  # the last call repeats what there is
-    speed = f", then {len(asked) * steps / seconds:.1f} tokens/s" if steps > 0 else ""
+    later, seconds = sum(len(done.ids) for done in written) - len(asked), ended - first
+    speed = f", then {later / seconds:.1f} tokens/s" if later > 0 else ""
     prompts = " + ".join(str(len(x)) for x in ids)
     print(
-        f"[{prompts} tokens of prompt, first new token after {times[1] - times[0]:.1f} s{speed}]",
+        f"[{prompts} tokens of prompt, first new token after {first - began:.1f} s{speed}]",
         file=sys.stderr,
     )
 

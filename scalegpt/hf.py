@@ -78,7 +78,7 @@ def locate(source: str) -> Path:
         return folder if any(folder.glob("*.safetensors")) else get("config.json", TORCH)
     # Not found, gated, no network, no space: each of them an error of another package.
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"{source} is not a folder, and cannot be had from Hugging Face: {reason}\n"
             "without a network, put config.json and model.safetensors (and tokenizer.json) into a "

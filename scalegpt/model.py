@@ -244,6 +244,8 @@ class GPT(_Layer):
 def separate_layers(params: Any) -> Any:
     """The same parameters with h [L, ...] as h_0, h_1, ...: decoding would copy out each layer of
     the stack for every token, which takes longer than all its products."""
+    if "h" not in params:
+        return params
     layers = range(jax.tree.leaves(params["h"])[0].shape[0])
     parts = {f"h_{i}": jax.tree.map(lambda x, i=i: x[i], params["h"]) for i in layers}
     return {name: x for name, x in params.items() if name != "h"} | parts

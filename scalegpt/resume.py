@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any, TextIO
 
-from scalegpt import hf
+import jax
+
+from scalegpt import hf, tokenizer
 from scalegpt.checkpoint import FOLDER, Checkpoints, is_run, open_checkpoints
 from scalegpt.command_line import load, validate
 from scalegpt.config import Config, curve_diff
@@ -37,15 +39,16 @@ def lock(config: Config) -> TextIO:
     return file
 
 
-def stored_config(config: Config) -> Config | None:
+def stored_config(config: Config, tokenizer_spec: Any = None) -> Config | None:
     """The configuration that run.out_dir was started with, if it was; it makes nothing.
 
-    Raises ValueError when this one would change the loss curve, or cannot start from run.init_from.
+    tokenizer_spec: the data's. Raises ValueError when this run would change the loss curve of the
+    stored one, or cannot start from run.init_from.
     """
     path = config_path(config)
     if not path.exists():
         if config.run.init_from:
-            _check_init_from(config)
+            _check_init_from(config, tokenizer_spec)
         return None
     if (path.parent / FOLDER / "0").is_dir():
         raise ValueError(
@@ -109,7 +112,8 @@ def initial_state(
     if is_run(config.run.init_from):
         source = open_checkpoints(config.run.init_from)
         at = source.find(config.run.init_checkpoint)
-        params = source.restore_params(at, steps.abstract.params)
+        params = _restore_cropped(source, at, config, steps.abstract.params)
+        source.close()
         name = f"{config.run.init_from}, step {at}"
     else:
         folder = hf.locate(config.run.init_from)
@@ -119,10 +123,24 @@ def initial_state(
     return state.replace(params=params)
 
 
-def _check_init_from(config: Config) -> None:
-    """That run.init_from is there and holds a model of this shape.
+def _restore_cropped(source: Checkpoints, at: int, config: Config, abstract: Any) -> Any:
+    """A run's weights, of its positions only as many as this run has."""
+    theirs = Config.model_validate(source.meta(at)["config"]).model
+    if config.model.position != "learned" or theirs.block_size == config.model.block_size:
+        return source.restore_params(at, abstract)
+    wpe = abstract["wpe"]
+    all_of_it = jax.ShapeDtypeStruct(
+        (theirs.block_size, wpe.shape[1]), wpe.dtype, sharding=wpe.sharding
+    )
+    params = source.restore_params(at, {**abstract, "wpe": all_of_it})
+    crop = jax.jit(lambda x: x[: config.model.block_size], out_shardings=wpe.sharding)
+    return {**params, "wpe": crop(params["wpe"])}
 
-    A model of Hugging Face's may have more positions than this one, and other padding.
+
+def _check_init_from(config: Config, tokenizer_spec: Any) -> None:
+    """That run.init_from is there and holds a model of this shape, for the same tokens.
+
+    It may have more positions than this one and, of Hugging Face's format, other padding.
     Raises ValueError naming the keys to set.
     """
     source = config.run.init_from
@@ -131,24 +149,32 @@ def _check_init_from(config: Config) -> None:
     if is_run(source):
         checkpoints = open_checkpoints(source)
         meta = checkpoints.meta(checkpoints.find(config.run.init_checkpoint))
-        theirs = Config.model_validate(meta["config"]).model
-        shaping += ["block_size", "vocab_multiple"]
+        checkpoints.close()
+        theirs, spec = Config.model_validate(meta["config"]).model, meta["tokenizer"]
+        shaping += ["vocab_multiple"]
     else:
         try:
-            theirs = hf.describe(hf.locate(source))[0]
+            theirs, spec = hf.describe(hf.locate(source))
         except ValueError as error:
             raise ValueError(
                 f"{source} is not the folder of a run: it has no {FOLDER}/; nor can it be read as "
                 f"a model of Hugging Face: {error}"
             ) from None
-        if theirs.block_size < config.model.block_size:
-            shaping += ["block_size"]
+    if theirs.block_size < config.model.block_size:
+        shaping += ["block_size"]
     then, now = theirs.model_dump(), config.model.model_dump()
     if differ := [key for key in shaping if then[key] != now[key]]:
         changes = "; ".join(f"model.{key}: {then[key]} -> {now[key]}" for key in differ)
         keys = " ".join(f"--model.{key}={_shown(then[key])}" for key in differ)
         raise ValueError(
             f"run.init_from={source} holds another model: {changes}\nto start from it set {keys}"
+        )
+    known = spec is not None and tokenizer_spec is not None
+    if known and not tokenizer.same(spec, tokenizer_spec) and not config.run.allow_config_change:
+        raise ValueError(
+            f"run.init_from={source} was trained on tokens of {tokenizer.kind(spec)}, the data has "
+            f"those of another tokenizer, {tokenizer.kind(tokenizer_spec)}; prepare it again, or "
+            "start all the same with --run.allow_config_change=true"
         )
 
 

@@ -77,7 +77,8 @@ def _torch(path: Path) -> tuple[Shapes, Read]:
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # it raises a dozen kinds for a file that is not its own
-        raise ValueError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"cannot read {path}: {reason}") from None
     for name, tensor in tensors.items():
         _check_dtype(path, name, str(tensor.dtype).removeprefix("torch."))
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}

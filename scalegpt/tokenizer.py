@@ -58,6 +58,17 @@ class Tokenizer:
         return self._spec
 
 
+def same(spec: str | dict[str, Any], other: str | dict[str, Any]) -> bool:
+    """Whether two specs mean the same ids, whatever their files are called."""
+    a, b = ({"kind": x} if isinstance(x, str) else x for x in (spec, other))
+    return {**a, "name": None} == {**b, "name": None}
+
+
+def kind(spec: str | dict[str, Any]) -> str:
+    """What a message calls it."""
+    return spec if isinstance(spec, str) else spec["kind"]
+
+
 def load(spec: str | dict[str, Any]) -> Tokenizer:
     """The tokenizer "gpt2" or "byte", a path to a tokenizer.json, or what `.spec()` returned.
 

@@ -60,7 +60,7 @@ def train(config: Config) -> int:
     config = config.with_vocab(max(d.vocab_size for d in datasets))
     mesh = sharding.make_mesh(config.mesh)
     steps = pmap_step.build_for_training(config, mesh)
-    stored = stored_config(config)
+    stored = stored_config(config, datasets[0].tokenizer)
     evaluate = validation(config, datasets, steps)
     in_use = lock(config) if is_main else None
     checkpoints = checkpoint.Checkpoints(config.run.out_dir, config.checkpoint.keep)

@@ -2,11 +2,12 @@
 
 import argparse
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
 from scalegpt import distributed, hf
-from scalegpt.checkpoint import FOLDER, open_checkpoints
+from scalegpt.checkpoint import is_run, open_checkpoints
 from scalegpt.command_line import validate
 from scalegpt.config import Config, DistributedConfig, MeshConfig, ModelConfig
 from scalegpt.sharding import make_mesh
@@ -70,18 +71,20 @@ def load(flags: argparse.Namespace, microbatch: int, config: Config | None = Non
     which, dtype, run, name = flags.checkpoint, flags.dtype, flags.run, flags.hf
     if config and not (run or name):
         source = config.run.init_from
-        run, name = (source, None) if Path(source, FOLDER).is_dir() else (None, source)
-        which, dtype = which or config.run.init_checkpoint, dtype or config.model.dtype
-    elif name and which:
+        run, name = (source, None) if is_run(source) else (None, source)
+        dtype = dtype or config.model.dtype
+        which = which or (config.run.init_checkpoint if run else None)
+    if name and which:
         raise ValueError(f"--checkpoint={which} is of a run, and {name} is none")
     distributed.start(asked.distributed)
+    mesh = make_mesh(asked.mesh)
     if name:
-        return from_hugging_face(name, asked.mesh, microbatch, dtype)
-    return from_run(run, which or "best", asked.mesh, microbatch, dtype)
+        return from_hugging_face(name, mesh, microbatch, dtype)
+    return from_run(run, which or "best", mesh, microbatch, dtype)
 
 
 def from_run(
-    out_dir: str, which: str, mesh: MeshConfig, microbatch: int, dtype: str | None = None
+    out_dir: str, which: str, mesh: Mesh, microbatch: int, dtype: str | None = None
 ) -> Trained:
     """which: best, latest or a step."""
     checkpoints = open_checkpoints(out_dir)
@@ -89,20 +92,20 @@ def from_run(
     meta = checkpoints.meta(step)
     config = Config.model_validate(meta["config"])
     config = _with_dtype(config, dtype)
-    steps = build_for_use(config, make_mesh(mesh), microbatch)
+    steps = build_for_use(config, mesh, microbatch)
     params = checkpoints.restore_params(step, steps.abstract.params)
     checkpoints.close()
     return Trained(out_dir, config, meta["tokenizer"], step, steps, params)
 
 
 def from_hugging_face(
-    source: str, mesh: MeshConfig, microbatch: int, dtype: str | None = None
+    source: str, mesh: Mesh, microbatch: int, dtype: str | None = None
 ) -> Trained:
     """source: as `hf.locate` takes it."""
     folder = hf.locate(source)
     model, tokenizer = hf.describe(folder)
     config = _with_dtype(config_of(model), dtype)
-    steps = build_for_use(config, make_mesh(mesh), microbatch)
+    steps = build_for_use(config, mesh, microbatch)
     params = hf.load_params(folder, config.model, steps.abstract.params)
     return Trained(source, config, tokenizer, None, steps, params)
 

@@ -60,9 +60,10 @@ def hidden_states(model, params, tokens):
 def naive(steps, params, prompt, new):
     """Greedy, the whole text anew for every token."""
     local, text = jax.tree.map(jnp.asarray, jax.device_get(params)), list(prompt)
+    block = steps.model.config.block_size
     for _ in range(new):
-        window = text[-BLOCK:]
-        tokens = np.array([window + [0] * (BLOCK - len(window))])  # nothing looks to the right
+        window = text[-block:]
+        tokens = np.array([window + [0] * (block - len(window))])  # nothing looks to the right
         hidden = np.asarray(hidden_states(steps.model, local, tokens))[0, len(window) - 1]
         text.append(int((hidden @ np.asarray(head_table(local)).T)[:VOCAB].argmax()))
     return text[len(prompt) :]
@@ -104,6 +105,25 @@ def test_greedy_text_is_a_naive_loop_over_the_model(tied):
     for n in (4, 3):  # with a prompt beyond block_size, and without
         assert np.stack(list(parts.ids(prompts[:n], 30)), 1).tolist() == want[:n]
     assert len(set(want[0])) > 3  # a model that repeats one id would prove little
+
+
+def test_a_cache_that_is_read_in_growing_parts_gives_the_same_text():
+    """From 128 slots on only the filled part is read: here 128, 256, then all of 512."""
+    steps = steps_of({"block_size": 300}, devices=1)
+    params = params_of(steps, 0.5, seed=5)
+    prompt = np.random.default_rng(0).integers(0, VOCAB, 120).tolist()
+    want = naive(steps, params, prompt, 180)
+    assert write(steps, params, [prompt, [3]], 180)[0].tolist() == want
+    assert len(set(want)) > 3
+
+
+def test_weights_that_need_not_be_kept_are_deleted_as_they_are_copied(steps):
+    params = params_of(steps, 0.5)
+    kept = jax.tree.map(np.asarray, params)
+    parts = decoder(steps, params, GREEDY, VOCAB, keep=False)
+    assert all(x.is_deleted() for x in jax.tree.leaves(params["h"]))
+    want = separate_layers(kept)
+    jax.tree.map(np.testing.assert_array_equal, parts.params, want)
 
 
 @pytest.mark.parametrize(

@@ -3,16 +3,12 @@ processes, and what it says to mistakes."""
 
 import json
 import math
-import os
-import socket
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 import tiny_gpt2
-from conftest import ROOT
+import two_processes
 from test_tasks import TINY, placed, tiny_steps, write
 from test_train import one_compilation_of_each_program  # noqa: F401, a fixture
 
@@ -179,30 +175,10 @@ def test_without_a_mark_the_first_token_and_its_bytes_do_not_count(tmp_path):
 def test_two_processes_give_the_figures_of_one_and_the_first_prints(run, choices, capsys):
     argv = ["--run", run, "--data", run.parent / "data", "--json", "--microbatch", "3",
             "--task", "multiple_choice", "--file", choices]  # fmt: skip
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "OMPI"))}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "scalegpt.evaluate", *map(str, argv), "--mesh.data=2",
-             "--mesh.fsdp=2", "--mesh.tensor=2", f"--distributed.coordinator=localhost:{port}",
-             "--distributed.num_processes=2", f"--distributed.process_id={i}"],
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**environment, "JAX_NUM_CPU_DEVICES": "4"},
-        )
-        for i in range(2)
-    ]  # fmt: skip
-    try:
-        outputs = [process.communicate(timeout=150) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [p.returncode for p in processes] == [0, 0], outputs
-    # Gloo, which connects processes on CPUs, talks on stdout too.
-    printed = [[line for line in out.splitlines() if "[Gloo]" not in line] for out, _ in outputs]
-    assert [len(lines) for lines in printed] == [1, 0], outputs
-    found, alone = json.loads(printed[0][0]), figures(capsys, *argv)
+    mesh = ["--mesh.data=2", "--mesh.fsdp=2", "--mesh.tensor=2"]
+    first, second = (out for out, _ in two_processes.run("scalegpt.evaluate", *argv, *mesh))
+    assert second == ""
+    found, alone = json.loads(first), figures(capsys, *argv)
     assert found.keys() == alone.keys() and found["multiple_choice/examples"] == 13
     for key, value in alone.items():
         if isinstance(value, float):

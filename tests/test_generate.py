@@ -3,16 +3,22 @@
 import io
 import json
 import sys
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import two_processes
 
 from scalegpt import generate, sharding, step, tokenizer, trained
+from scalegpt.checkpoint import Checkpoints
 from scalegpt.command_line import validate
+from scalegpt.decode import decoder
 from scalegpt.generate import Continuation
+from scalegpt.sampling import Sampler
 
 BYTE = tokenizer.load({"kind": "byte"})
 BLOCK = 32
@@ -96,7 +102,11 @@ def model():
 @pytest.fixture
 def command(model, monkeypatch, capsys):
     """Runs the command on the model; gives (standard output, standard error)."""
-    monkeypatch.setattr(generate.trained, "load", lambda flags, microbatch: model)
+
+    def load(flags, microbatch):  # a copy, since the command deletes what it has no more use for
+        return replace(model, params=jax.tree.map(jnp.copy, model.params))
+
+    monkeypatch.setattr(generate.trained, "load", load)
 
     def run(*argv: str) -> tuple[str, str]:
         assert generate.main(["--run=out/x", *argv]) == 0
@@ -132,11 +142,58 @@ def test_fault_02_every_flag_of_the_command_has_its_effect(command):
                "--num-samples=2"]  # fmt: skip
     for change in changes:
         found = objects(command(*base, change)[0])
-        assert found != [plain], change
+        assert found[-1] != plain, change
     same = ("--temperature=0", "--top-k=1", "--top-p=1e-9", "--min-p=1")
     likeliest = {objects(command(*base, change)[0])[0]["text"] for change in same}
     assert len(likeliest) == 1
     assert objects(command(*base, f"--stop={stop}")[0])[0]["finish"] == "stop"
+
+
+@pytest.fixture(scope="module")
+def run(model, tmp_path_factory) -> Path:
+    """A run whose best checkpoint is step 1, and whose latest, of other weights, step 2."""
+    out_dir = tmp_path_factory.mktemp("runs") / "run"
+    checkpoints = Checkpoints(out_dir)
+    meta = {"config": model.config.model_dump(), "tokenizer": model.tokenizer}
+    for at, sign in ((1, 1.0), (2, -1.0)):
+        params = jax.tree.map(lambda x, sign=sign: sign * x, model.params)
+        state = step.State(jnp.int32(at), params, {})
+        checkpoints.save(state, at, meta, val_loss=float(at))
+    checkpoints.wait()
+    checkpoints.close()
+    return out_dir
+
+
+def test_fault_02_the_checkpoint_asked_for_is_the_one_that_writes(run, model, capsys, monkeypatch):
+    """nanogpt-jax's `--init_from resume --checkpoint_type best` ran OpenAI's GPT-2 instead."""
+    common = ["--run", str(run), "--prompt=x", "--max-new-tokens=20", "--temperature=0"]
+
+    def text(*argv: str) -> str:
+        assert generate.main([*common, *argv]) == 0
+        return capsys.readouterr().out
+
+    best, latest = text(), text("--checkpoint=latest")
+    for sign, want in ((1.0, best), (-1.0, latest)):
+        params = jax.tree.map(lambda x, sign=sign: sign * x, model.params)
+        greedy = decoder(model.steps, params, Sampler(temperature=0.0), 256)
+        (done,) = generate.continuations(greedy, BYTE, [BYTE.encode("x")], max_new_tokens=20)
+        assert want == f"x{done.text}\n"
+    assert text("--checkpoint=best") == text("--checkpoint=1") == best != latest
+    assert text("--checkpoint=2", "--mesh.data=2", "--mesh.fsdp=2", "--mesh.tensor=2") == latest
+    seen = []
+    monkeypatch.setattr(generate, "decoder", lambda steps, *args, **keys: (
+        seen.append(steps.model.dtype), decoder(steps, *args, **keys))[1])  # fmt: skip
+    text("--dtype=bfloat16")
+    assert seen == [jnp.bfloat16]
+
+
+def test_two_processes_write_the_text_of_one_and_the_first_prints_it(run, capsys):
+    argv = ["--run", str(run), "--prompt=AB", "--prompt=C", "--max-new-tokens=12", "--json"]
+    assert generate.main(argv) == 0
+    alone = capsys.readouterr().out
+    mesh = ["--mesh.data=2", "--mesh.fsdp=2", "--mesh.tensor=2"]
+    first, second = two_processes.run("scalegpt.generate", *argv, *mesh)
+    assert first[0] == alone and second == ("", "")
 
 
 def test_text_past_block_size_slides_or_is_refused(command):

@@ -39,18 +39,11 @@ SIZES = {
 }
 
 
-MAKE_MESH = sharding.make_mesh
-
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    """As in a terminal; with eight copies of each model, most of the time would go into those."""
-    for module in (sharding, trained):
-        monkeypatch.setattr(module, "make_mesh", lambda mesh: MAKE_MESH(mesh, jax.devices()[:1]))
+ONE = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
 
 
 def read(folder: Path) -> trained.Trained:
-    return trained.from_hugging_face(str(folder), MeshConfig(), 1)
+    return trained.from_hugging_face(str(folder), ONE, 1)
 
 
 def scores(model: trained.Trained, ids) -> np.ndarray:
@@ -101,7 +94,7 @@ def leaves(params) -> dict[str, np.ndarray]:
 
 
 def params_of_run(folder: Path) -> dict[str, np.ndarray]:
-    return leaves(trained.from_run(str(folder), "best", MeshConfig(), 1).params)
+    return leaves(trained.from_run(str(folder), "best", ONE, 1).params)
 
 
 def write_data(folder: Path, train, val, spec: dict, vocab_size: int) -> None:
@@ -178,7 +171,7 @@ def test_a_trained_model_gives_its_stored_activations_and_sorts(shared_data, tmp
     assert convert("import", tmp_path / "hf", "--out", run) == 0
 
     ids = array(partials["idx"]).astype(np.int32)
-    model = trained.from_run(str(run), "best", MeshConfig(), 1, "float32")
+    model = trained.from_run(str(run), "best", ONE, 1, "float32")
     params = leaves(model.params)
     for name, got in (("tok_emb", params["wte"][ids]), ("pos_emb", params["wpe"][None])):
         np.testing.assert_array_equal(got, array(partials[name]), name)
@@ -260,7 +253,7 @@ def test_a_run_exported_and_imported_again_is_bitwise(make_run, tmp_path, form, 
     assert_same_tensors(before, after)
     assert convert("check", run, tmp_path / "again", "--tolerance", "0") == 0
     runs = (run, tmp_path / "again")
-    then, now = (trained.from_run(str(x), "best", MeshConfig(), 1) for x in runs)
+    then, now = (trained.from_run(str(x), "best", ONE, 1) for x in runs)
     kept = then.config.model.model_copy(update={"dropout": 0.0} if form == "hf" else {})
     assert now.config.model == kept and now.tokenizer == then.tokenizer
     assert yaml.safe_load((tmp_path / "again" / "config.yaml").read_text())["model"][
@@ -349,7 +342,7 @@ def test_every_mesh_gets_the_same_values(tmp_path):
     folder = write(tmp_path / "hf", n_head=2, n_embd=8, vocab_size=100,
                    tensors=weights(ModelConfig(**ODD_FOR_MESH)))  # fmt: skip
     alone = read(folder)
-    mesh = MAKE_MESH(MeshConfig(data=1, fsdp=4, tensor=2))
+    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
     abstract = build_for_use(alone.config, mesh, 1).abstract.params
     spread = hf.load_params(folder, alone.config.model, abstract)
     assert_same_tensors(leaves(alone.params), leaves(spread))
@@ -366,7 +359,7 @@ def test_positions_are_cropped_vocabulary_padded_and_dropout_set_as_asked(tmp_pa
     source = write(tmp_path / "hf")
     asked = ("--block-size", 9, "--vocab-multiple", 64, "--dropout", 0.1)
     convert("import", source, "--out", tmp_path / "run", *asked)
-    model = trained.from_run(str(tmp_path / "run"), "latest", MeshConfig(), 1)
+    model = trained.from_run(str(tmp_path / "run"), "latest", ONE, 1)
     assert model.config.model.dropout == 0.1 and model.config.model.block_size == 9
     whole, cropped = leaves(read(source).params), leaves(model.params)
     np.testing.assert_array_equal(cropped["wpe"], whole["wpe"][:9])
@@ -657,6 +650,8 @@ def test_training_starts_from_a_hugging_face_model_or_an_imported_one(tmp_path, 
     cropped = started(run__init_from=source, model__block_size=20, model__vocab_multiple=512)
     np.testing.assert_array_equal(cropped["wpe"], expected["wpe"][:20])
     np.testing.assert_array_equal(cropped["wte"][:256], expected["wte"])
+    cropped = started(run__init_from=imported, model__block_size=20)
+    assert_same_tensors(cropped, {**expected, "wpe": expected["wpe"][:20]})
 
     capsys.readouterr()
     assert train.main(arguments("run", run__init_from=source)) == 0
@@ -672,6 +667,10 @@ def test_training_starts_from_a_hugging_face_model_or_an_imported_one(tmp_path, 
             train.main(arguments("other", run__init_from=where, **wrong))
     with pytest.raises(ValueError, match="block_size: 37 -> 38\nto start .*--model.block_size=37"):
         train.main(arguments("other", run__init_from=source, model__block_size=38))
+    meta = {**open_checkpoints(imported).meta(0), "tokenizer": {"kind": "gpt2"}}
+    Checkpoints(tmp_path / "gpt2").save_weights(read(source).params, meta)
+    with pytest.raises(ValueError, match="trained on tokens of gpt2, .* another tokenizer, byte"):
+        train.main(arguments("other", run__init_from=tmp_path / "gpt2"))
     with pytest.raises(ValueError, match="imported weights, .* --run.init_from=.*imported"):
         train.main(arguments("imported"))
     assert not (tmp_path / "other").exists() and not (imported / "metrics.jsonl").exists()
@@ -682,6 +681,7 @@ def test_training_starts_from_a_hugging_face_model_or_an_imported_one(tmp_path, 
 
 MEASURE = """
 import sys
+sys.modules.update(torch=None, transformers=None)
 import convert_hf
 
 def peak():
@@ -700,15 +700,15 @@ print(peak() - base)
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's peak memory")
 def test_memory_stays_below_2_2_times_the_model(tmp_path):
-    """Import and export, beyond what converting a tiny model has left in the process."""
+    """Import and export, beyond what converting a tiny model has left in the process. Of the eight
+    devices that tests have, each could hold a copy; and neither torch nor transformers is there."""
     size = {"n_layer": 8, "n_head": 4, "n_embd": 640, "vocab_size": 9000}
     big = weights(ModelConfig(**size, block_size=37, bias=True))
     count = sum(x.nbytes for x in big.values())
     assert count > 150e6
     write(tmp_path / "small")
     write(tmp_path / "big", big, **size)
-    environment = os.environ | {"PYTHONPATH": str(Path(convert_hf.__file__).parent),
-                                "JAX_NUM_CPU_DEVICES": "1"}  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(Path(convert_hf.__file__).parent)}
     for argv in (["import", "", "-run"], ["export", "--run", "-run", "-out"]):
         done = subprocess.run([sys.executable, "-c", MEASURE, *argv], env=environment,
                               cwd=tmp_path, capture_output=True, text=True)  # fmt: skip

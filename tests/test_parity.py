@@ -30,7 +30,7 @@ def argv(tmp_path_factory) -> list[str]:
     (folder / "meta.json").write_text(json.dumps({**meta, "vocab_size": len(chars)}))
     return [
         *("--model.n_layer=2", "--model.n_head=2", "--model.n_embd=32", f"--model.block_size={T}"),
-        *("--model.scan_layers=true", "--batch.sequences=20", "--steps=3"),
+        *("--model.scan_layers=true", "--model.dropout=0.1", "--batch.sequences=20", "--steps=3"),
         *("--optim.lr=1e-3", "--optim.warmup_steps=5", f"--data.path={folder}"),
         "--run.out_dir=unused",
     ]
@@ -139,7 +139,7 @@ def test_mistakes_are_refused(argv, flags, message):
 
 def test_fewer_devices_than_eight_are_refused(argv, monkeypatch):
     monkeypatch.setattr(parity, "DEVICES", 16)
-    with pytest.raises(ValueError, match="needs 16 devices, here are 8: unset JAX_NUM_CPU_DEVICES"):
+    with pytest.raises(ValueError, match="8 devices, parity needs 16: unset JAX_NUM_CPU_DEVICES"):
         parity.main(argv)
 
 

@@ -1,11 +1,7 @@
 """run.backend=pmap is the same training: same numbers, one reduction, same checkpoints."""
 
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
 import warnings
 from functools import cache
 from pathlib import Path
@@ -13,6 +9,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import two_processes
+import yaml
+from conftest import ROOT
 from hlo_traffic import collectives
 
 from scalegpt import checkpoint, distributed, evaluate, pmap_step, sharding, train
@@ -201,28 +200,8 @@ def test_a_run_of_one_backend_continues_under_the_other(
 
 
 def test_two_processes_are_the_run_of_one(data, unbroken, tmp_path, capsys):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"--distributed.coordinator=localhost:{free.getsockname()[1]}"
-    environment = {
-        **{k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "OMPI"))},
-        "JAX_NUM_CPU_DEVICES": "4",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # to compile faster
-    }
-    argv = arguments(data, tmp_path / "run", "pmap", address, "--distributed.num_processes=2")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "scalegpt.train", *argv, f"--distributed.process_id={i}"],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
-        )
-        for i in range(2)
-    ]  # fmt: skip
-    try:
-        outputs = [process.communicate(timeout=150)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    argv = arguments(data, tmp_path / "run", "pmap")
+    outputs = ["".join(texts) for texts in two_processes.run("scalegpt.train", *argv)]
     assert "data 8, pmap" in outputs[0] and "resharding" not in "".join(outputs)
     for key in ("train/loss", "val/loss"):
         close(rows(tmp_path / "run", key), rows(unbroken["pmap"], key))
@@ -244,6 +223,13 @@ def test_a_mesh_that_splits_the_model_is_refused_before_anything_is_made(data, t
     with pytest.raises(ValueError, match=rf"whole copy .*mesh\.{axis}=2; set --mesh\.{axis}=1"):
         train.main(arguments(data, tmp_path / "run", "pmap", *flags))
     assert not (tmp_path / "run").exists()
+
+
+def test_the_config_for_pmap_is_that_of_v3_8_but_for_the_backend():
+    pmap, jit = (yaml.safe_load((ROOT / f"configs/v3_8{name}.yaml").read_text())
+                 for name in ("_pmap", ""))  # fmt: skip
+    assert pmap.pop("run") == {"out_dir": "out/v3_8_pmap", "backend": "pmap"}
+    assert jit.pop("run") == {"out_dir": "out/v3_8"} and pmap == jit
 
 
 def test_a_mistyped_backend_names_both(data, tmp_path):

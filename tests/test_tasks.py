@@ -39,7 +39,7 @@ def gpt2(tmp_path_factory, shared_data):
     """(torch's model, rows -> the figures of ours)"""
     folder = tmp_path_factory.mktemp("gpt2")
     model = tiny_gpt2.save(folder)
-    ours = trained.from_hugging_face(str(folder), MeshConfig(), 1)
+    ours = trained.from_hugging_face(str(folder), make_mesh(MeshConfig()), 1)
     score = likelihood.scorer(ours.steps)
     return model, lambda rows: score(ours.params, rows, "")
 

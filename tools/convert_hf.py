@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from scalegpt import command_line, export, hf, sharding, tokenizer, trained
 from scalegpt.checkpoint import Checkpoints, is_run, open_checkpoints
@@ -70,6 +71,7 @@ def main(argv: list[str]) -> int:
 
 
 def import_(flags: argparse.Namespace) -> int:
+    """A run's folder with the weights of a model of Hugging Face; nothing to continue."""
     began, out = time.perf_counter(), Path(flags.out)
     refuse_existing(out)
     folder = hf.locate(flags.source)
@@ -82,7 +84,7 @@ def import_(flags: argparse.Namespace) -> int:
     )
     kind = spec["kind"] if spec else "none"
     print(f"reading {folder}: {describe(config.model)}, tokenizer: {kind}", flush=True)
-    steps = build_for_use(config, sharding.make_mesh(MeshConfig()), 1)
+    steps = build_for_use(config, one_device(), 1)
     params = hf.load_params(folder, config.model, steps.abstract.params)
     meta = {"config": config.model_dump(), "tokenizer": spec, "data": {}, "best_loss": math.inf}
     with new_folder(out) as scratch:
@@ -101,9 +103,10 @@ def import_(flags: argparse.Namespace) -> int:
 
 
 def export_(flags: argparse.Namespace) -> int:
+    """A folder for transformers, or for --hf, with the weights of a run."""
     began, out = time.perf_counter(), Path(flags.out)
     refuse_existing(out)
-    loaded = trained.from_run(flags.run, flags.checkpoint, MeshConfig(), 1)
+    loaded = trained.from_run(flags.run, flags.checkpoint, one_device(), 1)
     print(f"read {flags.run}, step {loaded.step}: {describe(loaded.config.model)}", flush=True)
     write = export.export_gpt2 if flags.format == "hf" else export.export_own
     with new_folder(out) as scratch:
@@ -120,6 +123,7 @@ def export_(flags: argparse.Namespace) -> int:
 
 
 def check(flags: argparse.Namespace) -> int:
+    """Whether no logit of two models differs by more than the tolerance; 1 if one does."""
     sources = flags.a, flags.b
     (model_a, spec), (model_b, other) = map(look_up, sources)
     if (a := model_a.vocab_size) != (b := model_b.vocab_size):
@@ -142,6 +146,7 @@ def check(flags: argparse.Namespace) -> int:
 
 
 def first_difference(sources: tuple[str, str], tokens: np.ndarray) -> str:
+    """In words: the first layer whose results differ by more than rounding."""
     states = [outputs(source, tokens[None], by_layer=True) for source in sources]
     if len(states[0]) != len(states[1]) or states[0][0].shape != states[1][0].shape:
         return "the models have other numbers of layers or other widths"
@@ -159,7 +164,7 @@ def outputs(source: str, tokens: np.ndarray, by_layer: bool = False) -> list[np.
     each layer and ln_f give."""
     load = trained.from_run if is_run(source) else trained.from_hugging_face
     which = ("best",) if is_run(source) else ()
-    loaded = load(source, *which, MeshConfig(), 1, "float32")
+    loaded = load(source, *which, one_device(), 1, "float32")
     params, config = loaded.params, loaded.config.model.model_copy(update={"scan_layers": True})
     model = loaded.steps.model.clone(config=config)  # a loop compiles sooner than 48 layers
     states = _states(model, params, tokens) if by_layer else []
@@ -207,12 +212,18 @@ def tokens_for(flags: argparse.Namespace, spec: Any, length: int, vocab: int) ->
     return ids[:length]
 
 
+def one_device() -> Mesh:
+    """Others, simulated ones too, would each hold a copy of the model."""
+    return sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+
+
 def look_up(source: str) -> tuple[ModelConfig, Any]:
     """(model, tokenizer spec) of either kind, without the weights."""
     if not is_run(source):
         return hf.describe(hf.locate(source))
     checkpoints = open_checkpoints(source)
     meta = checkpoints.meta(checkpoints.find("best"))
+    checkpoints.close()
     return Config.model_validate(meta["config"]).model, meta["tokenizer"]
 
 
