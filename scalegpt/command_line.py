@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -26,7 +27,7 @@ def parse(
     Later wins: Config's defaults, then `defaults` (section -> key -> value), then `--config FILE`,
     then `--section.key=value`. Raises ValueError with one line for each mistake.
     """
-    parser = _Parser(prog=prog, allow_abbrev=False)
+    parser = Parser(prog=prog, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file; see configs/")
     for name, keywords in flags.items():
         parser.add_argument(name, **keywords)
@@ -88,6 +89,12 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
     """
     try:
         sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)  # as the shell calls a process that Ctrl-C ended
+    except BrokenPipeError:  # `| head` has seen enough; and Python would complain once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except ValueError as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
         ours = (Path(__file__).resolve().parent, Path(sys.argv[0]).resolve().parent)
@@ -110,7 +117,9 @@ class _CommandLine(Config, BaseSettings):
     model_config = SettingsConfigDict(extra="forbid", nested_model_default_partial_update=True)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Of every command: a mistake is one line, without the usage of all flags."""
+
     def error(self, message: str) -> NoReturn:
         """A ValueError like every other mistake, naming the nearest flag."""
         if message.startswith("unrecognized arguments: "):

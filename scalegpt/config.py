@@ -211,7 +211,7 @@ class LogConfig(Section):
 class RunConfig(Section):
     out_dir: Annotated[str, Field(min_length=1)]
     """the run's folder; a second start with the same folder continues the run"""
-    seed: Whole = 1337
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1337
     backend: Literal["jit", "pmap"] = "jit"
     """what runs the update; pmap: copies of the whole model, to compare with"""
     init_from: str | None = None

@@ -26,6 +26,9 @@ def start(config: DistributedConfig) -> None:
                 "--distributed.coordinator=HOST:PORT, --distributed.num_processes=N and "
                 "--distributed.process_id=I belong together; give all three or none"
             )
+        host, _, port = config.coordinator.rpartition(":")
+        if not (host and port.isdigit()):
+            raise ValueError(f"distributed.coordinator={config.coordinator} is not HOST:PORT")
         if config.process_id >= config.num_processes:
             raise ValueError(
                 f"distributed.process_id={config.process_id} must be below "

@@ -70,11 +70,7 @@ def main(argv: list[str]) -> int:
         splits, weights = _splits(flags, loaded.config.data)
     for split in splits:
         _refuse_other_tokens(split, loaded)
-    codec = None
-    if loaded.tokenizer is not None and (asked or flags.text):
-        codec = tokenizer.load(loaded.tokenizer)
-    elif asked or flags.text:
-        raise ValueError(f"{loaded.name} came without a tokenizer; evaluate it on token files")
+    codec = loaded.codec() if asked or flags.text else None
     # Everything is read before anything is computed: a mistake shall not cost an hour.
     opened = [tasks.open_task(n, f, codec, model.block_size, flags.limit) for n, f in asked.items()]
     if flags.text:
@@ -126,7 +122,7 @@ def _table(results: list[tuple[str, Figures, int, str]]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = command_line.Parser(
         prog="scalegpt.evaluate",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Loss of a trained model over text, and its scores in tasks. Text is evaluated "

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from scalegpt import command_line, tokenizer, trained
+from scalegpt import command_line, trained
 from scalegpt.decode import Decoder, decoder
 from scalegpt.sampling import Sampler
 from scalegpt.step import Steps
@@ -103,7 +103,11 @@ def sample(steps: Steps, params: Any, codec: Tokenizer, max_new_tokens: int) -> 
 
 
 def prompt_ids(codec: Tokenizer, text: str) -> np.ndarray:
-    """An empty prompt is the start of a new text."""
+    """An empty prompt is the start of a new text. Raises ValueError for what is no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # bytes of a command line or a pipe that Python could not decode
+        raise ValueError(f"the prompt {text[:20]!r} is not UTF-8 text") from None
     ids = codec.encode_prompt(text)
     if len(ids):
         return ids
@@ -113,7 +117,7 @@ def prompt_ids(codec: Tokenizer, text: str) -> np.ndarray:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = command_line.Parser(
         prog="scalegpt.generate",
         description="Continue texts with a trained model. Without a prompt: standard input, or, "
         "at a terminal, one prompt after the other.",
@@ -140,6 +144,8 @@ def main(argv: list[str]) -> int:
     for name in ("num_samples", "max_new_tokens"):
         if (value := getattr(flags, name)) < 1:
             raise ValueError(f"--{name.replace('_', '-')}={value} must be at least 1")
+    if not 0 <= flags.seed < 2**32:
+        raise ValueError(f"--seed={flags.seed} must be from 0 to {2**32 - 1}")
     if "" in flags.stop:
         raise ValueError("--stop='' would end every text before it begins; give some text")
     sampler = Sampler(**{option.name: getattr(flags, option.name) for option in fields(Sampler)})
@@ -147,23 +153,24 @@ def main(argv: list[str]) -> int:
     model = trained.load(flags, microbatch=1)
     if flags.prompt is None and flags.prompt_file is None and jax.process_count() > 1:
         raise ValueError("several processes need --prompt or --prompt-file: each has its own input")
-    codec = tokenizer.load(model.tokenizer)
+    codec = model.codec()
     write = decoder(model.steps, model.params, sampler, codec.vocab_size, keep=False)
     block = model.config.model.block_size
     for texts in prompts:
-        ids = [prompt_ids(codec, text) for text in texts]
-        longest = max(map(len, ids))
-        if flags.past_block == "error" and longest + flags.max_new_tokens > block:
-            raise ValueError(
-                f"{longest} tokens of prompt and --max-new-tokens={flags.max_new_tokens} are more "
-                f"than the model's block_size={block}; ask for fewer, or use --past-block=slide"
-            )
         try:
+            ids = [prompt_ids(codec, text) for text in texts]
+            longest = max(map(len, ids))
+            if flags.past_block == "error" and longest + flags.max_new_tokens > block:
+                raise ValueError(
+                    f"{longest} tokens of prompt and --max-new-tokens={flags.max_new_tokens} are "
+                    f"more than the model's block_size={block}; ask for fewer, or use "
+                    "--past-block=slide"
+                )
             _write(flags, write, codec, texts, ids)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, ValueError) as error:  # one prompt's; the next may do
             if not interactive:
                 raise
-            print()
+            print(f"\nerror: {error}" if isinstance(error, ValueError) else "")
     return 0
 
 

@@ -93,7 +93,7 @@ def describe(folder: Path) -> tuple[ModelConfig, dict[str, Any] | None]:
     for what our model cannot express.
     """
     path = folder / "config.json"
-    values = read_json(path, f"; {folder} is the folder of a run, give it as --run"
+    values = read_json(path, f"; {folder} is the folder of a run, no model of Hugging Face"
                    if is_run(folder) else "")  # fmt: skip
     if values.get("model_type") == OWN_TYPE:
         return _model(values.get("model", {}), path), values.get("tokenizer")
@@ -101,7 +101,7 @@ def describe(folder: Path) -> tuple[ModelConfig, dict[str, Any] | None]:
         raise ValueError(f"{path}: model_type is {values.get('model_type')!r}, not gpt2")
     sizes = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
     if missing := [key for key in sizes if not isinstance(values.get(key), int)]:
-        raise ValueError(f"{path} does not give {', '.join(missing)}")
+        raise ValueError(f"{path} does not give {', '.join(missing)} as a whole number")
     known = {
         "n_inner": (None, 4 * values["n_embd"]),
         "layer_norm_epsilon": (LAYER_NORM_EPS,),
@@ -202,6 +202,8 @@ def load_params(folder: Path, model: ModelConfig, abstract_params: Any) -> Any:
         whole = np.zeros(leaf.shape, np.float32)
         for name, place in tensors[path]:
             tensor = read(name)
+            if not np.isfinite(tensor).all():
+                raise ValueError(f"{folder}: {name} holds numbers that are not finite")
             if name == "wte.weight" and untied and not np.array_equal(tensor, read(untied)):
                 raise ValueError(
                     f"{folder}: {untied} differs from wte.weight, which config.json says it is; "

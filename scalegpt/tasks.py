@@ -203,6 +203,8 @@ def _clean(text: str) -> str:
 def _lambada(row: _Fields) -> Example:
     if "continuation" in row:
         context, word = row.text("context"), row.text("continuation").removeprefix(" ")
+    elif "text" not in row:
+        raise ValueError("it has neither 'text' nor 'context' and 'continuation'")
     else:
         context, _, word = row.text("text").rpartition(" ")
     return context, _not_empty([word]), 0

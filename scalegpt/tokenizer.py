@@ -6,7 +6,7 @@ so that sampling from a run needs none of the files it was prepared with.
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,23 @@ class Tokenizer:
         if bad.size:
             raise ValueError(f"token id {bad[0]} is outside {self.name}'s 0..{self.vocab_size - 1}")
         return self._decode(ids)
+
+    def within(self, vocab_size: int) -> "Tokenizer":
+        """The same for a model of so many ids; text that needs another one is a ValueError."""
+        if vocab_size >= self.vocab_size:
+            return self
+
+        def encode(text: str) -> np.ndarray:
+            ids = self.encode(text)
+            if ids.size and ids.max() >= vocab_size:
+                raise ValueError(
+                    f"tokenizer {self.name} gives id {ids.max()} for {text[:20]!r}, but the model "
+                    f"has only {vocab_size}: it was made for another tokenizer"
+                )
+            return ids
+
+        eot = self.eot if self.eot is not None and self.eot < vocab_size else None
+        return replace(self, vocab_size=vocab_size, eot=eot, _encode=encode)
 
     def spec(self) -> dict[str, Any]:
         """A JSON value from which `load` makes the same tokenizer again."""

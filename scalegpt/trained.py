@@ -6,12 +6,13 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from scalegpt import distributed, hf
+from scalegpt import distributed, hf, tokenizer
 from scalegpt.checkpoint import is_run, open_checkpoints
 from scalegpt.command_line import validate
 from scalegpt.config import Config, DistributedConfig, MeshConfig, ModelConfig
 from scalegpt.sharding import make_mesh
 from scalegpt.step import Steps, build_for_use
+from scalegpt.tokenizer import Tokenizer
 
 _SECTIONS = {"mesh": MeshConfig, "distributed": DistributedConfig}
 
@@ -30,6 +31,15 @@ class Trained:
     step: int | None
     steps: Steps
     params: Any
+
+    def codec(self) -> Tokenizer:
+        """Its tokenizer. Raises ValueError when it came without one."""
+        if self.tokenizer is None:
+            raise ValueError(
+                f"{self.name} came without a tokenizer, so it knows no text; if it is of Hugging "
+                "Face's format, put its tokenizer.json into the folder (and import it again)"
+            )
+        return tokenizer.load(self.tokenizer).within(self.config.model.vocab_size)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> Any:

@@ -165,6 +165,7 @@ def test_fault_18_two_processes_are_the_run_of_one(data, tmp_path):
             {"coordinator": "localhost:1", "num_processes": 2, "process_id": 2},
             "process_id=2 must be below distributed.num_processes=2",
         ),
+        ({"coordinator": "h", "num_processes": 2, "process_id": 0}, "=h is not HOST:PORT"),
     ],
 )
 def test_distributed_flags_that_do_not_fit_are_refused(given, message):

@@ -239,10 +239,12 @@ def test_at_a_terminal_one_prompt_after_the_other_is_asked_for(command, monkeypa
         return real(*args, **kwargs)
 
     monkeypatch.setattr(generate, "continuations", once)
-    typed = iter(["AB", "C", EOFError])
+    typed = iter(["AB", "\udcff", "C", EOFError])
     out = command(*common)[0]  # and while a text is made, only that text
     monkeypatch.setattr(generate, "continuations", real)
-    assert out == "AB\n" + command("--prompt=C", *common)[0] + "\n"
+    first, error, rest = out.split("\n", 2)[0], *out.split("\n", 3)[2:]
+    assert first == "AB" and error.startswith("error: the prompt") and "UTF-8" in error
+    assert rest == command("--prompt=C", *common)[0] + "\n"
 
 
 @pytest.mark.parametrize(
@@ -261,6 +263,19 @@ def test_an_empty_stop_string_and_an_unreadable_prompt_file_are_named(tmp_path):
     for path in (tmp_path / "none", bad):
         with pytest.raises(ValueError, match="cannot read --prompt-file"):
             generate.main(["--run=out/none", f"--prompt-file={path}"])
+
+
+def test_a_prompt_that_is_no_text_and_a_model_that_knows_none_are_told(command, model):
+    with pytest.raises(ValueError, match="is not UTF-8 text"):
+        command("--prompt=a\udcff")
+    with pytest.raises(ValueError, match="--seed=4294967296 must be"):
+        command("--prompt=a", "--seed=4294967296")
+    with pytest.raises(ValueError, match="tiny came without a tokenizer"):
+        replace(model, tokenizer=None).codec()
+    smaller = model.config.model.model_copy(update={"vocab_size": 80})
+    smaller = replace(model, config=model.config.model_copy(update={"model": smaller}))
+    with pytest.raises(ValueError, match="gives id 120 for 'x', but the model has only 80"):
+        generate.prompt_ids(smaller.codec(), "x")
 
 
 def test_an_empty_prompt_needs_a_mark_to_start_from():

@@ -494,7 +494,7 @@ def test_a_config_that_our_model_cannot_express_is_refused(changes, message, tmp
 def test_folders_that_are_no_model_are_told_apart(tmp_path, make_run):
     with pytest.raises(ValueError, match=r"cannot read .*config.json: No such file"):
         read(tmp_path)
-    with pytest.raises(ValueError, match="is the folder of a run, give it as --run"):
+    with pytest.raises(ValueError, match="is the folder of a run, no model of Hugging"):
         read(make_run("run"))
     for wrong in (f"{tmp_path}/none", "./gpt2", "a/b/c", "", "gpt 2", "C:\\gpt2"):
         with pytest.raises(ValueError, match="is not a folder with config.json"):
@@ -609,11 +609,13 @@ def test_check_finds_the_layer_where_two_models_part(tmp_path, capsys):
         convert("check", a, smaller)
 
 
-def test_check_sees_a_nan(tmp_path):
+def test_weights_that_are_not_finite_are_refused(tmp_path):
     tensors = weights(odd())
     tensors["transformer.ln_f.bias"] = np.full(51, math.nan, np.float32)
     b = write(tmp_path / "b", tensors)
-    assert convert("check", write(tmp_path / "a"), b) == 1
+    with pytest.raises(ValueError, match="ln_f.bias holds numbers that are not finite"):
+        convert("import", b, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 # --- a run that starts from such weights

@@ -281,7 +281,7 @@ def test_files_are_read_packed_and_plain(tmp_path):
         ("multiple_choice", {**GOOD, "context": 3}, "context is 3, not a text"),
         ("multiple_choice", {**GOOD, "choices": ["b", "c" * 9]}, "10 tokens, .* room for 9"),
         ("hellaswag", GOOD, "line 2, is no example of hellaswag: it has no 'endings'|'ctx_a'"),
-        ("lambada", GOOD, "no 'text', only 'context', 'choices', 'label'"),
+        ("lambada", GOOD, "neither 'text' nor 'context' and 'continuation'"),
         ("lambada", {"context": "a", "continuation": " "}, "a choice is empty"),
     ],
 )  # fmt: skip

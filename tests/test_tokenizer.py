@@ -192,3 +192,11 @@ def test_importing_loads_no_tokenizer_package_and_no_jax():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.stdout == "[]\n", run.stderr
+
+
+def test_within_a_smaller_model_text_that_needs_another_id_is_refused():
+    codec = load({"kind": "byte"}).within(100)
+    assert codec.encode("AZ0").tolist() == [65, 90, 48]
+    assert (codec.vocab_size, codec.eot) == (100, 0)
+    with pytest.raises(ValueError, match="byte gives id 122 for 'AZz', but the model has only 100"):
+        codec.encode("AZz")

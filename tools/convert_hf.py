@@ -33,7 +33,7 @@ from scalegpt.token_files import open_split
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="convert_hf.py", description=__doc__.splitlines()[0])
+    parser = command_line.Parser(prog="convert_hf.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
 
     def command(name: str, function: Any, summary: str) -> argparse.ArgumentParser:
@@ -93,12 +93,11 @@ def import_(flags: argparse.Namespace) -> int:
         checkpoints.close()
         (scratch / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     name = shlex.quote(flags.out)
-    print(
-        f"{wrote(out, config.model, began)}\n"
-        f'next:\n  python -m scalegpt.generate --run {name} --prompt "..."\n'
-        f"  python -m scalegpt.evaluate --run {name} --data DIR\n"
-        f"  python -m scalegpt.train --config FILE --run.init_from={name} --run.out_dir=out/NEW"
-    )
+    print(f"{wrote(out, config.model, began)}\nnext:")
+    if spec:
+        print(f'  python -m scalegpt.generate --run {name} --prompt "..."')
+    print(f"  python -m scalegpt.evaluate --run {name} --data DIR")
+    print(f"  python -m scalegpt.train --config FILE --run.init_from={name} --run.out_dir=out/NEW")
     return 0
 
 
@@ -112,11 +111,10 @@ def export_(flags: argparse.Namespace) -> int:
     with new_folder(out) as scratch:
         write(loaded, scratch)
     name = shlex.quote(flags.out)
-    print(
-        f"{wrote(out, loaded.config.model, began)}\n"
-        f"next:\n  python tools/convert_hf.py check {shlex.quote(flags.run)} {name}\n"
-        f'  python -m scalegpt.generate --hf {name} --prompt "..."'
-    )
+    print(f"{wrote(out, loaded.config.model, began)}\nnext:")
+    print(f"  python tools/convert_hf.py check {shlex.quote(flags.run)} {name}")
+    if loaded.tokenizer:
+        print(f'  python -m scalegpt.generate --hf {name} --prompt "..."')
     if flags.format == "hf":
         print(f'  transformers: AutoModelForCausalLM.from_pretrained("{out}")')
     return 0
