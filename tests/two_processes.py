@@ -17,7 +17,6 @@ def run(module: str, *argv: object) -> list[tuple[str, str]]:
     environment = {
         **{k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "OMPI"))},
         "JAX_NUM_CPU_DEVICES": "4",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # to compile faster
     }
     processes = [
         subprocess.Popen(
