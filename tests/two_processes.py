@@ -1,6 +1,7 @@
 """A command of ours in two processes of four devices each, as on two hosts."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -31,6 +32,8 @@ def run(module: str, *argv: object) -> list[tuple[str, str]]:
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], outputs
-    # Gloo, which connects processes on CPUs, talks on standard output too.
-    return [("".join(line for line in out.splitlines(True) if "[Gloo]" not in line), err)
+    # Gloo, which connects processes on CPUs, says on standard output too to how many: "[Gloo] Rank
+    # 0 is connected ... is : 1". Its threads do so at once, so that a number may stand alone.
+    noise = re.compile(r".*\[Gloo\].*\n?|[\d\s]*\n")
+    return [("".join(line for line in out.splitlines(True) if not noise.fullmatch(line)), err)
             for out, err in outputs]  # fmt: skip
