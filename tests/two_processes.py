@@ -32,8 +32,9 @@ def run(module: str, *argv: object) -> list[tuple[str, str]]:
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], outputs
-    # Gloo, which connects processes on CPUs, says on standard output too to how many: "[Gloo] Rank
-    # 0 is connected ... is : 1". Its threads do so at once, so that a number may stand alone.
-    noise = re.compile(r".*\[Gloo\].*\n?|[\d\s]*\n")
-    return [("".join(line for line in out.splitlines(True) if not noise.fullmatch(line)), err)
+    # Gloo, which connects processes on CPUs, says so on standard output, too, by several threads at
+    # once: its words may stand in any order and on any number of lines.
+    gloo = set("Gloo Rank is connected to peer ranks Expected number of".split())
+    return [("".join(line for line in out.splitlines(True)
+                     if not set(re.findall("[A-Za-z]+", line)) <= gloo), err)
             for out, err in outputs]  # fmt: skip
