@@ -2,7 +2,7 @@
 
 Shapes: N texts, P tokens of a padded prompt, S slots of the cache, V padded vocabulary.
 Each function is compiled for powers of two of P and S, so neither a growing text nor a prompt of
-another length compiles anything anew.
+about the same length compiles anything anew.
 """
 
 from collections.abc import Callable, Iterator, Sequence

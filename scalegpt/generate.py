@@ -159,19 +159,27 @@ def main(argv: list[str]) -> int:
     for texts in prompts:
         try:
             ids = [prompt_ids(codec, text) for text in texts]
-            longest = max(map(len, ids))
-            if flags.past_block == "error" and longest + flags.max_new_tokens > block:
-                raise ValueError(
-                    f"{longest} tokens of prompt and --max-new-tokens={flags.max_new_tokens} are "
-                    f"more than the model's block_size={block}; ask for fewer, or use "
-                    "--past-block=slide"
-                )
-            _write(flags, write, codec, texts, ids)
-        except (KeyboardInterrupt, ValueError) as error:  # one prompt's; the next may do
+            _check_length(flags, max(map(len, ids)), block)
+        except ValueError as error:  # of this prompt; the next may do
             if not interactive:
                 raise
-            print(f"\nerror: {error}" if isinstance(error, ValueError) else "")
+            print(f"error: {error}")
+            continue
+        try:
+            _write(flags, write, codec, texts, ids)
+        except KeyboardInterrupt:
+            if not interactive:
+                raise
+            print()
     return 0
+
+
+def _check_length(flags: argparse.Namespace, longest: int, block: int) -> None:
+    if flags.past_block == "error" and longest + flags.max_new_tokens > block:
+        raise ValueError(
+            f"{longest} tokens of prompt and --max-new-tokens={flags.max_new_tokens} are more than "
+            f"the model's block_size={block}; ask for fewer, or use --past-block=slide"
+        )
 
 
 def _prompts(flags: argparse.Namespace) -> tuple[Iterable[list[str]], bool]:

@@ -1,5 +1,6 @@
 """Eight simulated CPU devices for every test, set before anything asks JAX for a device."""
 
+import json
 import os
 from pathlib import Path
 
@@ -10,6 +11,7 @@ os.environ["WANDB_MODE"] = "offline"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,3 +26,18 @@ def shared_data() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"no test data at {SHARED}; point SCALEGPT_TEST_DATA at it")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def bottles(tmp_path_factory) -> Path:
+    """A data set of 10,000 characters that a tiny model can learn."""
+    folder = tmp_path_factory.mktemp("bottles")
+    text = "".join(f"{n} green bottles on the wall, then {n * n % 101}.\n" for n in range(300))
+    chars = "".join(sorted(set(text)))
+    ids = np.array([chars.index(c) for c in text], "<u2")
+    meta = {"format": 1, "tokenizer": {"kind": "char", "chars": chars}, "dtype": "uint16"}
+    for split, part in (("train", ids[:-1500]), ("val", ids[-1500:])):
+        part.tofile(folder / f"{split}.bin")
+        meta[split] = {"tokens": len(part)}
+    (folder / "meta.json").write_text(json.dumps({**meta, "vocab_size": len(chars)}))
+    return folder

@@ -242,7 +242,7 @@ def test_at_a_terminal_one_prompt_after_the_other_is_asked_for(command, monkeypa
     typed = iter(["AB", "\udcff", "C", EOFError])
     out = command(*common)[0]  # and while a text is made, only that text
     monkeypatch.setattr(generate, "continuations", real)
-    first, error, rest = out.split("\n", 2)[0], *out.split("\n", 3)[2:]
+    first, error, rest = out.split("\n", 2)
     assert first == "AB" and error.startswith("error: the prompt") and "UTF-8" in error
     assert rest == command("--prompt=C", *common)[0] + "\n"
 

@@ -18,20 +18,11 @@ T = 16
 
 
 @pytest.fixture(scope="module")
-def argv(tmp_path_factory) -> list[str]:
-    folder = tmp_path_factory.mktemp("bottles")
-    text = "".join(f"{n} green bottles on the wall, then {n * n % 101}.\n" for n in range(300))
-    chars = "".join(sorted(set(text)))
-    ids = np.array([chars.index(c) for c in text], "<u2")
-    meta = {"format": 1, "tokenizer": {"kind": "char", "chars": chars}, "dtype": "uint16"}
-    for split, part in (("train", ids[:-1500]), ("val", ids[-1500:])):
-        part.tofile(folder / f"{split}.bin")
-        meta[split] = {"tokens": len(part)}
-    (folder / "meta.json").write_text(json.dumps({**meta, "vocab_size": len(chars)}))
+def argv(bottles) -> list[str]:
     return [
         *("--model.n_layer=2", "--model.n_head=2", "--model.n_embd=32", f"--model.block_size={T}"),
         *("--model.scan_layers=true", "--model.dropout=0.1", "--batch.sequences=20", "--steps=3"),
-        *("--optim.lr=1e-3", "--optim.warmup_steps=5", f"--data.path={folder}"),
+        *("--optim.lr=1e-3", "--optim.warmup_steps=5", f"--data.path={bottles}"),
         "--run.out_dir=unused",
     ]
 

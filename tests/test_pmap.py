@@ -13,6 +13,7 @@ import two_processes
 import yaml
 from conftest import ROOT
 from hlo_traffic import collectives
+from test_train import one_compilation_of_each_program  # noqa: F401, a fixture
 
 from scalegpt import checkpoint, distributed, evaluate, pmap_step, sharding, train
 from scalegpt.command_line import parse
@@ -33,23 +34,6 @@ def make_config(backend: str, mesh: tuple, accumulation: int) -> Config:
         optim=dict(lr=1e-3, min_lr=1e-4, warmup_steps=2, steps=UPDATES),
         run=dict(out_dir="unused", backend=backend),
     )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_compilation_of_each_program(tmp_path_factory):
-    """Most runs here are the same run; compiled programs are kept, for subprocesses too."""
-    keys = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {key: getattr(jax.config, key) for key in keys}
-    with pytest.MonkeyPatch.context() as patch:
-        for key, value in keys.items():
-            jax.config.update(key, value)
-            patch.setenv(key.upper(), str(value))
-        yield
-    for key, value in before.items():
-        jax.config.update(key, value)
 
 
 @cache
@@ -129,17 +113,8 @@ def test_devices_of_a_process_are_put_side_by_side():
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("bottles")
-    text = "".join(f"{n} green bottles on the wall, then {n * n % 101}.\n" for n in range(300))
-    chars = "".join(sorted(set(text)))
-    ids = np.array([chars.index(c) for c in text], "<u2")
-    meta = {"format": 1, "tokenizer": {"kind": "char", "chars": chars}, "dtype": "uint16"}
-    for split, part in (("train", ids[:-1500]), ("val", ids[-1500:])):
-        part.tofile(folder / f"{split}.bin")
-        meta[split] = {"tokens": len(part)}
-    (folder / "meta.json").write_text(json.dumps({**meta, "vocab_size": len(chars)}))
-    return folder
+def data(bottles) -> Path:
+    return bottles
 
 
 def arguments(data: Path, out_dir: Path, backend: str, *extra: str) -> list[str]:
