@@ -10,6 +10,7 @@ Whole = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(ge=0, le=1)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Seconds = Share
 
 # n_layer, n_head, n_embd of the GPT-2 paper's table 2; the rest is common to all four.
 GPT2_SIZES = {
@@ -195,6 +196,19 @@ class CheckpointConfig(Section):
     """updates between checkpoints; 0: only at the end. The best one is kept besides"""
     keep: Positive = 2
     """how many of the latest are kept"""
+    keep_every: Whole = 0
+    """those of every so many updates are kept for good, a multiple of `every`; 0: none"""
+    patience: Seconds = 3600.0
+    """seconds that training goes on while no checkpoint can be written; then exit code 5"""
+
+    @model_validator(mode="after")
+    def _check(self) -> "CheckpointConfig":
+        if self.keep_every and (not self.every or self.keep_every % self.every):
+            raise ValueError(
+                f"checkpoint.keep_every={self.keep_every} must be a multiple of "
+                f"checkpoint.every={self.every}"
+            )
+        return self
 
 
 class LogConfig(Section):
@@ -220,6 +234,23 @@ class RunConfig(Section):
     """which of its checkpoints: best, latest or a step"""
     allow_config_change: bool = False
     """continue although model, batch, data or optimizer differ from the stored run"""
+    skip_nonfinite: Whole = 0
+    """updates whose loss or gradient is not finite that are left out before the run stops"""
+    skip_spikes: bool = False
+    """leave out an update whose loss is a spike; otherwise it is only warned of"""
+    spike: Share = 10.0
+    """a loss so many deviations above the median of the last 128 updates is a spike"""
+    replay: Positive | None = None
+    """run this update's batch again for a post-mortem: the loss of each example; writes nothing"""
+    deadline_start: Seconds = 900.0
+    """seconds for each phase of the start: processes, devices, self-check, data, mesh"""
+    deadline_restore: Seconds = 3600.0
+    deadline_compile: Seconds = 3600.0
+    """of the first update"""
+    deadline_step: Seconds = 600.0
+    """of any other, and of its data; or ten times the first, where that is longer"""
+    deadline_evaluation: Seconds = 7200.0
+    deadline_save: Seconds = 1800.0
 
 
 class DistributedConfig(Section):

@@ -1,0 +1,103 @@
+"""What this process is doing, until when at most, and where its time has gone.
+
+One notion for four uses: a phase of a run has a name, a deadline (`run.deadline_*`), a place in the
+time ledger and, at start-up, a line for the person at the terminal. Whoever watches from another
+thread (`distributed.Watch`) reads `Phases.current`, which is replaced whole and never changed.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import psutil
+
+from scalegpt.config import RunConfig
+
+# Phase -> (its place in the ledger, the run.deadline_* that limits it).
+PHASES = {
+    "processes": ("startup", "start"), "devices": ("startup", "start"),
+    "self-check": ("startup", "start"), "data": ("startup", "start"),
+    "mesh": ("startup", "start"), "weights": ("startup", "restore"),
+    "start": ("startup", "start"), "restore": ("restore", "restore"),
+    "compile": ("compile", "compile"), "step": ("step", "step"),
+    "wait for data": ("data", "step"), "evaluation": ("evaluation", "evaluation"),
+    "save": ("save", "save"), "finish": ("step", "save"),
+}  # fmt: skip
+LEDGER = ("startup", "restore", "compile", "data", "step", "evaluation", "save")
+
+
+class Phase(NamedTuple):
+    """since: `time.monotonic()` of its begin, or of the last sign of progress within it."""
+
+    name: str
+    step: int
+    since: float
+    deadline: float
+
+
+class Phases:
+    """Entered as `with phases("restore"):`; the outer phase's clock stands still meanwhile.
+
+    The first one, "start", begins with the process itself, before Python had read a line of ours.
+    `ended(name, seconds)` is called at the end of each phase of start-up.
+    """
+
+    def __init__(
+        self, run: RunConfig, ended: Callable[[str, float], None] = lambda name, seconds: None
+    ) -> None:
+        self._limits = {name: getattr(run, f"deadline_{key}") for name, (_, key) in PHASES.items()}
+        self._ended = ended
+        self._spent = dict.fromkeys(LEDGER, 0.0)
+        self._entered = self._born = time.monotonic() - (
+            time.time() - psutil.Process().create_time()
+        )
+        self.current = self._phase("start", 0)
+
+    def _phase(self, name: str, step: int) -> Phase:
+        return Phase(name, step, time.monotonic(), self._limits[name])
+
+    def _charge(self) -> None:
+        now = time.monotonic()
+        self._spent[PHASES[self.current.name][0]] += now - self._entered
+        self._entered = now
+
+    def _switch(self, phase: Phase) -> None:
+        self._charge()
+        self.current = phase
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        outer, began = self.current, time.monotonic()
+        self._switch(self._phase(name, outer.step))
+        try:
+            yield
+        finally:
+            # The outer one has waited, which is no fault of its own: its deadline counts anew.
+            self._switch(self._phase(outer.name, self.current.step))
+            if PHASES[name][0] in ("startup", "restore"):
+                self._ended(name, time.monotonic() - began)
+
+    def begin(self, name: str, step: int = 0) -> None:
+        """Be in `name` from here on, as the outermost phase."""
+        self._switch(self._phase(name, step))
+
+    def progress(self, step: int | None = None) -> None:
+        """A sign of progress, as a finished update: the deadline counts anew."""
+        now = self.current
+        self.current = self._phase(now.name, now.step if step is None else step)
+
+    def lengthen(self, name: str, seconds: float) -> None:
+        """Allow `name` at least so long: a machine that is slow does not hang."""
+        self._limits[name] = max(self._limits[name], seconds)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Of each place of LEDGER, so far; they sum to the life of the process."""
+        self._charge()
+        return dict(self._spent)
+
+    @property
+    def lifetime(self) -> float:
+        """Seconds since the process began."""
+        return time.monotonic() - self._born
