@@ -62,7 +62,7 @@ class Checkpoints:
             step,
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(state.params),
-                optimizer=ocp.args.StandardSave({"opt": state.opt_state, "step": state.step}),
+                optimizer=ocp.args.StandardSave(_rest(state)),
                 meta=ocp.args.JsonSave(meta),
             ),
             metrics=None if val_loss is None else {_VAL_LOSS: val_loss},
@@ -94,6 +94,11 @@ class Checkpoints:
         return step
 
     @property
+    def steps(self) -> list[int]:
+        """Of all checkpoints, in order."""
+        return sorted(self._manager.all_steps())
+
+    @property
     def latest(self) -> int | None:
         """The step to continue from, None for a new run."""
         return self._manager.latest_step()
@@ -104,16 +109,15 @@ class Checkpoints:
 
     def restore(self, step: int, abstract: State) -> State:
         """The whole state, in the shardings of `abstract`, whatever mesh has written it."""
-        optimizer = {"opt": abstract.opt_state, "step": abstract.step}
         items = self._manager.restore(
             step,
             args=ocp.args.Composite(
                 params=ocp.args.StandardRestore(abstract.params),
-                optimizer=ocp.args.StandardRestore(optimizer),
+                optimizer=ocp.args.StandardRestore(_rest(abstract)),
             ),
         )
         rest = items["optimizer"]
-        return State(rest["step"], items["params"], rest["opt"])
+        return State(rest["step"], items["params"], rest["opt"], rest["health"])
 
     def restore_params(self, step: int, abstract_params: Any) -> Any:
         """Weights only; the optimizer's two thirds of the bytes are not read."""
@@ -127,6 +131,11 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
+
+
+def _rest(state: State) -> dict[str, Any]:
+    """What only a run that continues needs."""
+    return {"opt": state.opt_state, "step": state.step, "health": state.health}
 
 
 def is_run(folder: str | Path) -> bool:

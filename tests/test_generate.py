@@ -157,7 +157,7 @@ def run(model, tmp_path_factory) -> Path:
     meta = {"config": model.config.model_dump(), "tokenizer": model.tokenizer}
     for at, sign in ((1, 1.0), (2, -1.0)):
         params = jax.tree.map(lambda x, sign=sign: sign * x, model.params)
-        state = step.State(jnp.int32(at), params, {})
+        state = step.State(jnp.int32(at), params, {}, {})
         checkpoints.save(state, at, meta, val_loss=float(at))
     checkpoints.wait()
     checkpoints.close()

@@ -16,8 +16,9 @@ import pytest
 
 from scalegpt import checkpoint, distributed, evaluate, generate, resume, step, train
 from scalegpt.command_line import parse
-from scalegpt.config import LogConfig
+from scalegpt.config import LogConfig, RunConfig
 from scalegpt.metrics import Metrics
+from scalegpt.phases import Phases
 from scalegpt.sharding import make_mesh
 
 TEXT = "".join(
@@ -478,7 +479,10 @@ def test_a_run_with_wandb_offline_and_tensorboard(data, tmp_path):
 
 def test_fault_18_every_process_decides_by_its_own_index():
     """Only the main process writes rows: the metrics of any other write nothing."""
-    silent = Metrics("/nowhere/at/all", LogConfig(wandb=True), total_steps=1, is_main=False)
+    silent = Metrics(
+        "/nowhere/at/all", LogConfig(wandb=True), total_steps=1, is_main=False,
+        phases=Phases(RunConfig(out_dir="x")),
+    )  # fmt: skip
     silent.train({"step": 1, "train/loss": 1.0})
     silent.close()
     assert not Path("/nowhere").exists()
