@@ -19,7 +19,7 @@ PHASES = {
     "processes": ("startup", "start"), "devices": ("startup", "start"),
     "self-check": ("startup", "start"), "data": ("startup", "start"),
     "mesh": ("startup", "start"), "weights": ("startup", "restore"),
-    "start": ("startup", "start"), "restore": ("restore", "restore"),
+    "imports": ("startup", "start"), "restore": ("restore", "restore"),
     "compile": ("compile", "compile"), "step": ("step", "step"),
     "wait for data": ("data", "step"), "evaluation": ("evaluation", "evaluation"),
     "sample": ("evaluation", "evaluation"), "save": ("save", "save"),
@@ -39,7 +39,7 @@ class Phase(NamedTuple):
 class Phases:
     """Entered as `with phases("restore"):`; the outer phase's clock stands still meanwhile.
 
-    The first one, "start", begins with the process itself, before Python had read a line of ours.
+    The first one, "imports", begins with the process itself, before Python had read a line of ours.
     """
 
     def __init__(self, run: RunConfig) -> None:
@@ -48,7 +48,7 @@ class Phases:
         self._entered = self._born = time.monotonic() - (
             time.time() - psutil.Process().create_time()
         )
-        self.current = self._phase("start", 0)
+        self.current = self._phase("imports", 0)
 
     def _phase(self, name: str, step: int) -> Phase:
         return Phase(name, step, time.monotonic(), self._limits[name])
