@@ -89,7 +89,8 @@ def test_the_ledger_sums_to_the_wall_time_over_a_kill_and_a_restart(plays, tmp_p
     assert last["time/step"] > 0 and 0 < last["perf/goodput"] < 1
     assert "time     " in output and "goodput" not in rows(tmp_path / "run")
     stalls = rows(tmp_path / "run", "perf/save_stall_seconds")
-    assert list(stalls) == [50, 100, 150, 200, 250, 300] and max(stalls.values()) < 5
+    assert set(stalls) >= {100, 150, 200, 250, 300} and 0 <= min(stalls.values())
+    assert max(stalls.values()) < 5
     assert min(rows(tmp_path / "run", "memory/host_gib").values()) > 0.05
 
 
