@@ -10,7 +10,6 @@ import pytest
 import tiny_gpt2
 import two_processes
 from test_tasks import TINY, placed, tiny_steps, write
-from test_train import one_compilation_of_each_program  # noqa: F401, a fixture
 
 from scalegpt import checkpoint, evaluate, losses, sharding, tokenizer
 from scalegpt.config import Config

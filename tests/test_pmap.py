@@ -13,7 +13,6 @@ import two_processes
 import yaml
 from conftest import ROOT
 from hlo_traffic import collectives
-from test_train import one_compilation_of_each_program  # noqa: F401, a fixture
 
 from scalegpt import checkpoint, distributed, evaluate, pmap_step, sharding, train
 from scalegpt.command_line import parse
