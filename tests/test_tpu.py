@@ -112,7 +112,7 @@ def test_a_mistake_that_another_worker_sees_counts(cloud, capsys):
 
 
 def test_any_other_end_is_followed_by_another_start(cloud):
-    plan = [{"steps": [step], "code": code} for step, code in enumerate((1, 3, 5, 137, 0))]
+    plan = [{"steps": [step], "code": code} for step, code in enumerate((3, 5, 137, 0))]
     folder = cloud(plan)
     assert train("--max-restarts=0") == 0
     assert len(fake_gcloud.starts(folder)) == len(plan)
@@ -216,6 +216,31 @@ def test_a_machine_that_fails_each_time_is_given_up(cloud, capfd):
     assert verbs(folder).count("create") == 3
 
 
+def test_an_error_here_does_not_leave_a_machine_unmentioned(cloud, capsys):
+    folder = cloud([], workers=2)
+    (folder / "remote" / "python3").write_text("#!/bin/sh\nexit 7\n")
+    with pytest.raises(ValueError, match="installing failed: gcloud ended with 7"):
+        train("--zone=z")
+    assert "may cost money" in capsys.readouterr().out
+    assert (folder / "made.json").exists()
+
+
+def test_a_machine_that_is_taken_while_it_is_installed_is_replaced(cloud, capsys):
+    folder = cloud([{"steps": [100]}])
+    good = (folder / "remote" / "python3").read_text()
+    once = 'if [ ! -f "$FAKE/once" ]; then touch "$FAKE/once" "$FAKE/preempted"; exit 1; fi\n'
+    (folder / "remote" / "python3").write_text(good.replace("\n", f"\n{once}", 1))
+    assert train("--spot") == 0
+    assert verbs(folder).count("create") == 2
+
+
+def test_a_run_whose_out_dir_went_with_its_machine_is_not_begun_again(cloud, capsys):
+    folder = cloud([{"steps": [10], "preempt": True}])
+    with pytest.raises(ValueError, match="out/none with it"):
+        train(run=[*RUN[:3], "--run.out_dir=out/none"])
+    assert verbs(folder).count("create") == 1
+
+
 def test_data_from_here_is_copied_once(cloud, bottles, tmp_path, monkeypatch):
     folder = cloud([{"steps": [10], "code": 5}, {"steps": [20]}], workers=2)
     monkeypatch.chdir(bottles.parent)
@@ -287,3 +312,16 @@ def test_without_gcloud_it_says_so_and_ends_with_2(monkeypatch, capsys):
         command_line.run(tpu.main)
     assert ended.value.code == 2
     assert "gcloud is not on PATH" in capsys.readouterr().err
+
+
+def test_the_commands_of_the_readme_are_commands(cloud, monkeypatch, capsys):
+    folder = cloud([])
+    monkeypatch.setenv("WANDB_API_KEY", "key")
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    lines = re.findall(r"^python tools/tpu.py (.*)$", text, re.MULTILINE)
+    assert len(lines) >= 7
+    for line in lines:
+        command, name, *rest = shlex.split(line, comments=True)
+        assert tpu.main([command, name, "--dry-run", *rest]) == 0, line
+    assert not fake_gcloud.calls(folder)
+    assert commands(capsys.readouterr().out)

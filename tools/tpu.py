@@ -102,42 +102,52 @@ def train(flags: argparse.Namespace) -> int:
     job.check_place(several, flags.spot)
     to = flags.to or (None if job.in_bucket else job.out)
     check_target(to)
-    reached, stuck = -1, 0
-    with job.packed() as archive:
-        while True:
-            machine.up(create, flags.poll)
-            last = job.go_on(machine, archive, flags.poll)
-            code = tpu_job.verdict(machine, last)
-            if code == DONE:
-                break
-            if last.state == "stopped":
-                note(f"stopped on request, state saved; {left_over(flags)}")
-                return STOPPED
-            if code in (MISTAKE, NOT_FINITE):
-                machine.ssh(tpu_shell.tail(30), "all")
-                note(f"the run ended with {code}, see above, and would again; {left_over(flags)}")
-                return code
-            stuck = 0 if last.step > reached else stuck + 1
-            reached = max(reached, last.step)
-            if stuck > flags.max_restarts:
-                note(f"{stuck} times in a row it ended without a new update; {left_over(flags)}")
-                return GAVE_UP
-            if last.state == "gone" and not job.in_bucket:
-                raise ValueError(f"{flags.name} is gone, and {job.out} with it; it was on its disk")
-            note(f"the run {last.why()}; again, from its last checkpoint")
-            if last.state != "gone":
-                # A worker that still waits for the others would keep its TPU from the restart.
-                machine.ssh(tpu_shell.stop(60, asked=False), "all", capture=True)
-            if last.state == "silent" or (stuck > 1 and last.state != "gone"):
-                if job.in_bucket:  # perhaps a fault of this very machine
-                    machine.down()
-            time.sleep(flags.poll if stuck else 0)
-    if to:
+    try:
+        with job.packed() as archive:
+            code = to_its_end(flags, job, archive, create)
+    except ValueError:
+        if machine.exists:
+            note(left_over(flags))
+        raise
+    if code == DONE and to:
         bring(machine, job.out, to)
-    if not flags.keep:
+    if code == DONE and not flags.keep:
         machine.down()
-    note(f"done; the run is in {to or job.out}")
-    return DONE
+    note(f"done; the run is in {to or job.out}" if code == DONE else left_over(flags))
+    return code
+
+
+def to_its_end(flags: argparse.Namespace, job: Job, archive: str, create: list[str]) -> int:
+    """Run it, on one machine after the other if need be. Returns the exit code."""
+    machine, reached, stuck = flags.machine, -1, 0
+    while True:
+        machine.up(create, flags.poll)
+        last = job.go_on(machine, archive, flags.poll)
+        code = tpu_job.verdict(machine, last)
+        if code == DONE:
+            return DONE
+        if last.state == "stopped":
+            note("stopped on request, state saved")
+            return STOPPED
+        if code in (MISTAKE, NOT_FINITE):
+            machine.ssh(tpu_shell.tail(30), "all")
+            note(f"the run ended with {code}, see above, and would again")
+            return code
+        stuck = 0 if last.step > reached else stuck + 1
+        reached = max(reached, last.step)
+        if stuck > flags.max_restarts:
+            note(f"{stuck} times in a row it ended without a new update")
+            return GAVE_UP
+        if last.state == "gone" and not job.in_bucket:
+            raise ValueError(f"{flags.name} is gone, and {job.out} with it; it was on its disk")
+        note(f"the run {last.why()}; again, from its last checkpoint")
+        if last.state != "gone":
+            # A worker that still waits for the others would keep its TPU from the restart.
+            machine.ssh(tpu_shell.stop(60, asked=False), "all", capture=True)
+        if last.state == "silent" or (stuck > 1 and last.state != "gone"):
+            if job.in_bucket:  # perhaps a fault of this very machine
+                machine.down()
+        time.sleep(flags.poll if stuck else 0)
 
 
 def up(flags: argparse.Namespace) -> int:
@@ -225,7 +235,7 @@ def own(flags: argparse.Namespace, command: str) -> str:
 
 
 def left_over(flags: argparse.Namespace) -> str:
-    return f"the machine is still there and costs money; delete it: {own(flags, 'down')}"
+    return f"{flags.name} is still there and may cost money; delete it: {own(flags, 'down')}"
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ class Machine:
         self._where = [f"--{k}={v}" for k, v in (("zone", zone), ("project", project)) if v]
         self._printed: set[str] = set()
         self.created = 0  # how often, from here
+        self.exists = False  # as far as is known
 
     def call(
         self, argv: list[str], capture: bool = False, once: str = "", pretend: str = ""
@@ -84,6 +85,7 @@ class Machine:
         """ABSENT, the request's state, or "ACTIVE, node ..."; raises ValueError on no answer."""
         pretend = "ACTIVE" if self.created else "ABSENT"
         request = self._describe("queued-resources", "value(state.state)", pretend)
+        self.exists = request != "ABSENT"
         if request != "ACTIVE":
             return request
         # A preempted node is seen here first: its request may stay ACTIVE for minutes.
@@ -142,11 +144,13 @@ class Machine:
         self.must(argv, f"creating {self.name}", "what a zone has: gcloud compute tpus "
                   "accelerator-types list --zone=ZONE")  # fmt: skip
         self.created += 1
+        self.exists = True
 
     def down(self) -> None:
         """Delete the request and its node, wait until both are gone."""
         argv = self._tpus("queued-resources", "delete", "--force", "--quiet")
         self.must(argv, f"deleting {self.name}")
+        self.exists = False
 
     # --- what happens on it ---
 
@@ -166,10 +170,13 @@ class Machine:
         return self._tpus("tpu-vm", "ssh", *flags)
 
     def send(self, files: list[str], folder: str) -> None:
-        """Copy files into a folder below its home, on all workers."""
+        """Copy files into a folder below its home, on all workers.
+
+        To several, gcloud copies only with a key that ssh-agent holds, where an agent runs.
+        """
         argv = ["gcloud", "compute", "tpus", "tpu-vm", "scp", *files, f"{self.name}:{folder}",
                 "--worker=all", "--quiet", *self._where]  # fmt: skip
-        self.must(argv, "copying")
+        self.must(argv, "copying", "of a key: ssh-add ~/.ssh/google_compute_engine")
 
     def fetch(self, folder: str, to: str) -> None:
         """Copy a folder below the home of worker 0 here."""
