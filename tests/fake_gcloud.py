@@ -55,7 +55,7 @@ sys.exit(plan.get("code", 0))
 """
 
 
-def install(folder: Path, plan: list, workers: int = 1, **machine) -> Path:
+def install(folder: Path, plan: list | dict, workers: int = 1, **machine) -> Path:
     """Make the stand-in below `folder`. Returns what to put on PATH, first."""
     for name in ("bin", "remote", "bucket"):
         (folder / name).mkdir(parents=True)
