@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from scalegpt import checkpoint, command_line, distributed, pmap_step, reports, sharding
-from scalegpt.ahead_of_time import compile_only
+from scalegpt.ahead_of_time import compile_only, memory_advice
 from scalegpt.config import Config
 from scalegpt.data import Dataset
 from scalegpt.evaluate import validation
@@ -115,7 +115,8 @@ def train(config: Config, phases: Phases) -> int:
         if is_main:
             write_config(config)
         metrics.say("\n".join([reports.describe(config, datasets, steps), *notes]))
-        return loop(run, state, start)
+        with memory_advice():
+            return loop(run, state, start)
     finally:
         metrics.close()
         checkpoints.close()

@@ -328,6 +328,15 @@ def test_the_last_good_checkpoint_is_named_and_a_bad_evaluation_saves_none(
     checkpoints.close()
 
 
+def test_out_of_memory_is_one_message_with_what_helps(data, tmp_path, monkeypatch):
+    def exhausted(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 190G of 15G\n" + "buffers\n" * 99)
+
+    monkeypatch.setattr(step.Steps, "train", exhausted)
+    with pytest.raises(ValueError, match="190G of 15G\nlower batch.microbatch, raise mesh.fsdp"):
+        train.main(arguments(data, tmp_path / "run"))
+
+
 def test_rows_of_another_run_are_never_overwritten_however_often_one_tries(data, tmp_path):
     (tmp_path / "run").mkdir()
     file = tmp_path / "run" / "metrics.jsonl"

@@ -105,7 +105,6 @@ def main(argv: list[str]) -> int:
             raise ValueError(f"--{name}={value} must be at least {lowest}")
     if flags.worker:
         return work(config, Path(flags.worker), flags.steps)
-
     datasets = open_datasets(config)
     asked, devices = config, choose_devices()
     config = config.with_vocab(max(d.vocab_size for d in datasets))
