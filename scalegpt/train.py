@@ -22,8 +22,11 @@ from scalegpt.data import Dataset, TrainBatches, check_tokens, open_dataset, tra
 from scalegpt.evaluate import validation
 from scalegpt.flops import mfu_meter, parameter_count
 from scalegpt.metrics import Metrics, Throughput
+from scalegpt.phases import Phases
 from scalegpt.resume import check_same_run, initial_state, lock, stored_config, write_config
 from scalegpt.step import State, Steps
+from scalegpt.stop import StopRequest
+from scalegpt.watch import Watch
 
 FLAGS = {
     "--print-config": {"action": "store_true", "help": "print the resolved configuration, exit"},
@@ -48,13 +51,19 @@ def main(argv: list[str]) -> int:
             config = config.with_vocab(max(d.vocab_size for d in open_datasets(config)))
         compile_only(config, flags.compile_only)
         return DONE
-    distributed.start(config.distributed)
-    return train(config)
+    stop, phases = StopRequest(), Phases(config.run)
+    watch = Watch(phases)
+    try:
+        with phases("processes"):
+            distributed.start(config.distributed, config.run.deadline_start)
+        return train(config, phases, stop)
+    finally:
+        watch.close()
+        stop.close()
 
 
-def train(config: Config) -> int:
+def train(config: Config, phases: Phases, stop: StopRequest) -> int:
     """A new run, or the continuation of the one in run.out_dir. Returns the exit code."""
-    stop = distributed.StopRequest()
     is_main = jax.process_index() == 0
     datasets = open_datasets(config)
     config = config.with_vocab(max(d.vocab_size for d in datasets))
@@ -70,7 +79,10 @@ def train(config: Config) -> int:
         "data": {d.name: d.fingerprint for d in datasets},
         "best_loss": math.inf,
     }
-    if (start := checkpoints.latest or 0) > 0:
+    start = checkpoints.latest or 0
+    with phases("self-check"):
+        distributed.self_check(distributed.facts(config, meta["data"], checkpoints.latest))
+    if start > 0:
         meta["best_loss"] = check_same_run(config, meta, checkpoints.meta(start))
     notes: list[str] = []
     state = initial_state(config, steps, checkpoints, start, notes.append)
@@ -88,9 +100,14 @@ def train(config: Config) -> int:
         if is_main:
             write_config(config)
         metrics.say("\n".join([describe(config, datasets, steps), *notes]))
+        stop.heed_notices(jax.default_backend() == "tpu")
         return loop(
-            config, datasets, steps, evaluate, checkpoints, meta, state, start, metrics, stop
-        )
+            config, datasets, steps, evaluate, checkpoints, meta, state, start, metrics, phases,
+            stop,
+        )  # fmt: skip
+    except BaseException as error:
+        command_line.fail(error)  # the clean-up would wait for processes that wait for this one
+        raise
     finally:
         metrics.close()
         checkpoints.close()
@@ -108,7 +125,8 @@ def loop(
     state: State,
     start: int,
     metrics: Metrics,
-    stop: distributed.StopRequest,
+    phases: Phases,
+    stop: StopRequest,
 ) -> int:
     """Updates `start` + 1 to optim.steps, and what happens every so many of them."""
     total, tokens_per_step = config.optim.steps, config.batch.sequences * config.model.block_size
@@ -132,7 +150,8 @@ def loop(
 
     def evaluation(done: int) -> float:
         """Validate; the loss is written before any checkpoint of the same step."""
-        row = evaluate(state.params)
+        with phases("evaluation"):
+            row = evaluate(state.params)
         meta["best_loss"] = min(meta["best_loss"], row["val/loss"])
         metrics.evaluation({"step": done, **row, "val/best_loss": meta["best_loss"]})
         return row["val/loss"]
@@ -142,6 +161,7 @@ def loop(
         meta["best_loss"] = math.inf  # of weights that nobody has trained
     if start < total:
         metrics.say("compiling the training step ...")
+    phases.begin("compile", start)
     pending, code, began = None, DONE, time.perf_counter()
     batch = next(batches) if start < total else None
     for done in range(start + 1, total + 1):
@@ -152,6 +172,8 @@ def loop(
         if pending and not report(*pending):
             return not_finite(pending[0], checkpoints, metrics)
         pending = (done, values)
+        if done > start + 1:
+            phases.progress(done)
         leaving = stop.reached(done)
         last = done == total or leaving
         evaluate_now = done == total or _due(done, config.eval.every)
@@ -161,6 +183,9 @@ def loop(
                 return not_finite(done, checkpoints, metrics)
             pending = None
         if done == start + 1:
+            phases.lengthen("step", 10 * (time.perf_counter() - began))
+            phases.begin("step", done)
+            stop.saves = True
             metrics.say(f"first update after {time.perf_counter() - began:.1f} s")
         if not (evaluate_now or save_now):
             continue
@@ -169,12 +194,15 @@ def loop(
         if loss is not None and not math.isfinite(loss):
             return not_finite(done, checkpoints, metrics)
         if save_now or (loss is not None and loss < best):
-            checkpoints.save(state, done, meta, loss)
+            with phases("save"):
+                checkpoints.save(state, done, meta, loss)
         throughput.resume()
         if leaving and done < total:
             code = STOPPED
             break
-    checkpoints.wait()
+    stop.saves = False
+    with phases("save"):
+        checkpoints.wait()
     if code == STOPPED:
         metrics.say(f"stopped on request after update {done}; the same command continues")
     else:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from scalegpt import checkpoint, distributed, evaluate, generate, resume, step, train
+from scalegpt import checkpoint, evaluate, generate, resume, step, stop, train
 from scalegpt.command_line import parse
 from scalegpt.config import LogConfig
 from scalegpt.metrics import Metrics
@@ -98,7 +98,7 @@ def rows(out_dir: Path, key: str = "train/loss") -> dict[int, float]:
 
 
 def stop_after(monkeypatch, *at: int) -> None:
-    monkeypatch.setattr(distributed.StopRequest, "reached", lambda self, step: step in at)
+    monkeypatch.setattr(stop.StopRequest, "reached", lambda self, step: step in at)
 
 
 @pytest.fixture(scope="module")
