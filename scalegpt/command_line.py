@@ -110,9 +110,14 @@ def fail(error: BaseException) -> None:
 
     To be called before a clean-up that waits for other processes: they may be waiting for this.
     """
-    if peers.line is not None:
-        _show(error, _code(error))
-        peers.fail(error, _code(error))
+    if peers.line is None:
+        return
+    code = _code(error)
+    if code == FAILED:
+        peers.wait_for_cause(error)
+    _show(error, code)
+    text = f"{error}" if code == USERS_MISTAKE else f"{type(error).__name__}: {error}"
+    peers.leave(code, text, said=True)
 
 
 def _code(error: BaseException) -> int:

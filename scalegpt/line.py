@@ -19,11 +19,10 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from scalegpt import meeting
-from scalegpt.ending import dump_stacks, end, say
+from scalegpt.ending import dump_stacks, elsewhere, end, say
 
 USERS_MISTAKE, FAILED = 2, 5
 DIED = "died; all others stop, and the same command continues the run"
-_SILENT = 12.0  # seconds; a process that runs says where it is at least every 5
 _DRAIN = 2.0  # seconds that a process waits for the others to have read why it leaves
 
 
@@ -77,8 +76,8 @@ class Line:
             link = meeting.connect(self.address, [self.index, self.host, self.count], seconds)
             if link is None:
                 where = "{}:{}".format(*self.address)
-                self.leave(FAILED, f"process 0 did not answer at {where} within {seconds:g} s "
-                           "(run.deadline_start); does it run, and is the port open?")  # fmt: skip
+                self.leave(FAILED, f"process 0 did not answer at {where} in {seconds:g} s "
+                           "(run.deadline_start); does it run, and is its port open?")  # fmt: skip
             self._add(Peer(link, 0, self.address[0]))
         threading.Thread(target=self._serve, daemon=True, name="line").start()
         if not self._ready.wait(seconds):
@@ -216,10 +215,9 @@ class Line:
     def others(self) -> str:
         """Which processes are elsewhere than this one, or say nothing: for the report of a hang."""
         if not self._ready.is_set():
-            if self.index:
-                return "process 0 still waits for other processes, see its output"
-            absent = [str(i) for i in range(1, self.count) if i not in self._peers]
-            return f"of {self.count} processes these have not come: {', '.join(absent)}"
+            absent = ", ".join(str(i) for i in range(1, self.count) if i not in self._peers)
+            return ("process 0 waits for other processes, see its output" if self.index else
+                    f"of {self.count} processes these have not come: {absent}")  # fmt: skip
         if self.index:
             self._table, until = None, time.monotonic() + 3
             self._to_all(where=True)
@@ -228,17 +226,8 @@ class Line:
                     return (f"process 0 ({self._peers[0].host}) does not answer, it is stopped, or "
                             "its machine hangs")  # fmt: skip
                 time.sleep(0.02)
-        found = []
-        for index, host, name, step, seconds, silent in self._table if self.index else self._rows():
-            where = f"in {name}, step {step}"
-            if index == self.index:
-                continue
-            if silent > _SILENT:
-                found.append(f"process {index} ({host}) has said nothing for {silent:.0f} s, it is "
-                             f"stopped, or its machine hangs; it was {where}")  # fmt: skip
-            elif (name, step) != self._here()[:2]:
-                found.append(f"process {index} ({host}) is {where}, since {seconds:.0f} s")
-        return "\n".join(found) or "all other processes are in the same phase"
+        rows = self._table if self.index else self._rows()
+        return elsewhere([row for row in rows if row[0] != self.index], *self._here()[:2])
 
     # --- a request to stop: all leave at the same call of StopRequest.reached ---
 
@@ -306,4 +295,3 @@ class Line:
                     if not peer.socket.recv(65536):
                         break
         end(code)
-

@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import time
-from typing import Any
+from typing import Any, NoReturn
 
 from scalegpt.ending import end, say
 from scalegpt.line import FAILED, Line
@@ -35,7 +35,7 @@ def join(host: str, port: int, count: int, index: int, seconds: float) -> int:
     return line.open(seconds)
 
 
-def leave(code: int, text: str, dump: bool = False, said: bool = False) -> None:
+def leave(code: int, text: str, dump: bool = False, said: bool = False) -> NoReturn:
     """End this process now, from any thread, and with it all others of the run.
 
     said: the user of this process knows already. dump: with the stacks of all threads.
@@ -47,16 +47,10 @@ def leave(code: int, text: str, dump: bool = False, said: bool = False) -> None:
     end(code)
 
 
-def fail(error: BaseException, code: int) -> None:
-    """With other processes: end all, saying `error`, whose traceback is printed already.
-
-    Before any clean-up, which would wait for those that wait for this one. Alone: nothing.
-    """
-    if line is None:
-        return
-    if type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError"):
-        time.sleep(2)  # often the echo of a death; the line knows by now, and has left with it
-    line.leave(code, f"{error}" if code == 2 else f"{type(error).__name__}: {error}", said=True)
+def wait_for_cause(error: BaseException) -> None:
+    """An error of JAX may be the echo of a death elsewhere: let the line leave with that."""
+    if line and type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError"):
+        time.sleep(2)
 
 
 def farewell(code: int) -> None:

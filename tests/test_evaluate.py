@@ -6,9 +6,9 @@ import math
 
 import jax
 import numpy as np
+import processes
 import pytest
 import tiny_gpt2
-import processes
 from test_tasks import TINY, placed, tiny_steps, write
 from test_train import one_compilation_of_each_program  # noqa: F401, a fixture
 

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 import processes
+import pytest
 
 from scalegpt import generate, sharding, step, tokenizer, trained
 from scalegpt.checkpoint import Checkpoints

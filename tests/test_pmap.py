@@ -8,8 +8,8 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import pytest
 import processes
+import pytest
 import yaml
 from conftest import ROOT
 from hlo_traffic import collectives
