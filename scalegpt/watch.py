@@ -28,7 +28,7 @@ class Watch:
         self._over.set()
 
     def _run(self) -> None:
-        last = fresh = time.monotonic()
+        last, fresh = time.monotonic(), 0.0
         told: tuple[float, float] = (0.0, 0.0)  # begin of the phase, seconds at which to tell next
         while not self._over.wait(_TICK):
             now, phase = time.monotonic(), self._phases.current
