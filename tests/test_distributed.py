@@ -17,17 +17,30 @@ import pytest
 from scalegpt import distributed
 from scalegpt.config import Config, DistributedConfig
 
-STEPS = 40
+STEPS = 24
 
 # The command, which records the rows that a process reads (record=FILE), and in which a signal
-# comes at the moment when the batch of a step is read (fault=SIGNAL:STEP).
+# comes when the batch of a step is read, or before the self-check (fault=SIGNAL:STEP or :check).
 PROGRAM = """
 import json, os, signal, sys
-from scalegpt import command_line, train
+from scalegpt import command_line, distributed, train
 from scalegpt.data import TrainBatches
 ours = dict(a.split("=", 1) for a in sys.argv[1:] if not a.startswith("--"))
 sys.argv[1:] = [a for a in sys.argv[1:] if a.startswith("--")]
 init, read = TrainBatches.__init__, TrainBatches.__getitem__
+def recorded(self, *arguments):
+    open(ours["record"], "w").write(json.dumps(arguments[-1].tolist()))
+    init(self, *arguments)
+def fault(now):
+    name, at = ours.get("fault", "none:never").split(":")
+    if now == at:
+        os.kill(os.getpid(), getattr(signal, name))
+def faulty(self, step):
+    fault(str(step))
+    return read(self, step)
+check = distributed.self_check
+distributed.self_check = lambda facts: (fault("check"), check(facts))
+TrainBatches.__init__, TrainBatches.__getitem__
 def recorded(self, *arguments):
     open(ours["record"], "w").write(json.dumps(arguments[-1].tolist()))
     init(self, *arguments)
@@ -53,11 +66,11 @@ def launch(
     """each: what every process gets besides."""
     out_dir.parent.mkdir(exist_ok=True)
     argv = [
-        *("--model.n_layer=2", "--model.n_head=2", "--model.n_embd=32", "--model.block_size=16"),
+        *("--model.n_layer=1", "--model.n_head=2", "--model.n_embd=32", "--model.block_size=16"),
         *("--model.dropout=0.1", "--model.scan_layers=true", "--mesh.data=2", "--mesh.fsdp=-1"),
         *("--batch.sequences=16", "--batch.microbatch=2", "--optim.lr=1e-2"),
-        *(f"--optim.steps={STEPS}", "--optim.warmup_steps=0", "--eval.every=20"),
-        *("--eval.windows=9", "--checkpoint.every=30", "--log.every=1", "--log.tensorboard=false"),
+        *(f"--optim.steps={STEPS}", "--optim.warmup_steps=0", "--eval.every=12"),
+        *("--eval.windows=9", "--checkpoint.every=16", "--log.every=1", "--log.tensorboard=false"),
         *(f"--data.path={data}", f"--run.out_dir={out_dir}", *extra),
     ]
     each = [[f"record={out_dir.parent}/rows{i}", *(each[i] if each else [])] for i in range(count)]
@@ -144,24 +157,30 @@ def test_fault_18_two_processes_are_the_run_of_one(cache, bottles, alone, tmp_pa
 def test_four_processes_with_their_own_copies_of_the_data_are_the_run_of_one(
     cache, bottles, alone, tmp_path
 ):
+    """Until a signal to one of them stops all."""
     each = []
     for index in range(4):
         copy = tmp_path / f"host{index}" / "bottles"
         shutil.copytree(bottles, copy)
         each.append([f"--data.path={copy}"])
-    four = launch(cache, bottles, tmp_path / "four" / "run", 4, each=each)
+    shared = tmp_path / "four" / "run"
+    four = launch(cache, bottles, shared, 4, each=each)
+    wait_for_step(four, shared, 8)
+    four[2].send_signal(signal.SIGTERM)
     outputs = processes.finish(four)
-    assert codes(four) == [0] * 4, outputs
-    assert_same_run(tmp_path / "four" / "run", alone)
+    assert codes(four) == [3] * 4, outputs
+    ours, theirs = (rows(folder, "train/loss") for folder in (shared, alone))
+    assert len(ours) > 8 and all(abs(ours[step] - theirs[step]) < 1e-5 for step in ours)
     assert [bool(out) for out, _ in outputs] == [True, False, False, False]
+    assert "SIGTERM in another process: saving after this step" in outputs[0][1]
     read = [json.loads((tmp_path / "four" / f"rows{i}").read_text()) for i in range(4)]
     assert read == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
 
 
-@pytest.mark.parametrize("victim", [1, 0])
-def test_a_killed_process_ends_the_other_in_seconds(cache, bottles, tmp_path, victim):
+@pytest.mark.parametrize(("victim", "when"), [(0, "12"), (1, "check")])
+def test_a_killed_process_ends_the_other_in_seconds(cache, bottles, tmp_path, victim, when):
     """Process 0 is the coordinator, whose end JAX itself answers with SIGABRT."""
-    each = [[f"fault=SIGKILL:{STEPS // 2}"] if i == victim else [] for i in range(2)]
+    each = [[f"fault=SIGKILL:{when}"] if i == victim else [] for i in range(2)]
     two = launch(cache, bottles, tmp_path / "a" / "run", 2, each=each)
     two[victim].wait(120)
     began = time.monotonic()
@@ -174,16 +193,15 @@ def test_a_killed_process_ends_the_other_in_seconds(cache, bottles, tmp_path, vi
 
 def test_a_stopped_process_ends_the_other_at_the_deadline(cache, bottles, tmp_path):
     """With where it stands, the key to raise, the stacks, and the process that is missing."""
-    each = [[], [f"fault=SIGSTOP:{STEPS // 2}"]]
-    limits = ("--run.deadline_step=1", "--run.deadline_evaluation=30")
-    two = launch(cache, bottles, tmp_path / "a" / "run", 2, *limits, each=each)
-    two[0].wait(150)
+    each = [[], ["fault=SIGSTOP:check"]]
+    two = launch(cache, bottles, tmp_path / "a" / "run", 2, "--run.deadline_start=12", each=each)
+    two[0].wait(100)
     two[1].kill()
     outputs = processes.finish(two)
     said = outputs[0][1]
     assert two[0].returncode == 5, outputs
-    assert "longer than run.deadline_step=" in said and "train.py" in said
-    assert "process 1 (" in said
+    assert "self-check takes 1" in said and "longer than run.deadline_start=12" in said
+    assert "in self_check" in said and "process 1 (" in said and "has said nothing for" in said
 
 
 def test_faulty_data_on_one_host_end_all(cache, bottles, tmp_path):
