@@ -93,7 +93,8 @@ class Line:
     def _welcome(self, peer: Peer, index: int, host: str, count: int) -> None:
         if self._ready.is_set():  # of another run, which must not disturb this one
             return self._drop(peer)
-        peer.socket.sendall(meeting.WELCOME)
+        with contextlib.suppress(OSError):  # dead already, which reading finds out
+            peer.socket.sendall(meeting.WELCOME)
         wrong = None
         if count != self.count:
             wrong = (f"process {index} ({host}) was told of {count} processes, process 0 of "
@@ -118,10 +119,11 @@ class Line:
         try:
             while True:
                 for key, _ in self._selector.select(1.0):
-                    if key.data is None:
-                        self._add(Peer(key.fileobj.accept()[0]))
-                    else:
+                    if key.data is not None:
                         self._read(key.data)
+                        continue
+                    with contextlib.suppress(OSError):  # gone before it was let in
+                        self._add(Peer(key.fileobj.accept()[0]))
                 self._say_where()
         except Exception:
             self.leave(FAILED, f"the line between the processes broke\n{traceback.format_exc()}")

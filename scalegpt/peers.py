@@ -59,7 +59,7 @@ def farewell(code: int) -> None:
         return
     line.farewell(code)
     # All is saved. JAX's barrier at exit may wait minutes for a process that ends otherwise.
-    late = threading.Timer(10, os._exit, (code,))
+    late = threading.Timer(10, end, (code,))
     late.daemon = True
     late.start()
 

@@ -200,9 +200,9 @@ def loop(
         if leaving and done < total:
             code = STOPPED
             break
-    stop.saves = False
     with phases("save"):
         checkpoints.wait()
+    stop.saves = False
     if code == STOPPED:
         metrics.say(f"stopped on request after update {done}; the same command continues")
     else:
