@@ -282,15 +282,14 @@ class Line:
             threading.Event().wait()  # another thread is about to end the process
         if not said:
             say(f"process {index} ({host}){'' if text == DIED else ':'} {text}")
-        if self.index in (0, index):
-            for peer in self._peers.values():
-                if peer.index != index:
-                    self._send(peer, failed=[index, host, code, text, dump])
+        tell = [p for p in self._peers.values() if self.index in (0, index) and p.index != index]
+        for peer in tell:
+            self._send(peer, failed=[index, host, code, text, dump])
         if dump:
             dump_stacks(*self._here())
         # Until the others have read it: an unread message would be lost with the connection.
         until = time.monotonic() + _DRAIN
-        for peer in self._peers.values():
+        for peer in tell:
             with contextlib.suppress(OSError):
                 while (left := until - time.monotonic()) > 0:
                     peer.socket.settimeout(left)
