@@ -1,7 +1,7 @@
 """The training loop: `python -m scalegpt.train --config configs/demo.yaml`.
 
 Exit codes: 0 done; 2 the user's mistake; 3 stopped on request, state saved; 4 stopped on a
-non-finite loss or gradient, nothing bad saved.
+non-finite loss or gradient, nothing bad saved; 5 a deadline passed or another process died.
 """
 
 import math
