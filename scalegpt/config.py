@@ -243,7 +243,9 @@ class RunConfig(Section):
     replay: Positive | None = None
     """run this update's batch again for a post-mortem: the loss of each example; writes nothing"""
     deadline_start: Seconds = 900.0
-    """seconds for each phase of the start: processes, devices, self-check, data, mesh"""
+    """seconds for each phase of the start: processes, devices, mesh"""
+    deadline_data: Seconds = 7200.0
+    """of opening the data, maybe copied from a URL; and of waiting for the hosts that still do"""
     deadline_restore: Seconds = 3600.0
     deadline_compile: Seconds = 3600.0
     """of the first update"""

@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -14,14 +14,17 @@ from scalegpt.data import Dataset, TrainBatches, check_tokens, open_dataset, tra
 from scalegpt.step import Steps
 
 
-def open_datasets(config: Config) -> list[Dataset]:
-    """Open and check every data set, preparing what is missing if the config says so."""
+def open_datasets(config: Config, alive: Callable[[], None] = lambda: None) -> list[Dataset]:
+    """Open and check every data set, preparing what is missing if the config says so.
+
+    alive: called now and then while data are prepared, which may well take hours.
+    """
     datasets = []
     for path in config.data.weights:
         script = Path(path, "prepare.py")
         whole = all(Path(path, name).is_file() for name in ("train.bin", "val.bin", "meta.json"))
         if config.data.prepare and script.is_file() and not whole:
-            if subprocess.run([sys.executable, str(script)]).returncode:
+            if _run([sys.executable, str(script)], alive):
                 raise ValueError(f"{script} could not prepare the data, see above")
         dataset = open_dataset(path, config.data.cache_dir)
         check_tokens(dataset, config.model.block_size)
@@ -37,6 +40,16 @@ def open_datasets(config: Config) -> list[Dataset]:
             )
         datasets.append(dataset)
     return datasets
+
+
+def _run(argv: list[str], alive: Callable[[], None]) -> int:
+    """The command's exit code; it shows its own progress."""
+    with subprocess.Popen(argv) as process:
+        while True:
+            try:
+                return process.wait(10)
+            except subprocess.TimeoutExpired:
+                alive()
 
 
 def train_batches(

@@ -17,7 +17,7 @@ from scalegpt.config import RunConfig
 # Phase -> (its place in the ledger, the run.deadline_* that limits it).
 PHASES = {
     "processes": ("startup", "start"), "devices": ("startup", "start"),
-    "self-check": ("startup", "start"), "data": ("startup", "start"),
+    "self-check": ("startup", "data"), "data": ("startup", "data"),
     "mesh": ("startup", "start"), "weights": ("startup", "restore"),
     "imports": ("startup", "start"), "restore": ("restore", "restore"),
     "compile": ("compile", "compile"), "step": ("step", "step"),

@@ -1,7 +1,7 @@
 """The training loop: `python -m scalegpt.train --config configs/demo.yaml`.
 
 Exit codes: 0 done; 2 the user's mistake; 3 stopped on request, state saved; 4 stopped on a
-non-finite loss or gradient, nothing bad saved.
+non-finite loss or gradient, nothing bad saved; 5 a deadline passed or another process died.
 """
 
 import math
@@ -24,6 +24,8 @@ from scalegpt.phases import Phases
 from scalegpt.replay import replay
 from scalegpt.resume import check_same_run, initial_state, lock, stored_config, write_config
 from scalegpt.step import State, Steps
+from scalegpt.stop import StopRequest
+from scalegpt.watch import Watch
 
 FLAGS = {
     "--print-config": {"action": "store_true", "help": "print the resolved configuration, exit"},
@@ -48,10 +50,15 @@ def main(argv: list[str]) -> int:
             config = config.with_vocab(max(d.vocab_size for d in open_datasets(config)))
         compile_only(config, flags.compile_only)
         return DONE
-    phases = Phases(config.run)
-    with phases("processes"):
-        distributed.start(config.distributed)
-    return train(config, phases)
+    stop, phases = StopRequest(), Phases(config.run)
+    watch = Watch(phases)
+    try:
+        with phases("processes"):
+            distributed.start(config.distributed, config.run.deadline_start)
+        return train(config, phases, stop)
+    finally:
+        watch.close()
+        stop.close()
 
 
 @dataclass(frozen=True)
@@ -66,15 +73,14 @@ class Run:
     meta: dict[str, Any]
     metrics: Metrics
     phases: Phases
-    stop: distributed.StopRequest
+    stop: StopRequest
 
 
-def train(config: Config, phases: Phases) -> int:
+def train(config: Config, phases: Phases, stop: StopRequest) -> int:
     """A new run, or the continuation of the one in run.out_dir. Returns the exit code."""
-    stop = distributed.StopRequest()
     is_main = jax.process_index() == 0
     with phases("data"):
-        datasets = open_datasets(config)
+        datasets = open_datasets(config, phases.progress)
     config = config.with_vocab(max(d.vocab_size for d in datasets))
     with phases("devices"):
         jax.devices()
@@ -92,7 +98,10 @@ def train(config: Config, phases: Phases) -> int:
         "data": {d.name: d.fingerprint for d in datasets},
         "best_loss": math.inf,
     }
-    if (start := checkpoints.latest or 0) > 0:
+    start = checkpoints.latest or 0
+    with phases("self-check"):
+        distributed.self_check(distributed.facts(config, meta["data"], checkpoints.latest))
+    if start > 0:
         meta["best_loss"] = check_same_run(config, meta, checkpoints.meta(start))
     notes: list[str] = []
     with phases("restore" if start else "weights"):
@@ -115,8 +124,12 @@ def train(config: Config, phases: Phases) -> int:
         if is_main:
             write_config(config)
         metrics.say("\n".join([reports.describe(config, datasets, steps), *notes]))
+        stop.heed_notices(jax.default_backend() == "tpu")
         with memory_advice():
             return loop(run, state, start)
+    except BaseException as error:
+        command_line.fail(error)  # the clean-up would wait for processes that wait for this one
+        raise
     finally:
         metrics.close()
         checkpoints.close()
@@ -166,6 +179,7 @@ def loop(run: Run, state: State, start: int) -> int:
         """What was asked for is on disk, and the last row says where the time went."""
         with phases("save"):
             run.checkpoints.wait()
+        run.stop.saves = False
         if start < total:
             metrics.ledger(done, stall)
             metrics.summary()
@@ -203,6 +217,7 @@ def loop(run: Run, state: State, start: int) -> int:
             first = time.perf_counter() - began
             phases.lengthen("step", 10 * first)
             phases.begin("step", done)
+            run.stop.saves = True
             metrics.say(f"first update after {first:.1f} s")
         if not (evaluate_now or save_now):
             continue

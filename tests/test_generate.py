@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import processes
 import pytest
-import two_processes
 
 from scalegpt import generate, sharding, step, tokenizer, trained
 from scalegpt.checkpoint import Checkpoints
@@ -192,7 +192,7 @@ def test_two_processes_write_the_text_of_one_and_the_first_prints_it(run, capsys
     assert generate.main(argv) == 0
     alone = capsys.readouterr().out
     mesh = ["--mesh.data=2", "--mesh.fsdp=2", "--mesh.tensor=2"]
-    first, second = two_processes.run("scalegpt.generate", *argv, *mesh)
+    first, second = processes.run("scalegpt.generate", *argv, *mesh)
     assert first[0] == alone and second == ("", "")
 
 

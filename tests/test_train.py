@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tiny_run import ROWS, STEPS, TEXT, T, arguments, rows, start, wait_for_step, write_data
 
-from scalegpt import checkpoint, distributed, evaluate, generate, resume, step, train
+from scalegpt import checkpoint, evaluate, generate, resume, step, stop, train
 from scalegpt.command_line import parse
 from scalegpt.config import LogConfig, RunConfig
 from scalegpt.metrics import Metrics
@@ -27,7 +27,7 @@ def data(plays) -> Path:
 
 
 def stop_after(monkeypatch, *at: int) -> None:
-    monkeypatch.setattr(distributed.StopRequest, "reached", lambda self, step: step in at)
+    monkeypatch.setattr(stop.StopRequest, "reached", lambda self, step: step in at)
 
 
 @pytest.fixture(scope="module")
