@@ -1,5 +1,6 @@
 """What run.out_dir already holds, whether this run may continue it, and with what state."""
 
+import math
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -67,7 +68,7 @@ def check_same_run(config: Config, meta: dict[str, Any], stored: dict[str, Any])
     changes = [f"data {name}: other tokens" for i, (name, now) in enumerate(meta["data"].items())
                if then[i : i + 1] != [now]]  # fmt: skip
     refuse_changes(config, changes)
-    return stored["best_loss"]
+    return math.inf if stored["best_loss"] is None else stored["best_loss"]
 
 
 def refuse_changes(config: Config, changes: list[str]) -> None:
