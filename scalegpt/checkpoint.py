@@ -271,6 +271,11 @@ def is_run(folder: str | Path) -> bool:
     return Path(folder, FOLDER).is_dir()
 
 
+def has_imported_weights(out_dir: str | Path) -> bool:
+    """Whether it has a step 0, which no run saves."""
+    return bool((storage.folder(out_dir) / FOLDER / "0").names())
+
+
 def open_checkpoints(out_dir: str | Path) -> Checkpoints:
     """To read from a run, finished or not. Raises ValueError when there is none."""
     if not is_run(out_dir):

@@ -16,6 +16,8 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from scalegpt import run_folder
+
 Row = dict[str, Any]
 Say = Callable[[str], None]
 # Scripts read these: a key is never renamed. A step is an optimizer update, a loss is in nats a
@@ -203,14 +205,15 @@ class Metrics:
         self.say: Say = lambda text: None
         if not is_main:
             return
-        jsonl = JsonlWriter(f"{out_dir}/metrics.jsonl", resume_step)  # refuses before all others
+        folder = run_folder.local(out_dir)
+        jsonl = JsonlWriter(folder / "metrics.jsonl", resume_step)  # refuses before all others
         console = Console(total_steps, resume_step or 0, stream)
         self.say, self._writers = console.say, [jsonl, console]
         if log.tensorboard:
-            self._writers.append(TensorBoardWriter(f"{out_dir}/tensorboard", resume_step))
+            self._writers.append(TensorBoardWriter(folder / "tensorboard", resume_step))
         if log.wandb:
             self._writers.append(WandbWriter(
-                config or {}, out_dir, log.wandb_project, log.wandb_name or Path(out_dir).name,
+                config or {}, folder, log.wandb_project, log.wandb_name or Path(out_dir).name,
                 resume_step is not None, log.wandb_entity, self.say))
 
     def train(self, row: Row) -> None:

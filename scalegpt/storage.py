@@ -120,6 +120,8 @@ def folder(path: str | Path) -> Folder:
         path = Path(path).absolute().as_posix()
         return Folder(path, fsspec.filesystem("file"), path)
     path = str(path).rstrip("/")
+    if not path.startswith(("gs://", "s3://")):  # else Orbax would make a local folder "x:"
+        raise ValueError(f"{path}: checkpoints can be in a local folder, gs:// or s3://")
     try:
         # Orbax writes by a client of its own, so that a listing kept from before would be wrong.
         fs, root = fsspec.core.url_to_fs(path, use_listings_cache=False)

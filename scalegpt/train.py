@@ -1,9 +1,11 @@
 """The training loop: `python -m scalegpt.train --config configs/demo.yaml`.
 
 Exit codes: 0 done; 2 the user's mistake; 3 stopped on request, state saved; 4 stopped on a
-non-finite loss or gradient, nothing bad saved.
+non-finite loss or gradient, nothing bad saved; 5 no checkpoint could be written for
+checkpoint.patience, or the last one.
 """
 
+import contextlib
 import math
 import shlex
 import subprocess
@@ -15,14 +17,31 @@ from typing import Any
 
 import jax
 
-from scalegpt import checkpoint, command_line, distributed, generate, pmap_step, sharding, tokenizer
+from scalegpt import (
+    checkpoint,
+    command_line,
+    distributed,
+    generate,
+    pmap_step,
+    run_folder,
+    saving,
+    sharding,
+    tokenizer,
+)
 from scalegpt.ahead_of_time import compile_only
 from scalegpt.config import Config
 from scalegpt.data import Dataset, TrainBatches, check_tokens, open_dataset, train_iterator
 from scalegpt.evaluate import validation
 from scalegpt.flops import mfu_meter, parameter_count
 from scalegpt.metrics import Metrics, Throughput
-from scalegpt.resume import check_same_run, initial_state, lock, stored_config, write_config
+from scalegpt.resume import (
+    check_same_run,
+    initial_state,
+    lock,
+    open_to_save,
+    stored_config,
+    write_config,
+)
 from scalegpt.step import State, Steps
 
 FLAGS = {
@@ -35,7 +54,7 @@ FLAGS = {
         "v5e:4x4, ... (needs the package libtpu)",
     },
 }
-DONE, STOPPED, NOT_FINITE = 0, 3, 4
+DONE, STOPPED, NOT_FINITE, NOT_SAVED = 0, 3, 4, 5
 
 
 def main(argv: list[str]) -> int:
@@ -63,14 +82,14 @@ def train(config: Config) -> int:
     stored = stored_config(config, datasets[0].tokenizer)
     evaluate = validation(config, datasets, steps)
     in_use = lock(config) if is_main else None
-    checkpoints = checkpoint.Checkpoints(config.run.out_dir, config.checkpoint.keep)
+    checkpoints = open_to_save(config)
     meta = {
         "config": config.model_dump(),
         "tokenizer": datasets[0].tokenizer,
         "data": {d.name: d.fingerprint for d in datasets},
         "best_loss": math.inf,
     }
-    if (start := checkpoints.latest or 0) > 0:
+    if (start := checkpoints.continue_from() or 0) > 0:
         meta["best_loss"] = check_same_run(config, meta, checkpoints.meta(start))
     notes: list[str] = []
     state = initial_state(config, steps, checkpoints, start, notes.append)
@@ -83,6 +102,7 @@ def train(config: Config) -> int:
         is_main=is_main,
         config=meta["config"],
     )
+    checkpoints.say = metrics.say
     try:
         # The mark of a run that may be continued comes after all that can refuse to start one.
         if is_main:
@@ -94,6 +114,9 @@ def train(config: Config) -> int:
     finally:
         metrics.close()
         checkpoints.close()
+        if is_main:
+            with contextlib.suppress(Exception):  # rows since the last checkpoint: good to have
+                run_folder.push(config.run.out_dir)
         if in_use:
             in_use.close()
 
@@ -152,6 +175,8 @@ def loop(
         if pending and not report(*pending):
             return not_finite(pending[0], checkpoints, metrics)
         pending = (done, values)
+        if (failure := checkpoints.failing) and failure.over:
+            return not_saved(failure, checkpoints, metrics)
         leaving = stop.reached(done)
         last = done == total or leaving
         evaluate_now = done == total or _due(done, config.eval.every)
@@ -174,7 +199,8 @@ def loop(
         if leaving and done < total:
             code = STOPPED
             break
-    checkpoints.wait()
+    if failure := checkpoints.wait():
+        return not_saved(failure, checkpoints, metrics)
     if code == STOPPED:
         metrics.say(f"stopped on request after update {done}; the same command continues")
     else:
@@ -274,13 +300,24 @@ def finish(
 def not_finite(done: int, checkpoints: checkpoint.Checkpoints, metrics: Metrics) -> int:
     """A loss or the gradient of update `done` is NaN or infinite: leave, with nothing bad saved."""
     checkpoints.wait()
-    good = checkpoints.latest
     metrics.say(
-        f"error: loss or gradient of update {done} is not finite; stopped. "
-        + (f"The last good checkpoint is step {good}" if good else "There is no checkpoint yet")
-        + f" in {checkpoints.folder}. A lower optim.lr or a longer warm-up may help"
+        f"error: loss or gradient of update {done} is not finite; stopped; "
+        f"{checkpoints.last_good()} in {checkpoints.folder}. A lower optim.lr or a longer warm-up "
+        "may help"
     )
     return NOT_FINITE
+
+
+def not_saved(
+    failure: saving.Failure, checkpoints: checkpoint.Checkpoints, metrics: Metrics
+) -> int:
+    """Nothing that is computed here can be kept: leave."""
+    metrics.say(
+        f"error: no checkpoint could be written for {time.time() - failure.since:.0f} s: "
+        f"{failure.reason}; stopped; {checkpoints.last_good()} in {checkpoints.folder}, from which "
+        "the same command continues"
+    )
+    return NOT_SAVED
 
 
 if __name__ == "__main__":
