@@ -97,12 +97,12 @@ def read(folder: Folder, step: int) -> Manifest:
         content = json.loads(text)
         stated = content.pop("sha256")
         whole = stated == _digest(content)
-    except (ValueError, KeyError, AttributeError, RecursionError):
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         whole = False
     if not whole:
         raise Damaged(f"{NAME} is torn or altered")
-    if content["format"] != 1:
-        raise Damaged(f"{NAME} has format {content['format']}, this scalegpt knows format 1")
+    if content.get("format") != 1:
+        raise Damaged(f"{NAME} has format {content.get('format')}, this scalegpt knows format 1")
     if content["step"] != step:
         raise Damaged(f"{NAME} is of step {content['step']}")
     for name in content["files"]:
@@ -113,7 +113,7 @@ def read(folder: Folder, step: int) -> Manifest:
 def _refuse_outside(name: str) -> None:
     """A manifest from elsewhere shall not have us read, or tell about, other files."""
     inside = name and posixpath.normpath(name) == name and not posixpath.isabs(name)
-    if not inside or name.split("/")[0] == ".." or "\\" in name or ":" in name:
+    if not inside or name.split("/")[0] in (".", "..") or "\\" in name or ":" in name:
         raise Damaged(f"{NAME} names a file outside its folder, {name!r}")
 
 

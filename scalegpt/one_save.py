@@ -179,9 +179,9 @@ def _is_there_or_make_room(
         if manifest.UNFINISHED in names and manifest.NAME not in names:
             folder.remove()
         else:
-            aside = set(checkpoints.names())
-            name = next(n for n in (f"damaged-{step}", *(f"damaged-{step}-{i}"
-                        for i in itertools.count(1))) if n not in aside)  # fmt: skip
+            taken, name = set(checkpoints.names()), f"damaged-{step}"
+            if name in taken:
+                name = next(f"{name}-{i}" for i in itertools.count(1) if f"{name}-{i}" not in taken)
             folder.move(checkpoints / name)
     folder.make()  # not its parents: where a disk has gone, its place is on another
     folder.write(manifest.UNFINISHED, b"")
