@@ -212,7 +212,10 @@ def test_readers_leave_out_what_is_damaged_and_move_nothing(run, capsys):
     assert contents(run) == before
 
 
-@pytest.mark.parametrize("name", ["../1/manifest.json", "/etc/passwd", "a/../../x", "a\\b", "", "."])
+OUTSIDE = ["../1/manifest.json", "/etc/passwd", "a/../../x", "a\\b", "", "."]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
 def test_a_manifest_cannot_name_files_outside_its_folder(run, name):
     step = run / "checkpoints" / "2"
     content = json.loads((step / "manifest.json").read_text())
@@ -229,7 +232,7 @@ def test_another_shape_or_dtype_is_an_error_and_not_a_cast(run):
     other = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), ABSTRACT.params)
     with pytest.raises(ValueError, match=r"params/b is float32\[3\], not bfloat16\[3\] \(and 1 mo"):
         checkpoints.restore_params(2, other)
-    with pytest.raises(ValueError, match=r"holds other arrays: params/wte is float32\[8,4\], not N"):
+    with pytest.raises(ValueError, match=r"params/wte is float32\[8,4\], not None"):
         checkpoints.restore_params(2, {"b": ABSTRACT.params["b"]})
 
 
@@ -328,14 +331,14 @@ def test_no_fault_of_a_disk_is_raised_into_training(tmp_path, monkeypatch, fault
 
 def test_the_loop_learns_of_a_failure_without_asking_to_wait(tmp_path, monkeypatch):
     disk = Disk(monkeypatch)
-    checkpoints = save(tmp_path, 1, say=lambda text: None, patience=0.2)
+    checkpoints = save(tmp_path, 1, say=lambda text: None, patience=60)
     disk.full = True
     checkpoints.save(state(2), 2, {}, None)
     deadline = time.monotonic() + 10
     while checkpoints.failing is None and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not checkpoints.failing.over
-    time.sleep(0.3)
+    checkpoints._saver._patience = 0.0
     assert checkpoints.failing.over and checkpoints.last_good() == (
         "the last good checkpoint is step 1"
     )
