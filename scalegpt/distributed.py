@@ -49,8 +49,11 @@ def start(config: DistributedConfig, seconds: float = 900.0) -> None:
             )
     elif not _announced():
         return
+    # Slurm's and Open MPI's detection would give each task one GPU, whatever this says.
+    said = os.environ.get("JAX_LOCAL_DEVICE_IDS")
+    devices = [int(i) for i in said.split(",")] if said else None
     address, count, index, devices = ClusterEnv.auto_detect_unset_distributed_params(
-        *given, None, None, int(seconds)
+        *given, devices, None, int(seconds)
     )
     if count == 1:
         return

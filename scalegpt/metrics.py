@@ -15,7 +15,7 @@ from typing import Any, TextIO
 import psutil
 from tqdm import tqdm
 
-from scalegpt import ledger
+from scalegpt import ledger, run_folder
 from scalegpt.phases import Phases
 from scalegpt.writers import JsonlWriter, Row, Say, TensorBoardWriter, WandbWriter
 
@@ -97,16 +97,17 @@ class Metrics:
         if not is_main:
             return
         console = Console(total_steps, resume_step or 0, stream)
+        folder = run_folder.local(out_dir)
         # Refuses before all others.
-        jsonl = JsonlWriter(f"{out_dir}/metrics.jsonl", resume_step, console.say)
+        jsonl = JsonlWriter(folder / "metrics.jsonl", resume_step, console.say)
         self._ledger = ledger.Ledger(phases, jsonl.earlier, resume_step)
         self._memory = psutil.Process()
         self.say, self._writers = console.say, [jsonl, console]
         if log.tensorboard:
-            self._writers.append(TensorBoardWriter(f"{out_dir}/tensorboard", resume_step))
+            self._writers.append(TensorBoardWriter(folder / "tensorboard", resume_step))
         if log.wandb:
             self._writers.append(WandbWriter(
-                config or {}, out_dir, log.wandb_project, log.wandb_name or Path(out_dir).name,
+                config or {}, folder, log.wandb_project, log.wandb_name or Path(out_dir).name,
                 resume_step is not None, log.wandb_entity, self.say))
 
     def train(self, row: Row) -> None:

@@ -4,22 +4,21 @@ import contextlib
 import json
 import math
 import shlex
-from pathlib import Path
+import time
 from typing import Any
 
 import jax
 import numpy as np
 
-from scalegpt import generate, tokenizer
+from scalegpt import generate, run_folder, tokenizer
 from scalegpt.checkpoint import Checkpoints
 from scalegpt.config import Config
 from scalegpt.data import Dataset
 from scalegpt.feed import windows_of
 from scalegpt.flops import parameter_count
 from scalegpt.metrics import Metrics
+from scalegpt.saving import Failure
 from scalegpt.step import State, Steps
-
-BAD_UPDATES = "bad_updates.jsonl"
 
 
 def describe(config: Config, datasets: list[Dataset], steps: Steps) -> str:
@@ -83,13 +82,14 @@ def bad_update(
     more = f", and {len(windows) - 4} more" if len(windows) > 4 else ""
     metrics.say(
         f"{what}\n  windows (data set:first token) {shown}{more}; gradient norms {_worst(norms)}\n"
-        f"  all of them in {config.run.out_dir}/{BAD_UPDATES}; the loss of each example: the same "
-        f"command with --run.replay={done}"
+        f"  all in {config.run.out_dir}/{run_folder.BAD_UPDATES}; the loss of each example: the "
+        f"same command with --run.replay={done}"
     )
     row = {"step": done, "loss": loss, "grad_norm": norm, "windows": windows, "norms": norms}
     # A disk that is full is told of elsewhere, and is no reason to end a run.
     if jax.process_index() == 0:
-        with contextlib.suppress(OSError), open(Path(config.run.out_dir, BAD_UPDATES), "a") as file:
+        path = run_folder.local(config.run.out_dir) / run_folder.BAD_UPDATES
+        with contextlib.suppress(OSError), open(path, "a") as file:
             file.write(json.dumps(row) + "\n")  # NaN and Infinity as Python's json has them
 
 
@@ -107,10 +107,18 @@ def _worst(norms: dict[str, Any]) -> str:
 
 def not_finite(done: int, checkpoints: Checkpoints, metrics: Metrics) -> None:
     """A loss or the gradient of update `done` is NaN or infinite, and that is one too many."""
-    good = checkpoints.latest
     metrics.say(
-        f"error: loss or gradient of update {done} is not finite; stopped. "
-        + (f"The last good checkpoint is step {good}" if good else "There is no checkpoint yet")
-        + f" in {checkpoints.folder}. A lower optim.lr or a longer warm-up may help; to go on "
-        "without such updates: --run.skip_nonfinite=N, which leaves out up to N of them"
+        f"error: loss or gradient of update {done} is not finite; stopped; "
+        f"{checkpoints.last_good()} in {checkpoints.folder}. A lower optim.lr or a longer warm-up "
+        "may help; to go on without such updates: --run.skip_nonfinite=N, which leaves out up to N"
+    )
+
+
+def not_saved(failure: Failure | None, checkpoints: Checkpoints, metrics: Metrics) -> None:
+    """Nothing that was computed here could be kept. failure: None, if the very last save went
+    well after all."""
+    why = f" for {time.time() - failure.since:.0f} s: {failure.reason}" if failure else ""
+    metrics.say(
+        f"error: no checkpoint could be written{why}; stopped; {checkpoints.last_good()} in "
+        f"{checkpoints.folder}, from which the same command continues"
     )

@@ -1,9 +1,11 @@
 """The training loop: `python -m scalegpt.train --config configs/demo.yaml`.
 
 Exit codes: 0 done; 2 the user's mistake; 3 stopped on request, state saved; 4 stopped on a
-non-finite loss or gradient, nothing bad saved; 5 a deadline passed or another process died.
+non-finite loss or gradient, nothing bad saved; 5 a deadline passed, another process died, or no
+checkpoint could be written for checkpoint.patience, or the last one.
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -12,7 +14,15 @@ from typing import Any
 
 import jax
 
-from scalegpt import checkpoint, command_line, distributed, pmap_step, reports, sharding
+from scalegpt import (
+    checkpoint,
+    command_line,
+    distributed,
+    pmap_step,
+    reports,
+    run_folder,
+    sharding,
+)
 from scalegpt.ahead_of_time import compile_only, memory_advice
 from scalegpt.config import Config
 from scalegpt.data import Dataset
@@ -22,7 +32,14 @@ from scalegpt.flops import mfu_meter
 from scalegpt.metrics import Metrics, Throughput
 from scalegpt.phases import Phases
 from scalegpt.replay import replay
-from scalegpt.resume import check_same_run, initial_state, lock, stored_config, write_config
+from scalegpt.resume import (
+    check_same_run,
+    initial_state,
+    lock,
+    open_to_save,
+    stored_config,
+    write_config,
+)
 from scalegpt.step import State, Steps
 from scalegpt.stop import StopRequest
 from scalegpt.watch import Watch
@@ -37,7 +54,7 @@ FLAGS = {
         "v5e:4x4, ... (needs the package libtpu)",
     },
 }
-DONE, STOPPED, NOT_FINITE = 0, 3, 4
+DONE, STOPPED, NOT_FINITE, NOT_SAVED = 0, 3, 4, 5
 
 
 def main(argv: list[str]) -> int:
@@ -91,16 +108,17 @@ def train(config: Config, phases: Phases, stop: StopRequest) -> int:
         return replay(config, datasets, steps, phases)
     evaluate = validation(config, datasets, steps)
     in_use = lock(config) if is_main else None
-    checkpoints = checkpoint.Checkpoints(config.run.out_dir, config.checkpoint.keep)
+    checkpoints = open_to_save(config)
     meta = {
         "config": config.model_dump(),
         "tokenizer": datasets[0].tokenizer,
         "data": {d.name: d.fingerprint for d in datasets},
         "best_loss": math.inf,
     }
-    start = checkpoints.latest or 0
+    with phases("restore"):
+        start = checkpoints.continue_from() or 0
     with phases("self-check"):
-        distributed.self_check(distributed.facts(config, meta["data"], checkpoints.latest))
+        distributed.self_check(distributed.facts(config, meta["data"], start))
     if start > 0:
         meta["best_loss"] = check_same_run(config, meta, checkpoints.meta(start))
     notes: list[str] = []
@@ -118,6 +136,7 @@ def train(config: Config, phases: Phases, stop: StopRequest) -> int:
         is_main=is_main,
         config=meta["config"],
     )
+    checkpoints.say = metrics.say
     run = Run(config, datasets, steps, evaluate, checkpoints, meta, metrics, phases, stop)
     try:
         # The mark of a run that may be continued comes after all that can refuse to start one.
@@ -133,6 +152,9 @@ def train(config: Config, phases: Phases, stop: StopRequest) -> int:
     finally:
         metrics.close()
         checkpoints.close()
+        if is_main:
+            with contextlib.suppress(Exception):  # rows since the last checkpoint: good to have
+                run_folder.push(config.run.out_dir)
         if in_use:
             in_use.close()
 
@@ -170,19 +192,25 @@ def loop(run: Run, state: State, start: int) -> int:
         metrics.evaluation({"step": done, **row, "val/best_loss": meta["best_loss"]})
         return row["val/loss"]
 
-    def not_finite(done: int) -> int:
-        leave(done)
-        reports.not_finite(done, run.checkpoints, metrics)
-        return NOT_FINITE
-
-    def leave(done: int, stall: float | None = None) -> None:
-        """What was asked for is on disk, and the last row says where the time went."""
+    def leave(done: int, code: int, stall: float | None = None) -> int:
+        """All is on disk, or it is said that it is not, and the last row is of the time."""
         with phases("save"):
-            run.checkpoints.wait()
+            failure = run.checkpoints.wait()
         run.stop.saves = False
+        if code == NOT_FINITE:
+            reports.not_finite(done, run.checkpoints, metrics)
+        elif failure or code == NOT_SAVED:
+            reports.not_saved(failure, run.checkpoints, metrics)
+            code = NOT_SAVED
+        elif code == STOPPED:
+            metrics.say(f"stopped on request after update {done}; the same command continues")
+        else:
+            with phases("sample"):
+                reports.finish(config, run.steps, run.checkpoints, meta, state, metrics)
         if start < total:
             metrics.ledger(done, stall)
             metrics.summary()
+        return code
 
     if start < total:
         metrics.ledger(start)
@@ -203,15 +231,17 @@ def loop(run: Run, state: State, start: int) -> int:
             with phases("wait for data"):
                 batch = next(batches)
         if pending and not report(*pending):
-            return not_finite(pending[0])
+            return leave(pending[0], NOT_FINITE)
         pending = (done, values)
+        if (failure := run.checkpoints.failing) and failure.over:
+            return leave(done, NOT_SAVED, stall)
         leaving = run.stop.reached(done)
         last = done == total or leaving
         evaluate_now = done == total or _due(done, config.eval.every)
         save_now = last or _due(done, config.checkpoint.every)
         if done == start + 1 or evaluate_now or save_now:
             if not report(*pending):
-                return not_finite(done)
+                return leave(done, NOT_FINITE)
             pending = None
         if done == start + 1:
             first = time.perf_counter() - began
@@ -223,22 +253,15 @@ def loop(run: Run, state: State, start: int) -> int:
             continue
         best, loss = meta["best_loss"], evaluation(done) if evaluate_now else None
         if loss is not None and not math.isfinite(loss):
-            return not_finite(done)
+            return leave(done, NOT_FINITE)
         if save_now or (loss is not None and loss < best):
             with phases("save"):
-                asked = time.perf_counter()
-                run.checkpoints.save(state, done, meta, loss)
-                stall = time.perf_counter() - asked
+                stall = run.checkpoints.save(state, done, meta, loss)
             if not last:
                 metrics.ledger(done, stall)
         if leaving and done < total:
-            leave(done, stall)
-            metrics.say(f"stopped on request after update {done}; the same command continues")
-            return STOPPED
-    with phases("sample"):
-        reports.finish(config, run.steps, run.checkpoints, meta, state, metrics)
-    leave(total, stall)
-    return DONE
+            return leave(done, STOPPED, stall)
+    return leave(total, DONE, stall)
 
 
 def _due(done: int, every: int) -> bool:
