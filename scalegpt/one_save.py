@@ -204,6 +204,8 @@ def _is_there_or_make_room(
     folder.write(manifest.UNFINISHED, b"")
     for name in items:
         (folder / name).make()
+        # For this folder Orbax's other processes wait long, where process 0 has failed before it.
+        (folder / name / "array_metadatas").make()
     return False
 
 
