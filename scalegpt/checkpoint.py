@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -246,6 +247,14 @@ class Checkpoints:
     def restore_params(self, step: int, abstract_params: Any) -> Any:
         """Weights only; the optimizer's two thirds of the bytes are not read. Raises ValueError."""
         return self._read(step, {"params": abstract_params})[0]
+
+    def read_item(self, step: int, item: str) -> Any:
+        """An item whose arrays nobody has described: as it is stored, in NumPy, unverified."""
+        folder = epath.Path(f"{self.folder}/{step}/{item}")
+        handler = ocp.PyTreeCheckpointHandler()
+        tree = handler.metadata(folder).tree
+        numpy = jax.tree.map(lambda x: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        return handler.restore(folder, args=ocp.args.PyTreeRestore(restore_args=numpy))
 
     def _read(self, step: int, items: dict[str, Any]) -> Sequence[Any]:
         if not self._verified >= {(step, item) for item in items}:

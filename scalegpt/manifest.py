@@ -33,14 +33,18 @@ class Damaged(Exception):
     """The text says which file, and what is wrong with it."""
 
 
+def flatten(items: Any) -> dict[str, Any]:
+    """Arrays by name, as params/wte."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): x
+        for path, x in jax.tree_util.tree_flatten_with_path(items)[0]
+    }
+
+
 def describe_tree(items: Any) -> dict[str, str]:
     """Array -> dtype[shape], as `params/wte: float32[65,32]`."""
-    leaves = jax.tree_util.tree_flatten_with_path(items)[0]
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): f"{x.dtype}{list(x.shape)}".replace(
-            " ", ""
-        )
-        for path, x in leaves
+        name: f"{x.dtype}[{','.join(map(str, x.shape))}]" for name, x in flatten(items).items()
     }
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tiny_run import ROWS, STEPS, TEXT, T, arguments, rows, start, wait_for_step, write_data
 
-from scalegpt import checkpoint, evaluate, generate, resume, step, stop, train
+from scalegpt import checkpoint, evaluate, generate, one_save, resume, step, stop, train
 from scalegpt.command_line import parse
 from scalegpt.config import LogConfig, RunConfig
 from scalegpt.metrics import Metrics
@@ -415,3 +415,25 @@ def test_data_sets_in_another_order_are_refused(data, tmp_path):
     for other in ({"b": "2", "a": "1"}, {"a": "1", "b": "2", "c": "3"}):
         with pytest.raises(ValueError, match="other tokens"):
             resume.check_same_run(config, {"data": other}, stored)
+
+
+@pytest.mark.parametrize("patience", ["0.001", "3600"])
+def test_a_run_that_cannot_save_goes_on_and_then_says_so_by_its_exit_code(
+    data, tmp_path, monkeypatch, capsys, patience
+):
+    """After checkpoint.patience, or at its end: never a silent 0."""
+    def full(self, name, tree):
+        if self.step > 4:
+            raise OSError(28, "No space left on device")
+        return copy(self, name, tree)
+
+    copy = one_save.Save._copy
+    monkeypatch.setattr(one_save.Save, "_copy", full)
+    argv = arguments(data, tmp_path / "run", **{"checkpoint.patience": patience, "eval.every": 0})
+    assert train.main(argv) == 5
+    printed = capsys.readouterr().out
+    assert printed.count("warning: step 8 could not be saved") == 1
+    assert "No space left on device; stopped; the last good checkpoint is step 4 in" in printed
+    assert "done: best val loss" not in printed
+    last = max(rows(tmp_path / "run"))
+    assert last == STEPS if patience == "3600" else 8 < last <= STEPS
