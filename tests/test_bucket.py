@@ -6,16 +6,15 @@ Checkpoints go there by tensorstore, all else by gcsfs, as they do to the real o
 import json
 import os
 import shutil
-import signal
 import time
 
 import fake_gcs
-import jax
 import pytest
 from test_checkpoint_faults import ABSTRACT, assert_is, state
 
-from scalegpt import distributed, evaluate, one_save, run_folder, storage, train
+from scalegpt import evaluate, one_save, run_folder, storage, train
 from scalegpt.checkpoint import Checkpoints, open_checkpoints
+from scalegpt.stop import StopRequest
 
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # it would ask Google about the bucket
 pytest.importorskip("gcsfs")
@@ -50,32 +49,17 @@ def lines(text: bytes, key: str) -> list[int]:
     return [row["step"] for row in rows if key in row]
 
 
-@pytest.fixture
-def compiled_once(tmp_path, monkeypatch):
-    keys = {"jax_compilation_cache_dir": str(tmp_path / "compiled"),
-            "jax_persistent_cache_min_compile_time_secs": 0.0,
-            "jax_persistent_cache_min_entry_size_bytes": 0}  # fmt: skip
-    before = {key: getattr(jax.config, key) for key in keys}
-    for key, value in keys.items():
-        jax.config.update(key, value)
-    yield
-    for key, value in before.items():
-        jax.config.update(key, value)
-
-
-def test_a_recreated_machine_continues_a_run_in_a_bucket(
-    bottles, bucket, monkeypatch, capsys, compiled_once
-):
+@pytest.mark.usefixtures("signals_as_they_were")
+def test_a_recreated_machine_continues_a_run_in_a_bucket(bottles, bucket, monkeypatch, capsys):
     """Its disk is empty: checkpoints and the rows up to them come from the bucket."""
     url = f"{URL}/x"
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    monkeypatch.setattr(distributed.StopRequest, "reached", lambda self, step: step == 3)
+    monkeypatch.setattr(StopRequest, "reached", lambda self, step: step == 3)
     assert train.main(arguments(bottles, url)) == 3
     here, remote = run_folder.local(url), storage.folder(url)
     assert here.name.startswith("x-") and (here / "metrics.jsonl").is_file()
     assert {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints"} <= set(remote.names())
     shutil.rmtree(here)
-    monkeypatch.setattr(distributed.StopRequest, "reached", lambda self, step: False)
+    monkeypatch.setattr(StopRequest, "reached", lambda self, step: False)
     assert train.main(arguments(bottles, url)) == 0
     assert f"continuing from step 3 in {url}/checkpoints" in capsys.readouterr().out
     for rows in (remote.read("metrics.jsonl"), (here / "metrics.jsonl").read_bytes()):
@@ -85,8 +69,6 @@ def test_a_recreated_machine_continues_a_run_in_a_bucket(
     assert f"{url}, step 6" in capsys.readouterr().out
     with pytest.raises(ValueError, match="holds a run that differs"):
         train.main(arguments(bottles, url, **{"optim.lr": 1e-3}))
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def test_local_files_count_where_they_continue_the_buckets(bucket):

@@ -24,7 +24,7 @@ def state(at):
     whole = np.arange(16, dtype=np.float32).reshape(4, 4) * at
     array = jax.make_array_from_callback((4, 4), split, lambda i: whole[i])
     whole_step = jax.make_array_from_callback((), NamedSharding(mesh, P()), lambda i: np.int32(at))
-    return State(whole_step, {"w": array}, {"mu": array})
+    return State(whole_step, {"w": array}, {"mu": array}, {"recent": array})
 
 def holds(restored, at):
     parts = [(s.data, a.data) for s, a in zip(restored.params["w"].addressable_shards,
