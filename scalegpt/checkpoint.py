@@ -22,10 +22,10 @@ from etils import epath
 from scalegpt import manifest, storage
 from scalegpt.agreement import Deadline, from_first, gather
 from scalegpt.one_save import reason
+from scalegpt.run_folder import FOLDER, is_run
 from scalegpt.saving import Failure, Saver
 from scalegpt.step import State
 
-FOLDER = "checkpoints"
 PARAMS, WHOLE = ("params",), ("params", "optimizer")
 _count = itertools.count()
 
@@ -91,6 +91,14 @@ class Checkpoints:
         self._saver.begin(0, {"params": params}, meta, None)
         if failure := self.wait():
             raise ValueError(f"cannot write to {self.folder}: {failure.reason}")
+
+    def evaluated(self, step: int, meta: dict[str, Any], val_loss: float) -> None:
+        """Make `step`, which was saved without an evaluation, a candidate for the best."""
+        if jax.process_index() == 0:
+            try:
+                manifest.amend(self._folder / str(step), step, meta, val_loss)
+            except Exception as error:  # as with a save: no reason to stop training
+                self.say(f"warning: step {step} is saved without its loss: {reason(error)}")
 
     @property
     def failing(self) -> Failure | None:
@@ -280,18 +288,6 @@ class Checkpoints:
 def _rest(state: State) -> dict[str, Any]:
     """What only a run that continues needs."""
     return {"opt": state.opt_state, "step": state.step, "health": state.health}
-
-
-def is_run(folder: str | Path) -> bool:
-    """Whether it is the folder of a run, or of imported weights, and not of Hugging Face's kind."""
-    if storage.is_url(folder):
-        return bool((storage.folder(folder) / FOLDER).names())
-    return Path(folder, FOLDER).is_dir()
-
-
-def has_imported_weights(out_dir: str | Path) -> bool:
-    """Whether it has a step 0, which no run saves."""
-    return bool((storage.folder(out_dir) / FOLDER / "0").names())
 
 
 def open_checkpoints(out_dir: str | Path) -> Checkpoints:

@@ -15,10 +15,10 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from scalegpt.checkpoint import is_run
 from scalegpt.command_line import validate
 from scalegpt.config import ModelConfig
 from scalegpt.model import LAYER_NORM_EPS
+from scalegpt.run_folder import is_run
 from scalegpt.tensor_files import INDEX, SAFE, TORCH, open_tensors, read_json
 
 OWN_TYPE = "scalegpt"  # model_type of our own format: leaves of the parameter tree by their path

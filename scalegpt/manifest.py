@@ -61,12 +61,22 @@ def encode(
     step: int, val_loss: float | None, meta: dict[str, Any], tree: dict[str, str],
     files: dict[str, list],
 ) -> bytes:  # fmt: skip
-    # JSON has no infinity: before the first evaluation there is no best loss.
-    meta = {key: None if value == math.inf else value for key, value in meta.items()}
     content = {
         "format": 1, "step": step, "time": time.time(), "val_loss": val_loss, "meta": meta,
         "tree": tree, "files": files, "versions": _versions(),
     }  # fmt: skip
+    return _sealed(content)
+
+
+def amend(folder: Folder, step: int, meta: dict[str, Any], val_loss: float) -> None:
+    """Add to a checkpoint what an evaluation found only later. Raises Damaged, and OSError."""
+    folder.write(NAME, _sealed({**read(folder, step), "meta": meta, "val_loss": val_loss}))
+
+
+def _sealed(content: Manifest) -> bytes:
+    # JSON has no infinity: before the first evaluation there is no best loss.
+    meta = {k: None if v == math.inf else v for k, v in content["meta"].items()}
+    content = {**content, "meta": meta}
     return json.dumps({**content, "sha256": _digest(content)}, allow_nan=False, indent=1).encode()
 
 

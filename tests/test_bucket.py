@@ -53,13 +53,13 @@ def lines(text: bytes, key: str) -> list[int]:
 def test_a_recreated_machine_continues_a_run_in_a_bucket(bottles, bucket, monkeypatch, capsys):
     """Its disk is empty: checkpoints and the rows up to them come from the bucket."""
     url = f"{URL}/x"
-    monkeypatch.setattr(StopRequest, "reached", lambda self, step: step == 3)
+    monkeypatch.setattr(StopRequest, "reached", lambda self, step=None: step == 3)
     assert train.main(arguments(bottles, url)) == 3
     here, remote = run_folder.local(url), storage.folder(url)
     assert here.name.startswith("x-") and (here / "metrics.jsonl").is_file()
     assert {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints"} <= set(remote.names())
     shutil.rmtree(here)
-    monkeypatch.setattr(StopRequest, "reached", lambda self, step: False)
+    monkeypatch.setattr(StopRequest, "reached", lambda self, step=None: False)
     assert train.main(arguments(bottles, url)) == 0
     assert f"continuing from step 3 in {url}/checkpoints" in capsys.readouterr().out
     for rows in (remote.read("metrics.jsonl"), (here / "metrics.jsonl").read_bytes()):

@@ -17,10 +17,11 @@ import jax
 import numpy as np
 
 from scalegpt import command_line, manifest, storage
-from scalegpt.checkpoint import FOLDER, is_run, open_checkpoints
+from scalegpt.checkpoint import open_checkpoints
 from scalegpt.config import Config
 from scalegpt.one_save import retire
 from scalegpt.resume import lock
+from scalegpt.run_folder import FOLDER, is_run
 
 
 def main(argv: list[str]) -> int:
