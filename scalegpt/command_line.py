@@ -2,19 +2,27 @@
 
 import argparse
 import difflib
+import errno
 import os
+import reprlib
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
+from scalegpt import yaml_files
 from scalegpt.config import Config, DataConfig
 
+Main = Callable[[list[str]], int]
+_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+# What a union calls the branches it tried.
+_BRANCHES = ("str", "dict[", "function-", "constrained-str")
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother, _REPR.maxlong = 3, 200, 200, 60
 _START = "or start from a whole one: --config configs/demo.yaml"
 
 
@@ -40,7 +48,7 @@ def parse(
         raise ValueError(f"{error}; write --section.key=value, one for each key") from None
     if isinstance(data := overrides.get("data"), dict) and "path" in data:
         overrides["data"] = {**data, "path": _mixture_or_path(data["path"])}
-    values = load(flag_values.config) if flag_values.config else {}
+    values = {} if flag_values.config is None else load(flag_values.config)
     for section, keys in (defaults or {}).items():
         if isinstance(stored := values.get(section, {}), dict):
             values[section] = {**keys, **stored}
@@ -54,7 +62,7 @@ def parse(
 def load(path: str | Path) -> dict[str, Any]:
     """The sections in a YAML file, not yet validated. Raises ValueError."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         known = sorted(str(p) for p in Path("configs").glob("*.yaml"))
         near = difflib.get_close_matches(str(path), known, n=1)
@@ -62,8 +70,14 @@ def load(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"cannot read config {path}: {error.strerror}; {hint}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"config {path} is not UTF-8 text: {error}") from None
-    except yaml.YAMLError as error:
+    except ValueError as error:  # a path with a NUL in it
+        raise ValueError(f"cannot read config {str(path)!r}: {error}") from None
+    try:
+        values = yaml_files.parse(text)
+    except ValueError as error:
         raise ValueError(f"config {path} is not valid YAML: {error}") from None
+    if values is None:  # an empty file
+        values = {}
     if not isinstance(values, dict):
         raise ValueError(f"config {path} holds a {type(values).__name__}, not sections of keys")
     # "optim:" with every key commented out is None, and means the defaults.
@@ -81,27 +95,48 @@ def validate(values: dict[str, Any], source: str) -> Config:
         raise ValueError("\n  ".join([f"{source} makes no run:", *lines])) from None
 
 
-def run(main: Callable[[list[str]], int]) -> NoReturn:
-    """A command's last line: exit with main's code, or 2 and one message for a user's mistake.
+def run(main: Main) -> NoReturn:
+    """A command's last line: exit with what `exit_code` says."""
+    # A terminal without UTF-8 shows "?" for what it has not; a model may write any character.
+    sys.stdout.reconfigure(errors="replace")
+    sys.exit(exit_code(main, sys.argv[1:]))
 
-    Only a ValueError that scalegpt itself raised is a user's mistake; one from inside a library
-    is a fault of ours and keeps its traceback.
+
+def exit_code(main: Main, argv: list[str]) -> int:
+    """main's own, or 2 and one message on stderr for a user's mistake.
+
+    Only a ValueError that scalegpt or the command's own script raised is a user's mistake, or a
+    disk that is full or not to be written; any other is a fault of ours and keeps its traceback.
     """
     try:
-        sys.exit(main(sys.argv[1:]))
+        return main(argv)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)  # as the shell calls a process that Ctrl-C ended
+        return 130  # as the shell calls a process that Ctrl-C ended
     except BrokenPipeError:  # `| head` has seen enough; and Python would complain once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        return 141
     except ValueError as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-        ours = (Path(__file__).resolve().parent, Path(sys.argv[0]).resolve().parent)
-        if raised_in.parent not in ours:
+        script = Path(main.__code__.co_filename).resolve()
+        if raised_in.parent not in (Path(__file__).resolve().parent, script.parent):
             raise
-        print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+        message = str(error)
+    except OSError as error:
+        if error.errno not in _OF_THE_DISK:
+            raise
+        what = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+        message = f"{what}; free some room, or choose another folder"
+    print(f"error: {_clipped(message)}", file=sys.stderr)
+    return 2
+
+
+def _clipped(message: str) -> str:
+    """Of a bounded size, whatever a user has typed or a file holds."""
+    lines = [x if len(x) <= 1000 else f"{x[:500]} ... {x[-400:]}" for x in message.splitlines()]
+    if len(lines) > 40:
+        lines[30:-5] = [f"... {len(lines) - 35} more lines ..."]
+    return "\n".join(lines)
 
 
 class _DataOnCommandLine(DataConfig):
@@ -120,6 +155,24 @@ class _CommandLine(Config, BaseSettings):
 class Parser(argparse.ArgumentParser):
     """Of every command: a mistake is one line, without the usage of all flags."""
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuses a flag that is given twice, of which argparse would drop the first in silence,
+        and an empty value; of configuration keys the later wins, and their types tell."""
+        given: dict[str, str] = {}
+        args = list(sys.argv[1:] if args is None else args)
+        for word, following in zip(args, [*args[1:], None], strict=False):
+            name, equals, value = word.partition("=")
+            action = self._option_string_actions.get(name)
+            if type(action) is not argparse._StoreAction or "." in name:
+                continue
+            value = value if equals else following
+            if name in given:
+                raise ValueError(f"{name} is given twice, as {given[name]!r} and {value!r}")
+            if value == "" and action.type is None:
+                raise ValueError(f"{name}='' is empty; give a value, or leave it out")
+            given[name] = value
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         """A ValueError like every other mistake, naming the nearest flag."""
         if message.startswith("unrecognized arguments: "):
@@ -127,6 +180,8 @@ class Parser(argparse.ArgumentParser):
             known = [name.removeprefix("--") for name in self._option_string_actions]
             near = _nearest(flag.split("=")[0].removeprefix("--"), known, "--")
             raise ValueError(f"unknown argument {flag}; {near or 'see --help'}")
+        if message.endswith("expected one argument"):
+            message += "; where its value begins with -, write FLAG=VALUE"
         raise ValueError(f"{message}; see --help")
 
 
@@ -134,9 +189,11 @@ def _mixture_or_path(value: Any) -> Any:
     if not isinstance(value, str) or not value.startswith("{"):
         return value
     try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise ValueError(f"--data.path={value} is no mixture {{path: weight, ...}}") from None
+        return yaml_files.parse(value)
+    except ValueError as error:
+        raise ValueError(
+            f"--data.path={value} is no mixture {{path: weight, ...}}: {error}"
+        ) from None
 
 
 def _nearest(name: str, known: list[str], prefix: str = "") -> str:
@@ -151,16 +208,24 @@ def _nearest(name: str, known: list[str], prefix: str = "") -> str:
 
 def _explain(detail: Any) -> str:
     # A union names the branch it tried ("str", "dict[str,...]"): noise for whoever typed a value.
-    where = [str(part) for part in detail["loc"] if not str(part).startswith(("str", "dict["))]
+    where = [str(part) for part in detail["loc"] if not str(part).startswith(_BRANCHES)]
     key, kind, value = ".".join(where), detail["type"], detail["input"]
     if kind == "extra_forbidden":
         sections = Config.model_fields
         keys = {s: list(field.annotation.model_fields) for s, field in sections.items()}
         known = [*sections, *(f"{s}.{k}" for s, names in keys.items() for k in names)]
         here = ", ".join(keys.get(where[0], sections))
-        return f"unknown key {key}={value!r}; {_nearest(key, known) or f'there are {here}'}"
+        return f"unknown key {key}={_shown(value)}; {_nearest(key, known) or f'there are {here}'}"
     if kind == "missing":
         return f"{key} is missing; give --{key}=..., {_START}"
     if kind == "value_error":
         return str(detail["ctx"]["error"])
-    return f"{key}={value!r}: {detail['msg']}"
+    return f"{key}={_shown(value)}: {detail['msg']}"
+
+
+def _shown(value: Any) -> str:
+    """As repr, but of a bounded size: aliases make a short YAML file a huge value."""
+    try:
+        return _REPR.repr(value)
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        return "a huge number"

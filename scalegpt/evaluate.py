@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
     flags = _parser().parse_args(argv)
     _check(flags)
     config = None
-    if flags.config:
+    if flags.config is not None:
         config = command_line.validate(command_line.load(flags.config), flags.config)
         if not config.run.init_from:
             raise ValueError(

@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from scalegpt import command_line
 from scalegpt.tokenizer import Tokenizer, load
 
 try:
@@ -233,18 +233,9 @@ def stable_fraction(text: str, seed: int = 0) -> float:
 
 def script_parser(description: str, script: str) -> argparse.ArgumentParser:
     """The flags that every data/*/prepare.py has; `script` is its __file__."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = command_line.Parser(description=description)
     parser.add_argument("--input", help="local text to use")
     parser.add_argument("--out", type=Path, default=Path(script).resolve().parent)
     parser.add_argument("--workers", type=int, help="encoding processes (by default: by size)")
     parser.add_argument("--force", action="store_true", help="prepare again what is there")
     return parser
-
-
-def run_script(main: Callable[[], None]) -> None:
-    """Run a script's main; a user's mistake is told on stderr without a traceback, exit code 2."""
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -437,7 +437,7 @@ OTHER = {  # a value that differs from the default, where adding one will not do
     "optim.min_lr": 1e-5, "optim.schedule": "linear", "optim.decay": "all",
     "optim.beta1": 0.8, "optim.beta2": 0.9, "optim.cooldown": 0.1, "optim.decay_steps": 5000,
     "run.backend": "pmap", "run.out_dir": "moved", "run.init_from": "x",
-    "run.init_checkpoint": "latest",
+    "run.init_checkpoint": "latest", "run.replay": 3,
     "eval.windows": 3, "eval.tasks": {"lambada": "x"}, "eval.task_examples": 3,
     "distributed.coordinator": "a:1", "distributed.num_processes": 2,
     "distributed.process_id": 1, "log.wandb_project": "x", "log.wandb_entity": "x",
