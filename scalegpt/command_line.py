@@ -18,11 +18,13 @@ from scalegpt import yaml_files
 from scalegpt.config import Config, DataConfig
 
 Main = Callable[[list[str]], int]
-_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM,
+                errno.ENAMETOOLONG}  # fmt: skip
 # What a union calls the branches it tried.
 _BRANCHES = ("str", "dict[", "function-", "constrained-str")
 _REPR = reprlib.Repr()
-_REPR.maxlevel, _REPR.maxstring, _REPR.maxother, _REPR.maxlong = 3, 200, 200, 60
+_REPR.maxstring, _REPR.maxother, _REPR.maxlong = 200, 200, 60
+_REPR.maxlevel, _REPR.maxlist, _REPR.maxdict = 2, 4, 4
 _START = "or start from a whole one: --config configs/demo.yaml"
 
 

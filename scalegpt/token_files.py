@@ -19,6 +19,7 @@ from tqdm import tqdm
 from scalegpt import tokenizer
 from scalegpt.json_files import read_object
 from scalegpt.staging import stage
+from scalegpt.value_types import LARGEST
 
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 META = ("meta.json", "meta.pkl")
@@ -178,7 +179,8 @@ def _read_meta_json(file: Path) -> dict:
         if missing:
             raise ValueError(f"{file} lacks {', '.join(missing)}; {again}")
         for key in {"vocab_size", "tokens", "max_id", "bytes"} & part.keys():
-            if type(part[key]) is not int or part[key] < 0:
+            most = LARGEST if key == "vocab_size" else 2**63 - 1
+            if type(part[key]) is not int or not 0 <= part[key] <= most:
                 raise ValueError(f"{file}: {prefix}{key} is {part[key]!r}, not a count; {again}")
     if meta["dtype"] not in (*DTYPES,):
         raise ValueError(f"{file}: dtype {meta['dtype']!r} is not one of {', '.join(DTYPES)}")

@@ -27,13 +27,19 @@ def _plain(text: str) -> str:
 
 def checkpoint(text: str) -> str:
     """Which of a run's checkpoints."""
-    if text in ("best", "latest") or text.isdecimal():
+    if text in ("best", "latest") or (text.isdecimal() and text.isascii() and len(text) <= 10):
         return text
     raise PydanticCustomError("checkpoint", "is not best, latest or the number of a step")
 
 
+def _named(text: str) -> str:
+    if not text.strip():
+        raise PydanticCustomError("name", "is blank; give a name, or leave the key out")
+    return text
+
+
 Text = Annotated[str, AfterValidator(_plain)]
-Name = Annotated[Text, Field(min_length=1, pattern=r"\S")]  # of a file, a folder, a project
+Name = Annotated[Text, AfterValidator(_named)]  # of a file, a folder, a project
 
 
 def divisors(n: int) -> list[int]:

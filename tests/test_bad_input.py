@@ -5,41 +5,33 @@ Commands run in this process through `command_line.exit_code`, which is all that
 adds to a main; at the end a few real processes show that it is.
 """
 
-import fcntl
 import gzip
 import hashlib
 import importlib
 import importlib.util
-import io
 import json
 import os
-import pickle
 import random
 import shutil
 import signal
-import socket
-import subprocess
-import sys
-import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import pytest
 from conftest import ROOT
 
-from scalegpt import command_line, trained
+from scalegpt import command_line
 
 TINY = "--model.n_layer=1 --model.n_head=2 --model.n_embd=32 --model.block_size=16".split()
 BATCH = "--batch.sequences=8 --optim.steps=2 --optim.warmup_steps=0 --log.tensorboard=false".split()
 NEW = ["--data.path={world}/data", "--run.out_dir=new", *TINY, *BATCH]
 SAME = ["--data.path={world}/data", "--run.out_dir={world}/run", *TINY, *BATCH]
-YAML = f"""
-model: {{n_layer: 1, n_head: 2, n_embd: 32, block_size: 16}}
-batch: {{sequences: 8}}
-optim: {{steps: 2, warmup_steps: 0}}
-log: {{tensorboard: false}}
+YAML = """
+model: {n_layer: 1, n_head: 2, n_embd: 32, block_size: 16}
+batch: {sequences: 8}
+optim: {steps: 2, warmup_steps: 0}
+log: {tensorboard: false}
 """
 NOISE = random.Random(0).randbytes(4096)
 JPEG = b"\xff\xd8\xff\xe0\x00\x10JFIF\x00\x01" + NOISE
@@ -191,7 +183,7 @@ for name, argv, *words in [
     ("int missing", "--optim.steps=", "optim.steps=''", "integer"),
     ("value forgotten", "--optim.lr", "--optim.lr", "expected one argument"),
     ("empty path", "--data.path=", "data.path is empty", "train.bin"),
-    ("empty folder name", "--run.out_dir=", "run.out_dir=''", "at least 1 character"),
+    ("empty folder name", "--run.out_dir=", "run.out_dir=''", "is blank"),
     ("blank folder name", ["--run.out_dir= "], "run.out_dir=' '"),
     ("empty init_from", "--run.init_from=", "run.init_from=''"),
     ("newline in a path", ["--run.out_dir=new\nold"], r"run.out_dir='new\nold'", r"'\n'"),
@@ -214,7 +206,7 @@ for name, argv, *words in [
     ("float beyond float64", "--optim.lr=1e999", "optim.lr='1e999'", "finite"),
     ("prefetch of everything", "--data.prefetch=1000000000", "data.prefetch", "1000"),
     ("seed beyond uint32", "--run.seed=4294967296", "run.seed='4294967296'", "4294967296"),
-    ("heads that do not divide", "--model.n_head=5", "model.n_head=5", "could be 4 or 8"),
+    ("heads that do not divide", "--model.n_head=5", "model.n_head=5", "could be 2 or 4"),
     ("min_lr above lr", "--optim.lr=1e-9", "optim.min_lr=6e-05", "set --optim.min_lr too"),
     ("warm-up beyond the end", "--optim.warmup_steps=9", "optim.warmup_steps=9", "update 2"),
     ("keep_every that never comes", "--checkpoint.keep_every=7", "keep_every=7", "every=1000"),
@@ -290,7 +282,8 @@ for name, text, *words in [
     ("a date that is none", "run: {out_dir: 2024-13-45}", "not valid YAML", "month"),
     ("a date", "run: {out_dir: 2024-12-24}", "run.out_dir=", "string"),
     ("a huge number", "optim: {steps: " + "9" * 5000 + "}", "not valid YAML"),
-    ("a huge hexadecimal number", "optim: {steps: 0x" + "f" * 9000 + "}", "optim.steps=a huge number"),
+    ("a huge hexadecimal number", "optim: {decay_steps: 0x" + "f" * 9000 + "}",
+     "optim.decay_steps=a huge number"),
     ("a key that is a list", "? [a]\n: 1", "not valid YAML", "unhashable"),
     ("an unknown key", "model: {n_layr: 1}", "unknown key model.n_layr=1", "mean model.n_layer?"),
     ("an unknown section", "optm: {lr: 1}", "unknown key optm", "mean optim?"),
@@ -298,8 +291,8 @@ for name, text, *words in [
     ("a path that is a number", "data: {path: 7}", "data.path=7", "string"),
     ("a NUL in a path", 'run: {out_dir: "a\\0b"}', "run.out_dir=", "character"),
     ("nothing in a required key", "run: {out_dir: }", "run.out_dir=None", "string"),
-    ("a wrong type of each kind", "{model: {n_layer: [], bias: {}, dropout: x, dtype: 1}, run: {seed: a}}",
-     "model.n_layer=[]", "model.bias={}", "model.dropout='x'", "model.dtype=1", "run.seed='a'"),
+    ("a wrong type of each kind", "{model: {vocab_size: [], bias: {}, dropout: x, dtype: 1}, run: {seed: a}}",
+     "model.vocab_size=[]", "model.bias={}", "model.dropout='x'", "model.dtype=1", "run.seed='a'"),
 ]:
     argv = [w for w in NEW if "out_dir" not in w and "data.path" not in w]
     argv += [] if "run: {out_dir" in str(text) else ["--run.out_dir=new"]
@@ -348,7 +341,7 @@ for name, edits, *words in [
 for name, content, *words in [
     ("an image", JPEG, "a JPEG image"), ("gzip", gzip.compress(NOISE), "gzip"),
     ("random bytes", NOISE, "outside the vocabulary of 50257"),
-    ("plain text", b"To be, or not to be? " * 9, "is plain text", "data/text/prepare.py"),
+    ("plain text", b"To be, or not to be? " * 10, "is plain text", "data/text/prepare.py"),
     ("a .npy file", b"\x93NUMPY\x01\x00v\x00{'descr': '<u2', }" + b" " * 99, "NumPy .npy"),
     ("uint32", np.arange(999, dtype="<u4").tobytes(), "uint32 read as uint16", "meta.json"),
 ]:
@@ -387,7 +380,7 @@ for name, argv, files, *words in [
     ("a file", "--run.out_dir=mine", {"mine": "text"}, "run.out_dir=mine", "cannot write"),
     ("below a file", "--run.out_dir=mine/run", {"mine": "text"}, "run.out_dir=mine/run", "cannot write"),
     ("in /proc", "--run.out_dir=/proc/run", {}, "run.out_dir=/proc/run", "cannot write"),
-    ("too long a name", "--run.out_dir=" + "x" * 300, {}, "run.out_dir=xxx", "File name too long"),
+    ("too long a name", "--run.out_dir=" + "x" * 300, {}, "xxx", "File name too long", "choose another folder"),
     ("a URL", "--run.out_dir=gs://bucket/run", {}, "gs://bucket/run", "local"),
     ("another run's rows", "--run.out_dir=mine", {"mine/metrics.jsonl": '{"step": 1}\n'},
      "metrics.jsonl is another run's", "choose a new run.out_dir"),
@@ -433,11 +426,11 @@ for command, rest in (("generate", ["--prompt=green"]), ("evaluate", [])):
         ("a checkpoint that is not there", ["--run={world}/run", "--checkpoint=99"], {},
          "no checkpoint '99'", "there are steps 2"),
         ("a checkpoint of 5000 digits", ["--run={world}/run", "--checkpoint=" + "9" * 5000], {},
-         "no checkpoint '999", "there are steps 2"),
+         "--checkpoint=999", "best, latest"),
         ("a checkpoint that is no digit", ["--run={world}/run", "--checkpoint=\xb2"], {},
-         "no checkpoint '\xb2'", "there are steps 2"),
+         "--checkpoint=\xb2", "best, latest"),
         ("a checkpoint elsewhere", ["--run={world}/run", "--checkpoint=../../run"], {},
-         "no checkpoint '../../run'", "there are steps 2"),
+         "--checkpoint=../../run", "best, latest"),
         ("a mesh that does not fit", ["--run={world}/run", "--mesh.data=3"], {}, "does not fit 8 cpu"),
         ("a mesh that is no number", ["--run={world}/run", "--mesh.data=x"], {}, "mesh.data='x'"),
         ("an unknown dtype", ["--run={world}/run", "--dtype=float8"], {}, "'float8'", "bfloat16"),
@@ -463,7 +456,7 @@ for command, rest in (("generate", ["--prompt=green"]), ("evaluate", [])):
         ("a config.json of another model", ["--hf=mine", "--text=t"], {"t": "x",
          "mine": copy("hf", {"config.json": {"model_type": "llama"}})}, "model_type is 'llama', not gpt2"),
         ("sizes of another model", ["--hf=mine", "--text=t"], {"t": "x",
-         "mine": copy("hf", {"config.json": {"n_embd": 64}})}, "does not hold the model", "not (64,)"),
+         "mine": copy("hf", {"config.json": {"n_embd": 64}})}, "does not hold the model", "(64,)"),
         ("sizes that are bools", ["--hf=mine", "--text=t"], {"t": "x",
          "mine": copy("hf", {"config.json": {"n_layer": True}})}, "does not give n_layer"),
         ("sizes without end", ["--hf=mine", "--text=t"], {"t": "x",
@@ -512,7 +505,7 @@ for name, argv, *words in [
     ("seed below 0", "--seed=-1", "--seed=-1", "from 0"),
     ("seed of 5000 digits", "--seed=" + "9" * 5000, "--seed", "int"),
     ("a choice that is none", "--past-block=wrap", "'wrap'", "slide"),
-    ("a prompt that begins with a dash", ["--prompt", "-5 degrees"], "--prompt", "write FLAG=VALUE"),
+    ("a prompt that begins with a dash", ["--prompt", "-five"], "--prompt", "write FLAG=VALUE"),
     ("two sources of prompts", "--prompt=a --prompt-file=b", "--prompt-file", "not allowed with"),
     ("a prompt that is too long", ["--past-block=error", "--max-new-tokens=9", "--prompt=green bottles"],
      "block_size=16", "--past-block=slide"),
@@ -590,7 +583,7 @@ for name, argv, files, *words in [
     ("--out that is a file", "export --run={world}/run --out=mine", {"mine": "text"}, "mine is there already"),
     ("--out below a file", "export --run={world}/run --out=mine/x", {"mine": "text"}, "--out=mine/x"),
     ("--out in /proc", "import {world}/hf --out=/proc/x", {}, "cannot write to --out=/proc/x"),
-    ("--out with a NUL", "import {world}/hf --out=a\0b", {}, "--out="),
+    ("--out with a NUL", "import {world}/hf --out=a\0b", {}, "run.out_dir"),
     ("no such model", "import nowhere/at/all --out=x", {}, "nowhere/at/all", "OWNER/NAME"),
     ("an empty source", ["import", "", "--out=x"], {}, "OWNER/NAME"),
     ("too many positions", "import {world}/hf --out=x --block-size=17", {}, "block_size=17", "cropped"),

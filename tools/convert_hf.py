@@ -65,6 +65,10 @@ def main(argv: list[str]) -> int:
                       "(default: on random tokens)")  # fmt: skip
     sub.add_argument("--tolerance", type=float, default=2e-4, help="of a logit (default: 2e-4)")
     flags = parser.parse_args(argv)
+    if flags.function is check and not 0 <= flags.tolerance < math.inf:
+        raise ValueError(f"--tolerance={flags.tolerance} must be at least 0, and finite")
+    if flags.function is export_:
+        trained.check_checkpoint(flags.checkpoint)
     # Converting needs no accelerator, and a TPU would be taken from whatever trains on it.
     jax.config.update("jax_platforms", "cpu")
     return flags.function(flags)

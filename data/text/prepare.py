@@ -6,13 +6,12 @@ A plain file is one document; a line of .jsonl is one, under --key. Each may be 
 
 import codecs
 import glob
-import json
 from collections.abc import Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from scalegpt import command_line
+from scalegpt import command_line, json_files
 from scalegpt.packed import PACKED, blocks
 from scalegpt.prepare import (
     Corpus,
@@ -112,8 +111,8 @@ def _json_texts(path: Path, chunks: Iterator[str], key: str, errors: str) -> Ite
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            row = json_files.parse(line)
+        except ValueError as error:
             raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
         if not isinstance(row, dict) or not isinstance(row.get(key), str):
             found = sorted(row) if isinstance(row, dict) else type(row).__name__
