@@ -14,12 +14,14 @@ from typing import Any, NoReturn
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
-from scalegpt import yaml_files
+from scalegpt import peers, yaml_files
 from scalegpt.config import Config, DataConfig
+from scalegpt.line import FAILED, USERS_MISTAKE
 
 Main = Callable[[list[str]], int]
 _OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM,
                 errno.ENAMETOOLONG}  # fmt: skip
+_OURS = {Path(__file__).resolve().parent}  # and the folder of the script that runs
 # What a union calls the branches it tried.
 _BRANCHES = ("str", "dict[", "function-", "constrained-str")
 _REPR = reprlib.Repr()
@@ -110,32 +112,68 @@ def exit_code(main: Main, argv: list[str]) -> int:
     Only a ValueError that scalegpt or the command's own script raised is a user's mistake, or a
     disk that is full or not to be written; any other is a fault of ours and keeps its traceback.
     """
+    _OURS.add(Path(main.__code__.co_filename).resolve().parent)
     try:
-        return main(argv)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+        code = main(argv)
+        peers.farewell(code)
+        return code
+    except SystemExit:
+        raise
+    except BaseException as error:
+        fail(error)
+        if isinstance(error, BrokenPipeError):  # else Python would complain once more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if (code := _code(error)) == FAILED:
+            raise
+        _show(error, code)
+        return code
+
+
+def fail(error: BaseException) -> None:
+    """With other processes: show `error`, and end all with it. Alone: nothing.
+
+    To be called before a clean-up that waits for other processes: they may be waiting for this.
+    """
+    if peers.line is None:
+        return
+    code = _code(error)
+    if code == FAILED:
+        peers.wait_for_cause(error)
+    _show(error, code)
+    text = _message(error) if code == USERS_MISTAKE else f"{type(error).__name__}: {error}"
+    peers.leave(code, text, said=True)
+
+
+def _code(error: BaseException) -> int:
+    if isinstance(error, KeyboardInterrupt):
         return 130  # as the shell calls a process that Ctrl-C ended
-    except BrokenPipeError:  # `| head` has seen enough; and Python would complain once more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(error, BrokenPipeError):  # `| head` has seen enough
         return 141
-    except ValueError as error:
+    if isinstance(error, ValueError):
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-        script = Path(main.__code__.co_filename).resolve()
-        if raised_in.parent not in (Path(__file__).resolve().parent, script.parent):
-            raise
-        message = str(error)
-    except OSError as error:
-        if error.errno not in _OF_THE_DISK:
-            raise
-        what = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
-        message = f"{what}; free some room, or choose another folder"
-    print(f"error: {_clipped(message)}", file=sys.stderr)
-    return 2
+        if raised_in.parent in _OURS:
+            return USERS_MISTAKE
+    if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+        return USERS_MISTAKE
+    return FAILED
 
 
-def _clipped(message: str) -> str:
+def _show(error: BaseException, code: int) -> None:
+    if code == USERS_MISTAKE:
+        print(f"error: {_message(error)}", file=sys.stderr, flush=True)
+    elif code == FAILED:
+        traceback.print_exception(error)
+    elif code == 130:
+        print("\ninterrupted", file=sys.stderr)
+
+
+def _message(error: BaseException) -> str:
     """Of a bounded size, whatever a user has typed or a file holds."""
-    lines = [x if len(x) <= 1000 else f"{x[:500]} ... {x[-400:]}" for x in message.splitlines()]
+    text = str(error)
+    if isinstance(error, OSError):
+        what = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+        text = f"{what}; free some room, or choose another folder"
+    lines = [x if len(x) <= 1000 else f"{x[:500]} ... {x[-400:]}" for x in text.splitlines()]
     if len(lines) > 40:
         lines[30:-5] = [f"... {len(lines) - 35} more lines ..."]
     return "\n".join(lines)

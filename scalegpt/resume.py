@@ -1,14 +1,23 @@
 """What run.out_dir already holds, whether this run may continue it, and with what state."""
 
+import math
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 import jax
 
-from scalegpt import hf, tokenizer
-from scalegpt.checkpoint import FOLDER, Checkpoints, is_run, open_checkpoints
+from scalegpt import hf, run_folder, tokenizer
+from scalegpt.checkpoint import (
+    FOLDER,
+    PARAMS,
+    Checkpoints,
+    has_imported_weights,
+    is_run,
+    open_checkpoints,
+)
 from scalegpt.command_line import load, validate
-from scalegpt.config import Config, curve_diff
+from scalegpt.config import Config
 from scalegpt.step import State, Steps
 
 try:
@@ -22,7 +31,7 @@ def lock(config: Config) -> TextIO:
 
     Raises ValueError when another process trains there already.
     """
-    folder = Path(config.run.out_dir)
+    folder = run_folder.local(config.run.out_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "w")
@@ -45,19 +54,57 @@ def stored_config(config: Config, tokenizer_spec: Any = None) -> Config | None:
     tokenizer_spec: the data's. Raises ValueError when this run would change the loss curve of the
     stored one, or cannot start from run.init_from.
     """
-    path = config_path(config)
+    out_dir = config.run.out_dir
+    path = run_folder.fetch(out_dir, jax.process_index() == 0) / "config.yaml"
     if not path.exists():
         if config.run.init_from:
             _check_init_from(config, tokenizer_spec)
         return None
-    if (path.parent / FOLDER / "0").is_dir():
+    if has_imported_weights(out_dir):
         raise ValueError(
-            f"{path.parent} holds imported weights, which are no run to continue; to start from "
-            f"them: --run.init_from={path.parent} --run.out_dir=another"
+            f"{out_dir} holds imported weights, which are no run to continue; to start from them: "
+            f"--run.init_from={out_dir} --run.out_dir=another"
         )
     stored = validate(load(path), str(path))
     refuse_changes(config, curve_diff(stored, config))
     return stored
+
+
+# Keys of the compared sections that change speed or memory, never the loss curve.
+_NEUTRAL = {
+    *("model.preset", "model.attention", "model.scan_layers", "model.remat", "model.loss_chunk"),
+    *("batch.microbatch", "data.path", "data.prepare", "data.prefetch", "data.cache_dir"),
+}
+
+
+def curve_diff(stored: Config, asked: Config) -> list[str]:
+    """Keys that would change the loss curve, as `key: stored -> asked`.
+
+    Of the data's path only a mixture's weights are among them: checkpoints carry a fingerprint
+    of the files themselves.
+    """
+    old, new = stored.model_dump(), asked.model_dump()
+    lines = [
+        f"{section}.{key}: {old[section][key]} -> {value}"
+        for section in ("model", "batch", "data", "optim")
+        for key, value in new[section].items()
+        if f"{section}.{key}" not in _NEUTRAL and old[section][key] != value
+    ]
+    shares = [list(c.data.weights.values()) for c in (stored, asked)]
+    if shares[0] != shares[1]:
+        lines.append(f"data.path: {stored.data.path} -> {asked.data.path}")
+    if stored.run.seed != asked.run.seed:
+        lines.append(f"run.seed: {stored.run.seed} -> {asked.run.seed}")
+    return lines
+
+
+def open_to_save(config: Config) -> Checkpoints:
+    """The run's own checkpoints; the small files of its folder go along with each."""
+    section = config.checkpoint
+    return Checkpoints(
+        config.run.out_dir, section.keep, section.keep_every, section.patience,
+        config.run.deadline_save, before_commit=partial(run_folder.push, config.run.out_dir),
+    )  # fmt: skip
 
 
 def check_same_run(config: Config, meta: dict[str, Any], stored: dict[str, Any]) -> float:
@@ -67,7 +114,7 @@ def check_same_run(config: Config, meta: dict[str, Any], stored: dict[str, Any])
     changes = [f"data {name}: other tokens" for i, (name, now) in enumerate(meta["data"].items())
                if then[i : i + 1] != [now]]  # fmt: skip
     refuse_changes(config, changes)
-    return stored["best_loss"]
+    return math.inf if stored["best_loss"] is None else stored["best_loss"]
 
 
 def refuse_changes(config: Config, changes: list[str]) -> None:
@@ -80,7 +127,7 @@ def refuse_changes(config: Config, changes: list[str]) -> None:
 
 
 def config_path(config: Config) -> Path:
-    return Path(config.run.out_dir, "config.yaml")
+    return run_folder.local(config.run.out_dir) / "config.yaml"
 
 
 def write_config(config: Config) -> None:
@@ -92,6 +139,7 @@ def write_config(config: Config) -> None:
         beside.replace(path)
     except OSError as error:
         raise ValueError(f"cannot write to run.out_dir={config.run.out_dir}: {error}") from None
+    run_folder.push_or_explain(config.run.out_dir)
 
 
 def initial_state(
@@ -111,7 +159,7 @@ def initial_state(
     state = state.replace(params=None)  # else there would be two copies of the model
     if is_run(config.run.init_from):
         source = open_checkpoints(config.run.init_from)
-        at = source.find(config.run.init_checkpoint)
+        at = source.find(config.run.init_checkpoint, PARAMS)
         params = _restore_cropped(source, at, config, steps.abstract.params)
         source.close()
         name = f"{config.run.init_from}, step {at}"

@@ -7,7 +7,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from scalegpt import distributed, hf, tokenizer, value_types
-from scalegpt.checkpoint import is_run, open_checkpoints
+from scalegpt.checkpoint import PARAMS, is_run, open_checkpoints
 from scalegpt.command_line import validate
 from scalegpt.config import Config, DistributedConfig, MeshConfig, ModelConfig
 from scalegpt.sharding import make_mesh
@@ -108,7 +108,7 @@ def from_run(
 ) -> Trained:
     """which: best, latest or a step."""
     checkpoints = open_checkpoints(out_dir)
-    step = checkpoints.find(which)
+    step = checkpoints.find(which, PARAMS)
     meta = checkpoints.meta(step)
     config = Config.model_validate(meta["config"])
     config = _with_dtype(config, dtype)

@@ -12,8 +12,9 @@ import yaml
 from conftest import ROOT
 
 from scalegpt import command_line
-from scalegpt.config import Config, DataConfig, ModelConfig, curve_diff
+from scalegpt.config import Config, DataConfig, ModelConfig
 from scalegpt.flops import parameter_count
+from scalegpt.resume import curve_diff
 from scalegpt.train import FLAGS
 
 GIVEN = ["--data.path=text", "--run.out_dir=out/x"]
