@@ -3,21 +3,21 @@
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from scalegpt.value_types import (
-    LARGEST,
     Amount,
+    MeshAxis,
     Name,
     Positive,
     Rate,
     Seconds,
     Share,
     Text,
+    Which,
     Whole,
     Width,
-    checkpoint,
-    divisors,
+    divisors_near,
 )
 
 # n_layer, n_head, n_embd of the GPT-2 paper's table 2; the rest is common to all four.
@@ -80,7 +80,7 @@ class ModelConfig(Section):
         if self.n_embd % self.n_head:
             raise ValueError(
                 f"model.n_embd={self.n_embd} is not divisible by model.n_head={self.n_head}; "
-                f"n_head could be {_divisors_near(self.n_embd, self.n_head)}"
+                f"n_head could be {divisors_near(self.n_embd, self.n_head)}"
             )
         if self.position == "rope" and self.head_dim % 2:
             raise ValueError(
@@ -97,9 +97,6 @@ class ModelConfig(Section):
         """Rows of the embedding table."""
         assert self.vocab_size is not None, "the vocabulary is known once the data is open"
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
-
-
-MeshAxis = Annotated[int, Field(ge=-1, le=LARGEST)]
 
 
 class MeshConfig(Section):
@@ -238,7 +235,7 @@ class RunConfig(Section):
     """what runs the update; pmap: copies of the whole model, to compare with"""
     init_from: Name | None = None
     """start from the weights of another run (its out_dir), or of Hugging Face: gpt2-xl, a folder"""
-    init_checkpoint: Annotated[str, AfterValidator(checkpoint)] = "best"
+    init_checkpoint: Which = "best"
     """which of its checkpoints: best, latest or a step"""
     allow_config_change: bool = False
     """continue although model, batch, data or optimizer differ from the stored run"""
@@ -299,8 +296,3 @@ class Config(Section):
             )
         model = self.model.model_copy(update={"vocab_size": asked or vocab_size})
         return self.model_copy(update={"model": model})
-
-
-def _divisors_near(n: int, wanted: int) -> str:
-    near = sorted(divisors(n), key=lambda d: abs(d - wanted))
-    return " or ".join(str(d) for d in sorted(near[:2]))

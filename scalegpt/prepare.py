@@ -65,6 +65,8 @@ def write_dataset(
     """
     if workers is not None and workers < 0:
         raise ValueError(f"--workers={workers} must be 0, for this process alone, or more")
+    if not force:
+        _prepared(out, source)  # what may not be overwritten is not even locked
     with _new_or_kept(out), _only_writer(out):
         if not force and (meta := _prepared(out, source)):
             print(f"{out} is already prepared; --force does it again")

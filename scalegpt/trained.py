@@ -110,7 +110,7 @@ def from_run(
     checkpoints = open_checkpoints(out_dir)
     step = checkpoints.find(which, PARAMS)
     meta = checkpoints.meta(step)
-    config = Config.model_validate(meta["config"])
+    config = validate(meta["config"], f"step {step} of {out_dir}")
     config = _with_dtype(config, dtype)
     steps = build_for_use(config, mesh, microbatch)
     params = checkpoints.restore_params(step, steps.abstract.params)

@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 LARGEST = 2**31 - 1  # JAX counts in int32
 Positive = Annotated[int, Field(ge=1, le=LARGEST)]
 Whole = Annotated[int, Field(ge=0, le=LARGEST)]
+MeshAxis = Annotated[int, Field(ge=-1, le=LARGEST)]  # -1: what is left
 Width = Annotated[int, Field(ge=1, le=2**20)]
 Rate = Annotated[float, Field(ge=0, le=1)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -39,6 +40,7 @@ def _named(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_plain)]
+Which = Annotated[str, AfterValidator(checkpoint)]
 Name = Annotated[Text, AfterValidator(_named)]  # of a file, a folder, a project
 
 
@@ -46,3 +48,8 @@ def divisors(n: int) -> list[int]:
     """In order, by trial up to the root: n may be what somebody has mistyped."""
     small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
     return sorted({*small, *(n // d for d in small)})
+
+
+def divisors_near(n: int, wanted: int) -> str:
+    near = sorted(divisors(n), key=lambda d: abs(d - wanted))
+    return " or ".join(str(d) for d in sorted(near[:2]))

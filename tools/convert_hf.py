@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 
 from scalegpt import command_line, export, hf, sharding, tokenizer, trained
 from scalegpt.checkpoint import Checkpoints, is_run, open_checkpoints
-from scalegpt.config import Config, MeshConfig, ModelConfig
+from scalegpt.config import MeshConfig, ModelConfig
 from scalegpt.flops import parameter_count
 from scalegpt.model import GPT, Block, head_table, logits, rotary_tables
 from scalegpt.step import build_for_use
@@ -226,7 +226,7 @@ def look_up(source: str) -> tuple[ModelConfig, Any]:
     checkpoints = open_checkpoints(source)
     meta = checkpoints.meta(checkpoints.find("best"))
     checkpoints.close()
-    return Config.model_validate(meta["config"]).model, meta["tokenizer"]
+    return command_line.validate(meta["config"], source).model, meta["tokenizer"]
 
 
 def describe(model: ModelConfig) -> str:

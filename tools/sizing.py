@@ -69,7 +69,7 @@ def check(flags: Namespace) -> None:
         known = ", ".join(flops.PEAK_TFLOPS)
         raise ValueError(f"--device={flags.device!r} is none of those known: {known}")
     if flags.devices is not None and not 1 <= flags.devices <= 10**6:
-        raise ValueError(f"--devices={flags.devices:.6g} must be at least 1 and at most a million")
+        raise ValueError(f"--devices={flags.devices} must be at least 1 and at most a million")
     if not 0 < flags.mfu <= 1:
         raise ValueError(f"--mfu={flags.mfu} must be above 0 and at most 1; 40 % is 0.4")
     if flags.budget is not None and not 1 <= flags.budget <= 1e60:
