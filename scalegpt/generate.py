@@ -195,8 +195,15 @@ def _prompts(flags: argparse.Namespace) -> tuple[Iterable[list[str]], bool]:
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"cannot read --prompt-file {flags.prompt_file}: {error}") from None
     if not sys.stdin.isatty():
-        return ([sys.stdin.read()] for _ in range(1)), False  # not before it is asked for
+        return ([_piped()] for _ in range(1)), False  # not before it is asked for
     return _typed_prompts(), True
+
+
+def _piped() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input is not UTF-8 text: {error}; convert it first") from None
 
 
 def _typed_prompts() -> Iterator[list[str]]:
@@ -209,6 +216,9 @@ def _typed_prompts() -> Iterator[list[str]]:
         except (EOFError, KeyboardInterrupt):
             print()
             return
+        except UnicodeDecodeError as error:
+            print(f"error: that is not UTF-8 text: {error}")
+            continue
         if text:
             yield [text]
 

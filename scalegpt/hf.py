@@ -23,6 +23,7 @@ from scalegpt.json_files import read_object
 from scalegpt.model import LAYER_NORM_EPS
 from scalegpt.tensor_files import INDEX, SAFE, TORCH, open_tensors
 
+HUB_SECONDS = 15  # of silence, after which there is no network
 OWN_TYPE = "scalegpt"  # model_type of our own format: leaves of the parameter tree by their path
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 # A layer's tensors: GPT-2's name -> (ours, the shape there in multiples of n_embd).
@@ -71,15 +72,22 @@ def locate(source: str) -> Path:
     import huggingface_hub
 
     print(f"{source} is no folder here; looking for it on Hugging Face ...", file=sys.stderr)
+    trouble, known = None, {}
+    try:  # snapshot_download waits for ever for a server that takes the call and never answers
+        huggingface_hub.HfApi().model_info(source, timeout=HUB_SECONDS)
+    except Exception as error:
+        trouble, known = error, {"local_files_only": True}  # its cache may have it
 
     def get(*patterns: str) -> Path:
-        return Path(huggingface_hub.snapshot_download(source, allow_patterns=list(patterns)))
+        patterns = list(patterns)
+        return Path(huggingface_hub.snapshot_download(source, allow_patterns=patterns, **known))
 
     try:
         folder = get("config.json", SAFE, INDEX, "model-*.safetensors", *_TOKENIZER)
         return folder if any(folder.glob("*.safetensors")) else get("config.json", TORCH)
     # Not found, gated, no network, no space: each of them an error of another package.
     except Exception as error:
+        error = trouble or error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"{source} is not a folder, and cannot be had from Hugging Face: {reason}\n"
