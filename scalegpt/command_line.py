@@ -216,7 +216,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """A ValueError like every other mistake, naming the nearest flag."""
         if message.startswith("unrecognized arguments: "):
-            flag = message.removeprefix("unrecognized arguments: ").split()[0]
+            flag = (message.removeprefix("unrecognized arguments: ").split() or ["''"])[0]
             known = [name.removeprefix("--") for name in self._option_string_actions]
             near = _nearest(flag.split("=")[0].removeprefix("--"), known, "--")
             raise ValueError(f"unknown argument {flag}; {near or 'see --help'}")

@@ -131,7 +131,9 @@ def _write(
         # Without this metadata transformers refuses.
         save_file(tensors, folder / SAFE, metadata={"format": "pt"})
     except SafetensorError as error:  # the disk's, in its own words
-        raise ValueError(f"cannot write {SAFE}: {error}; free some room, or choose another --out") from None
+        raise ValueError(
+            f"cannot write {SAFE}: {error}; free some room, or choose another --out"
+        ) from None
     # safetensors leaves its file to its owner alone.
     (folder / SAFE).chmod((folder / "config.json").stat().st_mode)
     config = model.config

@@ -169,10 +169,6 @@ def link(target: str) -> Any:
     return lambda path, world: path.symlink_to(target)
 
 
-def config(text: str) -> dict[str, Any]:
-    return {"c.yaml": text}
-
-
 # Keys and values of the configuration.
 for name, argv, *words in [
     ("key mistyped", "--optim.lrr=1", "unknown argument --optim.lrr=1", "mean --optim.lr?"),
@@ -205,12 +201,8 @@ for name, argv, *words in [
     ("newline in a number", ["--optim.steps=5\n000"], r"optim.steps='5\n000'"),
     ("escape in a name", ["--log.wandb_name=\x1b[31m"], "log.wandb_name", "character"),
     ("bytes that are no text", ["--run.out_dir=\udcff"], "run.out_dir", "character"),
-    (
-        "negative count",
-        "--batch.sequences=-8",
-        "batch.sequences='-8'",
-        "greater than or equal to 1",
-    ),
+    ("negative count", "--batch.sequences=-8", "batch.sequences='-8'",
+     "greater than or equal to 1"),
     ("zero", "--model.n_layer=0", "model.n_layer='0'", "greater than or equal to 1"),
     ("negative rate", "--optim.lr=-1e-3", "optim.lr='-1e-3'", "greater than 0"),
     ("nan", "--optim.lr=nan", "optim.lr='nan'"),
@@ -237,19 +229,15 @@ for name, argv, *words in [
     ("mixture naming one twice", ["--data.path={a: 1, a: 2}"], "'a' is there twice"),
     ("mixture of nothing", "--data.path={}", "data.path={}", "at least 1"),
     ("which checkpoint", "--run.init_checkpoint=last", "run.init_checkpoint='last'", "latest"),
-]:
+]:  # fmt: skip
     bad(name, "train", [*NEW, *([argv] if isinstance(argv, str) else argv)], *words)
 
 # The mesh and the batch, on the eight devices here.
 for name, argv, *words in [
     ("mesh of 3", "--mesh.data=3", "data 3", "does not fit 8 cpu device(s)", "may be -1"),
     ("mesh too large", "--mesh.data=16", "data 16", "multiply to 8"),
-    (
-        "mesh of a billion",
-        "--mesh.fsdp=1000000000 --mesh.data=1",
-        "fsdp 1000000000",
-        "multiply to 8",
-    ),
+    ("mesh of a billion", "--mesh.fsdp=1000000000 --mesh.data=1", "fsdp 1000000000",
+     "multiply to 8"),
     ("two sizes left open", "--mesh.fsdp=-1", "only one mesh axis can be -1", "data, fsdp"),
     ("mesh of 0", "--mesh.tensor=0", "mesh.tensor=0", "1 or more, or -1"),
     ("mesh of -2", "--mesh.data=-2", "mesh.data='-2'", "greater than or equal to -1"),
@@ -257,56 +245,27 @@ for name, argv, *words in [
     ("width over fsdp", "--mesh.data=1 --mesh.fsdp=8 --model.n_embd=36", "n_embd=36", "fsdp=8"),
     ("batch over devices", "--batch.sequences=12", "batch.sequences=12", "nearest that does is 16"),
     ("batch below devices", "--batch.sequences=4", "batch.sequences=4", "nearest that does is 8"),
-    (
-        "microbatch",
-        "--batch.sequences=96 --batch.microbatch=5",
-        "microbatch=5",
-        "1, 2, 3, 4, 6, 12",
-    ),
+    ("microbatch", "--batch.sequences=96 --batch.microbatch=5", "microbatch=5",
+     "1, 2, 3, 4, 6, 12"),
     ("microbatch above batch", "--batch.microbatch=2", "batch.microbatch=2", "could be 1"),
-    (
-        "huge prime batch",
-        "--batch.sequences=2147483640 --batch.microbatch=7",
-        "microbatch=7",
-        "could be 1, 3,",
-    ),
-    (
-        "pmap cannot split",
-        "--run.backend=pmap --mesh.data=1 --mesh.fsdp=8",
-        "fsdp=8",
-        "--mesh.fsdp=1",
-    ),
+    ("huge prime batch", "--batch.sequences=2147483640 --batch.microbatch=7", "microbatch=7",
+     "could be 1, 3,"),
+    ("pmap cannot split", "--run.backend=pmap --mesh.data=1 --mesh.fsdp=8", "fsdp=8",
+     "--mesh.fsdp=1"),
     ("vocabulary below the data's", "--model.vocab_size=10", "model.vocab_size=10", "leave it out"),
-    (
-        "window beyond the data",
-        "--model.block_size=2147483647",
-        "2147483647",
-        "Lower model.block_size",
-    ),
+    ("window beyond the data", "--model.block_size=2147483647", "2147483647",
+     "Lower model.block_size"),
     ("attention not for this machine", "--model.attention=cudnn", "cudnn", "GPU"),
     ("coordinator alone", "--distributed.coordinator=localhost:1", "belong together", "all three"),
-    (
-        "coordinator without a port",
-        "--distributed.coordinator=here --distributed.num_processes=2 --distributed.process_id=0",
-        "distributed.coordinator=here",
-        "HOST:PORT",
-    ),
-    (
-        "coordinator with a bad port",
-        "--distributed.coordinator=here:99999 "
-        "--distributed.num_processes=2 --distributed.process_id=0",
-        "here:99999",
-        "HOST:PORT",
-    ),
-    (
-        "process of none",
-        "--distributed.coordinator=localhost:9 --distributed.num_processes=2 "
-        "--distributed.process_id=2",
-        "process_id=2",
-        "below distributed.num_processes=2",
-    ),
+    ("coordinator without a port",
+     "--distributed.coordinator=here --distributed.num_processes=2 --distributed.process_id=0",
+     "distributed.coordinator=here", "HOST:PORT"),
+    ("coordinator with a bad port", "--distributed.coordinator=here:99999 "
+     "--distributed.num_processes=2 --distributed.process_id=0", "here:99999", "HOST:PORT"),
+    ("process of none", "--distributed.coordinator=localhost:9 --distributed.num_processes=2 "
+     "--distributed.process_id=2", "process_id=2", "below distributed.num_processes=2"),
     ("topology", "--compile-only=v9-9", "--compile-only=v9-9", "v3-8"),
-]:
+]:  # fmt: skip
     bad(name, "train", [*NEW, *argv.split()], *words)
 
 # Configuration files.
@@ -320,47 +279,28 @@ for name, text, *words in [
     ("indentation", "optim:\n  lr: 1\n   steps: 2", "c.yaml is not valid YAML", "line 3"),
     ("tabs", "optim:\n\tlr: 1", "c.yaml is not valid YAML", "line 2"),
     ("two documents", "optim: {}\n---\nmodel: {}", "c.yaml is not valid YAML", "another document"),
-    (
-        "section twice",
-        "optim: {lr: 1}\nmodel: {}\noptim: {steps: 2}",
-        "'optim' is there twice",
-        "line 3",
-    ),
+    ("section twice", "optim: {lr: 1}\nmodel: {}\noptim: {steps: 2}", "'optim' is there twice",
+     "line 3"),
     ("key twice", "optim: {lr: 1.0, steps: 2, lr: 2.0}", "'lr' is there twice", "line 1"),
     ("a list", "- optim\n- model", "c.yaml holds a list", "sections"),
     ("an empty list", "[]", "c.yaml holds a list", "sections"),
     ("a scalar", "just text", "c.yaml holds a str", "sections"),
     ("zero", "0", "c.yaml holds a int", "sections"),
-    (
-        "a python object",
-        "optim: !!python/object/apply:os.system ['touch executed']",
-        "not valid YAML",
-        "python/object",
-    ),
+    ("a python object", "optim: !!python/object/apply:os.system ['touch executed']",
+     "not valid YAML", "python/object"),
     ("a python name", "optim: {lr: !!python/name:os.system ''}", "not valid YAML", "python/name"),
     ("a python tuple", "optim: !!python/tuple [1]", "not valid YAML", "python/tuple"),
     ("an alias of nothing", "optim: *x", "not valid YAML", "undefined alias"),
-    (
-        "a thousand million aliases",
-        "optm: [&a [x,x,x,x,x,x,x,x,x]"
-        + "".join(
-            f", &{b} [{','.join(['*' + a] * 9)}]"
-            for a, b in zip("abcdefgh", "bcdefghi", strict=True)
-        )
-        + "]",
-        "unknown key optm",
-        "mean optim?",
-    ),
+    ("a thousand million aliases", "optm: [&a [x,x,x,x,x,x,x,x,x]" +
+     "".join(f", &{b} [{','.join(['*' + a] * 9)}]" for a, b in zip("abcdefgh", "bcdefghi",
+     strict=True)) + "]", "unknown key optm", "mean optim?"),
     ("an alias of itself", "optim: &x {lr: *x}", "optim.lr="),
     ("nested without end", "optim: " + DEEP, "not valid YAML", "nested too deeply"),
     ("a date that is none", "run: {out_dir: 2024-13-45}", "not valid YAML", "month"),
     ("a date", "run: {out_dir: 2024-12-24}", "run.out_dir=", "string"),
     ("a huge number", "optim: {steps: " + "9" * 5000 + "}", "not valid YAML"),
-    (
-        "a huge hexadecimal number",
-        "optim: {decay_steps: 0x" + "f" * 9000 + "}",
-        "optim.decay_steps=a huge number",
-    ),
+    ("a huge hexadecimal number", "optim: {decay_steps: 0x" + "f" * 9000 + "}",
+     "optim.decay_steps=a huge number"),
     ("a key that is a list", "? [a]\n: 1", "not valid YAML", "unhashable"),
     ("an unknown key", "model: {n_layr: 1}", "unknown key model.n_layr=1", "mean model.n_layer?"),
     ("an unknown section", "optm: {lr: 1}", "unknown key optm", "mean optim?"),
@@ -368,61 +308,27 @@ for name, text, *words in [
     ("a path that is a number", "data: {path: 7}", "data.path=7", "string"),
     ("a NUL in a path", 'run: {out_dir: "a\\0b"}', "run.out_dir=", "character"),
     ("nothing in a required key", "run: {out_dir: }", "run.out_dir=None", "string"),
-    (
-        "a wrong type of each kind",
-        "{model: {vocab_size: [], bias: {}, dropout: x, dtype: 1}, run: {seed: a}}",
-        "model.vocab_size=[]",
-        "model.bias={}",
-        "model.dropout='x'",
-        "model.dtype=1",
-        "run.seed='a'",
-    ),
-]:
+    ("a wrong type of each kind",
+     "{model: {vocab_size: [], bias: {}, dropout: x, dtype: 1}, run: {seed: a}}",
+     "model.vocab_size=[]", "model.bias={}", "model.dropout='x'", "model.dtype=1", "run.seed='a'"),
+]:  # fmt: skip
     argv = [w for w in NEW if "out_dir" not in w and "data.path" not in w]
     argv += [] if "run: {out_dir" in str(text) else ["--run.out_dir=new"]
     argv += [] if "data: {path" in str(text) else ["--data.path={world}/data"]
     bad(f"config: {name}", "train", [*argv, "--config=c.yaml"], *words, files={"c.yaml": text})
-bad(
-    "config: missing",
-    "train",
-    "--config=configs/nowhere.yaml",
-    "configs/nowhere.yaml",
-    "No such file",
-    "configs/",
-)
-bad(
-    "config: a folder",
-    "train",
-    "--config=sub",
-    "cannot read config sub",
-    "directory",
-    files={"sub/x": ""},
-)
+bad("config: missing", "train", "--config=configs/nowhere.yaml", "configs/nowhere.yaml",
+    "No such file", "configs/")  # fmt: skip
+bad("config: a folder", "train", "--config=sub", "cannot read config sub", "directory",
+    files={"sub/x": ""})  # fmt: skip
 bad("config: empty name", "train", [*NEW, "--config="], "--config='' is empty")
-bad(
-    "config: twice",
-    "train",
-    "--config=a.yaml --config=b.yaml",
-    "--config is given twice",
-    "'b.yaml'",
-)
+bad("config: twice", "train", "--config=a.yaml --config=b.yaml", "--config is given twice",
+    "'b.yaml'")
 bad("config: name with a NUL", "train", ["--config=a\0b"], "cannot read config", "null")
-bad(
-    "config: empty file",
-    "train",
-    "--config=c.yaml",
-    "data.path is missing",
-    "run.out_dir is missing",
-    "configs/demo.yaml",
-    files={"c.yaml": ""},
-)
+bad("config: empty file", "train", "--config=c.yaml", "data.path is missing",
+    "run.out_dir is missing", "configs/demo.yaml", files={"c.yaml": ""})  # fmt: skip
 bad("nothing at all", "train", [], "data.path is missing; give --data.path=", "configs/demo.yaml")
-bad(
-    "topology without a value twice",
-    "train",
-    [*NEW, "--compile-only=a", "--compile-only=b"],
-    "twice",
-)
+bad("topology without a value twice", "train", [*NEW, "--compile-only=a", "--compile-only=b"],
+    "twice")
 
 # Token files.
 DATA = ["--data.path=bad", *NEW[1:]]
@@ -431,12 +337,8 @@ for name, edits, *words in [
     ("truncated", {"val.bin": lambda b: b[:-10]}, "val.bin has 2990 bytes", "truncated"),
     ("half an id", {"train.bin": lambda b: b[:-1]}, "not a multiple of 2", "truncated"),
     ("too long", {"train.bin": lambda b: b * 2}, "longer than it should be"),
-    (
-        "an id outside",
-        {"train.bin": lambda b: b[:-2] + b"\xff\x7f"},
-        "is 32767, outside",
-        "prepare.py",
-    ),
+    ("an id outside", {"train.bin": lambda b: b[:-2] + b"\xff\x7f"}, "is 32767, outside",
+     "prepare.py"),
     ("missing split", {"val.bin": None}, "bad has no val.bin", "prepare.py"),
     ("meta.json not JSON", {"meta.json": "{"}, "meta.json is not JSON", "prepare.py"),
     ("meta.json not UTF-8", {"meta.json": b"\xff"}, "meta.json is not JSON", "prepare.py"),
@@ -444,38 +346,22 @@ for name, edits, *words in [
     ("meta.json a list", {"meta.json": "[]"}, "meta.json holds a list", "prepare.py"),
     ("meta.json nested without end", {"meta.json": DEEP}, "nested too deeply"),
     ("meta.json a huge number", {"meta.json": {"vocab_size": 10**40}}, "bad/meta.json: vocab_size"),
-    (
-        "meta.json without keys",
-        {"meta.json": "{}"},
-        "meta.json lacks format, tokenizer",
-        "prepare.py",
-    ),
+    ("meta.json without keys", {"meta.json": "{}"}, "meta.json lacks format, tokenizer",
+     "prepare.py"),
     ("meta.json of another type", {"meta.json": {"vocab_size": "65"}}, "vocab_size is '65'"),
     ("vocabulary too small", {"meta.json": {"vocab_size": 3}}, "outside the vocabulary of 3"),
     ("dtype unknown", {"meta.json": {"dtype": "float32"}}, "dtype 'float32'", "uint16, uint32"),
     ("dtype a list", {"meta.json": {"dtype": []}}, "dtype []", "uint16, uint32"),
-    (
-        "tokenizer unknown",
-        {"meta.json": {"tokenizer": "klingon"}},
-        "meta.json: no tokenizer 'klingon'",
-    ),
+    ("tokenizer unknown", {"meta.json": {"tokenizer": "klingon"}},
+     "meta.json: no tokenizer 'klingon'"),
     ("tokenizer a number", {"meta.json": {"tokenizer": 7}}, "meta.json: no tokenizer '7'"),
-    (
-        "tokenizer without characters",
-        {"meta.json": {"tokenizer": {"kind": "char"}}},
-        "no tokenizer",
-    ),
-    (
-        "tokenizer with one character twice",
-        {"meta.json": {"tokenizer": {"kind": "char", "chars": "aa"}}},
-        "distinct characters",
-    ),
-    (
-        "tokenizer elsewhere",
-        {"meta.json": {"tokenizer": "/etc/passwd"}},
-        "no tokenizer '/etc/passwd'",
-    ),
-]:
+    ("tokenizer without characters", {"meta.json": {"tokenizer": {"kind": "char"}}},
+     "no tokenizer"),
+    ("tokenizer with one character twice", {"meta.json": {"tokenizer": {"kind": "char", "chars":
+     "aa"}}}, "distinct characters"),
+    ("tokenizer elsewhere", {"meta.json": {"tokenizer": "/etc/passwd"}},
+     "no tokenizer '/etc/passwd'"),
+]:  # fmt: skip
     bad(f"data: {name}", "train", DATA, *words, files={"bad": copy("data", edits)})
 for name, content, *words in [
     ("an image", JPEG, "a JPEG image"),
@@ -484,178 +370,63 @@ for name, content, *words in [
     ("plain text", b"To be, or not to be? " * 10, "is plain text", "data/text/prepare.py"),
     ("a .npy file", b"\x93NUMPY\x01\x00v\x00{'descr': '<u2', }" + b" " * 99, "NumPy .npy"),
     ("uint32", np.arange(999, dtype="<u4").tobytes(), "uint32 read as uint16", "meta.json"),
-]:
-    bad(
-        f"data: {name}",
-        "train",
-        DATA,
-        "bad/train.bin",
-        *words,
-        files={"bad/train.bin": content, "bad/val.bin": bytes(2000)},
-    )
+]:  # fmt: skip
+    bad(f"data: {name}", "train", DATA, "bad/train.bin", *words, files={"bad/train.bin": content,
+        "bad/val.bin": bytes(2000)})
 BINS = {"bad/train.bin": bytes(2000), "bad/val.bin": bytes(2000)}
-bad(
-    "data: a folder for a file",
-    "train",
-    DATA,
-    "bad has no train.bin",
-    "prepare.py",
-    files={"bad/train.bin/x": "", "bad/val.bin": b"12"},
-)
+bad("data: a folder for a file", "train", DATA, "bad has no train.bin", "prepare.py",
+    files={"bad/train.bin/x": "", "bad/val.bin": b"12"})  # fmt: skip
 bad("data: no folder", "train", DATA, "there is no folder", "bad", "prepare.py")
 bad("data: a file", "train", DATA, "there is no folder", files={"bad": "text"})
-bad(
-    "data: a file that cannot be read",
-    "train",
-    DATA,
-    "cannot read",
-    "bad/train.bin",
-    files={**BINS, "bad/train.bin": link("/sys/kernel/mm/transparent_hugepage/enabled")},
-)
-bad(
-    "data: a meta.json that leads nowhere",
-    "train",
-    DATA,
-    "cannot read",
-    "bad/meta.json",
-    "prepare.py",
-    files={**BINS, "bad/meta.json": link("nowhere")},
-)
-bad(
-    "data: a meta.json that cannot be read",
-    "train",
-    DATA,
-    "cannot read",
-    "bad/meta.json",
-    files={**BINS, "bad/meta.json": link("/proc/self/mem")},
-)
-bad(
-    "data: a meta.json that is a folder",
-    "train",
-    DATA,
-    "cannot read",
-    "bad/meta.json",
-    files={**BINS, "bad/meta.json/x": ""},
-)
-bad(
-    "data: a malicious meta.pkl",
-    "train",
-    DATA,
-    "meta.pkl is not nanoGPT's",
-    "posix.system",
-    files={**BINS, "bad/meta.pkl": b"cposix\nsystem\n(S'touch executed'\ntR."},
-)
-bad(
-    "data: a meta.pkl of noise",
-    "train",
-    DATA,
-    "meta.pkl is not nanoGPT's",
-    "meta.json",
-    files={**BINS, "bad/meta.pkl": NOISE},
-)
-bad(
-    "data: a URL of an unknown kind",
-    "train",
-    ["--data.path=nonsense://x", *NEW[1:]],
-    "nonsense://x",
-    "cannot read",
-)
-bad(
-    "data: a URL without its package",
-    "train",
-    ["--data.path=s3://bucket/x", *NEW[1:]],
-    "s3://bucket/x",
-    "pip install",
-)
-bad(
-    "data: a URL that nobody serves",
-    "train",
-    ["--data.path=ftp://127.0.0.1:9/x", *NEW[1:], "--data.cache_dir=cache"],
-    "ftp://127.0.0.1:9/x",
-    "cannot read",
-)
-bad(
-    "data: a cache that is a file",
-    "train",
-    ["--data.path=file://{world}/data", "--data.cache_dir=cache", *NEW[1:]],
-    "cache",
-    "cannot",
-    files={"cache": "mine"},
-)
-bad(
-    "data: tasks that are not there",
-    "train",
-    [*NEW, '--eval.tasks={"lambada": "nowhere"}'],
-    "cannot read nowhere",
-)
+bad("data: a file that cannot be read", "train", DATA, "cannot read", "bad/train.bin",
+    files={**BINS, "bad/train.bin": link("/sys/kernel/mm/transparent_hugepage/enabled")})
+bad("data: a meta.json that leads nowhere", "train", DATA, "cannot read", "bad/meta.json",
+    "prepare.py", files={**BINS, "bad/meta.json": link("nowhere")})
+bad("data: a meta.json that cannot be read", "train", DATA, "cannot read", "bad/meta.json",
+    files={**BINS, "bad/meta.json": link("/proc/self/mem")})
+bad("data: a meta.json that is a folder", "train", DATA, "cannot read", "bad/meta.json",
+    files={**BINS, "bad/meta.json/x": ""})  # fmt: skip
+bad("data: a malicious meta.pkl", "train", DATA, "meta.pkl is not nanoGPT's", "posix.system",
+    files={**BINS, "bad/meta.pkl": b"cposix\nsystem\n(S'touch executed'\ntR."})
+bad("data: a meta.pkl of noise", "train", DATA, "meta.pkl is not nanoGPT's", "meta.json",
+    files={**BINS, "bad/meta.pkl": NOISE})
+bad("data: a URL of an unknown kind", "train", ["--data.path=nonsense://x", *NEW[1:]],
+    "nonsense://x", "cannot read")  # fmt: skip
+bad("data: a URL without its package", "train", ["--data.path=s3://bucket/x", *NEW[1:]],
+    "s3://bucket/x", "pip install")  # fmt: skip
+bad("data: a URL that nobody serves", "train", ["--data.path=ftp://127.0.0.1:9/x", *NEW[1:],
+    "--data.cache_dir=cache"], "ftp://127.0.0.1:9/x", "cannot read")
+bad("data: a cache that is a file", "train", ["--data.path=file://{world}/data",
+    "--data.cache_dir=cache", *NEW[1:]], "cache", "cannot", files={"cache": "mine"})  # fmt: skip
+bad("data: tasks that are not there", "train", [*NEW, '--eval.tasks={"lambada": "nowhere"}'],
+    "cannot read nowhere")
 
 # The run's folder.
 for name, argv, files, *words in [
     ("a file", "--run.out_dir=mine", {"mine": "text"}, "run.out_dir=mine", "cannot write"),
-    (
-        "below a file",
-        "--run.out_dir=mine/run",
-        {"mine": "text"},
-        "run.out_dir=mine/run",
-        "cannot write",
-    ),
+    ("below a file", "--run.out_dir=mine/run", {"mine": "text"}, "run.out_dir=mine/run",
+     "cannot write"),
     ("in /proc", "--run.out_dir=/proc/run", {}, "run.out_dir=/proc/run", "cannot write"),
-    (
-        "too long a name",
-        "--run.out_dir=" + "x" * 300,
-        {},
-        "xxx",
-        "File name too long",
-        "choose another folder",
-    ),
+    ("too long a name", "--run.out_dir=" + "x" * 300, {}, "xxx", "File name too long",
+     "choose another folder"),
     ("a URL of an unknown kind", "--run.out_dir=nonsense://x/run", {}, "nonsense://x/run"),
-    (
-        "another run's rows",
-        "--run.out_dir=mine",
-        {"mine/metrics.jsonl": '{"step": 1}\n'},
-        "metrics.jsonl is another run's",
-        "choose a new run.out_dir",
-    ),
-    (
-        "a config.yaml of noise",
-        "--run.out_dir=mine",
-        {"mine/config.yaml": NOISE},
-        "mine/config.yaml",
-        "not UTF-8",
-    ),
-    (
-        "a config.yaml cut short",
-        "--run.out_dir=mine",
-        {"mine": copy("run", {"config.yaml": "model: {"})},
-        "mine/config.yaml",
-        "not valid YAML",
-    ),
-    (
-        "a config.yaml that is empty",
-        "--run.out_dir=mine",
-        {"mine": copy("run", {"config.yaml": ""})},
-        "mine/config.yaml",
-        "data.path",
-    ),
+    ("another run's rows", "--run.out_dir=mine", {"mine/metrics.jsonl": '{"step": 1}\n'},
+     "metrics.jsonl is another run's", "choose a new run.out_dir"),
+    ("a config.yaml of noise", "--run.out_dir=mine", {"mine/config.yaml": NOISE},
+     "mine/config.yaml", "not UTF-8"),
+    ("a config.yaml cut short", "--run.out_dir=mine", {"mine": copy("run", {"config.yaml":
+     "model: {"})}, "mine/config.yaml", "not valid YAML"),
+    ("a config.yaml that is empty", "--run.out_dir=mine", {"mine": copy("run", {"config.yaml":
+     ""})}, "mine/config.yaml", "data.path"),
     ("another model", "--model.n_embd=64", {}, "model.n_embd: 32 -> 64", "another --run.out_dir"),
-    (
-        "another batch",
-        "--batch.sequences=16",
-        {},
-        "batch.sequences: 8 -> 16",
-        "allow_config_change",
-    ),
+    ("another batch", "--batch.sequences=16", {}, "batch.sequences: 8 -> 16",
+     "allow_config_change"),
     ("another seed", "--run.seed=1", {}, "run.seed: 1337 -> 1", "allow_config_change"),
-]:
+]:  # fmt: skip
     base = SAME if "out_dir" not in argv else NEW
     bad(f"out_dir: {name}", "train", [*base, argv], *words, files=files)
-bad(
-    "out_dir: other tokens",
-    "train",
-    [SAME[0].replace("{world}", "."), *SAME[1:]],
-    "other tokens",
-    files={"data": copy("data", {"val.bin": lambda b: bytes(len(b))})},
-)
+bad("out_dir: other tokens", "train", [SAME[0].replace("{world}", "."), *SAME[1:]], "other tokens",
+    files={"data": copy("data", {"val.bin": lambda b: bytes(len(b))})})
 
 # init_from.
 for name, argv, files, *words in [
@@ -663,41 +434,17 @@ for name, argv, files, *words in [
     ("a file", "mine", {"mine": "text"}, "mine is not"),
     ("an empty folder", "mine", {"mine/x": ""}, "mine is not the folder of a run", "config.json"),
     ("a run without checkpoints", "mine", {"mine/checkpoints/x": ""}, "no checkpoint in", "mine"),
-    (
-        "another model",
-        "{world}/run --model.n_layer=2",
-        {},
-        "model.n_layer: 1 -> 2",
-        "--model.n_layer=1",
-    ),
-    (
-        "another vocabulary",
-        "{world}/run --model.vocab_size=300",
-        {},
-        "vocab_size",
-        "--model.vocab_size=",
-    ),
-    (
-        "more positions",
-        "{world}/hf --model.bias=true --model.block_size=32",
-        {},
-        "block_size: 16 -> 32",
-    ),
-    (
-        "a checkpoint that is not there",
-        "{world}/run --run.init_checkpoint=99",
-        {},
-        "'99'",
-        "steps 2",
-    ),
-]:
-    bad(
-        f"init_from: {name}",
-        "train",
-        [*NEW, *f"--run.init_from={argv}".split()],
-        *words,
-        files=files,
-    )
+    ("another model", "{world}/run --model.n_layer=2", {}, "model.n_layer: 1 -> 2",
+     "--model.n_layer=1"),
+    ("another vocabulary", "{world}/run --model.vocab_size=300", {}, "vocab_size",
+     "--model.vocab_size="),
+    ("more positions", "{world}/hf --model.bias=true --model.block_size=32", {},
+     "block_size: 16 -> 32"),
+    ("a checkpoint that is not there", "{world}/run --run.init_checkpoint=99", {}, "'99'",
+     "steps 2"),
+]:  # fmt: skip
+    bad(f"init_from: {name}", "train", [*NEW, *f"--run.init_from={argv}".split()], *words,
+        files=files)  # fmt: skip
 
 # Commands that use a trained model: which one.
 CKPT = "checkpoints/2/"
@@ -709,7 +456,8 @@ for command, rest in (("generate", ["--prompt=green"]), ("evaluate", [])):
         ("a model given twice", ["--run=a", "--run=b"], {}, "--run is given twice", "'a' and 'b'"),
         ("a run that is nowhere", ["--run=nowhere"], {}, "nowhere is not the folder of a run"),
         ("a run that is a file", ["--run=mine"], {"mine": "x"}, "mine is not the folder of a run"),
-        ("a run without checkpoints", ["--run=mine"], {"mine/checkpoints/x": ""}, "no checkpoint in"),
+        ("a run without checkpoints", ["--run=mine"], {"mine/checkpoints/x": ""},
+         "no checkpoint in"),
         ("a checkpoint that is not there", ["--run={world}/run", "--checkpoint=99"], {},
          "no checkpoint '99'", "there are steps 2"),
         ("a checkpoint of 5000 digits", ["--run={world}/run", "--checkpoint=" + "9" * 5000], {},
@@ -718,59 +466,62 @@ for command, rest in (("generate", ["--prompt=green"]), ("evaluate", [])):
          "--checkpoint=\xb2", "best, latest"),
         ("a checkpoint elsewhere", ["--run={world}/run", "--checkpoint=../../run"], {},
          "--checkpoint=../../run", "best, latest"),
-        ("a mesh that does not fit", ["--run={world}/run", "--mesh.data=3"], {}, "does not fit 8 cpu"),
+        ("a mesh that does not fit", ["--run={world}/run", "--mesh.data=3"], {},
+         "does not fit 8 cpu"),
         ("a mesh that is no number", ["--run={world}/run", "--mesh.data=x"], {}, "mesh.data='x'"),
         ("an unknown dtype", ["--run={world}/run", "--dtype=float8"], {}, "'float8'", "bfloat16"),
         ("a flag mistyped", ["--run={world}/run", "--checkpont=best"], {}, "mean --checkpoint?"),
-        ("a checkpoint without its meta", ["--run=mine"],
-         {"mine": copy("run", {CKPT + "manifest.json": None})}, "there is no checkpoint in", "mine"),
-        ("a checkpoint whose meta is cut short", ["--run=mine"],
-         {"mine": copy("run", {CKPT + "manifest.json": lambda b: b[:50]})}, "mine/checkpoints/2 is damaged",
-         "manifest.json"),
-        ("a checkpoint of another version", ["--run=mine"],
-         {"mine": copy("run", {CKPT + "manifest.json": of_another_version})}, "step 2 of mine",
-         "unknown key model.n_lager"),
-        ("a checkpoint without its weights", ["--run=mine"],
-         {"mine": copy("run", {CKPT + "params": None})}, "mine/checkpoints/2 is damaged", "params"),
-        ("a checkpoint of noise", ["--run=mine"],
-         {"mine": copy("run", {CKPT + "params/_METADATA": NOISE})}, "mine/checkpoints/2 is damaged",
-         "params/_METADATA"),
-        ("a name that is none", ["--hf=not a name", "--text=t"], {"t": "x"}, "not a name", "OWNER/NAME"),
-        ("a path that leads out", ["--hf=../../etc", "--text=t"], {"t": "x"}, "../../etc", "OWNER/NAME"),
-        ("a folder that is a run", ["--hf={world}/run", "--text=t"], {"t": "x"}, "is the folder of a run"),
-        ("a config.json not JSON", ["--hf=mine", "--text=t"], {"t": "x",
-         "mine": copy("hf", {"config.json": "{"})}, "mine/config.json is not JSON"),
-        ("a config.json nested without end", ["--hf=mine", "--text=t"], {"t": "x",
-         "mine": copy("hf", {"config.json": DEEP})}, "nested too deeply"),
-        ("a config.json of another model", ["--hf=mine", "--text=t"], {"t": "x",
-         "mine": copy("hf", {"config.json": {"model_type": "llama"}})}, "model_type is 'llama', not gpt2"),
-        ("sizes of another model", ["--hf=mine", "--text=t"], {"t": "x",
-         "mine": copy("hf", {"config.json": {"n_embd": 64}})}, "does not hold the model", "(64,)"),
-        ("sizes that are bools", ["--hf=mine", "--text=t"], {"t": "x",
-         "mine": copy("hf", {"config.json": {"n_layer": True}})}, "does not give n_layer"),
-        ("sizes without end", ["--hf=mine", "--text=t"], {"t": "x",
-         "mine": copy("hf", {"config.json": {"n_layer": 10**9}})}, "model.n_layer=1000000000", "10000"),
-        ("weights missing", ["--hf=mine", "--text=t"], {"t": "x",
-         "mine": copy("hf", {"model.safetensors": None})}, "has no model.safetensors"),
-        ("weights cut short", ["--hf=mine", "--text=t"], {"t": "x",
-         "mine": copy("hf", {"model.safetensors": lambda b: b[:-9]})}, "cannot read mine/model.safetensors"),
-        ("weights of noise", ["--hf=mine", "--text=t"], {"t": "x",
-         "mine": copy("hf", {"model.safetensors": NOISE})}, "cannot read mine/model.safetensors"),
-        ("weights listed elsewhere", ["--hf=mine", "--text=t"], {"t": "x",
-         "mine": copy("hf", {"model.safetensors": None}), "mine/model.safetensors.index.json":
-         {"weight_map": {"wte.weight": "../../x.safetensors"}}}, "'../../x.safetensors'", "beside it"),
-        ("weights listed by an absolute name", ["--hf=mine", "--text=t"], {"t": "x",
-         "mine": copy("hf", {"model.safetensors": None}), "mine/model.safetensors.index.json":
-         {"weight_map": {"wte.weight": "/etc/x.safetensors"}}}, "'/etc/x.safetensors'", "beside it"),
-        ("an index of nothing", ["--hf=mine", "--text=t"], {"t": "x",
-         "mine": copy("hf", {"model.safetensors": None}),
-         "mine/model.safetensors.index.json": {"weight_map": [1]}}, "has no weight_map"),
-        ("a tokenizer elsewhere", ["--hf=mine", "--text=t"], {"t": "x",
-         "mine": copy("own", {"config.json": {"tokenizer": "/etc/passwd"}})}, "no tokenizer '/etc/passwd'"),
-        ("a tokenizer.json not JSON", ["--hf=mine", "--text=t"], {"t": "x",
-         "mine": copy("hf", {"tokenizer.json": "{"})}, "mine/tokenizer.json is not JSON"),
-        ("a tokenizer.json of something else", ["--hf=mine", "--text=t"], {"t": "x",
-         "mine": copy("hf", {"tokenizer.json": '{"model": [], "added_tokens": 3}'})}, "tokenizer.json is not"),
+        ("a checkpoint without its meta", ["--run=mine"], {"mine": copy("run", {CKPT +
+         "manifest.json": None})}, "there is no checkpoint in", "mine"),
+        ("a checkpoint whose meta is cut short", ["--run=mine"], {"mine": copy("run", {CKPT +
+         "manifest.json": lambda b: b[:50]})}, "mine/checkpoints/2 is damaged", "manifest.json"),
+        ("a checkpoint of another version", ["--run=mine"], {"mine": copy("run", {CKPT +
+         "manifest.json": of_another_version})}, "step 2 of mine", "unknown key model.n_lager"),
+        ("a checkpoint without its weights", ["--run=mine"], {"mine": copy("run", {CKPT + "params":
+         None})}, "mine/checkpoints/2 is damaged", "params"),
+        ("a checkpoint of noise", ["--run=mine"], {"mine": copy("run", {CKPT + "params/_METADATA":
+         NOISE})}, "mine/checkpoints/2 is damaged", "params/_METADATA"),
+        ("a name that is none", ["--hf=not a name", "--text=t"], {"t": "x"}, "not a name",
+         "OWNER/NAME"),
+        ("a path that leads out", ["--hf=../../etc", "--text=t"], {"t": "x"}, "../../etc",
+         "OWNER/NAME"),
+        ("a folder that is a run", ["--hf={world}/run", "--text=t"], {"t": "x"},
+         "is the folder of a run"),
+        ("a config.json not JSON", ["--hf=mine", "--text=t"], {"t": "x", "mine": copy("hf",
+         {"config.json": "{"})}, "mine/config.json is not JSON"),
+        ("a config.json nested without end", ["--hf=mine", "--text=t"], {"t": "x", "mine":
+         copy("hf", {"config.json": DEEP})}, "nested too deeply"),
+        ("a config.json of another model", ["--hf=mine", "--text=t"], {"t": "x", "mine": copy("hf",
+         {"config.json": {"model_type": "llama"}})}, "model_type is 'llama', not gpt2"),
+        ("sizes of another model", ["--hf=mine", "--text=t"], {"t": "x", "mine": copy("hf",
+         {"config.json": {"n_embd": 64}})}, "does not hold the model", "(64,)"),
+        ("sizes that are bools", ["--hf=mine", "--text=t"], {"t": "x", "mine": copy("hf",
+         {"config.json": {"n_layer": True}})}, "does not give n_layer"),
+        ("sizes without end", ["--hf=mine", "--text=t"], {"t": "x", "mine": copy("hf",
+         {"config.json": {"n_layer": 10**9}})}, "model.n_layer=1000000000", "10000"),
+        ("weights missing", ["--hf=mine", "--text=t"], {"t": "x", "mine": copy("hf",
+         {"model.safetensors": None})}, "has no model.safetensors"),
+        ("weights cut short", ["--hf=mine", "--text=t"], {"t": "x", "mine": copy("hf",
+         {"model.safetensors": lambda b: b[:-9]})}, "cannot read mine/model.safetensors"),
+        ("weights of noise", ["--hf=mine", "--text=t"], {"t": "x", "mine": copy("hf",
+         {"model.safetensors": NOISE})}, "cannot read mine/model.safetensors"),
+        ("weights listed elsewhere", ["--hf=mine", "--text=t"], {"t": "x", "mine": copy("hf",
+         {"model.safetensors": None}), "mine/model.safetensors.index.json": {"weight_map":
+         {"wte.weight": "../../x.safetensors"}}}, "'../../x.safetensors'", "beside it"),
+        ("weights listed by an absolute name", ["--hf=mine", "--text=t"], {"t": "x", "mine":
+         copy("hf", {"model.safetensors": None}), "mine/model.safetensors.index.json":
+         {"weight_map": {"wte.weight": "/etc/x.safetensors"}}}, "'/etc/x.safetensors'",
+         "beside it"),
+        ("an index of nothing", ["--hf=mine", "--text=t"], {"t": "x", "mine": copy("hf",
+         {"model.safetensors": None}), "mine/model.safetensors.index.json": {"weight_map": [1]}},
+         "has no weight_map"),
+        ("a tokenizer elsewhere", ["--hf=mine", "--text=t"], {"t": "x", "mine": copy("own",
+         {"config.json": {"tokenizer": "/etc/passwd"}})}, "no tokenizer '/etc/passwd'"),
+        ("a tokenizer.json not JSON", ["--hf=mine", "--text=t"], {"t": "x", "mine": copy("hf",
+         {"tokenizer.json": "{"})}, "mine/tokenizer.json is not JSON"),
+        ("a tokenizer.json of something else", ["--hf=mine", "--text=t"], {"t": "x", "mine":
+         copy("hf", {"tokenizer.json": '{"model": [], "added_tokens": 3}'})},
+         "tokenizer.json is not"),
     ]:  # fmt: skip
         argv = [a for a in argv if command == "evaluate" or a != "--text=t"]
         bad(f"{command}: {name}", command, [*argv, *rest], *words, files=files)
@@ -796,16 +547,12 @@ for name, argv, *words in [
     ("a choice that is none", "--past-block=wrap", "'wrap'", "slide"),
     ("a prompt that begins with a dash", ["--prompt", "-five"], "--prompt", "write FLAG=VALUE"),
     ("two sources of prompts", "--prompt=a --prompt-file=b", "--prompt-file", "not allowed with"),
-    (
-        "a prompt that is too long",
-        ["--past-block=error", "--max-new-tokens=9", "--prompt=green bottles"],
-        "block_size=16",
-        "--past-block=slide",
-    ),
+    ("a prompt that is too long", ["--past-block=error", "--max-new-tokens=9",
+     "--prompt=green bottles"], "block_size=16", "--past-block=slide"),
     ("a character that the model has not", "--prompt=\u00e9", "'\u00e9'", "U+00E9"),
     ("a prompt that is no text", ["--prompt=\udcff"], "is not UTF-8 text"),
     ("an empty prompt without a mark", ["--prompt="], "the prompt is empty"),
-]:
+]:  # fmt: skip
     argv = argv.split() if isinstance(argv, str) else argv
     argv = [*argv, *([] if any(a.startswith("--prompt") for a in argv) else ["--prompt=green"])]
     bad(f"generate: {name}", "generate", [RUN, *argv], *words)
@@ -815,22 +562,11 @@ for name, content, *words in [
     ("an image", JPEG, "cannot read --prompt-file p", "utf-8"),
     ("empty", b"", "the prompt is empty"),
     ("that cannot be read", link("/proc/self/mem"), "cannot read --prompt-file p"),
-]:
-    bad(
-        f"generate: a prompt file {name}",
-        "generate",
-        [RUN, "--prompt-file=p"],
-        *words,
-        files={} if content is None else {"p": content},
-    )
-bad(
-    "generate: a prompt file that is a folder",
-    "generate",
-    [RUN, "--prompt-file=p"],
-    "--prompt-file p",
-    "directory",
-    files={"p/x": ""},
-)
+]:  # fmt: skip
+    bad(f"generate: a prompt file {name}", "generate", [RUN, "--prompt-file=p"], *words, files={} if
+        content is None else {"p": content})
+bad("generate: a prompt file that is a folder", "generate", [RUN, "--prompt-file=p"],
+    "--prompt-file p", "directory", files={"p/x": ""})  # fmt: skip
 bad("generate: empty name of a prompt file", "generate", [RUN, "--prompt-file="], "--prompt-file")
 
 TASK = [RUN, "--task=lambada", "--file=t"]
@@ -844,29 +580,14 @@ for name, argv, files, *words in [
     ("text that cannot be read", [RUN, "--text=t"], {"t": link("/proc/self/mem")}, "cannot read t"),
     ("data that is not there", [RUN, "--data=nowhere"], {}, "there is no folder", "nowhere"),
     ("data of noise", [RUN, "--data=x.bin"], {"x.bin": NOISE}, "x.bin"),
-    (
-        "data of another vocabulary",
-        [RUN, "--data=x.bin"],
-        {"x.bin": bytes([1, 0] * 99)},
-        "50257",
-        "tokenizer",
-    ),
-    (
-        "data of another tokenizer",
-        [RUN, "--data=d"],
-        {"d": copy("data", {"meta.json": {"tokenizer": "byte"}})},
-        "made with tokenizer byte",
-        "prepare the text again",
-    ),
+    ("data of another vocabulary", [RUN, "--data=x.bin"], {"x.bin": bytes([1, 0] * 99)}, "50257",
+     "tokenizer"),
+    ("data of another tokenizer", [RUN, "--data=d"], {"d": copy("data", {"meta.json": {"tokenizer":
+     "byte"}})}, "made with tokenizer byte", "prepare the text again"),
     ("windows below 1", [RUN, "--windows=0"], {}, "--windows=0", "at least 1"),
     ("microbatch of words", [RUN, "--microbatch=some"], {}, "--microbatch", "'some'"),
-    (
-        "microbatch without end",
-        [RUN, "--microbatch=1000000000"],
-        {},
-        "--microbatch=1000000000",
-        "at most",
-    ),
+    ("microbatch without end", [RUN, "--microbatch=1000000000"], {}, "--microbatch=1000000000",
+     "at most"),
     ("limit without a task", [RUN, "--limit=3"], {}, "--limit=3", "--windows"),
     ("an unknown split", [RUN, "--split=test"], {}, "'test'", "train"),
     ("an unknown task", [RUN, "--task=mmlu", "--file=t"], {"t": LINE}, "'mmlu'", "hellaswag"),
@@ -880,34 +601,18 @@ for name, argv, files, *words in [
     ("a task of other fields", TASK, {"t": '{"question": "?"}'}, "t, line 1,", "'text'"),
     ("a task of numbers", TASK, {"t": '{"text": 5}'}, "t, line 1,", "text is 5"),
     ("a task with half a character", TASK, {"t": '{"text": "a \\ud800"}'}, "t, line 1,"),
-    (
-        "a label beyond the choices",
-        [RUN, "--task=multiple_choice", "--file=t"],
-        {"t": '{"context": "green", "choices": ["a", "b"], "label": 2}'},
-        "t, line 1,",
-        "label is 2",
-    ),
-    (
-        "a config that names no weights",
-        ["--config=c.yaml"],
-        {"c.yaml": YAML + "data: {path: d}\nrun: {out_dir: o}"},
-        "no run.init_from",
-    ),
-    (
-        "a config of another model",
-        ["--config=c.yaml"],
-        {
-            "c.yaml": YAML.replace("n_layer: 1", "n_layer: 2")
-            + "data: {path: WORLD/data}\nrun: {out_dir: o, init_from: WORLD/run}"
-        },
-        "model.n_layer=2",
-        "has 1",
-    ),
+    ("a label beyond the choices", [RUN, "--task=multiple_choice", "--file=t"], {"t":
+     '{"context": "green", "choices": ["a", "b"], "label": 2}'}, "t, line 1,", "label is 2"),
+    ("a config that names no weights", ["--config=c.yaml"], {"c.yaml": YAML +
+     "data: {path: d}\nrun: {out_dir: o}"}, "no run.init_from"),
+    ("a config of another model", ["--config=c.yaml"], {"c.yaml": YAML.replace("n_layer: 1",
+     "n_layer: 2") + "data: {path: WORLD/data}\nrun: {out_dir: o, init_from: WORLD/run}"},
+     "model.n_layer=2", "has 1"),
     ("a config not YAML", ["--config=c.yaml"], {"c.yaml": "{"}, "c.yaml is not valid YAML"),
     ("a config that is empty", ["--config=c.yaml"], {"c.yaml": ""}, "data.path is missing"),
     ("an empty name of a config", ["--config="], {}, "--config='' is empty"),
     ("a model without data", ["--hf={world}/hf"], {}, "has no data of its own", "--text"),
-]:
+]:  # fmt: skip
     bad(f"evaluate: {name}", "evaluate", argv, *words, files=files)
 
 CONVERT = "tools/convert_hf.py"
@@ -916,84 +621,38 @@ for name, argv, files, *words in [
     ("an unknown command", "convert", {}, "'convert'", "import"),
     ("no --out", "import gpt2", {}, "--out", "required"),
     ("an empty --out", "import {world}/hf --out=", {}, "--out='' is empty"),
-    (
-        "--out that is there",
-        "import {world}/hf --out=mine",
-        {"mine/x": "text"},
-        "mine is there already",
-        "another --out",
-    ),
-    (
-        "--out that is a file",
-        "export --run={world}/run --out=mine",
-        {"mine": "text"},
-        "mine is there already",
-    ),
-    (
-        "--out below a file",
-        "export --run={world}/run --out=mine/x",
-        {"mine": "text"},
-        "--out=mine/x",
-    ),
+    ("--out that is there", "import {world}/hf --out=mine", {"mine/x": "text"},
+     "mine is there already", "another --out"),
+    ("--out that is a file", "export --run={world}/run --out=mine", {"mine": "text"},
+     "mine is there already"),
+    ("--out below a file", "export --run={world}/run --out=mine/x", {"mine": "text"},
+     "--out=mine/x"),
     ("--out in /proc", "import {world}/hf --out=/proc/x", {}, "cannot write to --out=/proc/x"),
     ("--out with a NUL", "import {world}/hf --out=a\0b", {}, "run.out_dir"),
     ("no such model", "import nowhere/at/all --out=x", {}, "nowhere/at/all", "OWNER/NAME"),
     ("an empty source", ["import", "", "--out=x"], {}, "OWNER/NAME"),
-    (
-        "too many positions",
-        "import {world}/hf --out=x --block-size=17",
-        {},
-        "block_size=17",
-        "cropped",
-    ),
+    ("too many positions", "import {world}/hf --out=x --block-size=17", {}, "block_size=17",
+     "cropped"),
     ("no positions", "import {world}/hf --out=x --block-size=0", {}, "model.block_size=0"),
-    (
-        "dropout of 2",
-        "import {world}/hf --out=x --dropout=2",
-        {},
-        "model.dropout=2.0",
-        "less than 1",
-    ),
+    ("dropout of 2", "import {world}/hf --out=x --dropout=2", {}, "model.dropout=2.0",
+     "less than 1"),
     ("dropout nan", "import {world}/hf --out=x --dropout=nan", {}, "model.dropout=nan"),
-    (
-        "a number that is none",
-        "import {world}/hf --out=x --vocab-multiple=a",
-        {},
-        "--vocab-multiple",
-        "'a'",
-    ),
+    ("a number that is none", "import {world}/hf --out=x --vocab-multiple=a", {},
+     "--vocab-multiple", "'a'"),
     ("export of no run", "export --run={world}/hf --out=x", {}, "is not the folder of a run"),
-    (
-        "export of no checkpoint",
-        "export --run={world}/run --out=x --checkpoint=7",
-        {},
-        "'7'",
-        "steps 2",
-    ),
-    (
-        "an unknown format",
-        "export --run={world}/run --out=x --format=onnx",
-        {},
-        "'onnx'",
-        "scalegpt",
-    ),
+    ("export of no checkpoint", "export --run={world}/run --out=x --checkpoint=7", {}, "'7'",
+     "steps 2"),
+    ("an unknown format", "export --run={world}/run --out=x --format=onnx", {}, "'onnx'",
+     "scalegpt"),
     ("check of nothing", "check {world}/run nowhere/at/all", {}, "nowhere/at/all", "OWNER/NAME"),
     ("check with a foreign prompt", "check {world}/run {world}/hf --prompt=\u00e9", {}, "U+00E9"),
     ("check with an empty prompt", "check {world}/run {world}/hf --prompt=", {}, "prompt"),
     ("check on no data", "check {world}/run {world}/hf --data=nowhere", {}, "nowhere"),
-    (
-        "check with a tolerance of nan",
-        "check {world}/run {world}/hf --tolerance=nan",
-        {},
-        "--tolerance=nan",
-    ),
-    (
-        "check with a negative tolerance",
-        "check {world}/run {world}/hf --tolerance=-1",
-        {},
-        "--tolerance=-1.0",
-    ),
-]:
+    ("check with a tolerance of nan", "check {world}/run {world}/hf --tolerance=nan", {},
+     "--tolerance=nan"),
+    ("check with a negative tolerance", "check {world}/run {world}/hf --tolerance=-1", {},
+     "--tolerance=-1.0"),
+]:  # fmt: skip
     bad(f"convert: {name}", CONVERT, argv, *words, files=files)
 
 SIZING = "tools/sizing.py"
@@ -1014,23 +673,13 @@ for name, argv, files, *words in [
     ("a plot in /proc", ["--plot=/proc/a.png"], {}, "--plot=/proc/a.png"),
     ("a model too large", ["--model.n_layer=99999999999"], {}, "model.n_layer='99999999999'"),
     ("heads over a mesh", ["--mesh.tensor=5", "--mesh.data=1"], {}, "n_head=12", "mesh.tensor=5"),
-    (
-        "a mesh that does not fit",
-        ["--mesh.fsdp=3", "--mesh.data=1", "--devices=8"],
-        {},
-        "fsdp 3",
-        "8 NVIDIA",
-    ),
-    (
-        "a broken meta.json",
-        ["--data.path=d"],
-        {"d/meta.json": "{"},
-        "d/meta.json is not JSON",
-        "prepare.py",
-    ),
+    ("a mesh that does not fit", ["--mesh.fsdp=3", "--mesh.data=1", "--devices=8"], {}, "fsdp 3",
+     "8 NVIDIA"),
+    ("a broken meta.json", ["--data.path=d"], {"d/meta.json": "{"}, "d/meta.json is not JSON",
+     "prepare.py"),
     ("a broken meta.pkl", ["--data.path=d"], {"d/meta.pkl": NOISE}, "d/meta.pkl is not nanoGPT's"),
     ("a broken config", ["--config=c.yaml"], {"c.yaml": "\t"}, "c.yaml is not valid YAML"),
-]:
+]:  # fmt: skip
     bad(f"sizing: {name}", SIZING, argv, *words, files=files)
 
 for name, argv, *words in [
@@ -1041,7 +690,7 @@ for name, argv, *words in [
     ("a key mistyped", ["--model.n_haed=2"], "mean --model.n_head?"),
     ("no data", ["--data.path=nowhere"], "there is no folder", "nowhere"),
     ("no config", ["--config=nowhere.yaml"], "cannot read config nowhere.yaml"),
-]:
+]:  # fmt: skip
     bad(f"parity: {name}", "tools/parity.py", [*NEW, *argv], *words)
 
 PREPARE = "data/text/prepare.py"
@@ -1050,135 +699,50 @@ for name, argv, files, *words in [
     ("an empty --input", ["--input="], {}, "--input='' is empty"),
     ("an --input that is not there", ["--input=nowhere.txt"], {}, "'nowhere.txt'", "check --input"),
     ("an empty text", ["--input=t.txt"], {"t.txt": ""}, "no text in t.txt"),
-    (
-        "broken UTF-8",
-        ["--input=t.txt"],
-        {"t.txt": b"green \xff bottles"},
-        "t.txt is not UTF-8",
-        "offset 6",
-        "--errors replace",
-    ),
+    ("broken UTF-8", ["--input=t.txt"], {"t.txt": b"green \xff bottles"}, "t.txt is not UTF-8",
+     "offset 6", "--errors replace"),
     ("an image", ["--input=t.txt"], {"t.txt": JPEG}, "t.txt is not UTF-8", "offset 0"),
     ("gzip that is none", ["--input=t.gz"], {"t.gz": NOISE}, "cannot read t.gz"),
     ("gzip cut short", ["--input=t.gz"], {"t.gz": gzip.compress(NOISE)[:99]}, "cannot read t.gz"),
-    (
-        "lines not JSON",
-        ["--input=t.jsonl"],
-        {"t.jsonl": '{"text": "a"}\n{"te'},
-        "t.jsonl, line 2 is not JSON",
-    ),
-    (
-        "lines nested without end",
-        ["--input=t.jsonl"],
-        {"t.jsonl": DEEP},
-        "t.jsonl, line 1 is not JSON",
-    ),
-    (
-        "lines without the key",
-        ["--input=t.jsonl", "--key=body"],
-        {"t.jsonl": '{"text": "a"}'},
-        "'body'",
-        "['text']",
-    ),
-    (
-        "text too short to split",
-        ["--input=t.jsonl"],
-        {"t.jsonl": '{"text": "a"}\n{"text": "b"}'},
-        "split is empty",
-    ),
-    (
-        "a file that cannot be read",
-        ["--input=t.txt"],
-        {"t.txt": link("/proc/self/mem")},
-        "cannot read t.txt",
-    ),
-    (
-        "an unknown tokenizer",
-        ["--input=t.txt", "--tokenizer=gpt5"],
-        {"t.txt": "text"},
-        "'gpt5'",
-        "gpt2, byte",
-    ),
-    (
-        "a tokenizer that is an image",
-        ["--input=t.txt", "--tokenizer=j.json"],
-        {"t.txt": "text", "j.json": JPEG},
-        "j.json is not a Hugging Face tokenizer.json",
-    ),
-    (
-        "a tokenizer of nothing",
-        ["--input=t.txt", "--tokenizer=j.json"],
-        {"t.txt": "text", "j.json": "{}"},
-        "j.json is not a Hugging Face tokenizer.json",
-    ),
-    (
-        "a share of 2",
-        ["--input=t.txt", "--val-fraction=2"],
-        {"t.txt": "text"},
-        "--val-fraction",
-        "2.0",
-    ),
-    (
-        "a share of nan",
-        ["--input=t.txt", "--val-fraction=nan"],
-        {"t.txt": "text"},
-        "--val-fraction",
-        "nan",
-    ),
-    (
-        "workers that are words",
-        ["--input=t.txt", "--workers=all"],
-        {"t.txt": "text"},
-        "--workers",
-        "'all'",
-    ),
+    ("lines not JSON", ["--input=t.jsonl"], {"t.jsonl": '{"text": "a"}\n{"te'},
+     "t.jsonl, line 2 is not JSON"),
+    ("lines nested without end", ["--input=t.jsonl"], {"t.jsonl": DEEP},
+     "t.jsonl, line 1 is not JSON"),
+    ("lines without the key", ["--input=t.jsonl", "--key=body"], {"t.jsonl": '{"text": "a"}'},
+     "'body'", "['text']"),
+    ("text too short to split", ["--input=t.jsonl"], {"t.jsonl": '{"text": "a"}\n{"text": "b"}'},
+     "split is empty"),
+    ("a file that cannot be read", ["--input=t.txt"], {"t.txt": link("/proc/self/mem")},
+     "cannot read t.txt"),
+    ("an unknown tokenizer", ["--input=t.txt", "--tokenizer=gpt5"], {"t.txt": "text"}, "'gpt5'",
+     "gpt2, byte"),
+    ("a tokenizer that is an image", ["--input=t.txt", "--tokenizer=j.json"], {"t.txt": "text",
+     "j.json": JPEG}, "j.json is not a Hugging Face tokenizer.json"),
+    ("a tokenizer of nothing", ["--input=t.txt", "--tokenizer=j.json"], {"t.txt": "text", "j.json":
+     "{}"}, "j.json is not a Hugging Face tokenizer.json"),
+    ("a share of 2", ["--input=t.txt", "--val-fraction=2"], {"t.txt": "text"}, "--val-fraction",
+     "2.0"),
+    ("a share of nan", ["--input=t.txt", "--val-fraction=nan"], {"t.txt": "text"},
+     "--val-fraction", "nan"),
+    ("workers that are words", ["--input=t.txt", "--workers=all"], {"t.txt": "text"}, "--workers",
+     "'all'"),
     ("workers below 0", ["--input=t.txt", "--workers=-1"], {"t.txt": "text"}, "--workers=-1", "0"),
-    (
-        "an unknown flag",
-        ["--input=t.txt", "--tokeniser=byte"],
-        {"t.txt": "text"},
-        "mean --tokenizer?",
-    ),
-    (
-        "a flag twice",
-        ["--input=a.txt", "--input=b.txt"],
-        {"a.txt": "a", "b.txt": "b"},
-        "--input is given twice",
-    ),
-    (
-        "--out that is a file",
-        ["--input=t.txt", "--out=mine"],
-        {"t.txt": "text", "mine": "x"},
-        "--out=mine",
-    ),
-    (
-        "--out below a file",
-        ["--input=t.txt", "--out=mine/x"],
-        {"t.txt": "text", "mine": "x"},
-        "--out=mine/x",
-    ),
+    ("an unknown flag", ["--input=t.txt", "--tokeniser=byte"], {"t.txt": "text"},
+     "mean --tokenizer?"),
+    ("a flag twice", ["--input=a.txt", "--input=b.txt"], {"a.txt": "a", "b.txt": "b"},
+     "--input is given twice"),
+    ("--out that is a file", ["--input=t.txt", "--out=mine"], {"t.txt": "text", "mine": "x"},
+     "--out=mine"),
+    ("--out below a file", ["--input=t.txt", "--out=mine/x"], {"t.txt": "text", "mine": "x"},
+     "--out=mine/x"),
     ("--out in /proc", ["--input=t.txt", "--out=/proc/x"], {"t.txt": "text"}, "--out=/proc/x"),
-    (
-        "--out with the input",
-        ["--input=t.txt", "--out=."],
-        {"t.txt": "text"},
-        "--out . holds input files",
-    ),
-    (
-        "other data in --out",
-        ["--input=t.txt", "--out=d"],
-        {"t.txt": "text", "d": copy("data")},
-        "d",
-        "--force",
-    ),
-    (
-        "a broken meta.json in --out",
-        ["--input=t.txt", "--out=d"],
-        {"t.txt": "text", "d": copy("data", {"meta.json": "{"})},
-        "d/meta.json is not JSON",
-        "--force",
-    ),
-]:
+    ("--out with the input", ["--input=t.txt", "--out=."], {"t.txt": "text"},
+     "--out . holds input files"),
+    ("other data in --out", ["--input=t.txt", "--out=d"], {"t.txt": "text", "d": copy("data")},
+     "d", "--force"),
+    ("a broken meta.json in --out", ["--input=t.txt", "--out=d"], {"t.txt": "text", "d":
+     copy("data", {"meta.json": "{"})}, "d/meta.json is not JSON", "--force"),
+]:  # fmt: skip
     argv = argv if any(a.startswith("--out") for a in argv) else [*argv, "--out=prepared"]
     argv = argv if any(a.startswith("--tok") for a in argv) else [*argv, "--tokenizer=byte"]
     bad(f"prepare: {name}", PREPARE, argv, *words, files=files)
