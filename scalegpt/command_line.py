@@ -2,21 +2,31 @@
 
 import argparse
 import difflib
+import errno
 import os
+import reprlib
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
-from scalegpt import peers
+from scalegpt import peers, yaml_files
 from scalegpt.config import Config, DataConfig
 from scalegpt.line import FAILED, USERS_MISTAKE
 
+Main = Callable[[list[str]], int]
+_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM,
+                errno.ENAMETOOLONG}  # fmt: skip
+_OURS = {Path(__file__).resolve().parent}  # and the folder of the script that runs
+# What a union calls the branches it tried.
+_BRANCHES = ("str", "dict[", "function-", "constrained-str")
+_REPR = reprlib.Repr()
+_REPR.maxstring, _REPR.maxother, _REPR.maxlong = 200, 200, 60
+_REPR.maxlevel, _REPR.maxlist, _REPR.maxdict = 2, 4, 4
 _START = "or start from a whole one: --config configs/demo.yaml"
 
 
@@ -42,7 +52,7 @@ def parse(
         raise ValueError(f"{error}; write --section.key=value, one for each key") from None
     if isinstance(data := overrides.get("data"), dict) and "path" in data:
         overrides["data"] = {**data, "path": _mixture_or_path(data["path"])}
-    values = load(flag_values.config) if flag_values.config else {}
+    values = {} if flag_values.config is None else load(flag_values.config)
     for section, keys in (defaults or {}).items():
         if isinstance(stored := values.get(section, {}), dict):
             values[section] = {**keys, **stored}
@@ -56,7 +66,7 @@ def parse(
 def load(path: str | Path) -> dict[str, Any]:
     """The sections in a YAML file, not yet validated. Raises ValueError."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         known = sorted(str(p) for p in Path("configs").glob("*.yaml"))
         near = difflib.get_close_matches(str(path), known, n=1)
@@ -64,8 +74,14 @@ def load(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"cannot read config {path}: {error.strerror}; {hint}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"config {path} is not UTF-8 text: {error}") from None
-    except yaml.YAMLError as error:
+    except ValueError as error:  # a path with a NUL in it
+        raise ValueError(f"cannot read config {str(path)!r}: {error}") from None
+    try:
+        values = yaml_files.parse(text)
+    except ValueError as error:
         raise ValueError(f"config {path} is not valid YAML: {error}") from None
+    if values is None:  # an empty file
+        values = {}
     if not isinstance(values, dict):
         raise ValueError(f"config {path} holds a {type(values).__name__}, not sections of keys")
     # "optim:" with every key commented out is None, and means the defaults.
@@ -83,26 +99,34 @@ def validate(values: dict[str, Any], source: str) -> Config:
         raise ValueError("\n  ".join([f"{source} makes no run:", *lines])) from None
 
 
-def run(main: Callable[[list[str]], int]) -> NoReturn:
-    """A command's last line: exit with main's code, or 2 and one message for a user's mistake.
+def run(main: Main) -> NoReturn:
+    """A command's last line: exit with what `exit_code` says."""
+    # A terminal without UTF-8 shows "?" for what it has not; a model may write any character.
+    sys.stdout.reconfigure(errors="replace")
+    sys.exit(exit_code(main, sys.argv[1:]))
 
-    Only a ValueError that scalegpt itself raised is a user's mistake; one from inside a library
-    is a fault of ours and keeps its traceback.
+
+def exit_code(main: Main, argv: list[str]) -> int:
+    """main's own, or 2 and one message on stderr for a user's mistake.
+
+    Only a ValueError that scalegpt or the command's own script raised is a user's mistake, or a
+    disk that is full or not to be written; any other is a fault of ours and keeps its traceback.
     """
+    _OURS.add(Path(main.__code__.co_filename).resolve().parent)
     try:
-        code = main(sys.argv[1:])
+        code = main(argv)
         peers.farewell(code)
-        sys.exit(code)
+        return code
+    except SystemExit:
+        raise
     except BaseException as error:
-        if isinstance(error, SystemExit):
-            raise
         fail(error)
         if isinstance(error, BrokenPipeError):  # else Python would complain once more
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if (code := _code(error)) == FAILED:
             raise
         _show(error, code)
-        sys.exit(code)
+        return code
 
 
 def fail(error: BaseException) -> None:
@@ -116,7 +140,7 @@ def fail(error: BaseException) -> None:
     if code == FAILED:
         peers.wait_for_cause(error)
     _show(error, code)
-    text = f"{error}" if code == USERS_MISTAKE else f"{type(error).__name__}: {error}"
+    text = _message(error) if code == USERS_MISTAKE else f"{type(error).__name__}: {error}"
     peers.leave(code, text, said=True)
 
 
@@ -127,19 +151,32 @@ def _code(error: BaseException) -> int:
         return 141
     if isinstance(error, ValueError):
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-        ours = (Path(__file__).resolve().parent, Path(sys.argv[0]).resolve().parent)
-        if raised_in.parent in ours:
+        if raised_in.parent in _OURS:
             return USERS_MISTAKE
+    if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+        return USERS_MISTAKE
     return FAILED
 
 
 def _show(error: BaseException, code: int) -> None:
     if code == USERS_MISTAKE:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {_message(error)}", file=sys.stderr, flush=True)
     elif code == FAILED:
         traceback.print_exception(error)
     elif code == 130:
         print("\ninterrupted", file=sys.stderr)
+
+
+def _message(error: BaseException) -> str:
+    """Of a bounded size, whatever a user has typed or a file holds."""
+    text = str(error)
+    if isinstance(error, OSError):
+        what = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+        text = f"{what}; free some room, or choose another folder"
+    lines = [x if len(x) <= 1000 else f"{x[:500]} ... {x[-400:]}" for x in text.splitlines()]
+    if len(lines) > 40:
+        lines[30:-5] = [f"... {len(lines) - 35} more lines ..."]
+    return "\n".join(lines)
 
 
 class _DataOnCommandLine(DataConfig):
@@ -158,13 +195,33 @@ class _CommandLine(Config, BaseSettings):
 class Parser(argparse.ArgumentParser):
     """Of every command: a mistake is one line, without the usage of all flags."""
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuses a flag that is given twice, of which argparse would drop the first in silence,
+        and an empty value; of configuration keys the later wins, and their types tell."""
+        given: dict[str, str] = {}
+        args = list(sys.argv[1:] if args is None else args)
+        for word, following in zip(args, [*args[1:], None], strict=False):
+            name, equals, value = word.partition("=")
+            action = self._option_string_actions.get(name)
+            if type(action) is not argparse._StoreAction or "." in name:
+                continue
+            value = value if equals else following
+            if name in given:
+                raise ValueError(f"{name} is given twice, as {given[name]!r} and {value!r}")
+            if value == "" and action.type is None:
+                raise ValueError(f"{name}='' is empty; give a value, or leave it out")
+            given[name] = value
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         """A ValueError like every other mistake, naming the nearest flag."""
         if message.startswith("unrecognized arguments: "):
-            flag = message.removeprefix("unrecognized arguments: ").split()[0]
+            flag = (message.removeprefix("unrecognized arguments: ").split() or ["''"])[0]
             known = [name.removeprefix("--") for name in self._option_string_actions]
             near = _nearest(flag.split("=")[0].removeprefix("--"), known, "--")
             raise ValueError(f"unknown argument {flag}; {near or 'see --help'}")
+        if message.endswith("expected one argument"):
+            message += "; where its value begins with -, write FLAG=VALUE"
         raise ValueError(f"{message}; see --help")
 
 
@@ -172,9 +229,11 @@ def _mixture_or_path(value: Any) -> Any:
     if not isinstance(value, str) or not value.startswith("{"):
         return value
     try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise ValueError(f"--data.path={value} is no mixture {{path: weight, ...}}") from None
+        return yaml_files.parse(value)
+    except ValueError as error:
+        raise ValueError(
+            f"--data.path={value} is no mixture {{path: weight, ...}}: {error}"
+        ) from None
 
 
 def _nearest(name: str, known: list[str], prefix: str = "") -> str:
@@ -189,16 +248,24 @@ def _nearest(name: str, known: list[str], prefix: str = "") -> str:
 
 def _explain(detail: Any) -> str:
     # A union names the branch it tried ("str", "dict[str,...]"): noise for whoever typed a value.
-    where = [str(part) for part in detail["loc"] if not str(part).startswith(("str", "dict["))]
+    where = [str(part) for part in detail["loc"] if not str(part).startswith(_BRANCHES)]
     key, kind, value = ".".join(where), detail["type"], detail["input"]
     if kind == "extra_forbidden":
         sections = Config.model_fields
         keys = {s: list(field.annotation.model_fields) for s, field in sections.items()}
         known = [*sections, *(f"{s}.{k}" for s, names in keys.items() for k in names)]
         here = ", ".join(keys.get(where[0], sections))
-        return f"unknown key {key}={value!r}; {_nearest(key, known) or f'there are {here}'}"
+        return f"unknown key {key}={_shown(value)}; {_nearest(key, known) or f'there are {here}'}"
     if kind == "missing":
         return f"{key} is missing; give --{key}=..., {_START}"
     if kind == "value_error":
         return str(detail["ctx"]["error"])
-    return f"{key}={value!r}: {detail['msg']}"
+    return f"{key}={_shown(value)}: {detail['msg']}"
+
+
+def _shown(value: Any) -> str:
+    """As repr, but of a bounded size: aliases make a short YAML file a huge value."""
+    try:
+        return _REPR.repr(value)
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        return "a huge number"

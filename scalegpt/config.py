@@ -5,12 +5,20 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Positive = Annotated[int, Field(ge=1)]
-Whole = Annotated[int, Field(ge=0)]
-Rate = Annotated[float, Field(ge=0, le=1)]
-Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Seconds = Share
+from scalegpt.value_types import (
+    Amount,
+    MeshAxis,
+    Name,
+    Positive,
+    Rate,
+    Seconds,
+    Share,
+    Text,
+    Which,
+    Whole,
+    Width,
+    divisors_near,
+)
 
 # n_layer, n_head, n_embd of the GPT-2 paper's table 2; the rest is common to all four.
 GPT2_SIZES = {
@@ -30,15 +38,15 @@ class ModelConfig(Section):
 
     preset: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] | None = None
     """GPT-2 size: sets n_layer, n_head, n_embd, block_size 1024, bias; other keys override it."""
-    n_layer: Positive = 12
-    n_head: Positive = 12
-    n_embd: Positive = 768
+    n_layer: Annotated[int, Field(ge=1, le=10_000)] = 12
+    n_head: Width = 12
+    n_embd: Width = 768
     """width of the residual stream"""
     block_size: Positive = 1024
     """context length, in tokens"""
     vocab_size: Positive | None = None
     """number of token ids; taken from the data set when not given"""
-    vocab_multiple: Positive = 128
+    vocab_multiple: Width = 128
     """the embedding table is padded to a multiple of this (50257 -> 50304); the tail is masked"""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     bias: bool = False
@@ -72,7 +80,7 @@ class ModelConfig(Section):
         if self.n_embd % self.n_head:
             raise ValueError(
                 f"model.n_embd={self.n_embd} is not divisible by model.n_head={self.n_head}; "
-                f"n_head could be {_divisors_near(self.n_embd, self.n_head)}"
+                f"n_head could be {divisors_near(self.n_embd, self.n_head)}"
             )
         if self.position == "rope" and self.head_dim % 2:
             raise ValueError(
@@ -89,9 +97,6 @@ class ModelConfig(Section):
         """Rows of the embedding table."""
         assert self.vocab_size is not None, "the vocabulary is known once the data is open"
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
-
-
-MeshAxis = Annotated[int, Field(ge=-1)]
 
 
 class MeshConfig(Section):
@@ -124,13 +129,13 @@ class BatchConfig(Section):
 
 
 class DataConfig(Section):
-    path: str | Annotated[dict[str, Share], Field(min_length=1)]
+    path: Text | Annotated[dict[Name, Share], Field(min_length=1)]
     """folder or URL with train.bin, val.bin, meta.json; or a mixture {path: weight, ...}"""
     prepare: bool = False
     """run the folder's prepare.py first when its token files are missing"""
-    prefetch: Positive = 2
+    prefetch: Annotated[int, Field(ge=1, le=1000)] = 2
     """batches read ahead"""
-    cache_dir: str | None = None
+    cache_dir: Name | None = None
     """where files of a URL are staged; default: the user's cache folder"""
 
     @property
@@ -185,7 +190,7 @@ class EvalConfig(Section):
     """updates between evaluations; 0: only at the end"""
     windows: Positive | None = None
     """evaluate on the first so many windows of val.bin; default: the whole file"""
-    tasks: dict[Literal["hellaswag", "lambada", "multiple_choice"], str] = {}
+    tasks: dict[Literal["hellaswag", "lambada", "multiple_choice"], Name] = {}
     """also score these, {task: jsonl file}; see `python -m scalegpt.evaluate --help`"""
     task_examples: Positive | None = None
     """of each task the first so many examples; default: all"""
@@ -216,21 +221,21 @@ class LogConfig(Section):
     """updates between rows of metrics.jsonl"""
     tensorboard: bool = True
     wandb: bool = False
-    wandb_project: str = "scalegpt"
-    wandb_entity: str | None = None
-    wandb_name: str | None = None
+    wandb_project: Name = "scalegpt"
+    wandb_entity: Name | None = None
+    wandb_name: Name | None = None
     """default: the name of out_dir"""
 
 
 class RunConfig(Section):
-    out_dir: Annotated[str, Field(min_length=1)]
+    out_dir: Name
     """the run's folder; a second start with the same folder continues the run"""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 1337
     backend: Literal["jit", "pmap"] = "jit"
     """what runs the update; pmap: copies of the whole model, to compare with"""
-    init_from: str | None = None
+    init_from: Name | None = None
     """start from the weights of another run (its out_dir), or of Hugging Face: gpt2-xl, a folder"""
-    init_checkpoint: str = "best"
+    init_checkpoint: Which = "best"
     """which of its checkpoints: best, latest or a step"""
     allow_config_change: bool = False
     """continue although model, batch, data or optimizer differ from the stored run"""
@@ -258,7 +263,7 @@ class RunConfig(Section):
 class DistributedConfig(Section):
     """Where the other processes are; found by itself on TPU pods, Slurm and Open MPI."""
 
-    coordinator: str | None = None
+    coordinator: Name | None = None
     """HOST:PORT of process 0"""
     num_processes: Positive | None = None
     process_id: Whole | None = None
@@ -291,8 +296,3 @@ class Config(Section):
             )
         model = self.model.model_copy(update={"vocab_size": asked or vocab_size})
         return self.model_copy(update={"model": model})
-
-
-def _divisors_near(n: int, wanted: int) -> str:
-    divisors = sorted((d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(d - wanted))
-    return " or ".join(str(d) for d in sorted(divisors[:2]))

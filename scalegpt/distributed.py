@@ -40,7 +40,7 @@ def start(config: DistributedConfig, seconds: float = 900.0) -> None:
                 "--distributed.process_id=I belong together; give all three or none"
             )
         host, _, port = config.coordinator.rpartition(":")
-        if not (host and port.isdigit()):
+        if not (host and port.isdecimal() and len(port) < 6 and 0 < int(port) < 65536):
             raise ValueError(f"distributed.coordinator={config.coordinator} is not HOST:PORT")
         if config.process_id >= config.num_processes:
             raise ValueError(

@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
     flags = _parser().parse_args(argv)
     _check(flags)
     config = None
-    if flags.config:
+    if flags.config is not None:
         config = command_line.validate(command_line.load(flags.config), flags.config)
         if not config.run.init_from:
             raise ValueError(
@@ -161,6 +161,8 @@ def _check(flags: argparse.Namespace) -> None:
     for name in ("microbatch", "windows", "limit"):
         if getattr(flags, name) is not None and getattr(flags, name) < 1:
             raise ValueError(f"--{name}={getattr(flags, name)} must be at least 1")
+    if (flags.microbatch or 1) > 1 << 16:  # rows of a batch, padded to so many
+        raise ValueError(f"--microbatch={flags.microbatch} must be at most {1 << 16}")
     if len(flags.task) != len(flags.file) or len(set(flags.task)) != len(flags.task):
         raise ValueError("each --task needs its --file, and each task can be given once")
     for path in [*flags.file, *([flags.text] if flags.text else [])]:

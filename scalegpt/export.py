@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import yaml
 from flax import traverse_util
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from scalegpt import tokenizer
@@ -126,7 +127,13 @@ def _write(
     for name, content in files.items():
         text = json.dumps(content, indent=2, ensure_ascii=False)
         (folder / name).write_text(text + "\n", encoding="utf-8")
-    save_file(tensors, folder / SAFE, metadata={"format": "pt"})  # without it transformers refuses
+    try:
+        # Without this metadata transformers refuses.
+        save_file(tensors, folder / SAFE, metadata={"format": "pt"})
+    except SafetensorError as error:  # the disk's, in its own words
+        raise ValueError(
+            f"cannot write {SAFE}: {error}; free some room, or choose another --out"
+        ) from None
     # safetensors leaves its file to its owner alone.
     (folder / SAFE).chmod((folder / "config.json").stat().st_mode)
     config = model.config

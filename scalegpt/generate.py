@@ -28,6 +28,8 @@ _HELP = {
     "repetition_penalty": "above 1: tokens of the text so far become less likely",
 }
 
+_MOST = {"num_samples": 1 << 16, "max_new_tokens": 2**31 - 1}  # a list of samples; JAX's counter
+
 
 @dataclass
 class Continuation:
@@ -142,8 +144,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object a sample")
     flags = parser.parse_args(argv)
     for name in ("num_samples", "max_new_tokens"):
-        if (value := getattr(flags, name)) < 1:
-            raise ValueError(f"--{name.replace('_', '-')}={value} must be at least 1")
+        if not 1 <= (value := getattr(flags, name)) <= _MOST[name]:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag}={value} must be at least 1 and at most {_MOST[name]}")
     if not 0 <= flags.seed < 2**32:
         raise ValueError(f"--seed={flags.seed} must be from 0 to {2**32 - 1}")
     if "" in flags.stop:
@@ -192,8 +195,15 @@ def _prompts(flags: argparse.Namespace) -> tuple[Iterable[list[str]], bool]:
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"cannot read --prompt-file {flags.prompt_file}: {error}") from None
     if not sys.stdin.isatty():
-        return ([sys.stdin.read()] for _ in range(1)), False  # not before it is asked for
+        return ([_piped()] for _ in range(1)), False  # not before it is asked for
     return _typed_prompts(), True
+
+
+def _piped() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input is not UTF-8 text: {error}; convert it first") from None
 
 
 def _typed_prompts() -> Iterator[list[str]]:
@@ -206,6 +216,9 @@ def _typed_prompts() -> Iterator[list[str]]:
         except (EOFError, KeyboardInterrupt):
             print()
             return
+        except UnicodeDecodeError as error:
+            print(f"error: that is not UTF-8 text: {error}")
+            continue
         if text:
             yield [text]
 

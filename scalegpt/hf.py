@@ -15,12 +15,15 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from scalegpt import tokenizer
 from scalegpt.command_line import validate
 from scalegpt.config import ModelConfig
+from scalegpt.json_files import read_object
 from scalegpt.model import LAYER_NORM_EPS
 from scalegpt.run_folder import is_run
-from scalegpt.tensor_files import INDEX, SAFE, TORCH, open_tensors, read_json
+from scalegpt.tensor_files import INDEX, SAFE, TORCH, open_tensors
 
+HUB_SECONDS = 15  # of silence, after which there is no network
 OWN_TYPE = "scalegpt"  # model_type of our own format: leaves of the parameter tree by their path
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 # A layer's tensors: GPT-2's name -> (ours, the shape there in multiples of n_embd).
@@ -69,15 +72,22 @@ def locate(source: str) -> Path:
     import huggingface_hub
 
     print(f"{source} is no folder here; looking for it on Hugging Face ...", file=sys.stderr)
+    trouble, known = None, {}
+    try:  # snapshot_download waits for ever for a server that takes the call and never answers
+        huggingface_hub.HfApi().model_info(source, timeout=HUB_SECONDS)
+    except Exception as error:
+        trouble, known = error, {"local_files_only": True}  # its cache may have it
 
     def get(*patterns: str) -> Path:
-        return Path(huggingface_hub.snapshot_download(source, allow_patterns=list(patterns)))
+        patterns = list(patterns)
+        return Path(huggingface_hub.snapshot_download(source, allow_patterns=patterns, **known))
 
     try:
         folder = get("config.json", SAFE, INDEX, "model-*.safetensors", *_TOKENIZER)
         return folder if any(folder.glob("*.safetensors")) else get("config.json", TORCH)
     # Not found, gated, no network, no space: each of them an error of another package.
     except Exception as error:
+        error = trouble or error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"{source} is not a folder, and cannot be had from Hugging Face: {reason}\n"
@@ -93,14 +103,16 @@ def describe(folder: Path) -> tuple[ModelConfig, dict[str, Any] | None]:
     for what our model cannot express.
     """
     path = folder / "config.json"
-    values = read_json(path, f"; {folder} is the folder of a run, no model of Hugging Face"
-                   if is_run(folder) else "")  # fmt: skip
+    hint = f"; {folder} is the folder of a run, no model of Hugging Face" if is_run(folder) else ""
+    values = read_object(path, hint)
     if values.get("model_type") == OWN_TYPE:
-        return _model(values.get("model", {}), path), values.get("tokenizer")
+        if (spec := values.get("tokenizer")) is not None:
+            tokenizer.check(spec)
+        return _model(values.get("model", {}), path), spec
     if values.get("model_type") != "gpt2":
         raise ValueError(f"{path}: model_type is {values.get('model_type')!r}, not gpt2")
     sizes = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
-    if missing := [key for key in sizes if not isinstance(values.get(key), int)]:
+    if missing := [key for key in sizes if type(values.get(key)) is not int]:
         raise ValueError(f"{path} does not give {', '.join(missing)} as a whole number")
     known = {
         "n_inner": (None, 4 * values["n_embd"]),
@@ -141,13 +153,15 @@ def _tokenizer(folder: Path, vocab_size: int) -> dict[str, Any] | None:
         return hashlib.sha256(items.encode()).hexdigest() == _GPT2_VOCAB
 
     if (path := folder / "tokenizer.json").is_file():
-        content = read_json(path)
-        added = {token["id"] for token in content.get("added_tokens", [])}
-        if is_gpt2(content.get("model", {}).get("vocab")) and added <= {50256}:
-            return {"kind": "gpt2"}
+        content = read_object(path)
+        match content:
+            case {"model": {"vocab": vocab}} if is_gpt2(vocab):
+                added = content.get("added_tokens") or []
+                if [token.get("id") for token in added if isinstance(token, dict)] in ([], [50256]):
+                    return {"kind": "gpt2"}
         return {"kind": "tokenizer.json", "name": path.name, "json": content}
     if (path := folder / "vocab.json").is_file():
-        return {"kind": "gpt2"} if is_gpt2(read_json(path)) else None
+        return {"kind": "gpt2"} if is_gpt2(read_object(path)) else None
     return {"kind": "gpt2"} if vocab_size == 50257 else None
 
 
@@ -183,7 +197,7 @@ def load_params(folder: Path, model: ModelConfig, abstract_params: Any) -> Any:
         )
     assert model.vocab_size == source.vocab_size, (model.vocab_size, source.vocab_size)
     leaves = traverse_util.flatten_dict(abstract_params, sep="/")
-    if read_json(folder / "config.json")["model_type"] == OWN_TYPE:
+    if read_object(folder / "config.json")["model_type"] == OWN_TYPE:
         rows = {"wte": source.padded_vocab, "head_kernel": source.padded_vocab,
                 "wpe": source.block_size}  # fmt: skip
         places = {

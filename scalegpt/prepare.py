@@ -10,11 +10,10 @@ import json
 import os
 import shutil
 import signal
-import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context, parent_process
@@ -25,6 +24,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from scalegpt import command_line
+from scalegpt.json_files import read_object
 from scalegpt.tokenizer import Tokenizer, load
 
 try:
@@ -62,8 +63,11 @@ def write_dataset(
     workers: processes that encode (0, 1: this one; None: by size); the files do not depend on it.
     ValueError: other data in `out`, too little disk, no text, or what `build` raises.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    with _only_writer(out):
+    if workers is not None and workers < 0:
+        raise ValueError(f"--workers={workers} must be 0, for this process alone, or more")
+    if not force:
+        _prepared(out, source)  # what may not be overwritten is not even locked
+    with _new_or_kept(out), _only_writer(out):
         if not force and (meta := _prepared(out, source)):
             print(f"{out} is already prepared; --force does it again")
             return meta
@@ -91,6 +95,25 @@ def check_disk(folder: Path, need: float) -> None:
 
 
 @contextmanager
+def _new_or_kept(out: Path) -> Iterator[None]:
+    """The folder is there within; where it was not, and what is done in it fails, it goes again."""
+    made = [path for path in (out, *out.parents) if not os.path.lexists(path)]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write to --out={out}: {error.strerror}") from None
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            if made:
+                (out / "prepare.tmp").unlink(missing_ok=True)
+            for path in made:
+                path.rmdir()
+        raise
+
+
+@contextmanager
 def _only_writer(out: Path) -> Iterator[None]:
     """Wait for another process that prepares `out`: those of one job may start it together."""
     with open(out / "prepare.tmp", "w") as lock:
@@ -107,15 +130,19 @@ def _only_writer(out: Path) -> Iterator[None]:
 
 
 def _prepared(out: Path, source: str) -> dict[str, Any] | None:
-    if not (out / "meta.json").is_file():
+    if not os.path.lexists(out / "meta.json"):
         return None
-    meta = json.loads((out / "meta.json").read_text())
+    meta = read_object(out / "meta.json", "; see --force and --out")
     paths = {split: out / f"{split}.bin" for split in SPLITS}
     found = {s: path.stat().st_size for s, path in paths.items() if path.is_file()}
-    if found != {s: meta[s]["tokens"] * np.dtype(meta["dtype"]).itemsize for s in SPLITS}:
-        return None
-    if meta["source"] != source:
-        raise ValueError(f"{out} holds {meta['source']!r}, not {source!r}: see --force and --out")
+    match meta:
+        case {"dtype": "uint16" | "uint32" as dtype,
+              "train": {"tokens": int(train)}, "val": {"tokens": int(val)}}:  # fmt: skip
+            size = np.dtype(dtype).itemsize
+            if found != {"train": train * size, "val": val * size}:
+                return None
+    if (held := meta.get("source", "something unknown")) != source:
+        raise ValueError(f"{out} holds {held!r}, not {source!r}: see --force and --out")
     return meta
 
 
@@ -233,18 +260,9 @@ def stable_fraction(text: str, seed: int = 0) -> float:
 
 def script_parser(description: str, script: str) -> argparse.ArgumentParser:
     """The flags that every data/*/prepare.py has; `script` is its __file__."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = command_line.Parser(description=description)
     parser.add_argument("--input", help="local text to use")
     parser.add_argument("--out", type=Path, default=Path(script).resolve().parent)
     parser.add_argument("--workers", type=int, help="encoding processes (by default: by size)")
     parser.add_argument("--force", action="store_true", help="prepare again what is there")
     return parser
-
-
-def run_script(main: Callable[[], None]) -> None:
-    """Run a script's main; a user's mistake is told on stderr without a traceback, exit code 2."""
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

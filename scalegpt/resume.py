@@ -51,6 +51,8 @@ def stored_config(config: Config, tokenizer_spec: Any = None) -> Config | None:
     out_dir = config.run.out_dir
     path = run_folder.fetch(out_dir, jax.process_index() == 0) / "config.yaml"
     if not path.exists():
+        if (rows := path.with_name("metrics.jsonl")).is_file() and rows.stat().st_size:
+            raise ValueError(f"{rows} is another run's: choose a new run.out_dir, or move it away")
         if config.run.init_from:
             _check_init_from(config, tokenizer_spec)
         return None
@@ -167,7 +169,7 @@ def initial_state(
 
 def _restore_cropped(source: Checkpoints, at: int, config: Config, abstract: Any) -> Any:
     """A run's weights, of its positions only as many as this run has."""
-    theirs = Config.model_validate(source.meta(at)["config"]).model
+    theirs = validate(source.meta(at)["config"], f"step {at} of {source.folder}").model
     if config.model.position != "learned" or theirs.block_size == config.model.block_size:
         return source.restore_params(at, abstract)
     wpe = abstract["wpe"]
@@ -192,7 +194,7 @@ def _check_init_from(config: Config, tokenizer_spec: Any) -> None:
         checkpoints = open_checkpoints(source)
         meta = checkpoints.meta(checkpoints.find(config.run.init_checkpoint))
         checkpoints.close()
-        theirs, spec = Config.model_validate(meta["config"]).model, meta["tokenizer"]
+        theirs, spec = validate(meta["config"], source).model, meta["tokenizer"]
         shaping += ["vocab_multiple"]
     else:
         try:

@@ -25,7 +25,7 @@ class Sampler:
             "top_k": (self.top_k >= 0, "at least 0, which keeps all tokens"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1, which keeps all tokens"),
             "min_p": (0 <= self.min_p <= 1, "from 0, which keeps all tokens, to 1"),
-            "repetition_penalty": (self.repetition_penalty > 0, "above 0; 1 is none"),
+            "repetition_penalty": (0 < self.repetition_penalty < inf, "above 0; 1 is none"),
         }
         for field in fields(self):
             good, why = allowed[field.name]

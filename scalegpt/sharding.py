@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from scalegpt.config import BatchConfig, Config, MeshConfig
+from scalegpt.value_types import divisors
 
 AXES = ("replica", "data", "fsdp", "tensor")
 REDUCED = ("replica", "data")  # gradients are summed over these once an update
@@ -98,7 +99,7 @@ def batch_layout(batch: BatchConfig, mesh: Mesh | AbstractMesh) -> tuple[int, in
         )
     microbatch = batch.microbatch or per_shard
     if per_shard % microbatch:
-        fits = [str(m) for m in range(1, per_shard + 1) if per_shard % m == 0]
+        fits = map(str, divisors(per_shard))
         raise ValueError(
             f"batch.microbatch={microbatch} does not divide the {per_shard} sequences that each "
             f"shard has of batch.sequences={batch.sequences}; it could be {', '.join(fits)}"

@@ -25,6 +25,8 @@ def stage(url: str, files: Sequence[str], cache_dir: str | None = None) -> Path:
     protocol = url.split("://")[0]
     try:
         fs, root = fsspec.core.url_to_fs(url)
+    except OSError as error:  # some connect at once
+        raise ValueError(f"cannot read {url}: {error}; is the network up?") from error
     except (ImportError, ValueError) as error:
         extra = '"scalegpt[tpu]"' if protocol in ("gs", "gcs") else "the package it names"
         raise ValueError(f"cannot read {url}: {error}. Fix: pip install {extra}") from error
@@ -33,10 +35,16 @@ def stage(url: str, files: Sequence[str], cache_dir: str | None = None) -> Path:
         cache_dir = os.path.join(home, "scalegpt")
     name = posixpath.basename(url)
     folder = Path(cache_dir, f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:12]}")
-    folder.mkdir(parents=True, exist_ok=True)
-    with _one_process(folder / "lock"):
-        for file in files:
-            _stage_file(fs, posixpath.join(root, file), folder / file)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _one_process(folder / "lock"):
+            for file in files:
+                _stage_file(fs, posixpath.join(root, file), folder / file)
+    except OSError as error:  # of the network or of the disk
+        raise ValueError(
+            f"cannot copy {url} to {folder}: {error}; try again, choose another data.cache_dir, or "
+            "copy it yourself and give that folder"
+        ) from error
     return folder
 
 

@@ -6,7 +6,6 @@ lambada          text, whose last word is to be guessed, or context and continua
 multiple_choice  context (or query), choices, and label (or gold), the right one's index from 0
 """
 
-import json
 import math
 import re
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from scalegpt import tokenizer
+from scalegpt import json_files, tokenizer
 from scalegpt.config import EvalConfig
 from scalegpt.likelihood import Row, Scorer, scorer
 from scalegpt.packed import read_text
@@ -51,12 +50,11 @@ def open_task(
         if not line.strip():
             continue
         try:
-            context, choices, gold = _PARSERS[name](_Fields(json.loads(line)))
+            context, choices, gold = _PARSERS[name](_Fields(_value(line)))
             # The harness joins context and choice by a space, its default "target_delimiter".
             rows = [encode_pair(codec, context, f" {c}", block_size) for c in choices]
         except ValueError as error:  # of JSON too
-            what = f"not JSON: {error}" if isinstance(error, json.JSONDecodeError) else error
-            raise ValueError(f"{path}, line {number}, is no example of {name}: {what}") from None
+            raise ValueError(f"{path}, line {number}, is no example of {name}: {error}") from None
         task.gold.append(gold)
         task.lengths.append([len(c) for c in choices])
         task.rows.extend(rows)
@@ -143,6 +141,13 @@ def in_training(
         return row
 
     return evaluate
+
+
+def _value(line: str) -> Any:
+    try:
+        return json_files.parse(line)
+    except ValueError as error:
+        raise ValueError(f"not JSON: {error}") from None
 
 
 class _Fields:

@@ -1,13 +1,13 @@
 """Named tensors in a folder: safetensors, whole or in shards, or PyTorch's own where torch is."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes  # noqa: F401 - makes bfloat16 a NumPy dtype, which safetensors asks for by name
 import numpy as np
 import safetensors
+
+from scalegpt.json_files import read_object
 
 SAFE, INDEX, TORCH = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 _PREFIX = "transformer."  # GPT2LMHeadModel writes it, the official files are without
@@ -26,8 +26,7 @@ def open_tensors(folder: Path) -> tuple[Shapes, Read]:
     if (folder / SAFE).is_file():
         shapes, read = _safetensors([folder / SAFE])
     elif (folder / INDEX).is_file():
-        shards = set(read_json(folder / INDEX).get("weight_map", {}).values())
-        shapes, read = _safetensors([folder / shard for shard in sorted(shards)])
+        shapes, read = _safetensors([folder / shard for shard in _shards(folder / INDEX)])
     elif (folder / TORCH).is_file():
         shapes, read = _torch(folder / TORCH)
     else:
@@ -38,17 +37,18 @@ def open_tensors(folder: Path) -> tuple[Shapes, Read]:
     return {name: shapes[stored] for name, stored in names.items()}, lambda name: read(names[name])
 
 
-def read_json(path: Path, hint: str = "") -> dict[str, Any]:
-    """The object in a JSON file. Raises ValueError, with `hint` when the file cannot be read."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}{hint}") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return values
+def _shards(index: Path) -> list[str]:
+    """Names of the files beside an index. Raises ValueError for a name that leads elsewhere."""
+    names = read_object(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"{index} has no weight_map from tensors to files; download it again")
+    for name in names.values():
+        if not name.endswith(".safetensors") or set(name) & set("/\\\0"):
+            raise ValueError(
+                f"{index}: weight_map names {name!r}, which is no .safetensors file beside it; "
+                "download it again"
+            )
+    return sorted(set(names.values()))
 
 
 def _safetensors(paths: list[Path]) -> tuple[Shapes, Read]:
@@ -79,6 +79,11 @@ def _torch(path: Path) -> tuple[Shapes, Read]:
     except Exception as error:  # it raises a dozen kinds for a file that is not its own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"cannot read {path}: {reason}") from None
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor)
+        for name, tensor in tensors.items()
+    ):
+        raise ValueError(f"{path} holds no named tensors, as torch.save(model.state_dict()) writes")
     for name, tensor in tensors.items():
         _check_dtype(path, name, str(tensor.dtype).removeprefix("torch."))
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}

@@ -7,6 +7,7 @@ nanoGPT's `meta.pkl`, or by nothing at all, which means nanoGPT's GPT-2 ids in u
 
 import hashlib
 import json
+import os
 import pickle
 import posixpath
 from dataclasses import dataclass
@@ -15,11 +16,20 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from scalegpt import tokenizer
+from scalegpt.json_files import read_object
 from scalegpt.staging import stage
+from scalegpt.value_types import LARGEST
 
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 META = ("meta.json", "meta.pkl")
 CHUNK = 1 << 24  # ids per check: large enough to run at disk speed, small in memory
+FOREIGN_HEAD = 4096  # bytes that tell what else a file is
+_FOREIGN = {
+    b"\x1f\x8b\x08": "gzip", b"PK\x03\x04": "zip", b"BZh9": "bzip2", b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd", b"\xff\xd8\xff": "a JPEG image", b"\x89PNG": "a PNG image",
+    b"%PDF": "a PDF", b"\x93NUMPY": "a NumPy .npy file", b"PAR1": "Parquet",
+}  # fmt: skip
 SLOW = 1 << 28  # files above this many bytes get a progress bar
 
 
@@ -93,6 +103,8 @@ def open_split(path: str | Path, split: str, cache_dir: str | None = None) -> Sp
 
 def _locate(path: str, needed: tuple[str, ...], cache_dir: str | None) -> tuple[str, Path]:
     """The dataset's name and its folder on this machine, which has the needed files."""
+    if not path:
+        raise ValueError("data.path is empty; name a folder with train.bin and val.bin")
     remote = "://" in path
     folder = Path(path).expanduser().resolve()
     if remote:
@@ -113,9 +125,12 @@ def _locate(path: str, needed: tuple[str, ...], cache_dir: str | None) -> tuple[
 
 def _open_tokens(file: Path, meta: dict, stated: bool) -> np.memmap:
     dtype, vocab_size, facts = DTYPES[meta["dtype"]], meta["vocab_size"], meta.get(file.stem, {})
-    tokens = _map_tokens(file, dtype, facts.get("tokens"))
+    try:
+        tokens = _map_tokens(file, dtype, facts.get("tokens"))
+    except OSError as error:
+        raise ValueError(f"cannot read {file}: {error.strerror}; is its disk there?") from None
     if not stated:
-        _refuse_uint32(file, tokens)
+        _refuse_other_files(file, tokens)
     if not 0 <= facts.get("max_id", vocab_size) < vocab_size:
         _check_ids(file, tokens, vocab_size)
     if "sha256" in facts and tokens.nbytes <= SLOW:  # a larger one takes too long to read
@@ -141,9 +156,10 @@ def check_tokens(dataset: Dataset, block_size: int) -> None:
 
 def read_meta(folder: Path) -> tuple[dict, bool]:
     """What the ids mean, as meta.json's dict, and whether a file says so or it is assumed."""
-    if (folder / "meta.json").is_file():
+    # A link to nothing is there too: without it the ids would be taken for GPT-2's.
+    if os.path.lexists(folder / "meta.json"):
         return _read_meta_json(folder / "meta.json"), True
-    if (folder / "meta.pkl").is_file():
+    if os.path.lexists(folder / "meta.pkl"):
         return _read_meta_pkl(folder / "meta.pkl"), True
     if (folder / "meta.json.partial").exists():  # else bytes would be trained on as GPT-2 ids
         raise ValueError(f"{folder}: preparing it was interrupted; run prepare.py again")
@@ -152,12 +168,7 @@ def read_meta(folder: Path) -> tuple[dict, bool]:
 
 def _read_meta_json(file: Path) -> dict:
     again = "run prepare.py again to rewrite it"
-    try:
-        meta = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # of JSON or of UTF-8
-        raise ValueError(f"{file} is not JSON ({error}); {again}") from error
-    if not isinstance(meta, dict):
-        raise ValueError(f"{file} holds a {type(meta).__name__}, not an object; {again}")
+    meta = read_object(file, f"; {again}")
     if meta.get("format", 1) != 1:
         raise ValueError(f"{file}: format {meta['format']!r} is unknown, only 1; update scalegpt")
     parts = {"": meta, "train.": meta.get("train"), "val.": meta.get("val")}
@@ -168,10 +179,15 @@ def _read_meta_json(file: Path) -> dict:
         if missing:
             raise ValueError(f"{file} lacks {', '.join(missing)}; {again}")
         for key in {"vocab_size", "tokens", "max_id", "bytes"} & part.keys():
-            if type(part[key]) is not int or part[key] < 0:
+            most = LARGEST if key == "vocab_size" else 2**63 - 1
+            if type(part[key]) is not int or not 0 <= part[key] <= most:
                 raise ValueError(f"{file}: {prefix}{key} is {part[key]!r}, not a count; {again}")
-    if meta["dtype"] not in DTYPES:
+    if meta["dtype"] not in (*DTYPES,):
         raise ValueError(f"{file}: dtype {meta['dtype']!r} is not one of {', '.join(DTYPES)}")
+    try:
+        tokenizer.check(meta["tokenizer"])
+    except ValueError as error:  # else a run would find out at its end
+        raise ValueError(f"{file}: {error}; {again}") from None
     return meta
 
 
@@ -204,9 +220,11 @@ def _map_tokens(file: Path, dtype: np.dtype, expected: int | None) -> np.memmap:
     if size == 0:
         raise ValueError(f"{file} is empty; run prepare.py again")
     if size % dtype.itemsize:
+        with file.open("rb") as stream:
+            kind = _foreign(stream.read(FOREIGN_HEAD)) or "truncated or of another dtype"
         raise ValueError(
             f"{file} has {size} bytes, not a multiple of {dtype.itemsize} ({dtype.name}): it is "
-            "truncated or of another dtype; run prepare.py again"
+            f"{kind}; run prepare.py again"
         )
     if expected is not None and size != expected * dtype.itemsize:
         kind = "truncated" if size < expected * dtype.itemsize else "longer than it should be"
@@ -215,6 +233,14 @@ def _map_tokens(file: Path, dtype: np.dtype, expected: int | None) -> np.memmap:
             f"{expected * dtype.itemsize} bytes: it is {kind}; copy it or run prepare.py again"
         )
     return np.memmap(file, dtype=dtype, mode="r")
+
+
+def _foreign(head: bytes) -> str:
+    """What a file is that begins so, "" if it may hold ids: those have zero bytes all over."""
+    if kind := [name for magic, name in _FOREIGN.items() if head.startswith(magic)]:
+        return kind[0]
+    control = {*range(9), *range(14, 27), *range(28, 32)}
+    return "plain text" if len(head) >= 64 and control.isdisjoint(head) else ""
 
 
 def _check_hash(file: Path, expected: str) -> None:
@@ -228,10 +254,15 @@ def _check_hash(file: Path, expected: str) -> None:
         )
 
 
-def _refuse_uint32(file: Path, tokens: np.ndarray) -> None:
-    """Without a meta file the dtype is a guess, and uint32 read as uint16 would pass the id
-    check and train on text with an id 0 after every token."""
+def _refuse_other_files(file: Path, tokens: np.ndarray) -> None:
+    """Without a meta file the dtype is a guess. Plain text and .npy read as uint16 would pass the
+    id check, and so would uint32, to train on text with an id 0 after every token."""
     head = tokens[: 1 << 16]
+    if kind := _foreign(head.tobytes()[:FOREIGN_HEAD]):
+        raise ValueError(
+            f"{file} is {kind}, no file of token ids; make those with data/text/prepare.py, or "
+            "say what they are in a meta.json"
+        )
     if len(head) >= 64 and not head[1::2].any():
         raise ValueError(
             f"{file}: every second value is 0, which looks like uint32 read as uint16; say "
@@ -256,6 +287,8 @@ def _check_ids(file: Path, tokens: np.ndarray, vocab_size: int) -> None:
 
 def _dtype_hint(tokens: np.ndarray) -> str:
     head = tokens[: 1 << 16]
+    if kind := _foreign(head.tobytes()[:FOREIGN_HEAD]):
+        return f". It looks like {kind}"
     if tokens.dtype.itemsize == 2 and len(head) >= 8 and head[1::2].max() < 16:
         return ". It looks like uint32 read as uint16: every second value is nearly 0"
     if tokens.dtype.itemsize == 4 and (head > 0xFFFF).mean() > 0.5:

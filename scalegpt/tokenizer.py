@@ -87,10 +87,12 @@ def kind(spec: str | dict[str, Any]) -> str:
 
 
 def load(spec: str | dict[str, Any]) -> Tokenizer:
-    """The tokenizer "gpt2" or "byte", a path to a tokenizer.json, or what `.spec()` returned.
+    """The tokenizer "gpt2" or "byte", or what `.spec()` returned.
 
-    ValueError for anything else, a missing optional package, or gpt2 without cache or network.
+    It comes from files of unknown origin, so a path in it is never followed. ValueError for
+    anything else, a missing optional package, or gpt2 without cache or network.
     """
+    check(spec)
     match spec:
         case "gpt2" | {"kind": "gpt2"}:
             return _gpt2()
@@ -98,11 +100,39 @@ def load(spec: str | dict[str, Any]) -> Tokenizer:
             return _byte()
         case {"kind": "char", "chars": str(chars)}:
             return _char(chars)
-        case {"kind": "tokenizer.json", "name": str(name), "json": dict(content)}:
+        case {"name": name, "json": content}:
             return _hugging_face(name, json.dumps(content))
-        case str(path) if Path(path).is_file():
-            return _hugging_face(Path(path).name, Path(path).read_text("utf-8", "replace"))
-    raise ValueError(f"no tokenizer {str(spec)[:60]!r}: say gpt2, byte or a tokenizer.json's path")
+    raise AssertionError(spec)
+
+
+def check(spec: Any) -> None:
+    """Raises ValueError for what is no spec, without loading what it needs."""
+    match spec:
+        case "gpt2" | "byte" | {"kind": "gpt2" | "byte"}:
+            return
+        case {"kind": "char", "chars": str(chars)}:
+            if not chars or len(set(chars)) != len(chars):
+                raise ValueError(
+                    f"a char tokenizer needs distinct characters, at least one; got {chars!r}"
+                )
+            return
+        case {"kind": "tokenizer.json", "name": str(), "json": dict()}:
+            return
+    raise ValueError(f"no tokenizer {str(spec)[:60]!r}: there are gpt2, byte, and specs of others")
+
+
+def named(name: str) -> Tokenizer:
+    """Of what somebody has typed: gpt2, byte, or the path of a tokenizer.json. Raises as `load`."""
+    if name in ("gpt2", "byte"):
+        return load(name)
+    try:
+        return _hugging_face(Path(name).name, Path(name).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(
+            f"no tokenizer {name!r} ({error.strerror}): say gpt2, byte or a tokenizer.json's path"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not a Hugging Face tokenizer.json: {error}") from None
 
 
 def char_tokenizer(text_chunks: Iterable[str]) -> Tokenizer:
@@ -110,13 +140,11 @@ def char_tokenizer(text_chunks: Iterable[str]) -> Tokenizer:
     chars: set[str] = set()
     for chunk in text_chunks:
         chars.update(chunk)
-    return _char("".join(sorted(chars)))
+    return load({"kind": "char", "chars": "".join(sorted(chars))})
 
 
 def _char(chars: str) -> Tokenizer:
     codes = np.array([ord(c) for c in chars], np.int64)
-    if not codes.size or len(set(chars)) != codes.size:
-        raise ValueError(f"a char tokenizer needs distinct characters, at least one; got {chars!r}")
     unknown = codes.max() + 1
     table = np.full(unknown + 1, -1, np.int32)  # code point -> id; every larger one -> unknown
     table[codes] = np.arange(codes.size)
@@ -174,7 +202,9 @@ def _hugging_face(name: str, text: str) -> Tokenizer:
     bpe.no_truncation()
     bpe.no_padding()
     bpe.encode_special_tokens = True  # spelt in the text, a special token is only text
-    size = max(bpe.get_vocab(with_added_tokens=True).values()) + 1  # ids may have gaps
+    size = max(bpe.get_vocab(with_added_tokens=True).values(), default=-1) + 1  # may have gaps
+    if not size:
+        raise ValueError(f"{name} is not a Hugging Face tokenizer.json: its vocabulary is empty")
     marks = {t["content"]: t["id"] for t in content.get("added_tokens", []) if t["special"]}
     eot = next((marks[mark] for mark in _EOT_NAMES if mark in marks), None)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from scalegpt import distributed, hf, tokenizer
+from scalegpt import distributed, hf, tokenizer, value_types
 from scalegpt.checkpoint import PARAMS, open_checkpoints
 from scalegpt.command_line import validate
 from scalegpt.config import Config, DistributedConfig, MeshConfig, ModelConfig
@@ -65,12 +65,22 @@ def add_flags(parser: argparse.ArgumentParser) -> Any:
     return source
 
 
+def check_checkpoint(which: str | None) -> None:
+    """Raises ValueError for what --checkpoint cannot be."""
+    if which is not None:
+        try:
+            value_types.checkpoint(which)
+        except ValueError as error:
+            raise ValueError(f"--checkpoint={which[:40]} {error}") from None
+
+
 def load(flags: argparse.Namespace, microbatch: int, config: Config | None = None) -> Trained:
     """The model that the flags name; starts JAX, among several processes too. Raises ValueError.
 
     microbatch: sequences that each device works on at a time. config: a run's, whose run.init_from
     is loaded where no flag names a model; its mesh and dtype hold where no flag gives another.
     """
+    check_checkpoint(flags.checkpoint)
     stated = config.model_dump(include={"mesh", "distributed"}) if config else {}
     sections = {
         name: {**stated.get(name, {}), **{k: v for k in keys.model_fields
@@ -101,7 +111,7 @@ def from_run(
     checkpoints = open_checkpoints(out_dir)
     step = checkpoints.find(which, PARAMS)
     meta = checkpoints.meta(step)
-    config = Config.model_validate(meta["config"])
+    config = validate(meta["config"], f"step {step} of {out_dir}")
     config = _with_dtype(config, dtype)
     steps = build_for_use(config, mesh, microbatch)
     params = checkpoints.restore_params(step, steps.abstract.params)

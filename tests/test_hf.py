@@ -535,6 +535,7 @@ def test_a_download_takes_what_is_needed_and_nothing_else(tmp_path, monkeypatch)
         return str(tmp_path / "snapshot")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, name, timeout: None)
     assert hf.locate("owner/model") == tmp_path / "snapshot"
     assert len(asked) == 1 and "pytorch_model.bin" not in asked[0]
     asked.clear()

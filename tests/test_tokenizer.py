@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from scalegpt.tokenizer import char_tokenizer, load
+from scalegpt.tokenizer import char_tokenizer, load, named
 
 UNICODE = (
     "naïve façade — Ελλάδα 漢字かな 🙂👩‍👩‍👧 e\u0301\r\n\t  x  \u00a0\u3000 y<|endoftext|>z\n\n\n"
@@ -55,7 +55,7 @@ def tokenizer_json(shared_data, tmp_path_factory):
 
 
 def all_kinds(tokenizer_json):
-    return [load("gpt2"), load("byte"), char_tokenizer([UNICODE]), load(str(tokenizer_json))]
+    return [load("gpt2"), load("byte"), char_tokenizer([UNICODE]), named(str(tokenizer_json))]
 
 
 def test_gpt2_is_tiktokens(wiki, bpe):
@@ -122,7 +122,7 @@ def test_char_refuses_an_empty_or_double_vocabulary():
 
 
 def test_tokenizer_json_of_gpt2_is_tiktokens(tokenizer_json, wiki, bpe):
-    tokenizer = load(str(tokenizer_json))
+    tokenizer = named(str(tokenizer_json))
     assert (tokenizer.vocab_size, tokenizer.eot, tokenizer.piecewise) == (50257, 50256, False)
     for text in [UNICODE, "", *wiki[:50]]:
         assert tokenizer.encode(text).tolist() == bpe.encode_ordinary(text)
@@ -134,7 +134,7 @@ def test_tokenizer_json_of_gpt2_is_tiktokens(tokenizer_json, wiki, bpe):
 def test_a_spec_makes_the_same_tokenizer_without_its_file(tokenizer_json, tmp_path):
     copy = tmp_path / "mine.json"
     copy.write_bytes(tokenizer_json.read_bytes())
-    tokenizers = [*all_kinds(tokenizer_json)[:3], load(str(copy))]
+    tokenizers = [*all_kinds(tokenizer_json)[:3], named(str(copy))]
     copy.unlink()
     for tokenizer in tokenizers:
         again = load(json.loads(json.dumps(tokenizer.spec())))
@@ -164,14 +164,14 @@ def test_load_names_a_file_that_is_no_tokenizer(tmp_path):
     for content in ("{}", "not JSON", '{"model": 3}'):
         (tmp_path / "t.json").write_text(content)
         with pytest.raises(ValueError, match="t.json is not a Hugging Face tokenizer.json"):
-            load(str(tmp_path / "t.json"))
+            named(str(tmp_path / "t.json"))
 
 
 def test_a_missing_package_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     (tmp_path / "t.json").write_text("{}")
     with pytest.raises(ValueError, match=r"scalegpt\[data\]"):
-        load(str(tmp_path / "t.json"))
+        named(str(tmp_path / "t.json"))
 
 
 def test_gpt2_without_cache_or_network_says_what_to_do(tmp_path):

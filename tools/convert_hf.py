@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 
 from scalegpt import command_line, export, hf, sharding, tokenizer, trained
 from scalegpt.checkpoint import Checkpoints, open_checkpoints
-from scalegpt.config import Config, MeshConfig, ModelConfig
+from scalegpt.config import MeshConfig, ModelConfig
 from scalegpt.flops import parameter_count
 from scalegpt.model import GPT, Block, head_table, logits, rotary_tables
 from scalegpt.run_folder import is_run
@@ -66,6 +66,10 @@ def main(argv: list[str]) -> int:
                       "(default: on random tokens)")  # fmt: skip
     sub.add_argument("--tolerance", type=float, default=2e-4, help="of a logit (default: 2e-4)")
     flags = parser.parse_args(argv)
+    if flags.function is check and not 0 <= flags.tolerance < math.inf:
+        raise ValueError(f"--tolerance={flags.tolerance} must be at least 0, and finite")
+    if flags.function is export_:
+        trained.check_checkpoint(flags.checkpoint)
     # Converting needs no accelerator, and a TPU would be taken from whatever trains on it.
     jax.config.update("jax_platforms", "cpu")
     return flags.function(flags)
@@ -223,7 +227,7 @@ def look_up(source: str) -> tuple[ModelConfig, Any]:
     checkpoints = open_checkpoints(source)
     meta = checkpoints.meta(checkpoints.find("best"))
     checkpoints.close()
-    return Config.model_validate(meta["config"]).model, meta["tokenizer"]
+    return command_line.validate(meta["config"], source).model, meta["tokenizer"]
 
 
 def describe(model: ModelConfig) -> str:

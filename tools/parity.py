@@ -23,7 +23,7 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")  # JAX reads it on import; a T
 
 import argparse
 import json
-import pickle
+import math
 import socket
 import statistics
 import subprocess
@@ -101,8 +101,8 @@ class Result:
 def main(argv: list[str]) -> int:
     config, flags = command_line.parse(argv, "tools/parity.py", FLAGS)
     for name, lowest in (("steps", 1), ("tolerance", 0)):
-        if not (value := getattr(flags, name)) >= lowest:
-            raise ValueError(f"--{name}={value} must be at least {lowest}")
+        if not lowest <= (value := getattr(flags, name)) < math.inf:
+            raise ValueError(f"--{name}={value} must be at least {lowest}, and finite")
     if flags.worker:
         return work(config, Path(flags.worker), flags.steps)
     datasets = open_datasets(config)
@@ -231,7 +231,9 @@ def in_processes(row: Row, config: Config, count: int, folder: Path) -> Result:
             worker.kill()
     if any(worker.returncode for worker in workers):
         raise RuntimeError(f"the processes of {row.name} failed:\n" + "\n".join(outputs))
-    return Result(**pickle.loads((folder / "result").read_bytes()))
+    values = json.loads((folder / "result.json").read_text())
+    with np.load(folder / "params.npz") as params:
+        return Result(**values, params=dict(params))
 
 
 def work(config: Config, folder: Path, count: int) -> int:
@@ -239,7 +241,9 @@ def work(config: Config, folder: Path, count: int) -> int:
     distributed.start(config.distributed)
     result = updates(config, open_datasets(config), jax.devices(), count)
     if jax.process_index() == 0:
-        (folder / "result").write_bytes(pickle.dumps(vars(result)))
+        values = {key: value for key, value in vars(result).items() if key != "params"}
+        (folder / "result.json").write_text(json.dumps(values))
+        np.savez(folder / "params.npz", **result.params)
     return 0
 
 

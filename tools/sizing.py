@@ -53,7 +53,10 @@ def main(argv: list[str]) -> int:
     report = size(config, flags)
     report["model"]["vocabulary_from"] = source
     if flags.plot:
-        draw(report["scaling"], flags.plot)
+        try:
+            draw(report["scaling"], flags.plot)
+        except OSError as error:
+            raise ValueError(f"cannot write --plot={flags.plot}: {error.strerror}") from None
     print(json.dumps(report, indent=2) if flags.json else tables(report))
     if flags.plot and not flags.json:
         print(f"\nplot in {flags.plot}")
@@ -65,11 +68,11 @@ def check(flags: Namespace) -> None:
     if flops.peak_flops(flags.device) is None:
         known = ", ".join(flops.PEAK_TFLOPS)
         raise ValueError(f"--device={flags.device!r} is none of those known: {known}")
-    if flags.devices is not None and flags.devices < 1:
-        raise ValueError(f"--devices={flags.devices} must be at least 1")
+    if flags.devices is not None and not 1 <= flags.devices <= 10**6:
+        raise ValueError(f"--devices={flags.devices} must be at least 1 and at most a million")
     if not 0 < flags.mfu <= 1:
         raise ValueError(f"--mfu={flags.mfu} must be above 0 and at most 1; 40 % is 0.4")
-    if flags.budget is not None and not 0 < flags.budget < math.inf:
+    if flags.budget is not None and not 1 <= flags.budget <= 1e60:
         raise ValueError(f"--budget={flags.budget} must be a number of FLOPs, such as 1e21")
     if flags.plot:
         check_file(flags.plot)

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from scalegpt.prepare import Corpus, check_disk, run_script, script_parser, write_dataset
-from scalegpt.tokenizer import Tokenizer, load
+from scalegpt import command_line
+from scalegpt.prepare import Corpus, check_disk, script_parser, write_dataset
+from scalegpt.tokenizer import Tokenizer, named
 
 REPOSITORY = "Skylion007/openwebtext"
 TOKENS = {"train": 9_035_582_198, "val": 4_434_897}  # nanoGPT's, with gpt2
@@ -70,11 +71,11 @@ def corpus(tokenizer: Tokenizer, dataset: Any) -> Corpus:
     return Corpus(tokenizer, documents(), dataset.data.nbytes)
 
 
-def main() -> None:
+def main(argv: list[str]) -> int:
     parser = script_parser(__doc__, __file__)
     parser.add_argument("--tokenizer", default="gpt2", help="gpt2, byte or a tokenizer.json")
-    args = parser.parse_args()
-    tokenizer = load(args.tokenizer)
+    args = parser.parse_args(argv)
+    tokenizer = named(args.tokenizer)
     source = f"{Path(args.input).resolve() if args.input else REPOSITORY}, {args.tokenizer}"
     meta = write_dataset(
         args.out,
@@ -86,7 +87,8 @@ def main() -> None:
     found = {split: meta[split]["tokens"] for split in TOKENS}
     if args.input is None and args.tokenizer == "gpt2" and found != TOKENS:
         print(f"WARNING: nanoGPT counts {TOKENS} tokens, this is {found}", file=sys.stderr)
+    return 0
 
 
 if __name__ == "__main__":
-    run_script(main)
+    command_line.run(main)

@@ -9,7 +9,8 @@ import sysconfig
 import tokenize
 from pathlib import Path
 
-from scalegpt.prepare import Corpus, run_script, script_parser, stable_fraction, write_dataset
+from scalegpt import command_line
+from scalegpt.prepare import Corpus, script_parser, stable_fraction, write_dataset
 from scalegpt.tokenizer import load
 
 # Not the library's own source: tests, what pip and Linux distributions add, what the build wrote.
@@ -52,13 +53,14 @@ def prepare(out_dir: Path, workers: int | None = 0, force: bool = False) -> None
     write_dataset(out_dir, corpus, source, workers, force)
 
 
-def main() -> None:
+def main(argv: list[str]) -> int:
     parser = script_parser(__doc__, __file__)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.input:
         raise ValueError("--input is not for this set; for your own text see data/text/prepare.py")
     prepare(args.out, args.workers, args.force)
+    return 0
 
 
 if __name__ == "__main__":
-    run_script(main)
+    command_line.run(main)

@@ -8,7 +8,9 @@ import os
 import urllib.request
 from pathlib import Path
 
-from scalegpt.prepare import Corpus, run_script, script_parser, write_dataset
+from scalegpt import command_line
+from scalegpt.packed import read_text
+from scalegpt.prepare import Corpus, script_parser, write_dataset
 from scalegpt.tokenizer import char_tokenizer, load
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -35,23 +37,23 @@ def download(path: Path) -> bytes:
     return content
 
 
-def main() -> None:
+def main(argv: list[str]) -> int:
     parser = script_parser(__doc__, __file__)
     parser.add_argument("--tokenizer", choices=("gpt2", "char"), default="gpt2")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     def corpus() -> Corpus:
-        content = Path(args.input).read_bytes() if args.input else download(args.out / "input.txt")
-        text = content.decode()
+        text = read_text(args.input) if args.input else download(args.out / "input.txt").decode()
         tokenizer = char_tokenizer([text]) if args.tokenizer == "char" else load(args.tokenizer)
         n_train = int(len(text) * 0.9)
         documents = [("train", text[:n_train]), ("val", text[n_train:])]
-        return Corpus(tokenizer, documents, len(content), separate=False)
+        return Corpus(tokenizer, documents, len(text), separate=False)
 
     text = Path(args.input).resolve() if args.input else URL
     source = f"{text}, {args.tokenizer}"
     write_dataset(args.out, corpus, source, args.workers, args.force)
+    return 0
 
 
 if __name__ == "__main__":
-    run_script(main)
+    command_line.run(main)

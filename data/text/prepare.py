@@ -6,22 +6,21 @@ A plain file is one document; a line of .jsonl is one, under --key. Each may be 
 
 import codecs
 import glob
-import json
 from collections.abc import Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
 
+from scalegpt import command_line, json_files
 from scalegpt.packed import PACKED, blocks
 from scalegpt.prepare import (
     Corpus,
     Document,
-    run_script,
     script_parser,
     stable_fraction,
     write_dataset,
 )
-from scalegpt.tokenizer import char_tokenizer, load
+from scalegpt.tokenizer import char_tokenizer, named
 
 HASHED = 1 << 16  # characters of a document that decide its split
 
@@ -112,8 +111,8 @@ def _json_texts(path: Path, chunks: Iterator[str], key: str, errors: str) -> Ite
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            row = json_files.parse(line)
+        except ValueError as error:
             raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
         if not isinstance(row, dict) or not isinstance(row.get(key), str):
             found = sorted(row) if isinstance(row, dict) else type(row).__name__
@@ -134,7 +133,7 @@ def _lines(chunks: Iterator[str]) -> Iterator[str]:
     yield rest
 
 
-def main() -> None:
+def main(argv: list[str]) -> int:
     parser = script_parser(__doc__, __file__)
     parser.add_argument("--tokenizer", default="gpt2", help="gpt2, byte, char or a tokenizer.json")
     parser.add_argument("--key", default="text", help="where a line of .jsonl holds its text")
@@ -142,7 +141,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the choice of documents")
     parser.add_argument("--val-input", help="validation text of its own; then nothing is split off")
     parser.add_argument("--errors", choices=("strict", "replace"), default="strict")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.input is None:
         raise ValueError("--input is missing: a file, a folder or a pattern of text files")
     files = {"train": find_files(args.input)}
@@ -159,7 +158,7 @@ def main() -> None:
         if args.tokenizer == "char":
             tokenizer = char_tokenizer(chunk for text in read(all_files) for chunk in text)
         else:
-            tokenizer = load(args.tokenizer)
+            tokenizer = named(args.tokenizer)
         if args.val_input:
             documents = ((split, text) for split in files for text in read(files[split]))
         else:
@@ -172,7 +171,8 @@ def main() -> None:
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "workers", "force")}
     settings["input"] = str(Path(args.input).resolve())
     write_dataset(args.out, corpus, f"text {settings}", args.workers, args.force)
+    return 0
 
 
 if __name__ == "__main__":
-    run_script(main)
+    command_line.run(main)

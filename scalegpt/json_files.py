@@ -1,0 +1,26 @@
+"""JSON that somebody else has written: whatever is wrong with it is one ValueError."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def parse(text: str) -> Any:
+    """The value in `text`. Raises ValueError for what is no JSON, or nested without an end."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def read_object(path: Path, hint: str = "") -> dict[str, Any]:
+    """The object in a file. Raises ValueError, with `hint` as what to do about it."""
+    try:
+        values = parse(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}{hint}") from None
+    except ValueError as error:  # of JSON or of UTF-8
+        raise ValueError(f"{path} is not JSON: {error}{hint}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}, not a JSON object{hint}")
+    return values
