@@ -1,6 +1,8 @@
 """Compile the training step for the machine here, or for a TPU slice that need not exist."""
 
+import contextlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -18,15 +20,8 @@ def compile_only(config: Config, where: str) -> None:
     mesh = sharding.make_mesh(config.mesh, None if where == "here" else tpu_devices(where))
     steps = pmap_step.build_for_training(config, mesh)
     began = time.perf_counter()
-    try:
+    with memory_advice():
         compiled = steps.lower().compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise ValueError(
-            f"the step does not fit: {str(error).splitlines()[0]}\nlower batch.microbatch, "
-            "raise mesh.fsdp, or set model.remat=full"
-        ) from None
     memory = compiled.memory_analysis()
     kind, gib = mesh.devices.flat[0].device_kind, 2**30
     print(
@@ -36,6 +31,20 @@ def compile_only(config: Config, where: str) -> None:
         f"state and batch {memory.argument_size_in_bytes / gib:.2f}, "
         f"temporary {memory.temp_size_in_bytes / gib:.2f}"
     )
+
+
+@contextlib.contextmanager
+def memory_advice() -> Iterator[None]:
+    """Out of a device's memory, which JAX reports at length: ValueError with what helps."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise ValueError(
+            f"the step does not fit: {str(error).splitlines()[0]}\nlower batch.microbatch, "
+            "raise mesh.fsdp, or set model.remat=full"
+        ) from None
 
 
 def tpu_devices(name: str) -> Any:

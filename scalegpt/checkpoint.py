@@ -79,8 +79,7 @@ class Checkpoints:
 
         Returns for how many seconds it held training up. Raises nothing: see `failing`.
         """
-        optimizer = {"opt": state.opt_state, "step": state.step}
-        items = {"params": state.params, "optimizer": optimizer}
+        items = {"params": state.params, "optimizer": _rest(state)}
         self._verified -= {(step, item) for item in items}
         return self._saver.begin(step, items, meta, val_loss)
 
@@ -177,9 +176,7 @@ class Checkpoints:
 
         Every byte is read, each process reading its share. Raises ValueError when it cannot.
         """
-        wrong: list[str] = []
-        unreadable = None
-        folder = self._folder / str(step)
+        wrong, unreadable, folder = list[str](), None, self._folder / str(step)
         try:
             content = manifest.read(folder, step)
             names = manifest.files_of(content, items)
@@ -218,9 +215,14 @@ class Checkpoints:
         return self._saver.latest
 
     @property
+    def steps(self) -> list[int]:
+        """Those that have a manifest, in order."""
+        return sorted(self._list()[0])
+
+    @property
     def latest(self) -> int | None:
         """The last step that has a manifest."""
-        return max(self._list()[0], default=None)
+        return max(self.steps, default=None)
 
     # --- reading
 
@@ -236,9 +238,9 @@ class Checkpoints:
 
         Raises ValueError where a file is damaged, or the arrays are others.
         """
-        optimizer = {"opt": abstract.opt_state, "step": abstract.step}
-        params, rest = self._read(step, {"params": abstract.params, "optimizer": optimizer})
-        return State(rest["step"], params, rest["opt"])
+        items = {"params": abstract.params, "optimizer": _rest(abstract)}
+        params, rest = self._read(step, items)
+        return State(rest["step"], params, rest["opt"], rest["health"])
 
     def restore_params(self, step: int, abstract_params: Any) -> Any:
         """Weights only; the optimizer's two thirds of the bytes are not read. Raises ValueError."""
@@ -273,6 +275,11 @@ class Checkpoints:
         ]
 
 
+def _rest(state: State) -> dict[str, Any]:
+    """What only a run that continues needs."""
+    return {"opt": state.opt_state, "step": state.step, "health": state.health}
+
+
 def is_run(folder: str | Path) -> bool:
     """Whether it is the folder of a run, or of imported weights, and not of Hugging Face's kind."""
     if storage.is_url(folder):
@@ -288,8 +295,6 @@ def has_imported_weights(out_dir: str | Path) -> bool:
 def open_checkpoints(out_dir: str | Path) -> Checkpoints:
     """To read from a run, finished or not. Raises ValueError when there is none."""
     if not is_run(out_dir):
-        raise ValueError(
-            f"{out_dir} is not the folder of a run: it has no {FOLDER}/; "
-            "give the run.out_dir of a training run"
-        )
+        raise ValueError(f"{out_dir} is not the folder of a run: it has no {FOLDER}/; "
+                         "give the run.out_dir of a training run")  # fmt: skip
     return Checkpoints(out_dir, read_only=True)

@@ -13,7 +13,9 @@ import yaml
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
+from scalegpt import peers
 from scalegpt.config import Config, DataConfig
+from scalegpt.line import FAILED, USERS_MISTAKE
 
 _START = "or start from a whole one: --config configs/demo.yaml"
 
@@ -88,20 +90,56 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
     is a fault of ours and keeps its traceback.
     """
     try:
-        sys.exit(main(sys.argv[1:]))
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)  # as the shell calls a process that Ctrl-C ended
-    except BrokenPipeError:  # `| head` has seen enough; and Python would complain once more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except ValueError as error:
+        code = main(sys.argv[1:])
+        peers.farewell(code)
+        sys.exit(code)
+    except BaseException as error:
+        if isinstance(error, SystemExit):
+            raise
+        fail(error)
+        if isinstance(error, BrokenPipeError):  # else Python would complain once more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if (code := _code(error)) == FAILED:
+            raise
+        _show(error, code)
+        sys.exit(code)
+
+
+def fail(error: BaseException) -> None:
+    """With other processes: show `error`, and end all with it. Alone: nothing.
+
+    To be called before a clean-up that waits for other processes: they may be waiting for this.
+    """
+    if peers.line is None:
+        return
+    code = _code(error)
+    if code == FAILED:
+        peers.wait_for_cause(error)
+    _show(error, code)
+    text = f"{error}" if code == USERS_MISTAKE else f"{type(error).__name__}: {error}"
+    peers.leave(code, text, said=True)
+
+
+def _code(error: BaseException) -> int:
+    if isinstance(error, KeyboardInterrupt):
+        return 130  # as the shell calls a process that Ctrl-C ended
+    if isinstance(error, BrokenPipeError):  # `| head` has seen enough
+        return 141
+    if isinstance(error, ValueError):
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
         ours = (Path(__file__).resolve().parent, Path(sys.argv[0]).resolve().parent)
-        if raised_in.parent not in ours:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+        if raised_in.parent in ours:
+            return USERS_MISTAKE
+    return FAILED
+
+
+def _show(error: BaseException, code: int) -> None:
+    if code == USERS_MISTAKE:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    elif code == FAILED:
+        traceback.print_exception(error)
+    elif code == 130:
+        print("\ninterrupted", file=sys.stderr)
 
 
 class _DataOnCommandLine(DataConfig):

@@ -243,7 +243,9 @@ class RunConfig(Section):
     replay: Positive | None = None
     """run this update's batch again for a post-mortem: the loss of each example; writes nothing"""
     deadline_start: Seconds = 900.0
-    """seconds for each phase of the start: processes, devices, self-check, data, mesh"""
+    """seconds for each phase of the start: processes, devices, mesh"""
+    deadline_data: Seconds = 7200.0
+    """of opening the data, maybe copied from a URL; and of waiting for the hosts that still do"""
     deadline_restore: Seconds = 3600.0
     deadline_compile: Seconds = 3600.0
     """of the first update"""
@@ -289,34 +291,6 @@ class Config(Section):
             )
         model = self.model.model_copy(update={"vocab_size": asked or vocab_size})
         return self.model_copy(update={"model": model})
-
-
-# Keys of the compared sections that change speed or memory, never the loss curve.
-_NEUTRAL = {
-    *("model.preset", "model.attention", "model.scan_layers", "model.remat", "model.loss_chunk"),
-    *("batch.microbatch", "data.path", "data.prepare", "data.prefetch", "data.cache_dir"),
-}
-
-
-def curve_diff(stored: Config, asked: Config) -> list[str]:
-    """Keys that would change the loss curve, as `key: stored -> asked`.
-
-    Of the data's path only a mixture's weights are among them: checkpoints carry a fingerprint
-    of the files themselves.
-    """
-    old, new = stored.model_dump(), asked.model_dump()
-    lines = [
-        f"{section}.{key}: {old[section][key]} -> {value}"
-        for section in ("model", "batch", "data", "optim")
-        for key, value in new[section].items()
-        if f"{section}.{key}" not in _NEUTRAL and old[section][key] != value
-    ]
-    shares = [list(c.data.weights.values()) for c in (stored, asked)]
-    if shares[0] != shares[1]:
-        lines.append(f"data.path: {stored.data.path} -> {asked.data.path}")
-    if stored.run.seed != asked.run.seed:
-        lines.append(f"run.seed: {stored.run.seed} -> {asked.run.seed}")
-    return lines
 
 
 def _divisors_near(n: int, wanted: int) -> str:

@@ -156,16 +156,27 @@ class TrainBatches:
     def __getitem__(self, step: int) -> np.ndarray:
         if not 0 <= step < STEPS:
             raise IndexError(f"step {step}")
-        rows = step * self.sequences + self.rows
-        batch = np.empty((len(rows), self.block_size + 1), np.int32)
+        dataset, starts = self.windows(step)
+        batch = np.empty((len(starts), self.block_size + 1), np.int32)
         if len(self.tokens) == 1:
-            _read(self.tokens[0], self.orders[0].window(rows), batch)
+            _read(self.tokens[0], starts, batch)
             return batch.reshape(self.shape)
-        dataset, within = mixture_index(rows, self.parts)
         for d in np.unique(dataset).tolist():
             mine = np.flatnonzero(dataset == d)
-            _read(self.tokens[d], self.orders[d].window(within[mine]), batch, mine)
+            _read(self.tokens[d], starts[mine], batch, mine)
         return batch.reshape(self.shape)
+
+    def windows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where this host's rows of `step` lie: (dataset, first token), both int64 [A * R]."""
+        rows = step * self.sequences + self.rows
+        if len(self.tokens) == 1:
+            return np.zeros_like(rows), self.orders[0].window(rows)
+        dataset, within = mixture_index(rows, self.parts)
+        starts = np.empty_like(rows)
+        for d in np.unique(dataset).tolist():
+            mine = dataset == d
+            starts[mine] = self.orders[d].window(within[mine])
+        return dataset, starts
 
 
 def _read(tokens: np.ndarray, starts: np.ndarray, batch: np.ndarray, rows=None) -> None:

@@ -1,23 +1,36 @@
-"""Start-up of several processes, and the request to stop, which may come at any moment."""
+"""Start-up of several processes, and whether they are all set for the same run."""
 
 import importlib.util
+import json
 import os
-import signal
-import sys
+import platform
+from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
-from types import FrameType
+from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
+import numpy as np
+from jax._src.clusters import ClusterEnv
+from jax._src.distributed import global_state
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from scalegpt.config import DistributedConfig
+import scalegpt
+from scalegpt import peers
+from scalegpt.config import Config, DistributedConfig
+
+# JAX's service need not find out who is dead, which the line does, and at once. It cannot tell a
+# process that is stopped, or a machine that sleeps, from a dead one; the phases' deadlines judge.
+_HEARTBEAT = 600
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
-def start(config: DistributedConfig) -> None:
+def start(config: DistributedConfig, seconds: float = 900.0) -> None:
     """Join the other processes of the run, if there are any; before anything asks for a device.
 
     By flags, or as Slurm, Open MPI and TPU hosts announce themselves. Raises ValueError for
-    flags that do not belong together.
+    flags that do not belong together. Ends the process when not all have come in so many seconds.
     """
     given = (config.coordinator, config.num_processes, config.process_id)
     if any(value is not None for value in given):
@@ -34,43 +47,107 @@ def start(config: DistributedConfig) -> None:
                 f"distributed.process_id={config.process_id} must be below "
                 f"distributed.num_processes={config.num_processes}: they count from 0"
             )
-        jax.distributed.initialize(*given)
-    elif _announced():
-        jax.distributed.initialize()
+    elif not _announced():
+        return
+    # Slurm's and Open MPI's detection would give each task one GPU, whatever this says.
+    said = os.environ.get("JAX_LOCAL_DEVICE_IDS")
+    devices = [int(i) for i in said.split(",")] if said else None
+    address, count, index, devices = ClusterEnv.auto_detect_unset_distributed_params(
+        *given, devices, None, int(seconds)
+    )
+    if count == 1:
+        return
+    if address is None or count is None or index is None:
+        raise ValueError(
+            "several processes were started here, but not in a way that tells where the others "
+            "are; give --distributed.coordinator=HOST:PORT, .num_processes=N, .process_id=I"
+        )
+    host, _, port = address.rpartition(":")
+    # The coordinator's port is that of our line; JAX's service gets another one, told there.
+    port = peers.join(host.strip("[]"), int(port), count, index, seconds)
+    # It would swallow SIGTERM; StopRequest and the line agree on where to stop.
+    jax.config.update("jax_enable_preemption_service", False)
+    jax.distributed.initialize(
+        f"{host}:{port}", count, index, devices,
+        coordinator_bind_address=f"[::]:{port}", cluster_detection_method="deactivate",
+        initialization_timeout=int(seconds) + 60, heartbeat_timeout_seconds=_HEARTBEAT,
+        shutdown_timeout_seconds=10,
+    )  # fmt: skip
 
 
 def _announced() -> bool:
     """Whether something that jax.distributed understands has started several processes."""
     sizes = [os.environ.get(name, "1") for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")]
-    if any(size.isdigit() and int(size) > 1 for size in sizes):
-        return True
+    return any(size.isdigit() and int(size) > 1 for size in sizes) or on_tpu()
+
+
+def on_tpu() -> bool:
+    """Whether this is a TPU's host, without touching the TPU."""
     chips = [*Path("/dev").glob("accel*"), *Path("/dev/vfio").glob("[0-9]*")]
     wants_tpu = os.environ.get("JAX_PLATFORMS", "tpu").startswith("tpu")
     return wants_tpu and bool(chips) and importlib.util.find_spec("libtpu") is not None
 
 
-class StopRequest:
-    """Notices Ctrl-C and SIGTERM, so that the run can save at the end of a step and leave.
+def facts(config: Config, data: Mapping[str, str], latest: int | None) -> dict[str, str]:
+    """What must be the same in all processes: config, data, versions, the checkpoint to go on from.
 
-    A second signal ends the process at once.
+    data: name -> fingerprint. Where the data lie, and where they are staged, is each host's own.
     """
+    versions = {"python": platform.python_version(), "scalegpt": scalegpt.__version__}
+    versions |= {name: metadata.version(name) for name in _PACKAGES}
+    keys = config.model_dump(exclude={"distributed": True, "run": {"out_dir"},
+                                      "data": {"path", "cache_dir", "prepare"}})  # fmt: skip
+    settings = {f"{section}.{key}": value for section, values in keys.items()
+                for key, value in values.items()}  # fmt: skip
+    settings["weights of the data"] = list(config.data.weights.values())
+    return {
+        **{f"version of {name}": version for name, version in versions.items()},
+        **{name: str(value) for name, value in settings.items()},
+        **{f"data set {i}": mark for i, mark in enumerate(data.values())},
+        "latest checkpoint": "none" if latest is None else f"step {latest}",
+    }
 
-    def __init__(self) -> None:
-        self._asked, self._alone = False, jax.process_count() == 1
-        signal.signal(signal.SIGINT, self._notice)
-        if self._alone:  # else jax.distributed watches for SIGTERM, in all processes together
-            signal.signal(signal.SIGTERM, self._notice)
 
-    def _notice(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
-        signal.signal(number, signal.SIG_DFL)
-        name = signal.Signals(number).name
-        print(f"\n{name}: saving after this step; once more to leave at once", file=sys.stderr)
-        if not self._alone:
-            os.kill(os.getpid(), signal.SIGTERM)
+def self_check(facts: Mapping[str, str]) -> None:
+    """That all processes are set for the same run, and that their devices add up.
 
-    def reached(self, step: int) -> bool:
-        """Whether to stop after `step`: the same answer in every process, without waiting."""
-        if self._alone:
-            return self._asked
-        return multihost_utils.reached_preemption_sync_point(step)
+    Raises ValueError, in all processes, naming one that differs from process 0 and both values.
+    """
+    if client := global_state.client:
+        mine = json.dumps({"host": peers.line.host, **facts})
+        client.key_value_set(f"scalegpt/facts/{jax.process_index()}", mine)
+        if jax.process_index() == 0:
+            every = [json.loads(_get(client, f"scalegpt/facts/{i}"))
+                     for i in range(jax.process_count())]  # fmt: skip
+            client.key_value_set("scalegpt/verdict", _difference(every))
+        if verdict := _get(client, "scalegpt/verdict").strip():
+            raise ValueError(verdict)
+    devices = jax.device_count()
+    mesh = jax.make_mesh((devices,), ("all",), axis_types=(AxisType.Auto,))
+    spread, whole = NamedSharding(mesh, P("all")), NamedSharding(mesh, P())
+    numbers = np.arange(1, devices + 1, dtype=np.int32)
+    there = jax.make_array_from_callback(numbers.shape, spread, lambda index: numbers[index])
+    total = int(jax.jit(lambda x: x.sum(), out_shardings=whole)(there))
+    if total != numbers.sum():
+        raise RuntimeError(
+            f"self-check: the numbers 1 to {devices}, one on each device, add up to {total} "
+            f"instead of {numbers.sum()}; a device or the network between them is at fault"
+        )
+
+
+def _get(client: Any, key: str) -> str:
+    # Without end: whoever does not come is the business of the line, and of the deadline.
+    return client.blocking_key_value_get(key, 7 * 24 * 3600 * 1000)
+
+
+def _difference(every: list[dict[str, str]]) -> str:
+    """The first facts in which a process differs from process 0, or a blank."""
+    first = every[0]
+    for index, other in enumerate(every):
+        keys = [key for key in {**first, **other} if key != "host"]
+        lines = [f"{key}: process 0 ({first['host']}) has {first.get(key, 'none')}, process {index}"
+                 f" ({other['host']}) has {other.get(key, 'none')}"
+                 for key in keys if first.get(key) != other.get(key)]  # fmt: skip
+        if lines:
+            return "\n  ".join(["the processes are not set for the same run:", *lines[:5]])
+    return " "  # the service takes no empty value

@@ -5,8 +5,6 @@ on the console. Only the main process of a run writes anything.
 """
 
 import contextlib
-import json
-import math
 import shutil
 import sys
 import time
@@ -14,18 +12,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
+import psutil
 from tqdm import tqdm
 
-from scalegpt import run_folder
+from scalegpt import ledger, run_folder
+from scalegpt.phases import Phases
+from scalegpt.writers import JsonlWriter, Row, Say, TensorBoardWriter, WandbWriter
 
-Row = dict[str, Any]
-Say = Callable[[str], None]
 # Scripts read these: a key is never renamed. A step is an optimizer update, a loss is in nats a
-# token, train/tokens counts from step 0 over restarts, rates are the whole run's, time is unix
-# seconds. Absent rather than wrong: perf/* where no step was timed, perf/mfu on a device of
-# unknown peak, val/bits_per_byte where bytes are not known.
-TRAIN_KEYS = ("step", "train/loss", "train/lr", "train/grad_norm", "train/tokens",
-              "perf/tokens_per_second", "perf/step_seconds", "perf/mfu", "time")
+# token, train/tokens counts from step 0 over restarts, train/spike is in deviations
+# (health.deviation), train/skipped counts the updates left out so far, rates are the whole run's,
+# memory is process 0's, time is unix seconds. Absent rather than wrong: perf/* where no step was
+# timed, perf/mfu on a device of unknown peak, val/bits_per_byte where bytes are not known.
+TRAIN_KEYS = ("step", "train/loss", "train/lr", "train/grad_norm", "train/tokens", "train/spike",
+              "train/skipped", "perf/tokens_per_second", "perf/step_seconds", "perf/mfu",
+              "memory/host_gib", "time")
 # A mixture adds val/NAME/loss for each of its data sets, eval.tasks TASK/acc and TASK_KEYS' others.
 EVAL_KEYS = ("step", "val/loss", "val/loss_stderr", "val/perplexity", "val/bits_per_byte",
              "val/best_loss", "time")
@@ -38,120 +39,6 @@ _SHOWN = {
     "val/perplexity": "perplexity {:.2f}", "val/bits_per_byte": "{:.4f} bits/byte",
     "val/best_loss": "best {:.4f}",
 }
-
-
-class JsonlWriter:
-    """Appends rows to a JSON-lines file, a whole line each, flushed at once.
-
-    Lines are strict JSON: a NaN or an infinity, which JSON has not, is written as null.
-    Continuing after step s (`resume_step`) first drops what a killed run left behind: rows of
-    later steps and a torn last line. So the loop goes on with s + 1 and nothing is there twice.
-    Raises ValueError on a new run (`resume_step=None`) whose file exists: runs never overwrite.
-    """
-
-    def __init__(self, path: str | Path, resume_step: int | None = None) -> None:
-        if "://" in str(path):  # Path() would quietly make a local folder named "gs:"
-            raise ValueError(f"run.out_dir holds files that grow, so it must be local: {path}")
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and resume_step is not None:
-            lines = path.read_text(errors="replace").splitlines()
-            # Written beside it and renamed: killed at any point, the file is the old or the new.
-            beside = path.with_name(path.name + ".tmp")
-            beside.write_text("".join(x + "\n" for x in lines if self._step(x) <= resume_step))
-            beside.replace(path)
-        elif path.exists() and path.stat().st_size:
-            raise ValueError(f"{path} is another run's: choose a new run.out_dir, or move it away")
-        self._file = path.open("a")
-
-    @staticmethod
-    def _step(line: str) -> float:
-        try:
-            return json.loads(line)["step"]
-        except (ValueError, TypeError, KeyError):  # torn
-            return math.inf
-
-    def write(self, row: Row) -> None:
-        strict = {k: None if isinstance(v, float) and not math.isfinite(v) else v
-                  for k, v in row.items()}
-        self._file.write(json.dumps(strict, allow_nan=False) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-
-class TensorBoardWriter:
-    """Rows as TensorBoard scalars; on continuing, TensorBoard hides what came after that step."""
-
-    def __init__(self, folder: str | Path, resume_step: int | None = None) -> None:
-        from tensorboardX import SummaryWriter
-
-        purge = None if resume_step is None else resume_step + 1  # it hides this step and later
-        self._writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=10)
-        self.close = self._writer.close
-
-    def write(self, row: Row) -> None:
-        for key, value in row.items():
-            if key not in ("step", "time"):
-                self._writer.add_scalar(key, value, row["step"], walltime=row["time"])
-
-
-class WandbWriter:
-    """Rows to Weights & Biases, which may fail in any way without stopping or holding up a run.
-
-    Without credentials: W&B's offline mode. Any other trouble: one warning, and the writer is off.
-    A continued run keeps its W&B id, in out_dir/wandb_id.txt, and W&B ignores the steps that it
-    already has. Raises ValueError if the package is missing.
-    """
-
-    def __init__(
-        self, config: Row, out_dir: str | Path, project: str, name: str | None = None,
-        resume: bool = False, entity: str | None = None, say: Say = print,
-    ) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise ValueError("log.wandb=true needs a package that is not installed: "
-                             "pip install 'scalegpt[wandb]', or set log.wandb=false") from error
-        self._say, self._run = say, None
-        id_file = Path(out_dir) / "wandb_id.txt"
-
-        def start() -> None:
-            mode = wandb.setup().settings.mode  # from WANDB_MODE or W&B's settings files
-            online = mode not in ("offline", "dryrun", "disabled")
-            # wandb.init would ask for a key and wait; this neither asks nor goes to the network.
-            if online and not wandb.login(prompt=False, verify=False):
-                mode = "offline"
-                say("warning: no W&B credentials, so W&B logs offline; to upload later: "
-                    f"wandb login && wandb sync {out_dir}/wandb/offline-run-*")
-            known = id_file.read_text().strip() if resume and id_file.exists() else None
-            self._run = wandb.init(
-                project=project, name=name, entity=entity, config=config, dir=str(out_dir),
-                mode=mode, id=known, resume="allow" if known else None,
-                # Without it a run whose network died waits for ever at its end.
-                settings=wandb.Settings(finish_timeout=60),
-            )
-            id_file.write_text(self._run.id + "\n")
-
-        self._guard(start)
-
-    def _guard(self, call: Callable[[], Any]) -> None:
-        try:
-            call()
-        except Exception as error:
-            # All of them on purpose: a bad key, a full disk, a fault of W&B's server or client
-            # must not end days of training, whose rows are in metrics.jsonl anyway.
-            self._run = None
-            self._say(f"warning: W&B is off from here on ({type(error).__name__}: {error})")
-
-    def write(self, row: Row) -> None:
-        if run := self._run:
-            self._guard(lambda: run.log(row, step=row["step"]))
-
-    def close(self) -> None:
-        if run := self._run:
-            self._guard(run.finish)
 
 
 class Console:
@@ -172,6 +59,8 @@ class Console:
             self._bar.write(text, file=self._stream)
 
     def write(self, row: Row) -> None:
+        if "time/step" in row:  # the ledger's, told once, at the end
+            return
         parts = [f"step {row['step']}/{self._total}"]
         parts += [form.format(row[key]) for key, form in _SHOWN.items() if key in row]
         parts += [f"{key} {row[key]:.4g}" for key in row if _of_task(key)]
@@ -198,16 +87,21 @@ class Metrics:
     """
 
     def __init__(
-        self, out_dir: str, log: Any, *, total_steps: int, resume_step: int | None = None,
-        is_main: bool = True, config: Row | None = None, stream: TextIO | None = None,
+        self, out_dir: str, log: Any, *, total_steps: int, phases: Phases,
+        resume_step: int | None = None, is_main: bool = True, config: Row | None = None,
+        stream: TextIO | None = None,
     ) -> None:
         self._writers: list[Any] = []
         self.say: Say = lambda text: None
+        self._ledger: ledger.Ledger | None = None
         if not is_main:
             return
-        folder = run_folder.local(out_dir)
-        jsonl = JsonlWriter(folder / "metrics.jsonl", resume_step)  # refuses before all others
         console = Console(total_steps, resume_step or 0, stream)
+        folder = run_folder.local(out_dir)
+        # Refuses before all others.
+        jsonl = JsonlWriter(folder / "metrics.jsonl", resume_step, console.say)
+        self._ledger = ledger.Ledger(phases, jsonl.earlier, resume_step)
+        self._memory = psutil.Process()
         self.say, self._writers = console.say, [jsonl, console]
         if log.tensorboard:
             self._writers.append(TensorBoardWriter(folder / "tensorboard", resume_step))
@@ -217,15 +111,30 @@ class Metrics:
                 resume_step is not None, log.wandb_entity, self.say))
 
     def train(self, row: Row) -> None:
-        """Write a row of TRAIN_KEYS; `time` is added. Values: Python, NumPy or JAX scalars."""
+        """Write a row of TRAIN_KEYS; `time` and `memory/host_gib` are added. Values: Python, NumPy
+        or JAX scalars."""
         assert row.keys() <= set(TRAIN_KEYS), row.keys() - set(TRAIN_KEYS)
-        self._write(row)
+        if self._writers:
+            memory = round(self._memory.memory_info().rss / 2**30, 4)
+            self._write({**row, "memory/host_gib": memory})
 
     def evaluation(self, row: Row) -> None:
         """Write a row of EVAL_KEYS, val/NAME/loss and those of tasks; `time` is added."""
         extra = {key for key in row.keys() - set(EVAL_KEYS) if not _of_task(key)}
         assert all(key.startswith("val/") and key.endswith("/loss") for key in extra), extra
         self._write(row)
+
+    def ledger(self, step: int, stall: float | None = None) -> None:
+        """Write where the time went, ledger.LEDGER_KEYS, up to now and update `step`; stall: the
+        seconds for which a save held training up."""
+        if self._ledger:
+            stalled = {} if stall is None else {"perf/save_stall_seconds": round(stall, 4)}
+            self._write({"step": step, **self._ledger.row(), **stalled})
+
+    def summary(self) -> None:
+        """Say where the time went."""
+        if self._ledger:
+            self.say(self._ledger.summary())
 
     def _write(self, row: Row) -> None:
         row = {"time": time.time(), **row}
@@ -246,26 +155,20 @@ class Throughput:
     """Speed since the last reading, without compilation, evaluations and saves.
 
     A step is over when its loss is on the host, not when it is dispatched: call each method right
-    after that. `start` ends a process's first step, the one that compiles; `pause` and `resume` go
-    round whatever is not training. `mfu` maps tokens/s to MFU (`flops.mfu_meter`).
+    after that. `clock` counts the seconds of training alone. `start` ends a process's first step,
+    the one that compiles. `mfu` maps tokens/s to MFU (`flops.mfu_meter`).
     """
 
     def __init__(
-        self, mfu: Callable[[float], float | None] = lambda rate: None, clock=time.perf_counter
+        self, clock: Callable[[], float], mfu: Callable[[float], float | None] = lambda rate: None
     ) -> None:
         self._mfu, self._clock = mfu, clock
         self._step: int | None = None
-        self._since = self._paused_at = 0.0
+        self._since = 0.0
 
     def start(self, step: int) -> None:
         """`step` has just finished: count from here."""
         self._step, self._since = step, self._clock()
-
-    def pause(self) -> None:
-        self._paused_at = self._clock()
-
-    def resume(self) -> None:
-        self._since += self._clock() - self._paused_at
 
     def read(self, step: int, tokens_per_step: int) -> dict[str, float]:
         """The perf/* keys of the steps since `start` or the last reading; {} if there are none.

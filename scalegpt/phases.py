@@ -7,7 +7,7 @@ thread (`distributed.Watch`) reads `Phases.current`, which is replaced whole and
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import psutil
@@ -17,12 +17,12 @@ from scalegpt.config import RunConfig
 # Phase -> (its place in the ledger, the run.deadline_* that limits it).
 PHASES = {
     "processes": ("startup", "start"), "devices": ("startup", "start"),
-    "self-check": ("startup", "start"), "data": ("startup", "start"),
+    "self-check": ("startup", "data"), "data": ("startup", "data"),
     "mesh": ("startup", "start"), "weights": ("startup", "restore"),
-    "start": ("startup", "start"), "restore": ("restore", "restore"),
+    "imports": ("startup", "start"), "restore": ("restore", "restore"),
     "compile": ("compile", "compile"), "step": ("step", "step"),
     "wait for data": ("data", "step"), "evaluation": ("evaluation", "evaluation"),
-    "save": ("save", "save"), "finish": ("step", "save"),
+    "sample": ("evaluation", "evaluation"), "save": ("save", "save"),
 }  # fmt: skip
 LEDGER = ("startup", "restore", "compile", "data", "step", "evaluation", "save")
 
@@ -39,27 +39,24 @@ class Phase(NamedTuple):
 class Phases:
     """Entered as `with phases("restore"):`; the outer phase's clock stands still meanwhile.
 
-    The first one, "start", begins with the process itself, before Python had read a line of ours.
-    `ended(name, seconds)` is called at the end of each phase of start-up.
+    The first one, "imports", begins with the process itself, before Python had read a line of ours.
     """
 
-    def __init__(
-        self, run: RunConfig, ended: Callable[[str, float], None] = lambda name, seconds: None
-    ) -> None:
+    def __init__(self, run: RunConfig) -> None:
         self._limits = {name: getattr(run, f"deadline_{key}") for name, (_, key) in PHASES.items()}
-        self._ended = ended
-        self._spent = dict.fromkeys(LEDGER, 0.0)
+        self._spent: dict[str, float] = {}  # by phase
         self._entered = self._born = time.monotonic() - (
             time.time() - psutil.Process().create_time()
         )
-        self.current = self._phase("start", 0)
+        self.current = self._phase("imports", 0)
 
     def _phase(self, name: str, step: int) -> Phase:
         return Phase(name, step, time.monotonic(), self._limits[name])
 
     def _charge(self) -> None:
         now = time.monotonic()
-        self._spent[PHASES[self.current.name][0]] += now - self._entered
+        name = self.current.name
+        self._spent[name] = self._spent.get(name, 0.0) + now - self._entered
         self._entered = now
 
     def _switch(self, phase: Phase) -> None:
@@ -68,15 +65,13 @@ class Phases:
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        outer, began = self.current, time.monotonic()
+        outer = self.current
         self._switch(self._phase(name, outer.step))
         try:
             yield
         finally:
             # The outer one has waited, which is no fault of its own: its deadline counts anew.
             self._switch(self._phase(outer.name, self.current.step))
-            if PHASES[name][0] in ("startup", "restore"):
-                self._ended(name, time.monotonic() - began)
 
     def begin(self, name: str, step: int = 0) -> None:
         """Be in `name` from here on, as the outermost phase."""
@@ -95,9 +90,21 @@ class Phases:
     def seconds(self) -> dict[str, float]:
         """Of each place of LEDGER, so far; they sum to the life of the process."""
         self._charge()
-        return dict(self._spent)
+        places = dict.fromkeys(LEDGER, 0.0)
+        for name, seconds in self._spent.items():
+            places[PHASES[name][0]] += seconds
+        return places
+
+    def training(self) -> float:
+        """Seconds of updates, and of waiting for their data."""
+        places = self.seconds
+        return places["step"] + places["data"]
 
     @property
     def lifetime(self) -> float:
         """Seconds since the process began."""
         return time.monotonic() - self._born
+
+    def __str__(self) -> str:
+        """What there was so far, in its order: "start 2.1 s, devices 0.2 s"."""
+        return ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self._spent.items())

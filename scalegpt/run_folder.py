@@ -12,7 +12,8 @@ from pathlib import Path
 
 from scalegpt import storage
 
-_FILES = ("config.yaml", "metrics.jsonl", "wandb_id.txt")
+BAD_UPDATES = "bad_updates.jsonl"
+_FILES = ("config.yaml", "metrics.jsonl", BAD_UPDATES, "wandb_id.txt")
 _LOGS = "tensorboard"
 
 

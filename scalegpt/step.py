@@ -18,7 +18,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from scalegpt import attention, sharding
+from scalegpt import attention, health, sharding
 from scalegpt.config import BatchConfig, Config
 from scalegpt.model import GPT, constrain, head_table, logits
 from scalegpt.optim import optimizer, schedule
@@ -31,6 +31,7 @@ class State:
     step: Array
     params: Any
     opt_state: Any
+    health: health.Health
 
 
 def token_losses(hidden: Array, table: Array, targets: Array, vocab: int, chunk: int) -> Array:
@@ -122,17 +123,27 @@ def dropout_key(config: Config, step: Array) -> Array:
 def update(
     config: Config, state: State, total: Array, grads: Any, count: Array
 ) -> tuple[State, dict[str, Array]]:
-    """The optimizer's part, from the sums of loss and gradient over `count` tokens."""
+    """The optimizer's part, from the sums of loss and gradient over `count` tokens.
+
+    The update is not applied where `health.judge` says so; the step counts all the same.
+    """
     count = jnp.maximum(count, 1)
     grads = jax.tree.map(lambda g: g / count, grads)
     updates, opt_state = optimizer(config.optim).update(grads, state.opt_state, state.params)
+    loss, norm = total / count, optax.tree.norm(grads)
+    apply, deviation, after = health.judge(config.run, state.health, loss, norm)
     metrics = {
-        "train/loss": total / count,
+        "train/loss": loss,
         "train/lr": schedule(config.optim)(state.step),
-        "train/grad_norm": optax.tree.norm(grads),
+        "train/grad_norm": norm,
+        "train/spike": deviation,
+        "train/skipped": after.nonfinite + after.spikes,
+        "nonfinite": after.nonfinite,
+        "norms": health.layer_norms(grads),
     }
-    params = optax.apply_updates(state.params, updates)
-    return State(state.step + 1, params, opt_state), metrics
+    new = optax.apply_updates(state.params, updates), opt_state
+    params, opt_state = health.choose(apply, new, (state.params, state.opt_state))
+    return State(state.step + 1, params, opt_state, after), metrics
 
 
 @dataclass(frozen=True)
@@ -141,6 +152,7 @@ class Steps:
 
     init() -> State; train(state, tokens [A, M, T+1]) -> (State, metrics), the old state's buffers
     are reused; evaluate(params, tokens [M, T+1]) -> ([M] sums of cross-entropy, [M] counts).
+    metrics: rows of metrics.jsonl, `nonfinite`, and `norms`, the gradient's by `layer_norms`.
     """
 
     mesh: Mesh
@@ -192,7 +204,8 @@ def build(config: Config, mesh: Mesh, dtype: str, implementation: str) -> Steps:
         plain = model.clone(attention="xla")
         root = jax.random.key(config.run.seed)
         params = plain.init(root, jnp.zeros((1, 1), jnp.int32))["params"]
-        return State(jnp.zeros((), jnp.int32), params, optimizer(config.optim).init(params))
+        opt_state = optimizer(config.optim).init(params)
+        return State(jnp.zeros((), jnp.int32), params, opt_state, health.initial())
 
     boxed = jax.eval_shape(init)
     places = sharding.shardings(sharding.specs(boxed, sharding.RULES), mesh)

@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import tempfile
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -10,9 +12,15 @@ os.environ["WANDB_MODE"] = "offline"
 # Beside JAX's threads, torch with more than one spends ten times the CPU time.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+# Most tests compile what another has compiled; subprocesses do, too.
+_compiled = tempfile.TemporaryDirectory(prefix="scalegpt-compiled-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+import tiny_run  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("SCALEGPT_TEST_DATA", ROOT.parent / "shared" / "data"))
@@ -41,3 +49,17 @@ def bottles(tmp_path_factory) -> Path:
         meta[split] = {"tokens": len(part)}
     (folder / "meta.json").write_text(json.dumps({**meta, "vocab_size": len(chars)}))
     return folder
+
+
+@pytest.fixture(scope="session")
+def plays(tmp_path_factory) -> Path:
+    """The data set of tiny_run."""
+    return tiny_run.write_data(tmp_path_factory.mktemp("data") / "plays", tiny_run.TEXT)
+
+
+@pytest.fixture
+def signals_as_they_were():
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

@@ -14,7 +14,7 @@ import jax
 import pytest
 from test_checkpoint_faults import ABSTRACT, assert_is, state
 
-from scalegpt import distributed, evaluate, one_save, run_folder, storage, train
+from scalegpt import evaluate, one_save, run_folder, stop, storage, train
 from scalegpt.checkpoint import Checkpoints, open_checkpoints
 
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # it would ask Google about the bucket
@@ -69,13 +69,13 @@ def test_a_recreated_machine_continues_a_run_in_a_bucket(
     """Its disk is empty: checkpoints and the rows up to them come from the bucket."""
     url = f"{URL}/x"
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    monkeypatch.setattr(distributed.StopRequest, "reached", lambda self, step: step == 3)
+    monkeypatch.setattr(stop.StopRequest, "reached", lambda self, step: step == 3)
     assert train.main(arguments(bottles, url)) == 3
     here, remote = run_folder.local(url), storage.folder(url)
     assert here.name.startswith("x-") and (here / "metrics.jsonl").is_file()
     assert {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints"} <= set(remote.names())
     shutil.rmtree(here)
-    monkeypatch.setattr(distributed.StopRequest, "reached", lambda self, step: False)
+    monkeypatch.setattr(stop.StopRequest, "reached", lambda self, step: False)
     assert train.main(arguments(bottles, url)) == 0
     assert f"continuing from step 3 in {url}/checkpoints" in capsys.readouterr().out
     for rows in (remote.read("metrics.jsonl"), (here / "metrics.jsonl").read_bytes()):

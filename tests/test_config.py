@@ -12,8 +12,9 @@ import yaml
 from conftest import ROOT
 
 from scalegpt import command_line
-from scalegpt.config import Config, DataConfig, ModelConfig, curve_diff
+from scalegpt.config import Config, DataConfig, ModelConfig
 from scalegpt.flops import parameter_count
+from scalegpt.resume import curve_diff
 from scalegpt.train import FLAGS
 
 GIVEN = ["--data.path=text", "--run.out_dir=out/x"]
@@ -437,7 +438,7 @@ OTHER = {  # a value that differs from the default, where adding one will not do
     "optim.min_lr": 1e-5, "optim.schedule": "linear", "optim.decay": "all",
     "optim.beta1": 0.8, "optim.beta2": 0.9, "optim.cooldown": 0.1, "optim.decay_steps": 5000,
     "run.backend": "pmap", "run.out_dir": "moved", "run.init_from": "x",
-    "run.init_checkpoint": "latest",
+    "run.init_checkpoint": "latest", "run.replay": 3,
     "eval.windows": 3, "eval.tasks": {"lambada": "x"}, "eval.task_examples": 3,
     "distributed.coordinator": "a:1", "distributed.num_processes": 2,
     "distributed.process_id": 1, "log.wandb_project": "x", "log.wandb_entity": "x",

@@ -1,111 +1,96 @@
-"""Two real processes on this machine give the run of one, and only the first of them writes."""
+"""Real processes on this machine give the run of one, and none is waited for that is dead."""
 
 import json
 import os
+import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
+import processes
 import pytest
 
 from scalegpt import distributed
-from scalegpt.config import DistributedConfig
+from scalegpt.config import Config, DistributedConfig
 
-STEPS = 120
-TEXT = "".join(f"{n} green bottles hanging on the wall number {n * n % 101}.\n" for n in range(400))
+STEPS = 24
 
-# Records which rows a process reads, and runs the command.
+# The command, which records the rows that a process reads (record=FILE), and in which a signal
+# comes when the batch of a step is read, or before the self-check (fault=SIGNAL:STEP or :check).
 PROGRAM = """
-import json, sys
-from scalegpt import train
-seen = []
-class Recording(train.TrainBatches):
-    def __init__(self, *arguments):
-        seen.append(arguments[-1].tolist())
-        super().__init__(*arguments)
-train.TrainBatches = Recording
-code = train.main(sys.argv[2:])
-open(sys.argv[1], "w").write(json.dumps(seen))
-sys.exit(code)
+import json, os, signal, sys
+from scalegpt import command_line, distributed, train
+from scalegpt.data import TrainBatches
+ours = dict(a.split("=", 1) for a in sys.argv[1:] if not a.startswith("--"))
+sys.argv[1:] = [a for a in sys.argv[1:] if a.startswith("--")]
+init, read = TrainBatches.__init__, TrainBatches.__getitem__
+def recorded(self, *arguments):
+    open(ours["record"], "w").write(json.dumps(arguments[-1].tolist()))
+    init(self, *arguments)
+def fault(now):
+    name, at = ours.get("fault", "none:never").split(":")
+    if now == at:
+        os.kill(os.getpid(), getattr(signal, name))
+def faulty(self, step):
+    fault(str(step))
+    return read(self, step)
+check = distributed.self_check
+distributed.self_check = lambda facts: (fault("check"), check(facts))
+TrainBatches.__init__, TrainBatches.__getitem__
+def recorded(self, *arguments):
+    open(ours["record"], "w").write(json.dumps(arguments[-1].tolist()))
+    init(self, *arguments)
+def faulty(self, step):
+    name, at = ours.get("fault", "none:-1").split(":")
+    if step == int(at):
+        os.kill(os.getpid(), getattr(signal, name))
+    return read(self, step)
+TrainBatches.__init__, TrainBatches.__getitem__ = recorded, faulty
+command_line.run(train.main)
 """
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("bottles")
-    chars = "".join(sorted(set(TEXT)))
-    ids = np.array([chars.index(c) for c in TEXT], "<u2")
-    meta = {"format": 1, "tokenizer": {"kind": "char", "chars": chars}, "dtype": "uint16"}
-    for split, part in (("train", ids[:-2000]), ("val", ids[-2000:])):
-        part.tofile(folder / f"{split}.bin")
-        meta[split] = {"tokens": len(part)}
-    (folder / "meta.json").write_text(json.dumps({**meta, "vocab_size": len(chars)}))
-    return folder
+def cache(tmp_path_factory) -> str:
+    return str(tmp_path_factory.mktemp("compiled"))
 
 
-def launch(data: Path, out_dir: Path, record: Path, devices: int, *extra: str) -> subprocess.Popen:
+def launch(
+    cache: str, data: Path, out_dir: Path, count: int, *extra: str, devices: int = 2,
+    each: list[list[str]] | None = None,
+) -> list[subprocess.Popen]:
+    """each: what every process gets besides."""
+    out_dir.parent.mkdir(exist_ok=True)
     argv = [
-        *("--model.n_layer=2", "--model.n_head=2", "--model.n_embd=32", "--model.block_size=16"),
-        *("--model.dropout=0.1", "--model.scan_layers=true", "--mesh.data=2", "--mesh.fsdp=2"),
-        *(
-            "--batch.sequences=16",
-            "--batch.microbatch=2",
-            "--optim.lr=1e-2",
-            f"--optim.steps={STEPS}",
-        ),
-        *("--optim.warmup_steps=0", "--eval.every=40", "--eval.windows=9", "--checkpoint.every=50"),
-        *("--log.every=1", "--log.tensorboard=false"),
+        *("--model.n_layer=1", "--model.n_head=2", "--model.n_embd=32", "--model.block_size=16"),
+        *("--model.dropout=0.1", "--model.scan_layers=true", "--mesh.data=2", "--mesh.fsdp=-1"),
+        *("--batch.sequences=16", "--batch.microbatch=2", "--optim.lr=1e-2"),
+        *(f"--optim.steps={STEPS}", "--optim.warmup_steps=0", "--eval.every=12"),
+        *("--eval.windows=9", "--checkpoint.every=16", "--log.every=1", "--log.tensorboard=false"),
         *(f"--data.path={data}", f"--run.out_dir={out_dir}", *extra),
     ]
-    environment = {
-        **{k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "OMPI"))},
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": str(devices),
-        "JAX_COMPILATION_CACHE_DIR": str(data / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(record), *argv],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+    each = [[f"record={out_dir.parent}/rows{i}", *(each[i] if each else [])] for i in range(count)]
+    return processes.start(
+        ["-c", PROGRAM, *argv], count, devices, each,
+        JAX_COMPILATION_CACHE_DIR=cache, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
     )  # fmt: skip
 
 
-def finish(processes: list[subprocess.Popen], seconds: float = 150) -> list[str]:
-    """Outputs; no process outlives this."""
-    try:
-        return [process.communicate(timeout=seconds)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-
-
-def pair(data: Path, out_dir: Path, *extra: str) -> list[subprocess.Popen]:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    flags = [f"--distributed.coordinator=localhost:{port}", "--distributed.num_processes=2"]
-    return [
-        launch(data, out_dir, out_dir.parent / f"rows{i}", 2, *flags,
-               f"--distributed.process_id={i}", *extra)
-        for i in range(2)
-    ]  # fmt: skip
-
-
-def wait_for_step(processes: list[subprocess.Popen], out_dir: Path, at: int) -> None:
+def wait_for_step(running: list[subprocess.Popen], out_dir: Path, at: int) -> None:
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and all(p.poll() is None for p in processes):
+    while time.monotonic() < deadline and all(p.poll() is None for p in running):
         if (out_dir / "metrics.jsonl").exists() and max(
             rows(out_dir, "train/loss"), default=0
         ) > at:
             return
         time.sleep(0.01)
-    for process in processes:
+    for process in running:
         process.kill()
-    pytest.fail(f"step {at} was not reached: {finish(processes)}")
+    pytest.fail(f"step {at} was not reached: {processes.finish(running)}")
 
 
 def rows(out_dir: Path, key: str) -> dict[int, float]:
@@ -116,35 +101,48 @@ def rows(out_dir: Path, key: str) -> dict[int, float]:
     return dict(found)
 
 
-def test_fault_18_two_processes_are_the_run_of_one(data, tmp_path):
-    """Also when a signal to one of the two stops both, and the same commands continue."""
-    alone, shared = tmp_path / "alone" / "run", tmp_path / "shared" / "run"
-    for out_dir in (alone, shared):
-        out_dir.parent.mkdir()
-    one = launch(data, alone, alone.parent / "rows0", 4)
-    output = finish([one])[0]
-    assert one.returncode == 0, output
-    two = pair(data, shared)
-    wait_for_step(two, shared, 10)
-    two[1].send_signal(signal.SIGINT)
-    outputs = finish(two)
-    assert [p.returncode for p in two] == [3, 3], outputs
-    stopped = max(rows(shared, "train/loss"))
-    assert f"stopped on request after update {stopped}" in outputs[0] and stopped < STEPS
-    two = pair(data, shared)
-    outputs = finish(two)
-    assert [p.returncode for p in two] == [0, 0], outputs
-    assert f"continuing from step {stopped}" in outputs[0]
+def codes(running: list[subprocess.Popen]) -> list[int]:
+    return [process.returncode for process in running]
 
+
+@pytest.fixture(scope="module")
+def alone(cache, bottles, tmp_path_factory) -> Path:
+    """The run of one process with four devices."""
+    out_dir = tmp_path_factory.mktemp("alone") / "run"
+    running = launch(cache, bottles, out_dir, 1, devices=4)
+    outputs = processes.finish(running)
+    assert codes(running) == [0], outputs
+    assert json.loads((out_dir.parent / "rows0").read_text()) == [0, 1, 2, 3, 4, 5, 6, 7]
+    return out_dir
+
+
+def assert_same_run(ours: Path, theirs: Path) -> None:
     for key in ("train/loss", "val/loss"):
-        ours, theirs = rows(shared, key), rows(alone, key)
-        assert list(ours) == list(theirs) and len(ours) >= 3
-        np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=0, atol=1e-5)
+        a, b = rows(ours, key), rows(theirs, key)
+        assert list(a) == list(b) and len(a) >= 3
+        np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=0, atol=1e-5)
+
+
+def test_fault_18_two_processes_are_the_run_of_one(cache, bottles, alone, tmp_path):
+    """Also when a signal to one of the two stops both, and the same commands continue."""
+    shared = tmp_path / "shared" / "run"
+    two = launch(cache, bottles, shared, 2)
+    wait_for_step(two, shared, 5)
+    two[1].send_signal(signal.SIGINT)
+    outputs = processes.finish(two)
+    assert codes(two) == [3, 3], outputs
+    stopped = max(rows(shared, "train/loss"))
+    assert f"stopped on request after update {stopped}" in outputs[0][0] and stopped < STEPS
+    two = launch(cache, bottles, shared, 2)
+    outputs = processes.finish(two)
+    assert codes(two) == [0, 0], outputs
+    assert f"continuing from step {stopped}" in outputs[0][0]
+    assert_same_run(shared, alone)
+
     # Only the first speaks; each reads its own half of a microbatch's rows.
-    assert f"step {STEPS}/{STEPS}" in outputs[0] and "step " not in outputs[1]
-    read = [json.loads((shared.parent / f"rows{i}").read_text())[0] for i in range(2)]
+    assert f"step {STEPS}/{STEPS}" in outputs[0][0] and not outputs[1][0]
+    read = [json.loads((shared.parent / f"rows{i}").read_text()) for i in range(2)]
     assert read == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert json.loads((alone.parent / "rows0").read_text()) == [[0, 1, 2, 3, 4, 5, 6, 7]]
 
     # One process on another mesh reads what two have written: the evaluation is theirs.
     command = [sys.executable, "-m", "scalegpt.evaluate", "--run", str(shared), "--json"]
@@ -154,6 +152,121 @@ def test_fault_18_two_processes_are_the_run_of_one(data, tmp_path):
     row = json.loads(done.stdout.splitlines()[-1])
     assert row["step"] == STEPS
     assert abs(row["val/loss"] - rows(shared, "val/loss")[STEPS]) < 1e-5
+
+
+def test_four_processes_with_their_own_copies_of_the_data_are_the_run_of_one(
+    cache, bottles, alone, tmp_path
+):
+    """Until a signal to one of them stops all."""
+    each = []
+    for index in range(4):
+        copy = tmp_path / f"host{index}" / "bottles"
+        shutil.copytree(bottles, copy)
+        each.append([f"--data.path={copy}"])
+    shared = tmp_path / "four" / "run"
+    four = launch(cache, bottles, shared, 4, each=each)
+    wait_for_step(four, shared, 8)
+    four[2].send_signal(signal.SIGTERM)
+    outputs = processes.finish(four)
+    assert codes(four) == [3] * 4, outputs
+    ours, theirs = (rows(folder, "train/loss") for folder in (shared, alone))
+    assert len(ours) > 8 and all(abs(ours[step] - theirs[step]) < 1e-5 for step in ours)
+    assert [bool(out) for out, _ in outputs] == [True, False, False, False]
+    assert "SIGTERM in another process: saving after this step" in outputs[0][1]
+    read = [json.loads((tmp_path / "four" / f"rows{i}").read_text()) for i in range(4)]
+    assert read == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
+
+
+@pytest.mark.parametrize(("victim", "when"), [(0, "12"), (1, "check")])
+def test_a_killed_process_ends_the_other_in_seconds(cache, bottles, tmp_path, victim, when):
+    """Process 0 is the coordinator, whose end JAX itself answers with SIGABRT."""
+    each = [[f"fault=SIGKILL:{when}"] if i == victim else [] for i in range(2)]
+    two = launch(cache, bottles, tmp_path / "a" / "run", 2, each=each)
+    two[victim].wait(120)
+    began = time.monotonic()
+    two[1 - victim].wait(60)
+    assert time.monotonic() - began < 15
+    outputs = processes.finish(two)
+    assert two[1 - victim].returncode == 5, outputs
+    assert f"process {victim} (" in outputs[1 - victim][1] and "died" in outputs[1 - victim][1]
+
+
+def test_a_stopped_process_ends_the_other_at_the_deadline(cache, bottles, tmp_path):
+    """With where it stands, the key to raise, the stacks, and the process that is missing."""
+    each = [[], ["fault=SIGSTOP:check"]]
+    two = launch(cache, bottles, tmp_path / "a" / "run", 2, "--run.deadline_start=12", each=each)
+    two[0].wait(100)
+    two[1].kill()
+    outputs = processes.finish(two)
+    said = outputs[0][1]
+    assert two[0].returncode == 5, outputs
+    assert "self-check takes 1" in said and "longer than run.deadline_start=12" in said
+    assert "in self_check" in said and "process 1 (" in said and "has said nothing for" in said
+
+
+def test_faulty_data_on_one_host_end_all(cache, bottles, tmp_path):
+    shutil.copytree(bottles, tmp_path / "bottles")
+    with open(tmp_path / "bottles" / "train.bin", "r+b") as file:
+        file.truncate(5000)
+    each = [[], [f"--data.path={tmp_path / 'bottles'}"]]
+    two = launch(cache, bottles, tmp_path / "a" / "run", 2, each=each)
+    outputs = processes.finish(two)
+    assert codes(two) == [2, 2], outputs
+    assert "train.bin" in outputs[1][1] and "process 1 (" in outputs[0][1]
+    assert "train.bin" in outputs[0][1] and "Traceback" not in outputs[0][1]
+
+
+def test_processes_set_for_different_runs_are_refused(cache, bottles, tmp_path):
+    """Before anything is restored or compiled, and in all of them."""
+    shutil.copytree(bottles, tmp_path / "bottles")
+    with open(tmp_path / "bottles" / "train.bin", "r+b") as file:
+        file.write(b"\1\0\2\0")
+    each = [[], [f"--data.path={tmp_path / 'bottles'}", "--run.seed=5"]]
+    two = launch(cache, bottles, tmp_path / "a" / "run", 2, each=each)
+    outputs = processes.finish(two)
+    assert codes(two) == [2, 2], outputs
+    for _, said in outputs:
+        assert "run.seed: process 0 (" in said and ") has 1337, process 1 (" in said
+        assert ") has 5" in said and "data set 0: process 0" in said
+    assert not (tmp_path / "a" / "run" / "config.yaml").exists()
+
+
+def test_what_must_agree_and_what_may_differ():
+    def facts(latest=None, mark="a", **changes):
+        values = {"data": {"path": "one"}, "run": {"out_dir": "x"}}
+        for key, value in changes.items():
+            section, name = key.split("__")
+            values[section] = {**values.get(section, {}), name: value}
+        config = Config.model_validate(values)
+        return {"host": "h", **distributed.facts(config, {"one": mark}, latest)}
+
+    def differ(**changes):
+        return distributed._difference([facts(), facts(), facts(**changes)])
+
+    assert not differ(
+        data__path="another", data__cache_dir="/tmp", run__out_dir="y",
+        distributed__process_id=2, distributed__num_processes=3, distributed__coordinator="h:1",
+    ).strip()  # fmt: skip
+    assert "model.n_layer: process 0 (h) has 12, process 2 (h) has 3" in differ(model__n_layer=3)
+    assert "data set 0: process 0 (h) has a, process 2 (h) has b" in differ(mark="b")
+    assert "latest checkpoint: process 0 (h) has none, process 2 (h) has step 5" in differ(latest=5)
+    assert "weights of the data" in differ(data__path={"one": 1, "two": 3})
+    older = {**facts(), "version of jax": "0.1"}
+    assert "version of jax" in distributed._difference([facts(), older])
+    assert f"version of jax: process 0 (h) has {jax.__version__}" in distributed._difference(
+        [facts(), older]
+    )
+
+
+def test_the_devices_of_one_process_add_up(monkeypatch):
+    distributed.self_check({})
+    whole = jax.make_array_from_callback
+    broken = lambda shape, sharding, data: whole(  # noqa: E731
+        shape, sharding, lambda index: data(index) + (index[0].start == 3)
+    )
+    monkeypatch.setattr(jax, "make_array_from_callback", broken)
+    with pytest.raises(RuntimeError, match="add up to 37 instead of 36"):
+        distributed.self_check({})
 
 
 @pytest.mark.parametrize(
@@ -173,27 +286,27 @@ def test_distributed_flags_that_do_not_fit_are_refused(given, message):
         distributed.start(DistributedConfig(**given))
 
 
-def test_one_process_does_not_look_for_others(monkeypatch):
+def test_launchers_are_recognised(monkeypatch):
+    """One process does not look for others; of several, Slurm and Open MPI say who is who."""
+    met, started = [], []
+    monkeypatch.setattr("scalegpt.peers.join", lambda *a: met.append(a[:4]) or 4321)
+    monkeypatch.setattr("jax.distributed.initialize", lambda *a, **k: started.append(a))
+    monkeypatch.setattr(jax.config, "update", lambda *a: None)
+    for name in [name for name in os.environ if name.startswith(("SLURM", "OMPI"))]:
+        monkeypatch.delenv(name)
     for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
         monkeypatch.setenv(name, "1")
-    monkeypatch.setattr("jax.distributed.initialize", lambda *a: pytest.fail("started"))
     distributed.start(DistributedConfig())
-    monkeypatch.setenv("SLURM_NTASKS", "2")
-    called = []
-    monkeypatch.setattr("jax.distributed.initialize", lambda *a: called.append(a))
-    distributed.start(DistributedConfig())
-    assert called == [()]
-
-
-def test_a_stop_request_is_noticed_once_and_a_second_signal_ends_the_process(capsys):
-    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        stop = distributed.StopRequest()
-        assert not stop.reached(1)
-        signal.raise_signal(signal.SIGTERM)
-        assert stop.reached(2) and stop.reached(3)
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-        assert "SIGTERM: saving after this step" in capsys.readouterr().err
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    assert not met and not started
+    with monkeypatch.context() as slurm:
+        for name, value in {"NTASKS": 4, "JOB_ID": 7, "STEP_NODELIST": "node[003-006]",
+                            "PROCID": 2, "LOCALID": 0}.items():  # fmt: skip
+            slurm.setenv(f"SLURM_{name}", str(value))
+        distributed.start(DistributedConfig())
+    with monkeypatch.context() as ompi:
+        for name, value in {"COMM_WORLD_SIZE": 2, "COMM_WORLD_RANK": 1, "COMM_WORLD_LOCAL_RANK": 1,
+                            "MCA_orte_hnp_uri": "4096.0;tcp://10.0.0.1:3"}.items():  # fmt: skip
+            ompi.setenv(f"OMPI_{name}", str(value))
+        distributed.start(DistributedConfig())
+    assert met == [("node003", 61447, 4, 2), ("10.0.0.1", 61441, 2, 1)]
+    assert started == [("node003:4321", 4, 2, [0]), ("10.0.0.1:4321", 2, 1, [1])]

@@ -6,11 +6,10 @@ import math
 
 import jax
 import numpy as np
+import processes
 import pytest
 import tiny_gpt2
-import two_processes
 from test_tasks import TINY, placed, tiny_steps, write
-from test_train import one_compilation_of_each_program  # noqa: F401, a fixture
 
 from scalegpt import checkpoint, evaluate, losses, sharding, tokenizer
 from scalegpt.config import Config
@@ -176,7 +175,7 @@ def test_two_processes_give_the_figures_of_one_and_the_first_prints(run, choices
     argv = ["--run", run, "--data", run.parent / "data", "--json", "--microbatch", "3",
             "--task", "multiple_choice", "--file", choices]  # fmt: skip
     mesh = ["--mesh.data=2", "--mesh.fsdp=2", "--mesh.tensor=2"]
-    first, second = (out for out, _ in two_processes.run("scalegpt.evaluate", *argv, *mesh))
+    first, second = (out for out, _ in processes.run("scalegpt.evaluate", *argv, *mesh))
     assert second == ""
     found, alone = json.loads(first), figures(capsys, *argv)
     assert found.keys() == alone.keys() and found["multiple_choice/examples"] == 13

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import processes
 import pytest
-import two_processes
 
 from scalegpt import generate, sharding, step, tokenizer, trained
 from scalegpt.checkpoint import Checkpoints
@@ -157,7 +157,7 @@ def run(model, tmp_path_factory) -> Path:
     meta = {"config": model.config.model_dump(), "tokenizer": model.tokenizer}
     for at, sign in ((1, 1.0), (2, -1.0)):
         params = jax.tree.map(lambda x, sign=sign: sign * x, model.params)
-        state = step.State(jnp.int32(at), params, {})
+        state = step.State(jnp.int32(at), params, {}, {})
         checkpoints.save(state, at, meta, val_loss=float(at))
     checkpoints.wait()
     checkpoints.close()
@@ -192,7 +192,7 @@ def test_two_processes_write_the_text_of_one_and_the_first_prints_it(run, capsys
     assert generate.main(argv) == 0
     alone = capsys.readouterr().out
     mesh = ["--mesh.data=2", "--mesh.fsdp=2", "--mesh.tensor=2"]
-    first, second = two_processes.run("scalegpt.generate", *argv, *mesh)
+    first, second = processes.run("scalegpt.generate", *argv, *mesh)
     assert first[0] == alone and second == ("", "")
 
 

@@ -220,7 +220,7 @@ def make_run(tmp_path):
                               build_for_use(config, mesh, 1).abstract.params)  # fmt: skip
         checkpoints = Checkpoints(tmp_path / name)
         meta = {"config": config.model_dump(), "tokenizer": spec, "data": {}, "best_loss": 1.25}
-        checkpoints.save(State(np.int32(7), params, {}), 7, meta, 1.25)
+        checkpoints.save(State(np.int32(7), params, {}, {}), 7, meta, 1.25)
         checkpoints.wait()
         checkpoints.close()
         rows = [{"step": 0, "val/loss": 9.0}, {"step": 7, "train/loss": 2.0},

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import processes
 import pytest
-import two_processes
 import yaml
 from conftest import ROOT
 from hlo_traffic import collectives
-from test_train import one_compilation_of_each_program  # noqa: F401, a fixture
 
-from scalegpt import checkpoint, distributed, evaluate, pmap_step, sharding, train
+from scalegpt import checkpoint, evaluate, pmap_step, sharding, stop, train
 from scalegpt.command_line import parse
 from scalegpt.config import Config
 from scalegpt.data import open_dataset
@@ -160,9 +159,9 @@ def close(ours: dict, theirs: dict) -> None:
 def test_a_run_of_one_backend_continues_under_the_other(
     data, unbroken, tmp_path, monkeypatch, capsys, first, then
 ):
-    monkeypatch.setattr(distributed.StopRequest, "reached", lambda self, step: step == 3)
+    monkeypatch.setattr(stop.StopRequest, "reached", lambda self, step: step == 3)
     assert train.main(arguments(data, tmp_path / "run", first)) == 3
-    monkeypatch.setattr(distributed.StopRequest, "reached", lambda self, step: False)
+    monkeypatch.setattr(stop.StopRequest, "reached", lambda self, step: False)
     assert train.main(arguments(data, tmp_path / "run", then)) == 0
     printed = capsys.readouterr().out
     assert "continuing from step 3" in printed and f"data 8, {then}" in printed
@@ -176,7 +175,7 @@ def test_a_run_of_one_backend_continues_under_the_other(
 
 def test_two_processes_are_the_run_of_one(data, unbroken, tmp_path, capsys):
     argv = arguments(data, tmp_path / "run", "pmap")
-    outputs = ["".join(texts) for texts in two_processes.run("scalegpt.train", *argv)]
+    outputs = ["".join(texts) for texts in processes.run("scalegpt.train", *argv)]
     assert "data 8, pmap" in outputs[0] and "resharding" not in "".join(outputs)
     for key in ("train/loss", "val/loss"):
         close(rows(tmp_path / "run", key), rows(unbroken["pmap"], key))

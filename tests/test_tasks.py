@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import pytest
 import tiny_gpt2
-from test_train import one_compilation_of_each_program  # noqa: F401, a fixture
 
 from scalegpt import evaluate, likelihood, resume, step, tasks, tokenizer, train, trained
 from scalegpt.command_line import parse

@@ -2,103 +2,32 @@
 
 import json
 import math
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from tiny_run import ROWS, STEPS, TEXT, T, arguments, rows, start, wait_for_step, write_data
 
-from scalegpt import checkpoint, distributed, evaluate, generate, one_save, resume, step, train
+from scalegpt import checkpoint, evaluate, generate, one_save, resume, step, stop, train
 from scalegpt.command_line import parse
-from scalegpt.config import LogConfig
+from scalegpt.config import LogConfig, RunConfig
 from scalegpt.metrics import Metrics
+from scalegpt.phases import Phases
 from scalegpt.sharding import make_mesh
 
-TEXT = "".join(
-    f"{who}:\nSpeak, {what} number {n}, and let us {n * n % 97} times be heard!\n\n"
-    for n, (who, what) in enumerate(
-        (w, t) for w in ("KING", "Queen", "Fool", "Page") for t in ("sir", "maid", "duke") * 30
-    )
-)
-STEPS, ROWS, T = 12, 16, 16
-
-
-def write_data(folder: Path, text: str) -> Path:
-    """A character data set, as prepare.py would write it."""
-    folder.mkdir(parents=True)
-    chars = "".join(sorted(set(TEXT)))
-    ids = np.array([chars.index(c) for c in text], "<u2")
-    cut = len(ids) * 9 // 10
-    meta = {"format": 1, "tokenizer": {"kind": "char", "chars": chars}, "dtype": "uint16"}
-    for split, part in (("train", ids[:cut]), ("val", ids[cut:])):
-        part.tofile(folder / f"{split}.bin")
-        meta[split] = {"tokens": len(part), "bytes": len(part)}
-    (folder / "meta.json").write_text(json.dumps({**meta, "vocab_size": len(chars)}))
-    return folder
+pytestmark = pytest.mark.usefixtures("signals_as_they_were")
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data") / "plays", TEXT)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_compilation_of_each_program(tmp_path_factory):
-    """Most runs here are the same run; compiled programs are kept, for subprocesses too."""
-    keys = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": 0,
-    }
-    before = {key: getattr(jax.config, key) for key in keys}
-    with pytest.MonkeyPatch.context() as patch:
-        for key, value in keys.items():
-            jax.config.update(key, value)
-            patch.setenv(key.upper(), str(value))
-        yield
-    for key, value in before.items():
-        jax.config.update(key, value)
-
-
-@pytest.fixture(autouse=True)
-def signals_as_they_were():
-    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-def arguments(data: Path, out_dir: Path, **changes) -> list[str]:
-    values = {
-        "data.path": data, "run.out_dir": out_dir,
-        "model.n_layer": 2, "model.n_head": 2, "model.n_embd": 32, "model.block_size": T,
-        "model.dropout": 0.1, "model.scan_layers": "true",
-        "batch.sequences": ROWS, "batch.microbatch": 1,
-        "optim.lr": 1e-2, "optim.min_lr": 1e-3, "optim.warmup_steps": 2, "optim.steps": STEPS,
-        "eval.every": 5, "eval.windows": 12, "checkpoint.every": 4,
-        "log.every": 1, "log.tensorboard": "false",
-    }  # fmt: skip
-    values |= {key.replace("__", "."): value for key, value in changes.items()}
-    return [f"--{key}={value}" for key, value in values.items() if value is not None]
-
-
-def rows(out_dir: Path, key: str = "train/loss") -> dict[int, float]:
-    """Step -> value; fails on a step that is there twice."""
-    text = (out_dir / "metrics.jsonl").read_text()
-    lines = text[: text.rfind("\n") + 1].splitlines()  # the last may be half written
-    found = [(row["step"], row[key]) for row in map(json.loads, lines) if key in row]
-    assert len(found) == len(dict(found)), "a step is there twice"
-    return dict(found)
+def data(plays) -> Path:
+    return plays
 
 
 def stop_after(monkeypatch, *at: int) -> None:
-    monkeypatch.setattr(distributed.StopRequest, "reached", lambda self, step: step in at)
+    monkeypatch.setattr(stop.StopRequest, "reached", lambda self, step: step in at)
 
 
 @pytest.fixture(scope="module")
@@ -154,24 +83,6 @@ def test_continued_on_another_mesh_is_the_same_run(data, unbroken, tmp_path, mon
     ours, theirs = rows(tmp_path / "run"), rows(unbroken)
     assert list(ours) == [1, 2, 3, 4, 5, 6, 7, 8, 10, 12]
     np.testing.assert_allclose(list(ours.values()), [theirs[s] for s in ours], rtol=0, atol=1e-5)
-
-
-def start(argv: list[str], **environment) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-u", "-m", "scalegpt.train", *argv],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, **environment},
-    )  # fmt: skip
-
-
-def wait_for_step(process: subprocess.Popen, out_dir: Path, at: int, seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and process.poll() is None:
-        if (out_dir / "metrics.jsonl").exists() and max(rows(out_dir), default=0) >= at:
-            return
-        time.sleep(0.01)
-    process.kill()
-    pytest.fail(f"step {at} was not reached: {process.communicate()[0][-2000:]}")
 
 
 LONG = {"optim.steps": 400, "eval.every": 0, "checkpoint.every": 50}
@@ -417,6 +328,15 @@ def test_the_last_good_checkpoint_is_named_and_a_bad_evaluation_saves_none(
     checkpoints.close()
 
 
+def test_out_of_memory_is_one_message_with_what_helps(data, tmp_path, monkeypatch):
+    def exhausted(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 190G of 15G\n" + "buffers\n" * 99)
+
+    monkeypatch.setattr(step.Steps, "train", exhausted)
+    with pytest.raises(ValueError, match="190G of 15G\nlower batch.microbatch, raise mesh.fsdp"):
+        train.main(arguments(data, tmp_path / "run"))
+
+
 def test_rows_of_another_run_are_never_overwritten_however_often_one_tries(data, tmp_path):
     (tmp_path / "run").mkdir()
     file = tmp_path / "run" / "metrics.jsonl"
@@ -478,7 +398,10 @@ def test_a_run_with_wandb_offline_and_tensorboard(data, tmp_path):
 
 def test_fault_18_every_process_decides_by_its_own_index():
     """Only the main process writes rows: the metrics of any other write nothing."""
-    silent = Metrics("/nowhere/at/all", LogConfig(wandb=True), total_steps=1, is_main=False)
+    silent = Metrics(
+        "/nowhere/at/all", LogConfig(wandb=True), total_steps=1, is_main=False,
+        phases=Phases(RunConfig(out_dir="x")),
+    )  # fmt: skip
     silent.train({"step": 1, "train/loss": 1.0})
     silent.close()
     assert not Path("/nowhere").exists()

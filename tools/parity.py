@@ -42,9 +42,10 @@ import jax
 import numpy as np
 from hlo_traffic import collectives, table
 
-from scalegpt import command_line, distributed, pmap_step, sharding, train
+from scalegpt import command_line, distributed, pmap_step, sharding
 from scalegpt.config import Config
 from scalegpt.data import Dataset
+from scalegpt.feed import batches_from, open_datasets
 
 DEVICES, DIVISOR = 8, 8 * 4  # most of any row; what the batch must divide over: accumulation 4
 FLAGS = {
@@ -104,8 +105,7 @@ def main(argv: list[str]) -> int:
             raise ValueError(f"--{name}={value} must be at least {lowest}")
     if flags.worker:
         return work(config, Path(flags.worker), flags.steps)
-
-    datasets = train.open_datasets(config)
+    datasets = open_datasets(config)
     asked, devices = config, choose_devices()
     config = config.with_vocab(max(d.vocab_size for d in datasets))
     sequences = -(-config.batch.sequences // DIVISOR) * DIVISOR
@@ -176,7 +176,7 @@ def updates(config: Config, datasets: list[Dataset], devices: list[Any], count: 
         program = steps.lower().compile().as_text()
         moved = sum(table(collectives(program, steps.mesh)).values())
     state, rows, seconds = steps.init(), [], []
-    for batch in islice(train.batches_from(config, datasets, steps, 0), count):
+    for batch in islice(batches_from(config, datasets, steps, 0), count):
         began = time.perf_counter()
         state, metrics = steps.train(state, batch)
         rows.append({key: float(value) for key, value in metrics.items()})
@@ -237,7 +237,7 @@ def in_processes(row: Row, config: Config, count: int, folder: Path) -> Result:
 def work(config: Config, folder: Path, count: int) -> int:
     """One process of several: the same updates; the first writes what it found."""
     distributed.start(config.distributed)
-    result = updates(config, train.open_datasets(config), jax.devices(), count)
+    result = updates(config, open_datasets(config), jax.devices(), count)
     if jax.process_index() == 0:
         (folder / "result").write_bytes(pickle.dumps(vars(result)))
     return 0

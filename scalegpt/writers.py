@@ -1,0 +1,140 @@
+"""The places that rows of metrics go to: metrics.jsonl always, TensorBoard and W&B if asked for."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from scalegpt import ledger
+
+Row = dict[str, Any]
+Say = Callable[[str], None]
+
+
+class JsonlWriter:
+    """Appends rows to a JSON-lines file, a whole line each, at once.
+
+    Lines are strict JSON: a NaN or an infinity, which JSON has not, is written as null.
+    Continuing after step s (`resume_step`) first drops what a killed run left behind: rows of
+    later steps, the ledger's of s, which a new one replaces, and a torn last line. So the loop goes
+    on with s + 1 and nothing is there twice. `earlier` keeps the rows that there were.
+    A disk that is full holds lines back until it is not; `say` warns once.
+    Raises ValueError on a new run (`resume_step=None`) whose file exists: runs never overwrite.
+    """
+
+    def __init__(
+        self, path: str | Path, resume_step: int | None = None, say: Say = lambda text: None
+    ) -> None:
+        if "://" in str(path):  # Path() would quietly make a local folder named "gs:"
+            raise ValueError(f"run.out_dir holds files that grow, so it must be local: {path}")
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.earlier: list[Row] = []
+        if path.exists() and resume_step is not None:
+            self.earlier = ledger.parsed(path.read_text(errors="replace").splitlines())
+            kept = [row for row in self.earlier
+                    if row["step"] < resume_step + ("time/step" not in row)]  # fmt: skip
+            # Written beside it and renamed: killed at any point, the file is the old or the new.
+            beside = path.with_name(path.name + ".tmp")
+            beside.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            beside.replace(path)
+        elif path.exists() and path.stat().st_size:
+            raise ValueError(f"{path} is another run's: choose a new run.out_dir, or move it away")
+        # Unbuffered: what the disk did not take is known to the byte.
+        self._file, self._held, self._say = path.open("ab", buffering=0), b"", say
+        self._warned = False
+
+    def write(self, row: Row) -> None:
+        strict = {k: None if isinstance(v, float) and not math.isfinite(v) else v
+                  for k, v in row.items()}
+        self._held += json.dumps(strict, allow_nan=False).encode() + b"\n"
+        try:
+            while self._held:
+                self._held = self._held[self._file.write(self._held):]
+        except OSError as error:
+            if not self._warned:
+                self._say(f"warning: cannot write {self._file.name} ({error.strerror}); its rows "
+                          "are held back until the disk takes them")
+            self._warned = True
+        else:
+            self._warned = False
+
+    def close(self) -> None:
+        if self._held:
+            rows = self._held.count(b"\n")
+            self._say(f"warning: the last {rows} rows of {self._file.name} are lost")
+        self._file.close()
+
+
+class TensorBoardWriter:
+    """Rows as TensorBoard scalars; on continuing, TensorBoard hides what came after that step."""
+
+    def __init__(self, folder: str | Path, resume_step: int | None = None) -> None:
+        from tensorboardX import SummaryWriter
+
+        purge = None if resume_step is None else resume_step + 1  # it hides this step and later
+        self._writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=10)
+        self.close = self._writer.close
+
+    def write(self, row: Row) -> None:
+        for key, value in row.items():
+            if key not in ("step", "time"):
+                self._writer.add_scalar(key, value, row["step"], walltime=row["time"])
+
+
+class WandbWriter:
+    """Rows to Weights & Biases, which may fail in any way without stopping or holding up a run.
+
+    Without credentials: W&B's offline mode. Any other trouble: one warning, and the writer is off.
+    A continued run keeps its W&B id, in out_dir/wandb_id.txt, and W&B ignores the steps that it
+    already has. Raises ValueError if the package is missing.
+    """
+
+    def __init__(
+        self, config: Row, out_dir: str | Path, project: str, name: str | None = None,
+        resume: bool = False, entity: str | None = None, say: Say = print,
+    ) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ValueError("log.wandb=true needs a package that is not installed: "
+                             "pip install 'scalegpt[wandb]', or set log.wandb=false") from error
+        self._say, self._run = say, None
+        id_file = Path(out_dir) / "wandb_id.txt"
+
+        def start() -> None:
+            mode = wandb.setup().settings.mode  # from WANDB_MODE or W&B's settings files
+            online = mode not in ("offline", "dryrun", "disabled")
+            # wandb.init would ask for a key and wait; this neither asks nor goes to the network.
+            if online and not wandb.login(prompt=False, verify=False):
+                mode = "offline"
+                say("warning: no W&B credentials, so W&B logs offline; to upload later: "
+                    f"wandb login && wandb sync {out_dir}/wandb/offline-run-*")
+            known = id_file.read_text().strip() if resume and id_file.exists() else None
+            self._run = wandb.init(
+                project=project, name=name, entity=entity, config=config, dir=str(out_dir),
+                mode=mode, id=known, resume="allow" if known else None,
+                # Without it a run whose network died waits for ever at its end.
+                settings=wandb.Settings(finish_timeout=60),
+            )
+            id_file.write_text(self._run.id + "\n")
+
+        self._guard(start)
+
+    def _guard(self, call: Callable[[], Any]) -> None:
+        try:
+            call()
+        except Exception as error:
+            # All of them on purpose: a bad key, a full disk, a fault of W&B's server or client
+            # must not end days of training, whose rows are in metrics.jsonl anyway.
+            self._run = None
+            self._say(f"warning: W&B is off from here on ({type(error).__name__}: {error})")
+
+    def write(self, row: Row) -> None:
+        if run := self._run:
+            self._guard(lambda: run.log(row, step=row["step"]))
+
+    def close(self) -> None:
+        if run := self._run:
+            self._guard(run.finish)

@@ -1,0 +1,113 @@
+"""Where the time went: it sums to the wall clock, over kills too, and memory does not grow."""
+
+import json
+import time
+
+import psutil
+import pytest
+from tiny_run import arguments, rows, start, wait_for_step
+
+from scalegpt import ledger, phases, sharding, step
+from scalegpt.checkpoint import Checkpoints
+from scalegpt.command_line import parse
+from scalegpt.config import RunConfig
+from scalegpt.evaluate import validation
+from scalegpt.feed import open_datasets
+
+RUN = RunConfig(out_dir="x")
+
+
+def test_phases_nest_and_sum_to_the_life_of_the_process():
+    p = phases.Phases(RUN)
+    p.begin("step", 3)
+    with p("evaluation"):
+        time.sleep(0.2)
+        with p("save"):
+            assert p.current.name == "save" and p.current.step == 3
+            time.sleep(0.1)
+    assert p.current.name == "step" and p.current.step == 3
+    seconds = p.seconds
+    assert 0.2 <= seconds["evaluation"] < 0.3 and 0.1 <= seconds["save"] < 0.2
+    assert sum(seconds.values()) == pytest.approx(p.lifetime, abs=0.01)
+    assert set(phases.LEDGER) == {place for place, _ in phases.PHASES.values()}
+
+
+def test_each_phase_has_the_deadline_of_its_key_and_progress_renews_it():
+    p = phases.Phases(RunConfig(out_dir="x", deadline_restore=7, deadline_step=3))
+    with p("restore"):
+        assert p.current.deadline == 7
+    p.begin("step", 1)
+    since = p.current.since
+    time.sleep(0.01)
+    p.progress(2)
+    assert p.current.deadline == 3 and p.current.step == 2 and p.current.since > since
+    p.lengthen("step", 50)
+    p.lengthen("step", 5)
+    p.progress()
+    assert p.current.deadline == 50
+
+
+def test_what_a_killed_process_did_after_its_checkpoint_is_lost():
+    p = phases.Phases(RUN)
+    now = time.time() - p.lifetime
+    zeros = dict.fromkeys((f"time/{name}" for name in ledger.TIMES), 0.0)
+    earlier = [
+        {"step": 0, "time": now - 100, **zeros, "time/startup": 10.0},
+        {"step": 50, "time": now - 60, **zeros, "time/startup": 10.0, "time/step": 40.0},
+        {"step": 90, "time": now - 30, "train/loss": 1.0},
+    ]
+    row = ledger.Ledger(p, earlier, 50).row()
+    assert row["time/lost"] == pytest.approx(30) and row["time/step"] == 40
+    assert row["time/down"] == pytest.approx(30, abs=1)
+    lived = 10 + 40 + 30 + p.lifetime
+    assert row["perf/goodput"] == pytest.approx(40 / lived, rel=0.05)
+    # No checkpoint was there: all of it is lost.
+    row = ledger.Ledger(p, earlier, -1).row()
+    assert row["time/lost"] == pytest.approx(10 + 70) and row["time/step"] == 0
+    assert ledger.Ledger(p, earlier, None).row()["time/lost"] == 0
+
+
+def test_the_ledger_sums_to_the_wall_time_over_a_kill_and_a_restart(plays, tmp_path):
+    """Within 2 % of what a clock outside of the processes says."""
+    argv = arguments(plays, tmp_path / "run", optim__steps=300, checkpoint__every=50, eval__every=0)
+    began = time.time()
+    process = start(argv)
+    wait_for_step(process, tmp_path / "run", 70)
+    process.kill()
+    process.communicate()
+    time.sleep(2)
+    process = start(argv)
+    output = process.communicate(timeout=120)[0]
+    wall = time.time() - began
+    assert process.returncode == 0, output
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    last = [row for row in map(json.loads, lines) if "time/step" in row][-1]
+    total = sum(last[f"time/{name}"] for name in ledger.TIMES)
+    assert total == pytest.approx(last["time"] - began, rel=0.02)
+    assert wall - total < 5, "what comes after the last row is the end of the process alone"
+    assert last["time/down"] >= 2 and last["time/lost"] > 0 and last["time/restore"] > 0
+    assert last["time/step"] > 0 and 0 < last["perf/goodput"] < 1
+    assert "time     " in output and "goodput" not in rows(tmp_path / "run")
+    stalls = rows(tmp_path / "run", "perf/save_stall_seconds")
+    assert set(stalls) >= {100, 150, 200, 250, 300} and 0 <= min(stalls.values())
+    assert max(stalls.values()) < 5
+    assert min(rows(tmp_path / "run", "memory/host_gib").values()) > 0.05
+
+
+def test_200_saves_and_evaluations_do_not_grow_the_memory(plays, tmp_path):
+    """In the loop's own way: asynchronous, one after the other, with retention."""
+    config = parse([*arguments(plays, tmp_path / "run"), "--eval.windows=8"], "test", {})[0]
+    datasets = open_datasets(config)
+    config = config.with_vocab(datasets[0].vocab_size)
+    steps = step.build(config, sharding.make_mesh(config.mesh), "float32", "xla")
+    evaluate, state = validation(config, datasets, steps), steps.init()
+    saves = Checkpoints(tmp_path, 1)
+    process, seen = psutil.Process(), []
+    for at in range(1, 201):
+        evaluate(state.params)
+        saves.save(state, at, {"best_loss": 0.0}, 1.0 / at)
+        seen.append(process.memory_info().rss / 2**20)
+    saves.wait()
+    saves.close()
+    # The first few fill pools and caches that stay.
+    assert max(seen[-10:]) - max(seen[30:40]) < 30, f"MiB: {seen[::20]}"
