@@ -184,9 +184,7 @@ class Checkpoints:
 
         Every byte is read, each process reading its share. Raises ValueError when it cannot.
         """
-        wrong: list[str] = []
-        unreadable = None
-        folder = self._folder / str(step)
+        wrong, unreadable, folder = list[str](), None, self._folder / str(step)
         try:
             content = manifest.read(folder, step)
             names = manifest.files_of(content, items)
@@ -232,7 +230,7 @@ class Checkpoints:
     @property
     def latest(self) -> int | None:
         """The last step that has a manifest."""
-        return max(self._list()[0], default=None)
+        return max(self.steps, default=None)
 
     # --- reading
 
@@ -293,8 +291,6 @@ def _rest(state: State) -> dict[str, Any]:
 def open_checkpoints(out_dir: str | Path) -> Checkpoints:
     """To read from a run, finished or not. Raises ValueError when there is none."""
     if not is_run(out_dir):
-        raise ValueError(
-            f"{out_dir} is not the folder of a run: it has no {FOLDER}/; "
-            "give the run.out_dir of a training run"
-        )
+        raise ValueError(f"{out_dir} is not the folder of a run: it has no {FOLDER}/; "
+                         "give the run.out_dir of a training run")  # fmt: skip
     return Checkpoints(out_dir, read_only=True)

@@ -14,7 +14,7 @@ index, address, out_dir = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 jax.distributed.initialize(address, 2, index)
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
-from scalegpt import manifest, one_save
+from scalegpt import health, manifest, one_save
 from scalegpt.checkpoint import Checkpoints
 from scalegpt.step import State
 mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -23,8 +23,10 @@ split = NamedSharding(mesh, P("x"))
 def state(at):
     whole = np.arange(16, dtype=np.float32).reshape(4, 4) * at
     array = jax.make_array_from_callback((4, 4), split, lambda i: whole[i])
-    whole_step = jax.make_array_from_callback((), NamedSharding(mesh, P()), lambda i: np.int32(at))
-    return State(whole_step, {"w": array}, {"mu": array}, {"recent": array})
+    common = lambda x: jax.make_array_from_callback(
+        np.shape(x), NamedSharding(mesh, P()), lambda i: np.asarray(x)[i])
+    return State(common(np.int32(at)), {"w": array}, {"mu": array},
+                 jax.tree.map(common, health.initial()))
 
 def holds(restored, at):
     parts = [(s.data, a.data) for s, a in zip(restored.params["w"].addressable_shards,
