@@ -15,16 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
 from scalegpt import manifest, storage
 from scalegpt.agreement import Deadline, from_first, gather
 from scalegpt.one_save import reason
+from scalegpt.run_folder import FOLDER, is_run
 from scalegpt.saving import Failure, Saver
 from scalegpt.step import State
 
-FOLDER = "checkpoints"
 PARAMS, WHOLE = ("params",), ("params", "optimizer")
 _count = itertools.count()
 
@@ -90,6 +91,14 @@ class Checkpoints:
         self._saver.begin(0, {"params": params}, meta, None)
         if failure := self.wait():
             raise ValueError(f"cannot write to {self.folder}: {failure.reason}")
+
+    def evaluated(self, step: int, meta: dict[str, Any], val_loss: float) -> None:
+        """Make `step`, which was saved without an evaluation, a candidate for the best."""
+        if jax.process_index() == 0:
+            try:
+                manifest.amend(self._folder / str(step), step, meta, val_loss)
+            except Exception as error:  # as with a save: no reason to stop training
+                self.say(f"warning: step {step} is saved without its loss: {reason(error)}")
 
     @property
     def failing(self) -> Failure | None:
@@ -175,9 +184,7 @@ class Checkpoints:
 
         Every byte is read, each process reading its share. Raises ValueError when it cannot.
         """
-        wrong: list[str] = []
-        unreadable = None
-        folder = self._folder / str(step)
+        wrong, unreadable, folder = list[str](), None, self._folder / str(step)
         try:
             content = manifest.read(folder, step)
             names = manifest.files_of(content, items)
@@ -223,7 +230,7 @@ class Checkpoints:
     @property
     def latest(self) -> int | None:
         """The last step that has a manifest."""
-        return max(self._list()[0], default=None)
+        return max(self.steps, default=None)
 
     # --- reading
 
@@ -246,6 +253,14 @@ class Checkpoints:
     def restore_params(self, step: int, abstract_params: Any) -> Any:
         """Weights only; the optimizer's two thirds of the bytes are not read. Raises ValueError."""
         return self._read(step, {"params": abstract_params})[0]
+
+    def read_item(self, step: int, item: str) -> Any:
+        """An item whose arrays nobody has described: as it is stored, in NumPy, unverified."""
+        folder = epath.Path(f"{self.folder}/{step}/{item}")
+        handler = ocp.PyTreeCheckpointHandler()
+        tree = handler.metadata(folder).tree
+        numpy = jax.tree.map(lambda x: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        return handler.restore(folder, args=ocp.args.PyTreeRestore(restore_args=numpy))
 
     def _read(self, step: int, items: dict[str, Any]) -> Sequence[Any]:
         if not self._verified >= {(step, item) for item in items}:
@@ -273,23 +288,9 @@ def _rest(state: State) -> dict[str, Any]:
     return {"opt": state.opt_state, "step": state.step, "health": state.health}
 
 
-def is_run(folder: str | Path) -> bool:
-    """Whether it is the folder of a run, or of imported weights, and not of Hugging Face's kind."""
-    if storage.is_url(folder):
-        return bool((storage.folder(folder) / FOLDER).names())
-    return Path(folder, FOLDER).is_dir()
-
-
-def has_imported_weights(out_dir: str | Path) -> bool:
-    """Whether it has a step 0, which no run saves."""
-    return bool((storage.folder(out_dir) / FOLDER / "0").names())
-
-
 def open_checkpoints(out_dir: str | Path) -> Checkpoints:
     """To read from a run, finished or not. Raises ValueError when there is none."""
     if not is_run(out_dir):
-        raise ValueError(
-            f"{out_dir} is not the folder of a run: it has no {FOLDER}/; "
-            "give the run.out_dir of a training run"
-        )
+        raise ValueError(f"{out_dir} is not the folder of a run: it has no {FOLDER}/; "
+                         "give the run.out_dir of a training run")  # fmt: skip
     return Checkpoints(out_dir, read_only=True)

@@ -24,18 +24,19 @@ from scalegpt.token_files import Split, open_split
 
 
 def validation(
-    config: Config, datasets: list[Dataset], steps: Steps
+    config: Config, datasets: list[Dataset], steps: Steps,
+    between: Callable[[], None] = lambda: None,
 ) -> Callable[[Any], dict[str, float]]:
     """params -> the evaluation row of metrics.jsonl: the loss over each val.bin, and eval.tasks.
 
-    Raises ValueError for tasks that cannot be scored.
+    between: called before each batch. Raises ValueError for tasks that cannot be scored.
     """
     splits = [
         Split(d.name, d.tokenizer, d.vocab_size, d.val, d.val_bytes_per_token) for d in datasets
     ]
     weights = list(config.data.weights.values())
-    loss = losses(steps, splits, weights, config.eval.windows, shown=False)[0]
-    scores = tasks.in_training(config.eval, datasets[0].tokenizer, steps)
+    loss = losses(steps, splits, weights, config.eval.windows, False, between)[0]
+    scores = tasks.in_training(config.eval, datasets[0].tokenizer, steps, between)
 
     def evaluate(params: Any) -> dict[str, float]:
         figures = loss(params)

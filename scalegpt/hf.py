@@ -16,11 +16,11 @@ import numpy as np
 from flax import traverse_util
 
 from scalegpt import tokenizer
-from scalegpt.checkpoint import is_run
 from scalegpt.command_line import validate
 from scalegpt.config import ModelConfig
 from scalegpt.json_files import read_object
 from scalegpt.model import LAYER_NORM_EPS
+from scalegpt.run_folder import is_run
 from scalegpt.tensor_files import INDEX, SAFE, TORCH, open_tensors
 
 HUB_SECONDS = 15  # of silence, after which there is no network

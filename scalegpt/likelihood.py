@@ -60,8 +60,9 @@ def log_likelihood(
     return totals.sum(0), greedy.all(0)
 
 
-def scorer(steps: Steps) -> Scorer:
+def scorer(steps: Steps, between: Callable[[], None] = lambda: None) -> Scorer:
     """Compiled once for each of a few widths. Every process of a run must call it together.
+    between: called before each batch.
 
     A row's width follows from its own length alone, and nothing in a row sees another, so that
     no figure depends on microbatch or mesh.
@@ -91,6 +92,7 @@ def scorer(steps: Steps) -> Scorer:
 
     def dispatch(params: Any, rows: list[Row], groups: list[np.ndarray]) -> Iterator[Any]:
         for group in groups:
+            between()
             arrays = _padded([rows[i] for i in group], batch, *shape(rows[group[0]]))
             arrays = [sharding.to_global(a[local], local, steps.eval_sharding, batch)
                       for a in arrays]  # fmt: skip

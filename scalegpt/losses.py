@@ -18,16 +18,18 @@ from scalegpt.tokenizer import Tokenizer
 
 
 def mean_loss(
-    steps: Steps, params: Any, batches: EvalBatches, what: str = ""
+    steps: Steps, params: Any, batches: EvalBatches, what: str = "",
+    between: Callable[[], None] = lambda: None,
 ) -> tuple[float, float]:
     """Mean cross-entropy a token in nats, and its standard error with windows as samples.
 
     Every process gets the same figures; they do not depend on batch size or mesh. what: for the
-    progress bar; "" is for none.
+    progress bar; "" is for none. between: called before each batch.
     """
 
     def dispatch() -> Iterator[Any]:
         for batch in batches:
+            between()
             tokens = sharding.to_global(
                 batch, batches.rows, steps.eval_sharding, batches.rows_per_batch
             )
@@ -47,7 +49,8 @@ def mean_loss(
 
 
 def losses(
-    steps: Steps, splits: list[Split], weights: list[float], windows: int | None, shown: bool
+    steps: Steps, splits: list[Split], weights: list[float], windows: int | None, shown: bool,
+    between: Callable[[], None] = lambda: None,
 ) -> tuple[Callable[[Any], Figures], int]:
     """params -> loss, perplexity and, where bytes are known, bits_per_byte; how many tokens each is
     the mean of.
@@ -63,7 +66,7 @@ def losses(
 
     def evaluate(params: Any) -> Figures:
         results = np.array([
-            mean_loss(steps, params, batches, name if shown else "")
+            mean_loss(steps, params, batches, name if shown else "", between)
             for name, batches in zip(names, all_batches, strict=True)
         ])  # fmt: skip
 

@@ -33,14 +33,18 @@ class Damaged(Exception):
     """The text says which file, and what is wrong with it."""
 
 
+def flatten(items: Any) -> dict[str, Any]:
+    """Arrays by name, as params/wte."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): x
+        for path, x in jax.tree_util.tree_flatten_with_path(items)[0]
+    }
+
+
 def describe_tree(items: Any) -> dict[str, str]:
     """Array -> dtype[shape], as `params/wte: float32[65,32]`."""
-    leaves = jax.tree_util.tree_flatten_with_path(items)[0]
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): f"{x.dtype}{list(x.shape)}".replace(
-            " ", ""
-        )
-        for path, x in leaves
+        name: f"{x.dtype}[{','.join(map(str, x.shape))}]" for name, x in flatten(items).items()
     }
 
 
@@ -57,12 +61,22 @@ def encode(
     step: int, val_loss: float | None, meta: dict[str, Any], tree: dict[str, str],
     files: dict[str, list],
 ) -> bytes:  # fmt: skip
-    # JSON has no infinity: before the first evaluation there is no best loss.
-    meta = {key: None if value == math.inf else value for key, value in meta.items()}
     content = {
         "format": 1, "step": step, "time": time.time(), "val_loss": val_loss, "meta": meta,
         "tree": tree, "files": files, "versions": _versions(),
     }  # fmt: skip
+    return _sealed(content)
+
+
+def amend(folder: Folder, step: int, meta: dict[str, Any], val_loss: float) -> None:
+    """Add to a checkpoint what an evaluation found only later. Raises Damaged, and OSError."""
+    folder.write(NAME, _sealed({**read(folder, step), "meta": meta, "val_loss": val_loss}))
+
+
+def _sealed(content: Manifest) -> bytes:
+    # JSON has no infinity: before the first evaluation there is no best loss.
+    meta = {k: None if v == math.inf else v for k, v in content["meta"].items()}
+    content = {**content, "meta": meta}
     return json.dumps({**content, "sha256": _digest(content)}, allow_nan=False, indent=1).encode()
 
 

@@ -26,6 +26,8 @@ from scalegpt.agreement import Deadline, forget, from_first, gather
 from scalegpt.storage import Folder
 
 _count = itertools.count()
+# Seconds that training waits for a folder: the client of a lost bucket tries for minutes.
+PATIENCE = 20.0
 _KNOWN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT,
           errno.ENOTDIR, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT,
           errno.ECONNREFUSED)  # fmt: skip
@@ -74,12 +76,11 @@ class Save:
         if number > 1:
             forget(f"scalegpt/save/{number - 2}")
         self._first = jax.process_index() == 0
-        answer = [False, None]
+        answer: list[Any] = [False, None]
         if self._first:
-            try:
-                answer[0] = _is_there_or_make_room(checkpoints, step, items, is_damaged)
-            except Exception as error:
-                answer[1] = reason(error)
+            answer = _within(
+                PATIENCE, lambda: _is_there_or_make_room(checkpoints, step, items, is_damaged)
+            )
         try:
             self.is_there, self.problem = from_first(f"{self._name}/begin", answer, self._deadline)
         except TimeoutError as error:
@@ -168,6 +169,22 @@ class Save:
         return None
 
 
+def _within(seconds: float, function: Callable[[], Any]) -> list[Any]:
+    """[result, why there is none]; what takes longer is left to itself."""
+    answer = [None, f"nothing was answered within {seconds:g} s"]
+
+    def call() -> None:
+        try:
+            answer[:] = [function(), None]
+        except Exception as error:
+            answer[:] = [None, reason(error)]
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return list(answer)
+
+
 def _is_there_or_make_room(
     checkpoints: Folder, step: int, items: Sequence[str], is_damaged: bool
 ) -> bool:
@@ -187,6 +204,8 @@ def _is_there_or_make_room(
     folder.write(manifest.UNFINISHED, b"")
     for name in items:
         (folder / name).make()
+        # For this folder Orbax's other processes wait long, where process 0 has failed before it.
+        (folder / name / "array_metadatas").make()
     return False
 
 

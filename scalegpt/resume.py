@@ -8,16 +8,10 @@ from typing import Any, TextIO
 import jax
 
 from scalegpt import hf, run_folder, tokenizer
-from scalegpt.checkpoint import (
-    FOLDER,
-    PARAMS,
-    Checkpoints,
-    has_imported_weights,
-    is_run,
-    open_checkpoints,
-)
+from scalegpt.checkpoint import PARAMS, Checkpoints, open_checkpoints
 from scalegpt.command_line import load, validate
 from scalegpt.config import Config
+from scalegpt.run_folder import FOLDER, has_imported_weights, is_run
 from scalegpt.step import State, Steps
 
 try:

@@ -12,9 +12,22 @@ from pathlib import Path
 
 from scalegpt import storage
 
+FOLDER = "checkpoints"
 BAD_UPDATES = "bad_updates.jsonl"
 _FILES = ("config.yaml", "metrics.jsonl", BAD_UPDATES, "wandb_id.txt")
 _LOGS = "tensorboard"
+
+
+def is_run(folder: str | Path) -> bool:
+    """Whether it is the folder of a run, or of imported weights, and not of Hugging Face's kind."""
+    if storage.is_url(folder):
+        return bool((storage.folder(folder) / FOLDER).names())
+    return Path(folder, FOLDER).is_dir()
+
+
+def has_imported_weights(out_dir: str | Path) -> bool:
+    """Whether it has a step 0, which no run saves."""
+    return bool((storage.folder(out_dir) / FOLDER / "0").names())
 
 
 def local(out_dir: str) -> Path:

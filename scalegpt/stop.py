@@ -20,6 +20,10 @@ _NOTICES = {
 _POLL = 5.0  # seconds; a spot machine has 30 from the notice to its end
 
 
+class Interrupted(Exception):
+    """Asked to stop in the midst of something that can be done later."""
+
+
 class StopRequest:
     """Asked to stop, the run saves at the end of a step and leaves; asked twice, it leaves at once.
 
@@ -74,6 +78,11 @@ class StopRequest:
         with self._counting:
             self._calls += 1
             return self._last is not None and self._calls >= self._last
+
+    def check(self) -> None:
+        """Raises Interrupted when `reached`."""
+        if self.reached():
+            raise Interrupted
 
     # Of the line: between these two `reached` does not return, so that no call is overtaken.
 

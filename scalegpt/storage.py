@@ -6,6 +6,7 @@ all three.
 
 import contextlib
 import hashlib
+import logging
 import os
 import posixpath
 from dataclasses import dataclass
@@ -98,8 +99,9 @@ class Folder:
         self.fs.rm(self.root, recursive=True)
 
     def move(self, to: "Folder") -> None:
-        if is_url(self.path):
-            self.fs.mv(self.root, to.root, recursive=True)
+        if is_url(self.path):  # one by one: gcsfs would try to move what only looks like a folder
+            for name in self.files():
+                self.fs.mv(posixpath.join(self.root, name), posixpath.join(to.root, name))
         else:
             os.rename(self.root, to.root)
 
@@ -122,6 +124,8 @@ def folder(path: str | Path) -> Folder:
     path = str(path).rstrip("/")
     if not path.startswith(("gs://", "s3://")):  # else Orbax would make a local folder "x:"
         raise ValueError(f"{path}: checkpoints can be in a local folder, gs:// or s3://")
+    # It logs each request that fails, with a traceback; we say once what could not be done.
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL + 1)
     try:
         # Orbax writes by a client of its own, so that a listing kept from before would be wrong.
         fs, root = fsspec.core.url_to_fs(path, use_listings_cache=False)

@@ -120,9 +120,10 @@ def run(task: Task, score: Scorer, params: Any, shown: bool = False) -> Figures:
 
 
 def in_training(
-    config: EvalConfig, tokenizer_spec: Any, steps: Steps
+    config: EvalConfig, tokenizer_spec: Any, steps: Steps, between: Callable[[], None]
 ) -> Callable[[Any], dict[str, float]]:
-    """params -> TASK/acc and its like, of eval.tasks; every mistake in them is raised here."""
+    """params -> TASK/acc and its like, of eval.tasks; every mistake in them is raised here.
+    between: called before each batch."""
     if not config.tasks:
         return lambda params: {}
     codec, block_size = tokenizer.load(tokenizer_spec), steps.model.config.block_size
@@ -130,7 +131,7 @@ def in_training(
         open_task(name, path, codec, block_size, config.task_examples)
         for name, path in config.tasks.items()
     ]
-    score = scorer(steps)
+    score = scorer(steps, between)
 
     def evaluate(params: Any) -> dict[str, float]:
         row = {}

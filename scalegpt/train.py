@@ -41,7 +41,7 @@ from scalegpt.resume import (
     write_config,
 )
 from scalegpt.step import State, Steps
-from scalegpt.stop import StopRequest
+from scalegpt.stop import Interrupted, StopRequest
 from scalegpt.watch import Watch
 
 FLAGS = {
@@ -106,7 +106,7 @@ def train(config: Config, phases: Phases, stop: StopRequest) -> int:
     stored = stored_config(config, datasets[0].tokenizer)
     if config.run.replay:
         return replay(config, datasets, steps, phases)
-    evaluate = validation(config, datasets, steps)
+    evaluate = validation(config, datasets, steps, stop.check)
     in_use = lock(config) if is_main else None
     checkpoints = open_to_save(config)
     meta = {
@@ -114,13 +114,16 @@ def train(config: Config, phases: Phases, stop: StopRequest) -> int:
         "tokenizer": datasets[0].tokenizer,
         "data": {d.name: d.fingerprint for d in datasets},
         "best_loss": math.inf,
+        "evaluation_due": False,  # a request to stop has cut it short
     }
     with phases("restore"):
         start = checkpoints.continue_from() or 0
     with phases("self-check"):
         distributed.self_check(distributed.facts(config, meta["data"], start))
     if start > 0:
-        meta["best_loss"] = check_same_run(config, meta, checkpoints.meta(start))
+        before = checkpoints.meta(start)
+        meta["best_loss"] = check_same_run(config, meta, before)
+        meta["evaluation_due"] = before.get("evaluation_due", False)
     notes: list[str] = []
     with phases("restore" if start else "weights"):
         state = initial_state(config, steps, checkpoints, start, notes.append)
@@ -189,6 +192,7 @@ def loop(run: Run, state: State, start: int) -> int:
         with phases("evaluation"):
             row = run.evaluate(state.params)
         meta["best_loss"] = min(meta["best_loss"], row["val/loss"])
+        meta["evaluation_due"] = False
         metrics.evaluation({"step": done, **row, "val/best_loss": meta["best_loss"]})
         return row["val/loss"]
 
@@ -217,6 +221,9 @@ def loop(run: Run, state: State, start: int) -> int:
     if start == 0:
         evaluation(0)
         meta["best_loss"] = math.inf  # of weights that nobody has trained
+    elif meta["evaluation_due"]:
+        loss = evaluation(start)
+        run.checkpoints.evaluated(start, meta, loss)
     metrics.say(f"start    {phases}")
     if start < total:
         metrics.say("compiling the training step ...")
@@ -251,7 +258,12 @@ def loop(run: Run, state: State, start: int) -> int:
             metrics.say(f"first update after {first:.1f} s")
         if not (evaluate_now or save_now):
             continue
-        best, loss = meta["best_loss"], evaluation(done) if evaluate_now else None
+        best, loss = meta["best_loss"], None
+        if evaluate_now:
+            try:
+                loss = evaluation(done)
+            except Interrupted:
+                leaving = last = save_now = meta["evaluation_due"] = True
         if loss is not None and not math.isfinite(loss):
             return leave(done, NOT_FINITE)
         if save_now or (loss is not None and loss < best):
@@ -259,7 +271,7 @@ def loop(run: Run, state: State, start: int) -> int:
                 stall = run.checkpoints.save(state, done, meta, loss)
             if not last:
                 metrics.ledger(done, stall)
-        if leaving and done < total:
+        if meta["evaluation_due"] or (leaving and done < total):
             return leave(done, STOPPED, stall)
     return leave(total, DONE, stall)
 

@@ -7,9 +7,10 @@ from typing import Any
 from jax.sharding import Mesh
 
 from scalegpt import distributed, hf, tokenizer, value_types
-from scalegpt.checkpoint import PARAMS, is_run, open_checkpoints
+from scalegpt.checkpoint import PARAMS, open_checkpoints
 from scalegpt.command_line import validate
 from scalegpt.config import Config, DistributedConfig, MeshConfig, ModelConfig
+from scalegpt.run_folder import is_run
 from scalegpt.sharding import make_mesh
 from scalegpt.step import Steps, build_for_use
 from scalegpt.tokenizer import Tokenizer

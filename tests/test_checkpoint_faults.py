@@ -19,13 +19,15 @@ import pytest
 
 from scalegpt import manifest, one_save, storage
 from scalegpt.checkpoint import Checkpoints, open_checkpoints
+from scalegpt.health import initial
 from scalegpt.step import State
 
 
 def state(at: int) -> State:
     rng = np.random.default_rng(at)
     params = {"wte": jnp.asarray(rng.normal(size=(8, 4)), jnp.float32), "b": jnp.ones(3) * at}
-    return State(jnp.int32(at), params, {"mu": jax.tree.map(lambda x: x * 2, params)})
+    moments = {"mu": jax.tree.map(lambda x: x * 2, params)}
+    return State(jnp.int32(at), params, moments, initial())
 
 
 ABSTRACT = jax.tree.map(

@@ -159,9 +159,9 @@ def close(ours: dict, theirs: dict) -> None:
 def test_a_run_of_one_backend_continues_under_the_other(
     data, unbroken, tmp_path, monkeypatch, capsys, first, then
 ):
-    monkeypatch.setattr(stop.StopRequest, "reached", lambda self, step: step == 3)
+    monkeypatch.setattr(stop.StopRequest, "reached", lambda self, step=None: step == 3)
     assert train.main(arguments(data, tmp_path / "run", first)) == 3
-    monkeypatch.setattr(stop.StopRequest, "reached", lambda self, step: False)
+    monkeypatch.setattr(stop.StopRequest, "reached", lambda self, step=None: False)
     assert train.main(arguments(data, tmp_path / "run", then)) == 0
     printed = capsys.readouterr().out
     assert "continuing from step 3" in printed and f"data 8, {then}" in printed

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tiny_run import ROWS, STEPS, TEXT, T, arguments, rows, start, wait_for_step, write_data
 
-from scalegpt import checkpoint, evaluate, generate, resume, step, stop, train
+from scalegpt import checkpoint, evaluate, generate, one_save, resume, step, stop, train
 from scalegpt.command_line import parse
 from scalegpt.config import LogConfig, RunConfig
 from scalegpt.metrics import Metrics
@@ -27,7 +27,7 @@ def data(plays) -> Path:
 
 
 def stop_after(monkeypatch, *at: int) -> None:
-    monkeypatch.setattr(stop.StopRequest, "reached", lambda self, step: step in at)
+    monkeypatch.setattr(stop.StopRequest, "reached", lambda self, step=None: step in at)
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +83,32 @@ def test_continued_on_another_mesh_is_the_same_run(data, unbroken, tmp_path, mon
     ours, theirs = rows(tmp_path / "run"), rows(unbroken)
     assert list(ours) == [1, 2, 3, 4, 5, 6, 7, 8, 10, 12]
     np.testing.assert_allclose(list(ours.values()), [theirs[s] for s in ours], rtol=0, atol=1e-5)
+
+
+def test_a_request_during_an_evaluation_cuts_it_short_and_it_comes_first_on_continuing(
+    data, unbroken, tmp_path, monkeypatch, capsys
+):
+    batches = []  # of evaluations: two each
+
+    def reached(self, step=None):
+        if step is None:
+            batches.append(1)
+        return len(batches) >= 4  # the second of update 5's
+
+    out_dir = tmp_path / "run"
+    monkeypatch.setattr(stop.StopRequest, "reached", reached)
+    assert train.main(arguments(data, out_dir)) == 3
+    assert "stopped on request after update 5" in capsys.readouterr().out
+    assert list(rows(out_dir, "val/loss")) == [0] and checkpoint.open_checkpoints(out_dir).steps
+    stop_after(monkeypatch, 6)
+    assert train.main(arguments(data, out_dir)) == 3
+    # The loss that was found later counts as if it had been saved along.
+    assert checkpoint.open_checkpoints(out_dir).find("best") == 5
+    assert not checkpoint.open_checkpoints(out_dir).verify(5)
+    stop_after(monkeypatch)
+    assert train.main(arguments(data, out_dir)) == 0
+    for key in ("train/loss", "val/loss", "val/best_loss"):
+        assert sorted(rows(out_dir, key).items()) == sorted(rows(unbroken, key).items())
 
 
 LONG = {"optim.steps": 400, "eval.every": 0, "checkpoint.every": 50}
@@ -415,3 +441,25 @@ def test_data_sets_in_another_order_are_refused(data, tmp_path):
     for other in ({"b": "2", "a": "1"}, {"a": "1", "b": "2", "c": "3"}):
         with pytest.raises(ValueError, match="other tokens"):
             resume.check_same_run(config, {"data": other}, stored)
+
+
+@pytest.mark.parametrize("patience", ["0.001", "3600"])
+def test_a_run_that_cannot_save_goes_on_and_then_says_so_by_its_exit_code(
+    data, tmp_path, monkeypatch, capsys, patience
+):
+    """After checkpoint.patience, or at its end: never a silent 0."""
+    def full(self, name, tree):
+        if self.step > 4:
+            raise OSError(28, "No space left on device")
+        return copy(self, name, tree)
+
+    copy = one_save.Save._copy
+    monkeypatch.setattr(one_save.Save, "_copy", full)
+    argv = arguments(data, tmp_path / "run", **{"checkpoint.patience": patience, "eval.every": 0})
+    assert train.main(argv) == 5
+    printed = capsys.readouterr().out
+    assert printed.count("warning: step 8 could not be saved") == 1
+    assert "No space left on device; stopped; the last good checkpoint is step 4 in" in printed
+    assert "done: best val loss" not in printed
+    last = max(rows(tmp_path / "run"))
+    assert last == STEPS if patience == "3600" else 8 < last <= STEPS

@@ -24,10 +24,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from scalegpt import command_line, export, hf, sharding, tokenizer, trained
-from scalegpt.checkpoint import Checkpoints, is_run, open_checkpoints
+from scalegpt.checkpoint import Checkpoints, open_checkpoints
 from scalegpt.config import MeshConfig, ModelConfig
 from scalegpt.flops import parameter_count
 from scalegpt.model import GPT, Block, head_table, logits, rotary_tables
+from scalegpt.run_folder import is_run
 from scalegpt.step import build_for_use
 from scalegpt.token_files import open_split
 

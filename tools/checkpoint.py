@@ -1,0 +1,205 @@
+"""The checkpoints of a run: what there is, whether it is whole, how two differ, and removing some.
+
+python tools/checkpoint.py list out/NAME [--verify]
+python tools/checkpoint.py verify out/NAME [--step N]
+python tools/checkpoint.py diff out/NAME:1000 out/NAME:2000
+python tools/checkpoint.py prune out/NAME --keep 2 [--keep-every 10000] [--dry-run]
+
+A run is its out_dir, a folder or a URL. Exit codes: 0 done, and all is whole or equal; 1 something
+is damaged, or differs; 2 the user's mistake.
+"""
+
+import argparse
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from scalegpt import command_line, manifest, storage
+from scalegpt.checkpoint import open_checkpoints
+from scalegpt.config import Config
+from scalegpt.one_save import retire
+from scalegpt.resume import lock
+from scalegpt.run_folder import FOLDER, is_run
+
+
+def main(argv: list[str]) -> int:
+    parser = command_line.Parser(
+        prog="checkpoint.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="list|verify|diff|prune")
+
+    def command(name: str, function: Any, summary: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=summary, description=summary)
+        sub.set_defaults(function=function)
+        return sub
+
+    sub = command("list", list_, "step, date, size, val loss and state of each checkpoint")
+    sub.add_argument("run", metavar="RUN", help="out_dir of a run")
+    sub.add_argument("--verify", action="store_true", help="read every file to tell the state")
+    sub = command("verify", verify, "read every file and name what is broken; 1 if anything is")
+    sub.add_argument("run", metavar="RUN", help="out_dir of a run")
+    sub.add_argument("--step", type=int, help="only this one (default: all)")
+    sub = command("diff", diff, "config, arrays and largest differences of two; 1 if they differ")
+    for name in ("A", "B"):
+        sub.add_argument(name.lower(), metavar=name,
+                         help="RUN or RUN:WHICH, WHICH being latest (default), best or a step")
+    sub = command("prune", prune, "remove all but the last, the best and what is damaged")
+    sub.add_argument("run", metavar="RUN", help="out_dir of a run that nobody trains")
+    sub.add_argument("--keep", type=int, required=True, help="how many of the latest stay")
+    sub.add_argument("--keep-every", type=int, default=0, help="those of every so many steps stay")
+    sub.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    flags = parser.parse_args(argv)
+    # A look at files needs no accelerator, and a TPU would be taken from whatever trains on it.
+    jax.config.update("jax_platforms", "cpu")
+    return flags.function(flags)
+
+
+def folder_of(run: str) -> storage.Folder:
+    if not is_run(run):
+        raise ValueError(f"{run} is not the folder of a run: it has no {FOLDER}/")
+    return storage.folder(run) / FOLDER
+
+
+def losses_of(found: dict[int, Any]) -> dict[int, float | None]:
+    return {s: m["val_loss"] for s, m in found.items() if not isinstance(m, str)}
+
+
+def marks(losses: dict[int, float | None]) -> dict[int, str]:
+    """step -> best, latest."""
+    evaluated = {s: loss for s, loss in losses.items() if loss is not None}
+    found = [(manifest.best(evaluated), "best")] if evaluated else []
+    found += [(max(losses), "latest")] if losses else []
+    return {s: ", ".join(text for at, text in found if at == s) for s, _ in found}
+
+
+def list_(flags: argparse.Namespace) -> int:
+    folder = folder_of(flags.run)
+    found = manifest.steps(folder)
+    names = marks(losses_of(found))
+    code = 0
+    print(f"{'step':>9}  {'date':16}  {'size':>10}  {'val loss':>8}  state")
+    for step, content in found.items():
+        here = folder / str(step)
+        bytes_ = f"{sum(here.files().values()) / 1e6:,.1f} MB"
+        if isinstance(content, str):
+            code = 1
+            print(f"{step:>9}  {'':16}  {bytes_:>10}  {'':8}  {state_of(content)}")
+            continue
+        loss = "" if content["val_loss"] is None else f"{content['val_loss']:.4f}"
+        date = time.strftime("%Y-%m-%d %H:%M", time.localtime(content["time"]))
+        wrong = problems(here, content) if flags.verify else []
+        code = code or int(bool(wrong))
+        state = f"damaged: {wrong[0]}" if wrong else "good" if flags.verify else "has a manifest"
+        state += f" ({names[step]})" if step in names else ""
+        print(f"{step:>9}  {date:16}  {bytes_:>10}  {loss:>8}  {state}")
+    for name in folder.names():
+        if not name.isdigit():
+            print(f"{name}: no checkpoint")
+    return code
+
+
+def state_of(problem: str) -> str:
+    return "unfinished" if problem == manifest.NEVER_FINISHED else f"damaged: {problem}"
+
+
+def problems(folder: storage.Folder, content: manifest.Manifest) -> list[str]:
+    return manifest.problems(folder, content, manifest.files_of(content, None))
+
+
+def verify(flags: argparse.Namespace) -> int:
+    folder = folder_of(flags.run)
+    found = manifest.steps(folder)
+    if flags.step is not None:
+        if flags.step not in found:
+            there = ", ".join(map(str, found)) or "none"
+            raise ValueError(f"there is no step {flags.step} in {folder}; there are {there}")
+        found = {flags.step: found[flags.step]}
+    if not found:
+        raise ValueError(f"there is no checkpoint in {folder}")
+    code = 0
+    for step, content in found.items():
+        wrong = [content] if isinstance(content, str) else problems(folder / str(step), content)
+        if wrong == [manifest.NEVER_FINISHED]:
+            print(f"step {step}: {wrong[0]}; it is no checkpoint")
+        elif wrong:
+            code = 1
+            print("\n".join(f"step {step}: DAMAGED: {line}" for line in wrong))
+        else:
+            count = len(content["files"])
+            print(f"step {step}: good, {count} files, {sum_of(content) / 1e6:,.1f} MB")
+    return code
+
+
+def sum_of(content: manifest.Manifest) -> int:
+    return sum(size for size, _ in content["files"].values())
+
+
+def diff(flags: argparse.Namespace) -> int:
+    (a, tree_a, config_a), (b, tree_b, config_b) = map(look_up, (flags.a, flags.b))
+    lines = [
+        f"{section}.{key}: {old!r} -> {config_b[section].get(key)!r}"
+        for section, keys in config_a.items()
+        for key, old in keys.items()
+        if config_b[section].get(key) != old
+    ]
+    print("\n".join(["config:", *(f"  {line}" for line in lines)]) if lines else "config: the same")
+    both = [n for n in tree_a if tree_a[n] == tree_b.get(n)]
+    other = [n for n in {**tree_a, **tree_b} if n not in both]
+    for name in other:
+        print(f"{name}: {tree_a.get(name, 'absent')} -> {tree_b.get(name, 'absent')}")
+    width, differ = max(map(len, both), default=0), 0
+    for name in both:
+        # One array at a time is not how Orbax reads; an item at a time is held, of each.
+        x, y = (np.asarray(arrays[name], np.float64) for arrays in (a, b))
+        gap = np.abs(x - y).max(initial=0.0)
+        if not np.array_equal(x, y, equal_nan=True):
+            differ += 1
+            print(f"{name:{width}}  largest difference {gap:.3e}, of values up to "
+                  f"{np.abs(x).max(initial=0.0):.3e}")  # fmt: skip
+    print(f"{len(both) - differ} of {len(both)} arrays are equal")
+    return int(bool(lines or other or differ))
+
+
+def look_up(source: str) -> tuple[dict[str, Any], dict[str, str], dict[str, dict]]:
+    """name -> array, name -> dtype[shape], the config's sections; of RUN or RUN:WHICH."""
+    run, which = source, "latest"
+    if not is_run(run) and ":" in run:
+        run, _, which = source.rpartition(":")
+    folder = folder_of(run)
+    checkpoints = open_checkpoints(run)
+    step = checkpoints.find(which)
+    content = manifest.read(folder / str(step), step)
+    items = sorted({name.split("/")[0] for name in content["tree"]})
+    checkpoints.find(str(step), items)  # that it is whole
+    arrays = manifest.flatten({name: checkpoints.read_item(step, name) for name in items})
+    return arrays, content["tree"], content["meta"].get("config", {})
+
+
+def prune(flags: argparse.Namespace) -> int:
+    if flags.keep < 1 or flags.keep_every < 0:
+        raise ValueError(f"--keep={flags.keep} must be at least 1, --keep-every at least 0")
+    folder = folder_of(flags.run)
+    run = {"data": {"path": ""}, "run": {"out_dir": flags.run}}
+    with lock(Config.model_validate(run)):
+        found = manifest.steps(folder)
+        losses = losses_of(found)
+        candidates = manifest.removable(losses, flags.keep, flags.keep_every)
+        if candidates:
+            damaged = {s for s in losses if problems(folder / str(s), found[s])}
+            good = {s: loss for s, loss in losses.items() if s not in damaged}
+            candidates = manifest.removable(good, flags.keep, flags.keep_every)
+            for step in sorted(damaged):
+                print(f"stays   step {step}: it is damaged")
+        for step in candidates:
+            print(f"{'would remove' if flags.dry_run else 'removed'} step {step}, "
+                  f"{sum_of(found[step]) / 1e6:,.1f} MB")  # fmt: skip
+            if not flags.dry_run:
+                retire(folder / str(step))
+        print(f"{len(losses) - len(candidates)} checkpoints stay")
+    return 0
+
+
+if __name__ == "__main__":
+    command_line.run(main)
