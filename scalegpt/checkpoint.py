@@ -9,6 +9,7 @@ step. Step 0, weights that were imported, has no `optimizer`.
 import itertools
 import logging
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -132,13 +133,14 @@ class Checkpoints:
         evaluated, the best are those.
         """
         good, broken = self._list()
-        if which.isdigit() and int(which) in broken:
-            raise ValueError(f"step {which} in {self.folder} is damaged: {broken[int(which)]}")
+        number = int(which) if re.fullmatch("[0-9]{1,10}", which) else None
+        if number in broken:
+            raise ValueError(f"step {which} in {self.folder} is damaged: {broken[number]}")
         losses = {step: loss for step, loss in good.items() if loss is not None}
         candidates = {
             "latest": sorted(good, reverse=True),
             "best": sorted(losses, key=lambda s: (losses[s], -s)) if set(good) != {0} else [0],
-        }.get(which, [int(which)] if which.isdigit() and int(which) in good else [])
+        }.get(which, [number] if number in good else [])
         if not candidates:
             self._report(broken)
             listed = ", ".join(map(str, good))
@@ -151,7 +153,7 @@ class Checkpoints:
         for step in candidates:
             if not items or not (wrong := self.verify(step, items)):
                 return step
-            if which.isdigit():
+            if number is not None:
                 raise ValueError(f"step {which} in {self.folder} is damaged: {'; '.join(wrong)}")
             self._report({step: "; ".join(wrong[:3] + ["..."] * (len(wrong) > 3))})
         raise ValueError(

@@ -196,19 +196,22 @@ class Parser(argparse.ArgumentParser):
     """Of every command: a mistake is one line, without the usage of all flags."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Refuses a flag that is given twice, of which argparse would drop the first in silence,
-        and an empty value; of configuration keys the later wins, and their types tell."""
+        """Refuses an empty name, and a name given twice: it would be taken for both, and argparse
+        would drop the first in silence. Of numbers, choices and configuration keys the later wins.
+        """
         given: dict[str, str] = {}
         args = list(sys.argv[1:] if args is None else args)
         for word, following in zip(args, [*args[1:], None], strict=False):
             name, equals, value = word.partition("=")
             action = self._option_string_actions.get(name)
-            if type(action) is not argparse._StoreAction or "." in name:
+            if type(action) is not argparse._StoreAction or action.type or action.choices:
+                continue
+            if "." in name:  # a key, whose type tells
                 continue
             value = value if equals else following
             if name in given:
                 raise ValueError(f"{name} is given twice, as {given[name]!r} and {value!r}")
-            if value == "" and action.type is None:
+            if value == "":
                 raise ValueError(f"{name}='' is empty; give a value, or leave it out")
             given[name] = value
         return super().parse_known_args(args, namespace)

@@ -655,6 +655,22 @@ for name, argv, files, *words in [
 ]:  # fmt: skip
     bad(f"convert: {name}", CONVERT, argv, *words, files=files)
 
+for name, argv, *words in [
+    ("no command", "", "list", "prune", "required"),
+    ("an unknown command", "show {world}/run", "'show'", "list"),
+    ("no run", "list nowhere", "nowhere is not the folder of a run"),
+    ("a step that is not there", "verify {world}/run --step=7", "no step 7", "there are 2"),
+    ("a step that is a word", "verify {world}/run --step=best", "--step", "'best'"),
+    ("one that is nowhere", "diff {world}/run nowhere", "nowhere is not the folder of a run"),
+    ("which that is none", "diff {world}/run {world}/run:first", "first"),
+    ("which of 5000 digits", "diff {world}/run {world}/run:" + "9" * 5000, "999"),
+    ("which that is no digit", "diff {world}/run {world}/run:\u00b2", "\u00b2"),
+    ("nothing to keep", "prune {world}/run --keep=0", "--keep=0", "at least 1"),
+    ("less than nothing", "prune {world}/run --keep=1 --keep-every=-1", "--keep-every=-1"),
+    ("a flag mistyped", "prune {world}/run --keeep=1", "--keep"),
+]:  # fmt: skip
+    bad(f"checkpoint: {name}", "tools/checkpoint.py", argv, *words)
+
 SIZING = "tools/sizing.py"
 for name, argv, files, *words in [
     ("an unknown device", ["--device=Abacus"], {}, "'Abacus'", "NVIDIA A100"),
@@ -873,7 +889,8 @@ def test_names_beyond_ascii_are_names_like_others(world, tmp_path, monkeypatch, 
 
 
 COMMANDS = ["train", "evaluate", "generate", "tools/convert_hf.py", "tools/sizing.py",
-            "tools/parity.py", "data/text/prepare.py", "data/shakespeare/prepare.py",
+            "tools/parity.py", "tools/checkpoint.py", "tools/tpu.py",
+            "data/text/prepare.py", "data/shakespeare/prepare.py",
             "data/openwebtext/prepare.py", "data/python_stdlib/prepare.py"]  # fmt: skip
 
 

@@ -328,7 +328,9 @@ def test_a_users_mistake_is_told_without_a_traceback(tmp_path, args, message):
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"text": "two"}\n')
     (tmp_path / "torn.jsonl").write_text('{"text": "one"}\n{"te')
     (tmp_path / "torn.gz").write_bytes(b"no gzip")
-    run = script("text", "--out", "out", "--tokenizer", "byte", *args, cwd=tmp_path)
+    defaults = {"--out": "out", "--tokenizer": "byte"}
+    more = [word for pair in defaults.items() if pair[0] not in args for word in pair]
+    run = script("text", *args, *more, cwd=tmp_path)
     assert run.returncode == 2 and "Traceback" not in run.stderr
     assert run.stderr.startswith("error: ") and message in run.stderr
     assert not (tmp_path / "out").exists() or is_unprepared(tmp_path / "out")

@@ -18,7 +18,6 @@ import numpy as np
 
 from scalegpt import command_line, manifest, storage
 from scalegpt.checkpoint import open_checkpoints
-from scalegpt.config import Config
 from scalegpt.one_save import retire
 from scalegpt.resume import lock
 from scalegpt.run_folder import FOLDER, is_run
@@ -179,10 +178,12 @@ def look_up(source: str) -> tuple[dict[str, Any], dict[str, str], dict[str, dict
 
 def prune(flags: argparse.Namespace) -> int:
     if flags.keep < 1 or flags.keep_every < 0:
-        raise ValueError(f"--keep={flags.keep} must be at least 1, --keep-every at least 0")
+        raise ValueError(
+            f"--keep={flags.keep} must be at least 1, --keep-every={flags.keep_every} at least 0"
+        )
     folder = folder_of(flags.run)
     run = {"data": {"path": ""}, "run": {"out_dir": flags.run}}
-    with lock(Config.model_validate(run)):
+    with lock(command_line.validate(run, "this command line")):
         found = manifest.steps(folder)
         losses = losses_of(found)
         candidates = manifest.removable(losses, flags.keep, flags.keep_every)

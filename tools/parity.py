@@ -23,7 +23,6 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")  # JAX reads it on import; a T
 
 import argparse
 import json
-import math
 import socket
 import statistics
 import subprocess
@@ -101,7 +100,7 @@ class Result:
 def main(argv: list[str]) -> int:
     config, flags = command_line.parse(argv, "tools/parity.py", FLAGS)
     for name, lowest in (("steps", 1), ("tolerance", 0)):
-        if not lowest <= (value := getattr(flags, name)) < math.inf:
+        if not lowest <= (value := getattr(flags, name)) < float("inf"):
             raise ValueError(f"--{name}={value} must be at least {lowest}, and finite")
     if flags.worker:
         return work(config, Path(flags.worker), flags.steps)
@@ -220,10 +219,8 @@ def in_processes(row: Row, config: Config, count: int, folder: Path) -> Result:
     per_process = str(prod(row.mesh.values()) // row.processes)
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": per_process}
     start = partial(subprocess.Popen, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    workers = [
-        start([*command, f"--distributed.process_id={i}"], env=environment)
-        for i in range(row.processes)
-    ]
+    workers = [start([*command, f"--distributed.process_id={i}"], env=environment)
+               for i in range(row.processes)]  # fmt: skip
     try:
         outputs = [worker.communicate()[0] for worker in workers]
     finally:
@@ -231,9 +228,9 @@ def in_processes(row: Row, config: Config, count: int, folder: Path) -> Result:
             worker.kill()
     if any(worker.returncode for worker in workers):
         raise RuntimeError(f"the processes of {row.name} failed:\n" + "\n".join(outputs))
-    values = json.loads((folder / "result.json").read_text())
-    with np.load(folder / "params.npz") as params:
-        return Result(**values, params=dict(params))
+    result = Result(**json.loads((folder / "result.json").read_text()))
+    result.params = dict(np.load(folder / "params.npz"))
+    return result
 
 
 def work(config: Config, folder: Path, count: int) -> int:
@@ -241,8 +238,7 @@ def work(config: Config, folder: Path, count: int) -> int:
     distributed.start(config.distributed)
     result = updates(config, open_datasets(config), jax.devices(), count)
     if jax.process_index() == 0:
-        values = {key: value for key, value in vars(result).items() if key != "params"}
-        (folder / "result.json").write_text(json.dumps(values))
+        (folder / "result.json").write_text(json.dumps({**vars(result), "params": {}}))
         np.savez(folder / "params.npz", **result.params)
     return 0
 
