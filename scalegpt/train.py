@@ -5,6 +5,13 @@ non-finite loss or gradient, nothing bad saved; 5 a deadline passed, another pro
 checkpoint could be written for checkpoint.patience, or the last one.
 """
 
+if __name__ == "__main__":
+    # Until StopRequest listens, which is after JAX is imported: a KeyboardInterrupt in the midst of
+    # that may be swallowed, or end in a page of JAX's own.
+    from scalegpt.ending import leave_on_signals
+
+    leave_on_signals()
+
 import contextlib
 import math
 import time
