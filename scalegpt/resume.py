@@ -50,7 +50,11 @@ def stored_config(config: Config, tokenizer_spec: Any = None) -> Config | None:
     """
     out_dir = config.run.out_dir
     path = run_folder.fetch(out_dir, jax.process_index() == 0) / "config.yaml"
-    stored = _from_file(path) or _from_checkpoints(out_dir)
+    stored = None
+    if not path.exists() or not path.stat().st_size:  # gone, or as a power cut may leave it
+        stored = _from_checkpoints(out_dir)
+    if stored is None and path.exists():
+        stored = validate(load(path), str(path))
     if stored is None:
         if (rows := path.with_name("metrics.jsonl")).is_file() and rows.stat().st_size:
             raise ValueError(f"{rows} is another run's: choose a new run.out_dir, or move it away")
@@ -64,13 +68,6 @@ def stored_config(config: Config, tokenizer_spec: Any = None) -> Config | None:
         )
     refuse_changes(config, curve_diff(stored, config))
     return stored
-
-
-def _from_file(path: Path) -> Config | None:
-    """None where the file is gone or empty, as a power cut may leave it."""
-    if not path.exists() or not path.stat().st_size:
-        return None
-    return validate(load(path), str(path))
 
 
 def _from_checkpoints(out_dir: str) -> Config | None:
