@@ -178,7 +178,7 @@ def updates(config: Config, datasets: list[Dataset], devices: list[Any], count: 
     for batch in islice(batches_from(config, datasets, steps, 0), count):
         began = time.perf_counter()
         state, metrics = steps.train(state, batch)
-        rows.append({key: float(value) for key, value in metrics.items()})
+        rows.append({k: float(v) for k, v in metrics.items() if k.startswith("train/")})
         seconds.append(time.perf_counter() - began)
     losses, norms = ([row[key] for row in rows] for key in ("train/loss", "train/grad_norm"))
     leaves = jax.tree_util.tree_leaves_with_path(state.params)
