@@ -57,7 +57,8 @@ class Checkpoints:
         read_only: bool = False,
     ) -> None:
         # Orbax reports each phase of each save to the root logger; a user has asked for none.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         self.say, self._seconds = say, deadline
         self._folder = storage.folder(out_dir) / FOLDER
         self.folder = self._folder.path
@@ -267,7 +268,10 @@ class Checkpoints:
     def _read(self, step: int, items: dict[str, Any]) -> Sequence[Any]:
         if not self._verified >= {(step, item) for item in items}:
             self.find(str(step), items)
-        stored = manifest.read(self._folder / str(step), step)["tree"]
+        try:
+            stored = manifest.read(self._folder / str(step), step)["tree"]
+        except manifest.Damaged as error:
+            raise ValueError(f"step {step} in {self.folder} is damaged: {error}") from None
         stored = {name: x for name, x in stored.items() if name.split("/")[0] in items}
         asked = manifest.describe_tree(items)
         # Orbax would cast another dtype without a word, and explain another shape at length.

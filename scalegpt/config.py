@@ -254,8 +254,8 @@ class RunConfig(Section):
     deadline_restore: Seconds = 3600.0
     deadline_compile: Seconds = 3600.0
     """of the first update"""
-    deadline_step: Seconds = 600.0
-    """of any other, and of its data; or ten times the first, where that is longer"""
+    deadline_step: Seconds = 1800.0
+    """of any other, and of its data"""
     deadline_evaluation: Seconds = 7200.0
     deadline_save: Seconds = 1800.0
 

@@ -2,12 +2,14 @@
 
 import faulthandler
 import os
+import signal
 import sys
 import threading
 from typing import NoReturn
 
 from scalegpt.phases import PHASES
 
+STOPPED = 3  # exit code: stopped on request, what there was to save is saved
 _SILENT = 12.0  # seconds; a process that runs says where it is at least every 5
 
 
@@ -41,6 +43,18 @@ def elsewhere(others: list[tuple], name: str, step: int) -> str:
         elif (its, its_step) != (name, step):
             found.append(f"{process} is {where}, since {seconds:.0f} s")
     return "\n".join(found) or "all other processes are in the same phase"
+
+
+def leave_on_signals() -> None:
+    """SIGINT and SIGTERM end this process at once, from here on, with the exit code of a run that
+    was stopped: it has not begun."""
+
+    def leave(number: int, frame: object) -> NoReturn:
+        say(f"{signal.Signals(number).name}: stopped before there was anything to save")
+        os._exit(STOPPED)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, leave)
 
 
 def end(code: int) -> NoReturn:

@@ -24,7 +24,7 @@ def parsed(lines: Iterable[str]) -> list[Row]:
     for line in lines:
         try:
             row = json.loads(line)
-            if math.isfinite(row["step"]):
+            if math.isfinite(row["step"]) and math.isfinite(row.setdefault("time", 0.0)):
                 rows.append(row)
         except (ValueError, TypeError, KeyError):
             continue

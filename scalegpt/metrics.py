@@ -5,6 +5,7 @@ on the console. Only the main process of a run writes anything.
 """
 
 import contextlib
+import importlib.util
 import shutil
 import sys
 import time
@@ -77,6 +78,13 @@ class Console:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def check_packages(log: Any) -> None:
+    """Raises ValueError where a row could not be written for want of a package; imports nothing."""
+    if log.wandb and importlib.util.find_spec("wandb") is None:
+        raise ValueError("log.wandb=true needs a package that is not installed: "
+                         "pip install 'scalegpt[wandb]', or set log.wandb=false")  # fmt: skip
 
 
 class Metrics:

@@ -6,15 +6,17 @@ own checkpointers are not used: their barriers wait in every process for one tha
 """
 
 import asyncio
+import contextlib
 import errno
+import functools
 import itertools
 import json
 import os
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -103,8 +105,7 @@ class Save:
         """When it returns, the arrays may change: they are copied, and being written."""
         target = epath.Path((self._folder / name).path)
         saving = self._handlers[name].async_save(target, args=ocp.args.StandardSave(tree))
-        with ThreadPoolExecutor(1) as elsewhere:  # a notebook's thread has an event loop already
-            return elsewhere.submit(asyncio.run, saving).result() or []
+        return asyncio.run_coroutine_threadsafe(saving, _event_loop()).result() or []
 
     def join(self, seconds: float | None = None) -> bool:
         """Whether it is over, after waiting at most so long; default: as long as it may take."""
@@ -118,10 +119,13 @@ class Save:
         except Exception as error:
             self.problem = reason(error)
         if self.problem and self._first:
-            try:  # a full disk needs the room
+            # A full disk needs the room. What is still being written may come after this: with the
+            # mark, it goes with a later save.
+            with contextlib.suppress(Exception):
                 self._folder.remove()
-            except Exception:
-                return  # the mark is in it, so it goes with a later save
+            with contextlib.suppress(Exception):
+                self._folder.make()
+                self._folder.write(manifest.UNFINISHED, b"")
         elif self._first:
             try:
                 self._after(self.step)
@@ -167,6 +171,24 @@ class Save:
             self._folder.write(manifest.NAME, content)
             self._folder.delete(manifest.UNFINISHED)
         return None
+
+
+@functools.cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """Of a thread of its own, for good: writes that end after a failed one still call it back."""
+    loop = asyncio.new_event_loop()
+    # What was wrong with a save is said by the save.
+    loop.set_exception_handler(lambda loop, context: None)
+    threading.Thread(target=loop.run_forever, daemon=True, name="event loop of saves").start()
+    # Orbax has loops besides, which are closed by then: a full disk would be told by the hundred.
+    others = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            others(unraisable)
+
+    sys.unraisablehook = hook
+    return loop
 
 
 def _within(seconds: float, function: Callable[[], Any]) -> list[Any]:

@@ -82,10 +82,6 @@ class Phases:
         now = self.current
         self.current = self._phase(now.name, now.step if step is None else step)
 
-    def lengthen(self, name: str, seconds: float) -> None:
-        """Allow `name` at least so long: a machine that is slow does not hang."""
-        self._limits[name] = max(self._limits[name], seconds)
-
     @property
     def seconds(self) -> dict[str, float]:
         """Of each place of LEDGER, so far; they sum to the life of the process."""

@@ -7,7 +7,7 @@ from typing import Any, TextIO
 
 import jax
 
-from scalegpt import hf, run_folder, tokenizer
+from scalegpt import hf, run_folder, storage, tokenizer
 from scalegpt.checkpoint import PARAMS, Checkpoints, open_checkpoints
 from scalegpt.command_line import load, validate
 from scalegpt.config import Config
@@ -50,7 +50,12 @@ def stored_config(config: Config, tokenizer_spec: Any = None) -> Config | None:
     """
     out_dir = config.run.out_dir
     path = run_folder.fetch(out_dir, jax.process_index() == 0) / "config.yaml"
-    if not path.exists():
+    stored = None
+    if not path.exists() or not path.stat().st_size:  # gone, or as a power cut may leave it
+        stored = _from_checkpoints(out_dir)
+    if stored is None and path.exists():
+        stored = validate(load(path), str(path))
+    if stored is None:
         if (rows := path.with_name("metrics.jsonl")).is_file() and rows.stat().st_size:
             raise ValueError(f"{rows} is another run's: choose a new run.out_dir, or move it away")
         if config.run.init_from:
@@ -61,9 +66,16 @@ def stored_config(config: Config, tokenizer_spec: Any = None) -> Config | None:
             f"{out_dir} holds imported weights, which are no run to continue; to start from them: "
             f"--run.init_from={out_dir} --run.out_dir=another"
         )
-    stored = validate(load(path), str(path))
     refuse_changes(config, curve_diff(stored, config))
     return stored
+
+
+def _from_checkpoints(out_dir: str) -> Config | None:
+    if not is_run(out_dir):
+        return None
+    checkpoints = open_checkpoints(out_dir)
+    steps = [step for step in checkpoints.steps if step]
+    return validate(checkpoints.meta(steps[-1])["config"], out_dir) if steps else None
 
 
 # Keys of the compared sections that change speed or memory, never the loss curve.
@@ -130,9 +142,7 @@ def write_config(config: Config) -> None:
     path = config_path(config)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name("config.yaml.tmp")
-        beside.write_text(config.to_yaml(), encoding="utf-8")
-        beside.replace(path)
+        storage.folder(path.parent).write(path.name, config.to_yaml().encode())
     except OSError as error:
         raise ValueError(f"cannot write to run.out_dir={config.run.out_dir}: {error}") from None
     run_folder.push_or_explain(config.run.out_dir)

@@ -8,9 +8,8 @@ import time
 import urllib.request
 
 from scalegpt import peers
-from scalegpt.ending import say
+from scalegpt.ending import STOPPED, say
 
-STOPPED = 3  # exit code: stopped on request, what there was to save is saved
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _METADATA = "http://{}/computeMetadata/v1/instance/{}"
 _NOTICES = {

@@ -38,7 +38,7 @@ class Folder:
         """Of what is directly in it; nothing when it is not there."""
         try:
             found = self.fs.ls(self.root, detail=False)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         names = {posixpath.basename(name.rstrip("/")) for name in found}
         # A bucket may list the mark of the folder itself.

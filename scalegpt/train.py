@@ -5,6 +5,13 @@ non-finite loss or gradient, nothing bad saved; 5 a deadline passed, another pro
 checkpoint could be written for checkpoint.patience, or the last one.
 """
 
+if __name__ == "__main__":
+    # Until StopRequest listens, which is after JAX is imported: a KeyboardInterrupt in the midst of
+    # that may be swallowed, or end in a page of JAX's own.
+    from scalegpt.ending import leave_on_signals
+
+    leave_on_signals()
+
 import contextlib
 import math
 import time
@@ -29,7 +36,7 @@ from scalegpt.data import Dataset
 from scalegpt.evaluate import validation
 from scalegpt.feed import batches_from, open_datasets
 from scalegpt.flops import mfu_meter
-from scalegpt.metrics import Metrics, Throughput
+from scalegpt.metrics import Metrics, Throughput, check_packages
 from scalegpt.phases import Phases
 from scalegpt.replay import replay
 from scalegpt.resume import (
@@ -67,6 +74,7 @@ def main(argv: list[str]) -> int:
             config = config.with_vocab(max(d.vocab_size for d in open_datasets(config)))
         compile_only(config, flags.compile_only)
         return DONE
+    check_packages(config.log)
     stop, phases = StopRequest(), Phases(config.run)
     watch = Watch(phases)
     try:
@@ -251,11 +259,9 @@ def loop(run: Run, state: State, start: int) -> int:
                 return leave(done, NOT_FINITE)
             pending = None
         if done == start + 1:
-            first = time.perf_counter() - began
-            phases.lengthen("step", 10 * first)
             phases.begin("step", done)
             run.stop.saves = True
-            metrics.say(f"first update after {first:.1f} s")
+            metrics.say(f"first update after {time.perf_counter() - began:.1f} s")
         if not (evaluate_now or save_now):
             continue
         best, loss = meta["best_loss"], None

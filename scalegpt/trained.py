@@ -109,14 +109,22 @@ def from_run(
 ) -> Trained:
     """which: best, latest or a step."""
     checkpoints = open_checkpoints(out_dir)
-    step = checkpoints.find(which, PARAMS)
-    meta = checkpoints.meta(step)
-    config = validate(meta["config"], f"step {step} of {out_dir}")
-    config = _with_dtype(config, dtype)
-    steps = build_for_use(config, mesh, microbatch)
-    params = checkpoints.restore_params(step, steps.abstract.params)
-    checkpoints.close()
-    return Trained(out_dir, config, meta["tokenizer"], step, steps, params)
+    for attempt in range(5):
+        step = None
+        try:
+            step = checkpoints.find(which, PARAMS)
+            meta = checkpoints.meta(step)
+            config = validate(meta["config"], f"step {step} of {out_dir}")
+            config = _with_dtype(config, dtype)
+            steps = build_for_use(config, mesh, microbatch)
+            params = checkpoints.restore_params(step, steps.abstract.params)
+        except (ValueError, OSError):
+            # A run that goes on may have saved anew meanwhile, and removed what was just found.
+            if which.isdigit() or attempt == 4 or step in checkpoints.steps:
+                raise
+        else:
+            return Trained(out_dir, config, meta["tokenizer"], step, steps, params)
+    raise AssertionError("unreachable")
 
 
 def from_hugging_face(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,12 @@ class JsonlWriter:
                   for k, v in row.items()}
         self._held += json.dumps(strict, allow_nan=False).encode() + b"\n"
         try:
+            if os.fstat(self._file.fileno()).st_nlink == 0:
+                self._say(f"warning: {self._file.name} was deleted while the run goes on; it is "
+                          "made anew, without the rows so far")
+                self._file.close()
+                Path(self._file.name).parent.mkdir(parents=True, exist_ok=True)
+                self._file = open(self._file.name, "ab", buffering=0)
             while self._held:
                 self._held = self._held[self._file.write(self._held):]
         except OSError as error:

@@ -416,8 +416,8 @@ for name, argv, files, *words in [
      "mine/config.yaml", "not UTF-8"),
     ("a config.yaml cut short", "--run.out_dir=mine", {"mine": copy("run", {"config.yaml":
      "model: {"})}, "mine/config.yaml", "not valid YAML"),
-    ("a config.yaml that is empty", "--run.out_dir=mine", {"mine": copy("run", {"config.yaml":
-     ""})}, "mine/config.yaml", "data.path"),
+    ("a config.yaml with nothing in it", "--run.out_dir=mine", {"mine": copy("run", {"config.yaml":
+     "{}"})}, "mine/config.yaml", "data.path"),
     ("another model", "--model.n_embd=64", {}, "model.n_embd: 32 -> 64", "another --run.out_dir"),
     ("another batch", "--batch.sequences=16", {}, "batch.sequences: 8 -> 16",
      "allow_config_change"),

@@ -274,7 +274,8 @@ def test_a_full_disk_is_said_once_and_saving_goes_on_when_there_is_room(tmp_path
         checkpoints.save(state(at), at, {}, None)
         failure = checkpoints.wait()
         assert failure.reason == "No space left on device" and not failure.over
-        assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"1"}, "room is given back"
+        left = {p for p in (tmp_path / "checkpoints" / str(at)).rglob("*") if p.is_file()}
+        assert {p.name for p in left} <= {"unfinished"}, "room is given back"
     assert len(said) == 1 and "step 2 could not be saved in" in said[0]
     assert "No space left on device" in said[0] and "last good checkpoint is step 1" in said[0]
     disk.number = errno.EIO

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import sizing
 
-from scalegpt import ahead_of_time, memory, scaling_laws, sharding, step
+from scalegpt import ahead_of_time, health, memory, scaling_laws, sharding, step
 from scalegpt.config import Config
 from scalegpt.scaling_laws import LAWS
 
@@ -132,7 +132,8 @@ def test_memory_is_what_xla_says_within_a_factor_of_0_6_on_a_cpu(mesh, accumulat
     parts = estimate(c, steps.mesh, 4)
     tokens = 4 * accumulation * 8 * 129
     state = parts["weights"] + parts["AdamW moments"]
-    assert 0 <= compiled.argument_size_in_bytes - tokens - state < 64  # step and count
+    rest = 64 + 4 * health.WINDOW  # step, counts, and the losses that spikes are judged by
+    assert 0 <= compiled.argument_size_in_bytes - tokens - state < rest
     total = compiled.argument_size_in_bytes + compiled.temp_size_in_bytes
     assert 0.6 * total < sum(parts.values()) < 1.2 * total
 

@@ -159,6 +159,36 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(data, unbroken, t
     assert rows(out_dir) == rows(unbroken)
 
 
+@pytest.mark.parametrize("left", [None, ""])
+def test_a_lost_config_comes_from_the_checkpoint(data, unbroken, tmp_path, left):
+    out_dir = shutil.copytree(unbroken, tmp_path / "run")
+    file = out_dir / "config.yaml"
+    before = file.read_text()
+    file.unlink() if left is None else file.write_text(left)
+    with pytest.raises(ValueError, match="optim.lr: 0.01 -> 0.02"):
+        train.main(arguments(data, out_dir, **{"optim.lr": 0.02}))
+    assert train.main(arguments(data, out_dir)) == 0
+    assert file.read_text() == before.replace(str(unbroken), str(out_dir))
+    assert rows(out_dir) == rows(unbroken)
+
+
+def test_a_reader_outlives_the_checkpoint_that_it_had_found(data, unbroken, tmp_path, monkeypatch):
+    """The run has saved anew meanwhile, and removed it."""
+    out_dir = shutil.copytree(unbroken, tmp_path / "run")
+    find = checkpoint.Checkpoints.find
+
+    def slow(self, which, items=()):
+        step = find(self, which, items)
+        older = out_dir / "checkpoints" / str(step)
+        if step == STEPS:
+            shutil.rmtree(older)
+        return step
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "find", slow)
+    argv = ["--run", str(out_dir), "--checkpoint", "latest", "--windows", "4"]
+    assert evaluate.main(argv) == 0
+
+
 def test_the_finished_run_started_again_changes_nothing(data, unbroken, tmp_path, capsys):
     out_dir = shutil.copytree(unbroken, tmp_path / "run")
     assert train.main(arguments(data, out_dir)) == 0

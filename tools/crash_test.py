@@ -73,6 +73,8 @@ def main(argv: list[str]) -> int:
     config, flags = command_line.parse(argv, "tools/crash_test.py", FLAGS)
     if flags.kills < 1 or flags.processes < 1 or flags.devices < 1:
         raise ValueError("--kills, --processes and --devices are 1 or more")
+    if flags.hours is not None and not 0 < flags.hours < 1000:
+        raise ValueError(f"--hours={flags.hours} must be above 0 and below 1000")
     folder = Path(config.run.out_dir)
     if folder.exists() and (folder.is_file() or any(folder.iterdir())):
         raise ValueError(f"run.out_dir={folder} is not empty; give a folder of its own")
