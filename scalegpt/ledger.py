@@ -24,7 +24,7 @@ def parsed(lines: Iterable[str]) -> list[Row]:
     for line in lines:
         try:
             row = json.loads(line)
-            if math.isfinite(row["step"]) and math.isfinite(row.setdefault("time", 0.0)):
+            if math.isfinite(row["step"]) and math.isfinite(row.get("time", 0.0)):
                 rows.append(row)
         except (ValueError, TypeError, KeyError):
             continue
@@ -37,10 +37,10 @@ class Ledger:
 
     def __init__(self, phases: Phases, earlier: list[Row], start: int | None) -> None:
         self._phases, self._before = phases, dict.fromkeys(TIMES, 0.0)
-        written = [row for row in earlier if "time/step" in row]
+        written = [row for row in earlier if {"time", "time/step"} <= row.keys()]
         if start is None or not written:
             return
-        ended = max(row["time"] for row in earlier)
+        ended = max(row.get("time", 0.0) for row in earlier)
         kept = [row for row in written if row["step"] <= start]
         last = kept[-1] if kept else written[0]
         then = {name: last[f"time/{name}"] for name in TIMES}
