@@ -249,6 +249,7 @@ def loop(run: Run, state: State, start: int) -> int:
             return leave(pending[0], NOT_FINITE)
         pending = (done, values)
         if (failure := run.checkpoints.failing) and failure.over:
+            report(*pending)
             return leave(done, NOT_SAVED, stall)
         leaving = run.stop.reached(done)
         last = done == total or leaving

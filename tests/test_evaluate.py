@@ -181,7 +181,9 @@ def test_two_processes_give_the_figures_of_one_and_the_first_prints(run, choices
     assert found.keys() == alone.keys() and found["multiple_choice/examples"] == 13
     for key, value in alone.items():
         if isinstance(value, float):
-            assert found[key] == pytest.approx(value, rel=1e-6), key
+            # A standard error is what is left of sums that nearly cancel.
+            near = 1e-5 if key.endswith("_stderr") else 1e-6
+            assert found[key] == pytest.approx(value, rel=near), key
 
 
 def config_file(path, source, **keys):
