@@ -209,7 +209,7 @@ def test_every_phase_has_a_deadline(tmp_path):
     run = RunConfig(out_dir=str(tmp_path))
     for name in PHASES:
         assert getattr(run, key_of(name).removeprefix("run.")) > 0
-    assert Phases(run).current.name == "start"
+    assert Phases(run).current.name == "imports"
 
 
 # --- the request to stop ---
