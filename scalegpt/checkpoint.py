@@ -57,8 +57,7 @@ class Checkpoints:
         read_only: bool = False,
     ) -> None:
         # Orbax reports each phase of each save to the root logger; a user has asked for none.
-        for name in ("absl", "asyncio"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.say, self._seconds = say, deadline
         self._folder = storage.folder(out_dir) / FOLDER
         self.folder = self._folder.path
@@ -238,9 +237,11 @@ class Checkpoints:
     # --- reading
 
     def meta(self, step: int) -> dict[str, Any]:
-        """Raises ValueError where the manifest is damaged."""
+        return self._manifest(step)["meta"]
+
+    def _manifest(self, step: int) -> manifest.Manifest:  # raises ValueError where it is damaged
         try:
-            return manifest.read(self._folder / str(step), step)["meta"]
+            return manifest.read(self._folder / str(step), step)
         except manifest.Damaged as error:
             raise ValueError(f"step {step} in {self.folder} is damaged: {error}") from None
 
@@ -268,10 +269,7 @@ class Checkpoints:
     def _read(self, step: int, items: dict[str, Any]) -> Sequence[Any]:
         if not self._verified >= {(step, item) for item in items}:
             self.find(str(step), items)
-        try:
-            stored = manifest.read(self._folder / str(step), step)["tree"]
-        except manifest.Damaged as error:
-            raise ValueError(f"step {step} in {self.folder} is damaged: {error}") from None
+        stored = self._manifest(step)["tree"]
         stored = {name: x for name, x in stored.items() if name.split("/")[0] in items}
         asked = manifest.describe_tree(items)
         # Orbax would cast another dtype without a word, and explain another shape at length.

@@ -11,6 +11,7 @@ import errno
 import functools
 import itertools
 import json
+import logging
 import os
 import re
 import sys
@@ -179,6 +180,7 @@ def _event_loop() -> asyncio.AbstractEventLoop:
     loop = asyncio.new_event_loop()
     # What was wrong with a save is said by the save.
     loop.set_exception_handler(lambda loop, context: None)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     threading.Thread(target=loop.run_forever, daemon=True, name="event loop of saves").start()
     # Orbax has loops besides, which are closed by then: a full disk would be told by the hundred.
     others = sys.unraisablehook
