@@ -40,15 +40,6 @@ def faulty(self, step):
     return read(self, step)
 check = distributed.self_check
 distributed.self_check = lambda facts: (fault("check"), check(facts))
-TrainBatches.__init__, TrainBatches.__getitem__
-def recorded(self, *arguments):
-    open(ours["record"], "w").write(json.dumps(arguments[-1].tolist()))
-    init(self, *arguments)
-def faulty(self, step):
-    name, at = ours.get("fault", "none:-1").split(":")
-    if step == int(at):
-        os.kill(os.getpid(), getattr(signal, name))
-    return read(self, step)
 TrainBatches.__init__, TrainBatches.__getitem__ = recorded, faulty
 command_line.run(train.main)
 """
@@ -194,13 +185,13 @@ def test_a_killed_process_ends_the_other_in_seconds(cache, bottles, tmp_path, vi
 def test_a_stopped_process_ends_the_other_at_the_deadline(cache, bottles, tmp_path):
     """With where it stands, the key to raise, the stacks, and the process that is missing."""
     each = [[], ["fault=SIGSTOP:check"]]
-    two = launch(cache, bottles, tmp_path / "a" / "run", 2, "--run.deadline_start=12", each=each)
+    two = launch(cache, bottles, tmp_path / "a" / "run", 2, "--run.deadline_data=12", each=each)
     two[0].wait(100)
     two[1].kill()
     outputs = processes.finish(two)
     said = outputs[0][1]
     assert two[0].returncode == 5, outputs
-    assert "self-check takes 1" in said and "longer than run.deadline_start=12" in said
+    assert "self-check takes 1" in said and "longer than run.deadline_data=12" in said
     assert "in self_check" in said and "process 1 (" in said and "has said nothing for" in said
 
 
@@ -252,7 +243,6 @@ def test_what_must_agree_and_what_may_differ():
     assert "latest checkpoint: process 0 (h) has none, process 2 (h) has step 5" in differ(latest=5)
     assert "weights of the data" in differ(data__path={"one": 1, "two": 3})
     older = {**facts(), "version of jax": "0.1"}
-    assert "version of jax" in distributed._difference([facts(), older])
     assert f"version of jax: process 0 (h) has {jax.__version__}" in distributed._difference(
         [facts(), older]
     )

@@ -59,7 +59,7 @@ def ours(bias: bool, backend: str) -> SimpleNamespace:
         state, metrics = steps.train(state, jax.device_put(batch, steps.batch_sharding))
         adam = next(s for s in state.opt_state if hasattr(s, "mu"))
         trees = jax.tree.map(np.asarray, (state.params, adam.mu))
-        found.append((*trees, {key: float(value) for key, value in metrics.items()}))
+        found.append((*trees, metrics))
     return SimpleNamespace(first=first, updates=found)
 
 

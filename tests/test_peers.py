@@ -175,14 +175,14 @@ with phases("save"):
 def test_a_process_that_was_stopped_for_a_while_does_not_hang():
     then = """
 watch.Watch(phases)
-with phases("save"):
-    print("up", flush=True)
-    time.sleep(3.2)
+phases.current = phases.current._replace(deadline=3.0)
+print("up", flush=True)
+time.sleep(4.5)
 """
     (process,) = start(1, then)
     process.stdout.readline()
     process.send_signal(signal.SIGSTOP)
-    time.sleep(3)
+    time.sleep(4)
     process.send_signal(signal.SIGCONT)
     ended, said = codes([process])
     assert ended == [0], said
