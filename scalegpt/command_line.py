@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
 from scalegpt import peers, yaml_files
-from scalegpt.config import Config, DataConfig
+from scalegpt.config import Config, DataConfig, EvalConfig
 from scalegpt.line import FAILED, USERS_MISTAKE
 
 Main = Callable[[list[str]], int]
@@ -50,8 +50,9 @@ def parse(
         overrides, flag_values = source(), parser.parse_args(argv)
     except SettingsError as error:
         raise ValueError(f"{error}; write --section.key=value, one for each key") from None
-    if isinstance(data := overrides.get("data"), dict) and "path" in data:
-        overrides["data"] = {**data, "path": _mixture_or_path(data["path"])}
+    for section, key in (("data", "path"), ("eval", "tasks")):
+        if isinstance(given := overrides.get(section), dict) and key in given:
+            overrides[section] = {**given, key: _mapping(f"--{section}.{key}", given[key])}
     values = {} if flag_values.config is None else load(flag_values.config)
     for section, keys in (defaults or {}).items():
         if isinstance(stored := values.get(section, {}), dict):
@@ -60,7 +61,10 @@ def parse(
         stored = values.get(section, {})
         if isinstance(stored, dict):  # else the file is wrong, which validate will say
             values[section] = {**stored, **keys} if isinstance(keys, dict) else keys
-    return validate(values, flag_values.config or "this command line"), flag_values
+    source = "this command line"
+    if flag_values.config:
+        source = f"{flag_values.config} with {source}" if overrides else flag_values.config
+    return validate(values, source), flag_values
 
 
 def load(path: str | Path) -> dict[str, Any]:
@@ -184,11 +188,17 @@ class _DataOnCommandLine(DataConfig):
     """folder or URL with train.bin, val.bin, meta.json; or a mixture '{path: weight, ...}'"""
 
 
+class _EvalOnCommandLine(EvalConfig):
+    tasks: str = "{}"
+    """also score these, '{task: jsonl file}'; see `python -m scalegpt.evaluate --help`"""
+
+
 class _CommandLine(Config, BaseSettings):
     """Config as pydantic-settings wants it for a command line; nothing reads the environment."""
 
     # Of a type that may be a dictionary it would split "lang=en" and quote "C:\text".
     data: _DataOnCommandLine
+    eval: _EvalOnCommandLine = _EvalOnCommandLine()
     model_config = SettingsConfigDict(extra="forbid", nested_model_default_partial_update=True)
 
 
@@ -228,15 +238,14 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; see --help")
 
 
-def _mixture_or_path(value: Any) -> Any:
+def _mapping(flag: str, value: Any) -> Any:
+    """The value of a flag that may be "{name: value, ...}", as in a file."""
     if not isinstance(value, str) or not value.startswith("{"):
         return value
     try:
         return yaml_files.parse(value)
     except ValueError as error:
-        raise ValueError(
-            f"--data.path={value} is no mixture {{path: weight, ...}}: {error}"
-        ) from None
+        raise ValueError(f"{flag}={value} is not {{name: value, ...}}: {error}") from None
 
 
 def _nearest(name: str, known: list[str], prefix: str = "") -> str:

@@ -105,12 +105,13 @@ def _worst(norms: dict[str, Any]) -> str:
     return ", ".join(f"{name} {v:.3g}" for name, v in ordered[:3]) + more
 
 
-def not_finite(done: int, checkpoints: Checkpoints, metrics: Metrics) -> None:
-    """A loss or the gradient of update `done` is NaN or infinite, and that is one too many."""
+def not_finite(done: int, allowed: int, checkpoints: Checkpoints, metrics: Metrics) -> None:
+    """A loss or the gradient of update `done` is NaN or infinite: one more than are allowed."""
     metrics.say(
         f"error: loss or gradient of update {done} is not finite; stopped; "
         f"{checkpoints.last_good()} in {checkpoints.folder}. A lower optim.lr or a longer warm-up "
-        "may help; to go on without such updates: --run.skip_nonfinite=N, which leaves out up to N"
+        f"may help; to go on without such updates: --run.skip_nonfinite=N leaves out up to N of "
+        f"the whole run ({allowed} now)"
     )
 
 

@@ -210,7 +210,7 @@ def loop(run: Run, state: State, start: int) -> int:
             failure = run.checkpoints.wait()
         run.stop.saves = False
         if code == NOT_FINITE:
-            reports.not_finite(done, run.checkpoints, metrics)
+            reports.not_finite(done, config.run.skip_nonfinite, run.checkpoints, metrics)
         elif failure or code == NOT_SAVED:
             reports.not_saved(failure, run.checkpoints, metrics)
             code = NOT_SAVED

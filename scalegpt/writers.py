@@ -32,6 +32,10 @@ class JsonlWriter:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         self.earlier: list[Row] = []
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder; rows go to a file of that name: move it away")
+        if resume_step and resume_step > 0 and not path.exists():
+            say(f"warning: {path} is not there: the rows that this run has written are lost")
         if path.exists() and resume_step is not None:
             self.earlier = ledger.parsed(path.read_text(errors="replace").splitlines())
             kept = [row for row in self.earlier

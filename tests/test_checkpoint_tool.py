@@ -47,6 +47,8 @@ def test_list_shows_best_latest_and_what_is_damaged(run, capsys):
     shutil.copytree(run / "checkpoints" / "10", run / "checkpoints" / "60")
     (run / "checkpoints" / "60" / "manifest.json").unlink()
     (run / "checkpoints" / "60" / "unfinished").touch()
+    assert tool.main(["prune", str(run), "--keep", "9"]) == 0
+    assert "stays   step 40: manifest.json is missing" in capsys.readouterr().out
     assert tool.main(["list", str(run), "--verify"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert "good" in lines[1] and "damaged: params/" in lines[3]
@@ -67,6 +69,25 @@ def test_verify_names_what_is_broken(run, capsys):
         tool.main(["verify", str(run), "--step", "7"])
     flip(file)
     assert contents(run) == before
+
+
+def test_an_unfinished_save_and_one_removed_meanwhile_are_no_damage(run, monkeypatch, capsys):
+    for step in ("10", "20", "30", "40"):
+        shutil.rmtree(run / "checkpoints" / step)
+    shutil.copytree(run / "checkpoints" / "50", run / "checkpoints" / "60")
+    (run / "checkpoints" / "60" / "manifest.json").unlink()
+    (run / "checkpoints" / "60" / "unfinished").touch()
+    assert tool.main(["list", str(run), "--verify"]) == tool.main(["verify", str(run)]) == 0
+    problems = tool.problems
+
+    def removed_meanwhile(*arguments):
+        shutil.rmtree(run / "checkpoints" / "50")
+        return problems(*arguments)
+
+    monkeypatch.setattr(tool, "problems", removed_meanwhile)
+    capsys.readouterr()
+    assert tool.main(["verify", str(run)]) == 0
+    assert "step 50: removed meanwhile" in capsys.readouterr().out
 
 
 def test_diff_of_two_steps_and_of_two_runs(run, five, tmp_path, capsys):
@@ -95,7 +116,7 @@ def test_prune_keeps_the_best_the_latest_good_one_and_what_is_damaged(run, capsy
     assert "would remove step 10" in capsys.readouterr().out and len(steps(run)) == 5
     assert tool.main([*arguments, "--keep-every", "30"]) == 0
     printed = capsys.readouterr().out
-    assert "removed step 10" in printed and "stays   step 50: it is damaged" in printed
+    assert "removed step 10" in printed and "stays   step 50: a file of it is damaged" in printed
     assert steps(run) == {"20", "30", "40", "50"}
     assert tool.main(arguments) == 0 and steps(run) == {"20", "40", "50"}
     assert tool.main(["verify", str(run), "--step", "40"]) == 0

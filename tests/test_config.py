@@ -180,6 +180,22 @@ def test_mixture_on_the_command_line_and_in_yaml(in_yaml, mixture):
     assert DataConfig(path="a").weights == {"a": 1.0}
 
 
+@pytest.mark.parametrize("tasks", ['{"lambada": "x"}', "{lambada: x}"])
+def test_tasks_on_the_command_line_are_written_as_in_yaml(in_yaml, tasks):
+    run = ("--data.path=text", "--run.out_dir=x")
+    assert parse(f"--eval.tasks={tasks}", *run).eval.tasks == {"lambada": "x"}
+    assert parse(in_yaml(f"eval: {{tasks: {tasks}}}"), *run).eval.tasks == {"lambada": "x"}
+
+
+def test_a_mistake_names_the_file_and_the_command_line_that_made_it(in_yaml):
+    file = in_yaml("data: {path: text}")
+    with pytest.raises(ValueError, match=r"\.yaml with this command line makes no run:\n.*lr="):
+        parse(file, "--optim.lr=abc", "--run.out_dir=x")
+    with pytest.raises(ValueError, match=r"\.yaml makes no run:\n.*run.out_dir is missing"):
+        parse(file)
+
+
+
 # --- mistakes
 
 

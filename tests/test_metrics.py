@@ -126,7 +126,12 @@ def test_jsonl_continues_without_gap_duplicate_or_torn_line(tmp_path, torn):
 
 
 def test_jsonl_continues_from_step_0_and_without_a_file(tmp_path):
-    JsonlWriter(tmp_path / "new", resume_step=7).close()
+    said = []
+    JsonlWriter(tmp_path / "new", resume_step=7, say=said.append).close()
+    assert "new is not there: the rows that this run has written are lost" in said[0]
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match="folder is a folder; rows go to a file"):
+        JsonlWriter(tmp_path / "folder", resume_step=7)
     (tmp_path / "old").write_text('{"step": 0}\n{"step": 1}\n')
     JsonlWriter(tmp_path / "old", resume_step=0).close()
     assert rows(tmp_path / "new") == [] and rows(tmp_path / "old") == [{"step": 0}]

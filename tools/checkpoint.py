@@ -6,7 +6,7 @@ python tools/checkpoint.py diff out/NAME:1000 out/NAME:2000
 python tools/checkpoint.py prune out/NAME --keep 2 [--keep-every 10000] [--dry-run]
 
 A run is its out_dir, a folder or a URL. Exit codes: 0 done, and all is whole or equal; 1 something
-is damaged, or differs; 2 the user's mistake.
+is damaged, or differs; 2 the user's mistake, as to compare a damaged one.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def list_(flags: argparse.Namespace) -> int:
         here = folder / str(step)
         bytes_ = f"{sum(here.files().values()) / 1e6:,.1f} MB"
         if isinstance(content, str):
-            code = 1
+            code = code or int(content != manifest.NEVER_FINISHED)
             print(f"{step:>9}  {'':16}  {bytes_:>10}  {'':8}  {state_of(content)}")
             continue
         loss = "" if content["val_loss"] is None else f"{content['val_loss']:.4f}"
@@ -122,6 +122,8 @@ def verify(flags: argparse.Namespace) -> int:
         wrong = [content] if isinstance(content, str) else problems(folder / str(step), content)
         if wrong == [manifest.NEVER_FINISHED]:
             print(f"step {step}: {wrong[0]}; it is no checkpoint")
+        elif wrong and not (folder / str(step)).names():
+            print(f"step {step}: removed meanwhile")
         elif wrong:
             code = 1
             print("\n".join(f"step {step}: DAMAGED: {line}" for line in wrong))
@@ -187,12 +189,14 @@ def prune(flags: argparse.Namespace) -> int:
         found = manifest.steps(folder)
         losses = losses_of(found)
         candidates = manifest.removable(losses, flags.keep, flags.keep_every)
+        damaged = set(found) - set(losses)
         if candidates:
-            damaged = {s for s in losses if problems(folder / str(s), found[s])}
+            damaged |= {s for s in losses if problems(folder / str(s), found[s])}
             good = {s: loss for s, loss in losses.items() if s not in damaged}
             candidates = manifest.removable(good, flags.keep, flags.keep_every)
-            for step in sorted(damaged):
-                print(f"stays   step {step}: it is damaged")
+        for step in sorted(damaged):
+            what = found[step] if isinstance(found[step], str) else "a file of it is damaged"
+            print(f"stays   step {step}: {what}")
         for step in candidates:
             print(f"{'would remove' if flags.dry_run else 'removed'} step {step}, "
                   f"{sum_of(found[step]) / 1e6:,.1f} MB")  # fmt: skip
