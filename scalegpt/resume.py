@@ -7,7 +7,7 @@ from typing import Any, TextIO
 
 import jax
 
-from scalegpt import hf, run_folder, storage, tokenizer
+from scalegpt import hf, manifest, run_folder, storage, tokenizer
 from scalegpt.checkpoint import PARAMS, Checkpoints, open_checkpoints
 from scalegpt.command_line import load, validate
 from scalegpt.config import Config
@@ -71,11 +71,11 @@ def stored_config(config: Config, tokenizer_spec: Any = None) -> Config | None:
 
 
 def _from_checkpoints(out_dir: str) -> Config | None:
-    if not is_run(out_dir):
-        return None
-    checkpoints = open_checkpoints(out_dir)
-    steps = [step for step in checkpoints.steps if step]
-    return validate(checkpoints.meta(steps[-1])["config"], out_dir) if steps else None
+    # Not through Checkpoints, where processes agree: only some may find the folder there already,
+    # which the first has just made, and would ask for an answer that nobody gives.
+    found = manifest.steps(storage.folder(out_dir) / FOLDER)
+    good = [content for step, content in found.items() if step and not isinstance(content, str)]
+    return validate(good[-1]["meta"]["config"], out_dir) if good else None
 
 
 # Keys of the compared sections that change speed or memory, never the loss curve.
@@ -104,6 +104,13 @@ def curve_diff(stored: Config, asked: Config) -> list[str]:
     if stored.run.seed != asked.run.seed:
         lines.append(f"run.seed: {stored.run.seed} -> {asked.run.seed}")
     return lines
+
+
+# Keys of a model that may differ where weights are taken over, besides those of its speed.
+_NOT_SHAPING = {
+    *(key.partition(".")[2] for key in _NEUTRAL if key.startswith("model.")),
+    *("dtype", "dropout", "init", "block_size", "vocab_multiple"),
+}
 
 
 def open_to_save(config: Config) -> Checkpoints:
@@ -198,8 +205,7 @@ def _check_init_from(config: Config, tokenizer_spec: Any) -> None:
     Raises ValueError naming the keys to set.
     """
     source = config.run.init_from
-    shaping = ["n_layer", "n_head", "n_embd", "vocab_size", "bias", "tie_word_embeddings",
-               "position", "rope_base", "activation"]  # fmt: skip
+    shaping = [key for key in type(config.model).model_fields if key not in _NOT_SHAPING]
     if is_run(source):
         checkpoints = open_checkpoints(source)
         meta = checkpoints.meta(checkpoints.find(config.run.init_checkpoint))

@@ -20,9 +20,10 @@ from scalegpt.config import Config, DistributedConfig
 STEPS = 24
 
 # The command, which records the rows that a process reads (record=FILE), and in which a signal
-# comes when the batch of a step is read, or before the self-check (fault=SIGNAL:STEP or :check).
+# comes when the batch of a step is read, or before the self-check (fault=SIGNAL:STEP or :check),
+# and which may be late (late=SECONDS).
 PROGRAM = """
-import json, os, signal, sys
+import json, os, signal, sys, time
 from scalegpt import command_line, distributed, train
 from scalegpt.data import TrainBatches
 ours = dict(a.split("=", 1) for a in sys.argv[1:] if not a.startswith("--"))
@@ -38,6 +39,8 @@ def fault(now):
 def faulty(self, step):
     fault(str(step))
     return read(self, step)
+opened = train.open_datasets
+train.open_datasets = lambda *a: (time.sleep(int(ours.get("late", 0))), opened(*a))[1]
 check = distributed.self_check
 distributed.self_check = lambda facts: (fault("check"), check(facts))
 TrainBatches.__init__, TrainBatches.__getitem__ = recorded, faulty
@@ -115,9 +118,9 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
 
 
 def test_fault_18_two_processes_are_the_run_of_one(cache, bottles, alone, tmp_path):
-    """Also when a signal to one of the two stops both, and the same commands continue."""
+    """Also when the second is late, when a signal to it stops both, and both continue."""
     shared = tmp_path / "shared" / "run"
-    two = launch(cache, bottles, shared, 2)
+    two = launch(cache, bottles, shared, 2, each=[[], ["late=3"]])
     wait_for_step(two, shared, 5)
     two[1].send_signal(signal.SIGINT)
     outputs = processes.finish(two)

@@ -69,6 +69,8 @@ def test_the_ledger_sums_to_the_wall_time_over_a_kill_and_a_restart(plays, tmp_p
     began = time.time()
     process = start(argv)
     wait_for_step(process, tmp_path / "run", 70)
+    while not (tmp_path / "run" / "checkpoints" / "50" / "manifest.json").exists():
+        time.sleep(0.01)
     process.kill()
     process.communicate()
     time.sleep(2)

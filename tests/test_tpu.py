@@ -141,7 +141,7 @@ def test_a_run_that_was_left_alone_is_found_again(cloud, capsys):
         if line.startswith("step 10/"):
             break
     tool.send_signal(signal.SIGINT)
-    errors = tool.communicate(timeout=10)[1]
+    errors = tool.communicate(timeout=60)[1]
     assert tool.returncode == 130
     assert shlex.join(["python", "tools/tpu.py", *argv]) in errors and "stop me" in errors
 
