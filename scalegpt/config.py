@@ -1,102 +1,22 @@
 """What a run is: a frozen, typed configuration in sections; no JAX here."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from scalegpt.recipe import ModelConfig, OptimConfig
 from scalegpt.value_types import (
-    Amount,
     MeshAxis,
     Name,
     Positive,
-    Rate,
     Seconds,
+    Section,
     Share,
     Text,
     Which,
     Whole,
-    Width,
-    divisors_near,
 )
-
-# n_layer, n_head, n_embd of the GPT-2 paper's table 2; the rest is common to all four.
-GPT2_SIZES = {
-    "gpt2": (12, 12, 768),
-    "gpt2-medium": (24, 16, 1024),
-    "gpt2-large": (36, 20, 1280),
-    "gpt2-xl": (48, 25, 1600),
-}
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class ModelConfig(Section):
-    """The GPT. Defaults are nanoGPT's 124M model; `preset` gives the GPT-2 sizes."""
-
-    preset: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] | None = None
-    """GPT-2 size: sets n_layer, n_head, n_embd, block_size 1024, bias; other keys override it."""
-    n_layer: Annotated[int, Field(ge=1, le=10_000)] = 12
-    n_head: Width = 12
-    n_embd: Width = 768
-    """width of the residual stream"""
-    block_size: Positive = 1024
-    """context length, in tokens"""
-    vocab_size: Positive | None = None
-    """number of token ids; taken from the data set when not given"""
-    vocab_multiple: Width = 128
-    """the embedding table is padded to a multiple of this (50257 -> 50304); the tail is masked"""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    bias: bool = False
-    """biases in linear layers and LayerNorms (GPT-2: true, nanoGPT: false)"""
-    tie_word_embeddings: bool = True
-    """the head is the embedding table itself (GPT-2, nanoGPT); false: a table of its own"""
-    position: Literal["learned", "rope"] = "learned"
-    rope_base: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10000.0
-    activation: Literal["gelu_tanh", "gelu"] = "gelu_tanh"
-    """GPT-2's tanh approximation, or the exact GELU of nanoGPT"""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of matrix products; auto: bfloat16 on accelerators, float32 on CPU"""
-    attention: Literal["auto", "xla", "flax", "cudnn", "splash"] = "auto"
-    scan_layers: bool = False
-    """compile one layer and loop over it (fast compile), or unroll (fast step on CPU)"""
-    remat: Literal["none", "dots", "full"] = "none"
-    """what the backward pass recomputes: nothing, all but matrix products, whole layers"""
-    loss_chunk: Positive = 128
-    """positions whose logits are held at a time, in each sequence"""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_preset(cls, values: Any) -> Any:
-        if isinstance(values, dict) and (name := values.get("preset")) in GPT2_SIZES:
-            size = dict(zip(("n_layer", "n_head", "n_embd"), GPT2_SIZES[name], strict=True))
-            values = {**size, "block_size": 1024, "bias": True, **values}
-        return values
-
-    @model_validator(mode="after")
-    def _check(self) -> "ModelConfig":
-        if self.n_embd % self.n_head:
-            raise ValueError(
-                f"model.n_embd={self.n_embd} is not divisible by model.n_head={self.n_head}; "
-                f"n_head could be {divisors_near(self.n_embd, self.n_head)}"
-            )
-        if self.position == "rope" and self.head_dim % 2:
-            raise ValueError(
-                f"model.position=rope needs an even head size, n_embd/n_head={self.head_dim}"
-            )
-        return self
-
-    @property
-    def head_dim(self) -> int:
-        return self.n_embd // self.n_head
-
-    @property
-    def padded_vocab(self) -> int:
-        """Rows of the embedding table."""
-        assert self.vocab_size is not None, "the vocabulary is known once the data is open"
-        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
 
 class MeshConfig(Section):
@@ -144,45 +64,6 @@ class DataConfig(Section):
         if isinstance(self.path, str):
             return {self.path: 1.0}
         return {name: w / sum(self.path.values()) for name, w in self.path.items()}
-
-
-class OptimConfig(Section):
-    name: Literal["adamw"] = "adamw"
-    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 6e-4
-    """peak learning rate"""
-    min_lr: Amount = 6e-5
-    """learning rate at the end of the decay"""
-    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    """after the warm-up; wsd stays at lr, then falls linearly in the last part"""
-    steps: Positive = 600_000
-    """optimizer updates of the whole run"""
-    warmup_steps: Whole = 2000
-    decay_steps: Positive | None = None
-    """update at which min_lr is reached; default: steps"""
-    cooldown: Rate = 0.2
-    """share of decay_steps in which wsd falls"""
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    eps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-8
-    weight_decay: Amount = 0.1
-    decay: Literal["matrices", "no_embeddings", "all"] = "matrices"
-    """what decays: matrices and embeddings (nanoGPT), matrices only, every parameter"""
-    grad_clip: Amount = 1.0
-    """largest global gradient norm; 0: no clipping"""
-
-    @model_validator(mode="after")
-    def _check(self) -> "OptimConfig":
-        end = self.decay_steps or self.steps
-        if self.schedule != "constant" and self.min_lr > self.lr:
-            raise ValueError(
-                f"optim.min_lr={self.min_lr} is above optim.lr={self.lr}; set --optim.min_lr too"
-            )
-        if self.warmup_steps > end:
-            raise ValueError(
-                f"optim.warmup_steps={self.warmup_steps} is beyond the end of the decay, "
-                f"update {end}; lower it or raise optim.steps"
-            )
-        return self
 
 
 class EvalConfig(Section):

@@ -17,7 +17,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
 from scalegpt import sharding
-from scalegpt.model import GPT, Cache, constrain, head_table, logits, separate_layers
+from scalegpt.layers import constrain
+from scalegpt.model import GPT, Cache, head_table, logits, separate_layers
 from scalegpt.sampling import Sampler, sample_token
 from scalegpt.step import Steps
 
@@ -104,7 +105,7 @@ def decoder(
     def draw(params: Any, tokens: Array, cache: Cache, seen: Any, key: Array, i: Array) -> tuple:
         with nn.logical_axis_rules(tuple(sharding.RULES.items())):
             hidden, cache = model.apply({"params": params}, tokens, cache=cache)
-            scores = logits(hidden[:, -1], head_table(params), model.config.vocab_size)
+            scores = logits(hidden[:, -1], head_table(params), model.config)
             # Sorting a vocabulary that is split would move it about more than once.
             scores = constrain(scores, "batch", None)[:, :vocab_size]
             ids = sample_token(scores, jax.random.fold_in(key, i), sampler, seen)

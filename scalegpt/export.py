@@ -19,8 +19,11 @@ from scalegpt.tensor_files import SAFE
 from scalegpt.tokenizer_files import tokenizer_files
 from scalegpt.trained import Trained
 
-# What GPT-2's format has one value for, and why nothing else can be written in it.
-_ONLY = {"position": ("learned", "GPT-2's format has a table of positions and no rotary embedding")}
+# What GPT-2's format has one value for: nothing else can be written in it.
+_ONLY = {
+    "position": "learned", "norm": "layernorm", "qk_norm": False, "embedding_norm": False,
+    "logit_softcap": 0.0, "residual_scalars": False, "value_embeddings": False,
+}  # fmt: skip
 
 
 def export_gpt2(model: Trained, folder: Path) -> None:
@@ -30,16 +33,18 @@ def export_gpt2(model: Trained, folder: Path) -> None:
     Raises ValueError with the reason for a model that the format cannot express.
     """
     config = model.config.model
-    for key, (only, reason) in _ONLY.items():
-        if (value := getattr(config, key)) != only:
+    names = {ours: theirs for theirs, ours in ACTIVATIONS.items() if theirs != "gelu_pytorch_tanh"}
+    fits = {**{key: (only,) for key, only in _ONLY.items()}, "activation": tuple(names)}
+    for key, known in fits.items():
+        if (value := getattr(config, key)) not in known:
             raise ValueError(
-                f"{model.name} has model.{key}={value}: {reason}; use --format scalegpt"
+                f"{model.name} has model.{key}={value}: GPT-2's format can only say "
+                f"{' or '.join(map(str, known))}; use --format scalegpt"
             )
     files = tokenizer_files(model.tokenizer, config.block_size)
     tensors = gpt2_tensors(config, model.params)
     end = tokenizer.load(model.tokenizer).eot if model.tokenizer else None
     ends = {"bos_token_id": end, "eos_token_id": end}
-    names = {ours: theirs for theirs, ours in ACTIVATIONS.items() if theirs != "gelu_pytorch_tanh"}
     files["config.json"] = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",

@@ -2,7 +2,7 @@
 
 Plain integers and no JAX, so that a script or a test can ask without touching a device. `model`
 is a ModelConfig, or anything with n_layer L, n_embd D, block_size T, vocab_size V (the logical
-one: padded rows of the table are never counted), bias and position.
+one: padded rows of the table are never counted), and the keys that say which parts it has.
 """
 
 from collections.abc import Callable
@@ -12,12 +12,12 @@ from typing import Any
 def parameters_by_component(model: Any) -> dict[str, int]:
     """Parameters of each component, over all layers; the values add up to `parameter_count`.
 
-    GPT-2's layout as in nanoGPT: the head is `wte` itself (tied), the MLP is 4 D wide, and a
-    LayerNorm has a bias only when the linear layers have one.
+    GPT-2's layout as in nanoGPT: the MLP is 4 D wide, and a LayerNorm has a bias only when the
+    linear layers have one. A tied head is `wte` itself.
     """
     L, D = model.n_layer, model.n_embd
     bias = int(model.bias)
-    norm = D * (1 + bias)
+    norm = D * (1 + bias) if model.norm == "layernorm" else 0
     learned = model.position == "learned"
     return {
         "wte": model.vocab_size * D,
@@ -30,6 +30,8 @@ def parameters_by_component(model: Any) -> dict[str, int]:
         "mlp/proj": L * D * (4 * D + bias),
         "ln_f": norm,
         "head": 0 if model.tie_word_embeddings else model.vocab_size * D,
+        "residual_scalars": 2 * L if model.residual_scalars else 0,
+        "value_embeddings": L * (model.vocab_size * D + model.n_head) * model.value_embeddings,
     }
 
 
@@ -39,13 +41,14 @@ def parameter_count(model: Any) -> int:
 
 
 def used_parameters(model: Any) -> int:
-    """Parameters that multiply: all but `wpe` and, when the head has its own table, `wte`.
+    """Parameters that multiply: all but `wpe`, value embeddings and, with an own head, `wte`.
 
     The N of PaLM's and Chinchilla's formulas as nanoGPT's notebooks read them: 123,653,376 for
     GPT-2.
     """
     parts = parameters_by_component(model)
-    return sum(parts.values()) - parts["wpe"] - (parts["wte"] if parts["head"] else 0)
+    looked_up = parts["wpe"] + parts["value_embeddings"] + (parts["wte"] if parts["head"] else 0)
+    return sum(parts.values()) - looked_up
 
 
 def flops_by_component(model: Any, causal: bool = False) -> dict[str, int]:

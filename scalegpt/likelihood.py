@@ -16,7 +16,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from scalegpt import sharding
-from scalegpt.model import constrain, head_table, logits
+from scalegpt.config import ModelConfig
+from scalegpt.layers import constrain
+from scalegpt.model import head_table, logits
 from scalegpt.step import Steps
 
 # (parameters, rows, what the progress bar says, or "" for none) -> [n] sums of log-likelihood in
@@ -33,17 +35,17 @@ class Row:
 
 
 def log_likelihood(
-    hidden: Array, table: Array, targets: Array, vocab: int, chunk: int
+    hidden: Array, table: Array, targets: Array, config: ModelConfig
 ) -> tuple[Array, Array]:
     """Sum of the targets' log-likelihoods [M], and whether each is the likeliest id [M].
 
-    hidden [M, K, D], targets [M, K], -1 where nothing is scored. Logits exist for `chunk`
+    hidden [M, K, D], targets [M, K], -1 where nothing is scored. Logits exist for `loss_chunk`
     positions at a time. Of ids equally likely the first is greedy's, as with torch and NumPy.
     """
 
     def part(args: tuple[Array, Array]) -> tuple[Array, Array]:
         hidden, targets = args
-        scores = constrain(logits(hidden, table, vocab), "batch", "position", "act_vocab")
+        scores = constrain(logits(hidden, table, config), "batch", "position", "act_vocab")
         ids, scored = jnp.arange(scores.shape[-1]), targets >= 0
         right = jnp.where(ids == targets[..., None], scores, 0).sum(-1, keepdims=True)
         # As argmax(scores) != targets, which takes twice the time on a CPU.
@@ -52,7 +54,7 @@ def log_likelihood(
         return total, ~(scored & beaten.any(-1)).any(-1)
 
     rows, slots, width = hidden.shape
-    chunk = min(chunk, slots)
+    chunk = min(config.loss_chunk, slots)
     pad = -slots % chunk
     hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0))).reshape(rows, -1, chunk, width)
     targets = jnp.pad(targets, ((0, 0), (0, pad)), constant_values=-1).reshape(rows, -1, chunk)
@@ -79,7 +81,7 @@ def scorer(steps: Steps, between: Callable[[], None] = lambda: None) -> Scorer:
             hidden = jnp.take_along_axis(hidden, positions[..., None], axis=1)
             hidden = constrain(hidden, "batch", "position", "act_embed")
             table = head_table(params)
-            return log_likelihood(hidden, table, targets, config.vocab_size, config.loss_chunk)
+            return log_likelihood(hidden, table, targets, config)
 
     score = jax.jit(score, out_shardings=everywhere)
 

@@ -11,8 +11,9 @@ CPU, where XLA then ignores model.remat, as much as without remat. The compiler 
 from collections.abc import Mapping
 from typing import Any
 
+from scalegpt.flops import parameter_count
+
 REMAT = ("none", "dots", "full")
-STATE = 12  # bytes a parameter in a checkpoint: a float32 weight and AdamW's two moments
 
 
 def parameters_on_device(model: Any, mesh: Mapping[str, int]) -> int:
@@ -23,16 +24,25 @@ def parameters_on_device(model: Any, mesh: Mapping[str, int]) -> int:
     """
     L, D, fsdp, tensor = model.n_layer, model.n_embd, mesh["fsdp"], mesh["tensor"]
     tables = 1 if model.tie_word_embeddings else 2
+    tables += L * model.value_embeddings
     matrices = 12 * L * D * D + tables * model.padded_vocab * D
+    scalars = 2 * L * model.residual_scalars + L * model.n_head * model.value_embeddings
     positions = model.block_size * D if model.position == "learned" else 0
-    norms = (2 * L + 1) * D
+    norms = (2 * L + 1) * D if model.norm == "layernorm" else 0
     biases = 7 * L * D // tensor + 2 * L * D + norms if model.bias else 0
-    return matrices // (fsdp * tensor) + positions // fsdp + norms + biases
+    return matrices // (fsdp * tensor) + positions // fsdp + norms + biases + scalars
+
+
+def moment_bytes(parameters: int, model: Any, optimizer: str, shards: int = 1) -> int:
+    """Of float32 moments: AdamW's two of each parameter; Muon has one of the layers' matrices,
+    `shards` parts of which are elsewhere."""
+    spared = 12 * model.n_layer * model.n_embd**2 // shards if optimizer == "muon" else 0
+    return 8 * parameters - 4 * spared
 
 
 def on_device(
     model: Any, mesh: Mapping[str, int], microbatch: int, accumulation: int, itemsize: int,
-    fused_attention: bool, remat: str | None = None,
+    fused_attention: bool, remat: str | None = None, optimizer: str = "adamw",
 ) -> dict[str, int]:
     """Bytes on each device while it trains; their sum is the peak.
 
@@ -64,7 +74,7 @@ def on_device(
     copies = 0 if used_in_place else itemsize * (24 * D * D // tensor + rows * D)
     return {
         "weights": 4 * parameters,
-        "AdamW moments": 8 * parameters,
+        "moments": moment_bytes(parameters, model, optimizer, mesh["fsdp"] * tensor),
         "gradients": 4 * parameters,
         "gradients of a microbatch": 4 * parameters if accumulation > 1 else 0,
         "weights as products use them": copies,
@@ -73,6 +83,7 @@ def on_device(
     }
 
 
-def checkpoint_bytes(parameters: int) -> int:
-    """Of weights and AdamW's state: 1.49 GB for 124,337,664, as nanoGPT's notebook estimates."""
-    return STATE * parameters
+def checkpoint_bytes(model: Any, optimizer: str) -> int:
+    """Of weights and moments: 1.49 GB for nanoGPT's 124M and AdamW, as its notebook estimates."""
+    parameters = parameter_count(model)
+    return 4 * parameters + moment_bytes(parameters, model, optimizer)

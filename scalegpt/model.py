@@ -11,59 +11,22 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec
 
-from scalegpt.attention import cached_attention, causal_attention, product
+from scalegpt.attention import cached_attention, causal_attention
 from scalegpt.config import ModelConfig
+from scalegpt.layers import (
+    ACTIVATIONS,
+    constrain,
+    dropout,
+    project,
+    rms_norm,
+    rotary_tables,
+    rotate,
+)
 
 LAYER_NORM_EPS = 1e-5  # GPT-2's; Flax's own default is 1e-6
-
-
-def constrain(x: Array, *names: str | None) -> Array:
-    """Place an activation by its logical axis names. A name without a rule is an error."""
-    rules = dict(nn.get_logical_axis_rules())
-    if not rules:  # outside of a mesh: initialisation, plain tests
-        return x
-    spec = PartitionSpec(*(rules[name] if name else None for name in names))
-    return jax.lax.with_sharding_constraint(x, spec)
-
-
-def dropout(x: Array, rate: float, keys: Array | None, site: Array | int) -> Array:
-    """Drop entries of x [B, ...], each row by its own key: no mesh or microbatch changes a mask.
-
-    keys: [B] typed PRNG keys, or None: identity. site: which dropout of the model this is.
-    """
-    if keys is None or rate == 0:
-        return x
-    keep = jax.vmap(
-        lambda key: jax.random.bernoulli(jax.random.fold_in(key, site), 1 - rate, x.shape[1:])
-    )(keys)
-    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
-
-
-def rotate(x: Array, cos: Any, sin: Any) -> Array:
-    """Rotary position embedding of x [B, T, H, K], cos, sin [T, K/2] or [B, T, K/2], one for each
-    position (arXiv:2104.09864)."""
-    cos, sin = cos[..., None, :], sin[..., None, :]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
-
-
-def rotary_tables(length: int, head_dim: int, base: float) -> tuple[np.ndarray, np.ndarray]:
-    """cos and sin [T, K/2] in float32, computed in float64: large angles lose digits in float32."""
-    frequency = base ** (-np.arange(0, head_dim, 2) / head_dim)
-    angle = np.arange(length)[:, None] * frequency
-    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
-
-
-def project(spec: str, x: Array, kernel: Array) -> Array:
-    """x times a weight matrix, under the name by which remat=dots keeps it."""
-    return checkpoint_name(product(spec, x, kernel), "project")
 
 
 @struct.dataclass
@@ -79,6 +42,16 @@ class Cache:
     used: Array
 
 
+@struct.dataclass
+class Context:
+    """What all layers read besides x: what entered the first one [B, T, D], the tokens [B, T], and
+    the tables of `rotate`."""
+
+    x0: Array
+    tokens: Array
+    rotary: Any = None
+
+
 class _Layer(nn.Module):
     """What all parts share: the configuration, the dtype of products, and how weights are made."""
 
@@ -86,10 +59,25 @@ class _Layer(nn.Module):
     dtype: Any
     attention: str
 
-    def weight(self, name: str, shape: tuple, axes: tuple, std: float) -> Array:
-        """A float32 parameter N(0, std), cast for products. Fan-in init hurts deep models."""
-        init = nn.with_logical_partitioning(nn.initializers.normal(std), axes)
-        return self.param(name, init, shape, jnp.float32).astype(self.dtype)
+    def weight(self, name: str, shape: tuple, axes: tuple, fan_in: int | None = None) -> Array:
+        """A float32 matrix, cast for products. fan_in: its rows; None: it writes into the residual
+        stream, whose variance shall not grow with depth. Fan-in init alone hurts deep models."""
+        c = self.config
+        if c.init == "gpt2":
+            std = 0.02 if fan_in else 0.02 / (2 * c.n_layer) ** 0.5
+        else:
+            std = 0.5 / fan_in**0.5 if fan_in else 0.0
+        return self.table(name, shape, axes, std).astype(self.dtype)
+
+    def table(self, name: str, shape: tuple, axes: tuple, std: float) -> Array:
+        """A float32 parameter N(0, std)."""
+        init = nn.initializers.normal(std) if std else nn.initializers.zeros
+        return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+
+    def scalars(self, name: str, values: Any) -> Array:
+        """A few float32 numbers, learned from `values` on."""
+        init = nn.with_logical_partitioning(lambda *_: jnp.array(values, jnp.float32), (None,))
+        return self.param(name, init)
 
     def bias(self, name: str, shape: tuple, axes: tuple) -> Array | float:
         if not self.config.bias:
@@ -98,10 +86,12 @@ class _Layer(nn.Module):
         return self.param(name, init, shape, jnp.float32).astype(self.dtype)
 
 
-class LayerNorm(_Layer):
+class Norm(_Layer):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Normalise the last axis in float32; back to the dtype of products."""
+        if self.config.norm == "rmsnorm":
+            return rms_norm(x)
         x = x.astype(jnp.float32)
         x = x - x.mean(-1, keepdims=True)
         x = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + LAYER_NORM_EPS)
@@ -116,17 +106,22 @@ class LayerNorm(_Layer):
 class Attention(_Layer):
     @nn.compact
     def __call__(
-        self, x: Array, layer: Array, keys: Array | None, rotary: Any, cache: Cache | None = None
-    ) -> tuple[Array, Any]:
+        self, x: Array, layer: Array, keys: Array | None, context: Context,
+        cache: Cache | None = None,
+    ) -> tuple[Array, Any]:  # fmt: skip
         """Also this layer's keys and values with those of x, when there is a cache."""
         c, (d, h, k) = self.config, (self.config.n_embd, self.config.n_head, self.config.head_dim)
-        kernel = self.weight("qkv_kernel", (d, 3, h, k), ("embed", "qkv", "heads", "kv"), 0.02)
+        kernel = self.weight("qkv_kernel", (d, 3, h, k), ("embed", "qkv", "heads", "kv"), d)
         qkv = project("btd,dchk->btchk", x, kernel)
         qkv = qkv + self.bias("qkv_bias", (3, h, k), ("qkv", "heads", "kv"))
         qkv = constrain(qkv, "batch", "position", None, "act_heads", None)
         q, key, v = (qkv[:, :, i] for i in range(3))
-        if rotary is not None:
-            q, key = rotate(q, *rotary), rotate(key, *rotary)
+        if c.value_embeddings:
+            v = v + self.value_embedding(context.tokens)
+        if c.qk_norm:
+            q, key = rms_norm(q), rms_norm(key)
+        if context.rotary is not None:
+            q, key = rotate(q, *context.rotary), rotate(key, *context.rotary)
         mask_keys = kept = None
         if keys is not None and c.dropout > 0:
             mask_keys = jax.vmap(lambda row: jax.random.fold_in(row, 3 * layer))(keys)
@@ -138,38 +133,48 @@ class Attention(_Layer):
             )  # fmt: skip
         else:
             y, kept = cached_attention(q, key, v, cache.layers[layer], cache.first, cache.used)
-        kernel = self.weight("proj_kernel", (h, k, d), ("heads", "kv", "embed"), residual_std(c))
+        kernel = self.weight("proj_kernel", (h, k, d), ("heads", "kv", "embed"))
         y = project("bthk,hkd->btd", y, kernel) + self.bias("proj_bias", (d,), ("norm",))
         return dropout(y, c.dropout, keys, 3 * layer + 1), kept
+
+    def value_embedding(self, tokens: Array) -> Array:
+        """[B, T, H, K] of tokens [B, T], by a learned strength of each head."""
+        c = self.config
+        shape, axes = (c.padded_vocab, c.n_embd), ("vocab", "table_embed")
+        table = self.table("value_table", shape, axes, 0.02)
+        # Whole, for the same reason as the table of the tokens themselves.
+        rows = constrain(constrain(table, "act_vocab", None), None, None)[tokens]
+        strength = self.scalars("value_strength", [1.0] * c.n_head)
+        rows = rows.reshape(*tokens.shape, c.n_head, c.head_dim) * strength[:, None]
+        return constrain(rows.astype(self.dtype), "batch", "position", "act_heads", None)
 
 
 class MLP(_Layer):
     @nn.compact
     def __call__(self, x: Array, layer: Array, keys: Array | None) -> Array:
         c, (d, f) = self.config, (self.config.n_embd, 4 * self.config.n_embd)
-        x = project("btd,df->btf", x, self.weight("up_kernel", (d, f), ("embed", "mlp"), 0.02))
+        x = project("btd,df->btf", x, self.weight("up_kernel", (d, f), ("embed", "mlp"), d))
         x = constrain(x + self.bias("up_bias", (f,), ("mlp",)), "batch", "position", "act_mlp")
-        x = jax.nn.gelu(x, approximate=c.activation == "gelu_tanh")
-        kernel = self.weight("down_kernel", (f, d), ("mlp", "embed"), residual_std(c))
+        x = ACTIVATIONS[c.activation](x)
+        kernel = self.weight("down_kernel", (f, d), ("mlp", "embed"))
         x = project("btf,fd->btd", x, kernel) + self.bias("down_bias", (d,), ("norm",))
         return dropout(x, c.dropout, keys, 3 * layer + 2)
-
-
-def residual_std(config: ModelConfig) -> float:
-    """Of the two projections into the residual stream, so its variance does not grow with depth."""
-    return 0.02 / (2 * config.n_layer) ** 0.5
 
 
 class Block(_Layer):
     @nn.compact
     def __call__(
-        self, x: Array, layer: Any, keys: Array | None, rotary: Any, cache: Cache | None = None
-    ) -> tuple[Array, Any]:
+        self, x: Array, layer: Any, keys: Array | None, context: Context,
+        cache: Cache | None = None,
+    ) -> tuple[Array, Any]:  # fmt: skip
         part = (self.config, self.dtype, self.attention)
-        normed = LayerNorm(*part, name="ln_1")(x)
-        y, kept = Attention(*part, name="attn")(normed, layer, keys, rotary, cache)
+        if self.config.residual_scalars:
+            a, b = self.scalars("residual_scalars", [1.0, 0.0]).astype(self.dtype)
+            x = a * x + b * context.x0
+        normed = Norm(*part, name="ln_1")(x)
+        y, kept = Attention(*part, name="attn")(normed, layer, keys, context, cache)
         x = constrain(x + y, "batch", "position", "act_embed")
-        y = MLP(*part, name="mlp")(LayerNorm(*part, name="ln_2")(x), layer, keys)
+        y = MLP(*part, name="mlp")(Norm(*part, name="ln_2")(x), layer, keys)
         return constrain(x + y, "batch", "position", "act_embed"), kept
 
 
@@ -189,9 +194,9 @@ class GPT(_Layer):
         c, length = self.config, tokens.shape[1]
         if length > c.block_size:
             raise ValueError(f"{length} tokens are more than model.block_size={c.block_size}")
-        init = nn.initializers.normal(0.02)
+        std = 0.02 if c.init == "gpt2" else 1.0
         shape, axes = (c.padded_vocab, c.n_embd), ("vocab", "table_embed")
-        wte = self.param("wte", nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+        wte = self.table("wte", shape, axes, std)
         # Looked up in float32: gradients of a frequent token would be summed in bfloat16.
         if cache is None:
             # Looked up whole: for some shapes XLA aborts on a look-up in a vocabulary that is
@@ -201,10 +206,10 @@ class GPT(_Layer):
             x = wte[tokens]
             positions = jnp.maximum(cache.used + jnp.arange(length) - cache.first[:, None], 0)
         if c.position == "learned":
-            shape, axes = (c.block_size, c.n_embd), ("position", "embed")
-            wpe = self.param("wpe", nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+            wpe = self.table("wpe", (c.block_size, c.n_embd), ("position", "embed"), std)
             wpe = constrain(wpe, None, None)
             x = x + (wpe[:length] if cache is None else wpe[positions])
+        x = rms_norm(x) if c.embedding_norm else x
         x = constrain(x.astype(self.dtype), "batch", "position", "act_embed")
         x = dropout(x, c.dropout, dropout_keys, 3 * c.n_layer)
 
@@ -214,6 +219,7 @@ class GPT(_Layer):
             rotary = rotary_tables(size, c.head_dim, c.rope_base)
             if cache is not None:
                 rotary = tuple(jnp.asarray(table)[positions] for table in rotary)
+        context = Context(x, tokens, rotary)
         part = (c, self.dtype, self.attention)
         if cache is None:
             layers = nn.scan(
@@ -225,19 +231,16 @@ class GPT(_Layer):
                 unroll=1 if c.scan_layers else c.n_layer,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            x, _ = layers(*part, name="h")(x, jnp.arange(c.n_layer), dropout_keys, rotary)
+            x, _ = layers(*part, name="h")(x, jnp.arange(c.n_layer), dropout_keys, context)
         else:
             kept = []
             for i in range(c.n_layer):
-                x, layer = Block(*part, name=f"h_{i}")(x, i, None, rotary, cache)
+                x, layer = Block(*part, name=f"h_{i}")(x, i, None, context, cache)
                 kept.append(layer)
             cache = Cache(tuple(kept), cache.first, cache.used + length)
         if not c.tie_word_embeddings:  # made here, used by `head_table`
-            shape, axes = (c.padded_vocab, c.n_embd), ("vocab", "table_embed")
-            self.param(
-                "head_kernel", nn.with_logical_partitioning(init, axes), shape, jnp.float32
-            )
-        x = LayerNorm(*part, name="ln_f")(x)
+            self.table("head_kernel", shape, axes, 0.02 if c.init == "gpt2" else 0.0)
+        x = Norm(*part, name="ln_f")(x)
         return x if cache is None else (x, cache)
 
 
@@ -271,10 +274,12 @@ def head_table(params: Any) -> Array:
     return constrain(params.get("head_kernel", params["wte"]), "act_vocab", None)
 
 
-def logits(hidden: Array, table: Array, vocab_size: int) -> Array:
+def logits(hidden: Array, table: Array, config: ModelConfig) -> Array:
     """float32 logits [..., V] of hidden [..., D] by the head's table; padded ids get the lowest."""
     y = jnp.einsum(
         "...d,vd->...v", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32
     )
-    padded = jnp.arange(table.shape[0]) >= vocab_size
+    if cap := config.logit_softcap:
+        y = cap * y * jax.lax.rsqrt(y * y + cap * cap)
+    padded = jnp.arange(table.shape[0]) >= config.vocab_size
     return jnp.where(padded, jnp.finfo(jnp.float32).min, y)

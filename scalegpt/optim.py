@@ -1,4 +1,7 @@
-"""Learning-rate schedules, what decays, and AdamW. A step is an optimizer update throughout."""
+"""Learning-rate schedules, what decays, AdamW, and Muon with AdamW for the rest.
+
+A step is an optimizer update throughout.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,8 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import Array
 
 from scalegpt.config import OptimConfig
+from scalegpt.muon import LAYOUTS, scale_by_muon
 
 Schedule = Callable[[Any], Any]
 
@@ -51,12 +57,95 @@ def decay_mask(config: OptimConfig) -> Callable[[Any], Any]:
     return lambda params: jax.tree_util.tree_map_with_path(lambda path, _: decays(path), params)
 
 
-def optimizer(config: OptimConfig) -> optax.GradientTransformation:
-    """AdamW (arXiv:1711.05101) on globally clipped gradients; state in the parameters' dtype."""
+def optimizer(config: OptimConfig, dtype: Any = jnp.float32) -> optax.GradientTransformation:
+    """AdamW (arXiv:1711.05101) on globally clipped gradients; with Muon, only for what is no matrix
+    of the layers. State is in the parameters' dtype, Muon's products are in `dtype`."""
     clip = optax.clip_by_global_norm(config.grad_clip) if config.grad_clip else optax.identity()
-    return optax.chain(
-        clip,
-        optax.scale_by_adam(config.beta1, config.beta2, config.eps),
-        optax.add_decayed_weights(config.weight_decay, decay_mask(config)),
-        optax.scale_by_learning_rate(schedule(config)),
-    )
+    if config.name == "adamw":
+        return optax.chain(clip, *_steps(config, _adam(config), config.lr))
+    muon = scale_by_muon(_momentum(config), config.ns_steps, dtype)
+    directions = {
+        "matrices": (muon, config.lr),
+        "embeddings": (_adam(config), config.embedding_lr),
+        "head": (_adam(config), config.head_lr),
+        "scalars": (_adam(config), config.scalar_lr),
+    }
+    groups = {name: optax.chain(*_steps(config, *pair)) for name, pair in directions.items()}
+    return optax.chain(clip, by_group(groups, group))
+
+
+def group(path: str) -> str:
+    """Which of Muon's groups a parameter belongs to, by its path "h/mlp/up_kernel"."""
+    if path in LAYOUTS:
+        return "matrices"
+    name = path.rpartition("/")[2]
+    return {
+        "wte": "embeddings", "wpe": "embeddings", "value_table": "embeddings",
+        "head_kernel": "head",
+    }.get(name, "scalars")  # fmt: skip
+
+
+def by_group(
+    transforms: dict[str, optax.GradientTransformation], group: Callable[[str], str]
+) -> optax.GradientTransformation:
+    """Each transform for the parameters of its group, as a flat {path: parameter}.
+
+    Not optax.partition, whose masked leaves cannot carry the names of axes.
+    """
+
+    def split(tree: Any) -> dict[str, dict[str, Any]]:
+        parts: dict[str, dict[str, Any]] = {name: {} for name in transforms}
+        for path, leaf in flatten_dict(tree, sep="/").items():
+            parts[group(path)][path] = leaf
+        return parts
+
+    def init(params: Any) -> dict[str, Any]:
+        return {name: transforms[name].init(part) for name, part in split(params).items()}
+
+    def update(grads: Any, state: dict[str, Any], params: Any) -> tuple[Any, dict[str, Any]]:
+        merged, after, parts = {}, {}, split(params)
+        for name, part in split(grads).items():
+            updates, after[name] = transforms[name].update(part, state[name], parts[name])
+            merged |= updates
+        return unflatten_dict(merged, sep="/"), after
+
+    return optax.GradientTransformation(init, update)
+
+
+def _adam(config: OptimConfig) -> optax.GradientTransformation:
+    return optax.scale_by_adam(config.beta1, config.beta2, config.eps)
+
+
+def _steps(
+    config: OptimConfig, direction: optax.GradientTransformation, lr: float
+) -> list[optax.GradientTransformation]:
+    """In a direction by a peak learning rate, with weight decay (decoupled, times the rate)."""
+    decay = cautious_decay if config.cautious_decay else optax.add_decayed_weights
+    rate, share = schedule(config), lr / config.lr
+    return [
+        direction,
+        decay(config.weight_decay, decay_mask(config)),
+        optax.scale_by_learning_rate(rate if share == 1 else lambda i: share * rate(i)),
+    ]
+
+
+def cautious_decay(
+    weight_decay: float, mask: Callable[[Any], Any]
+) -> optax.GradientTransformation:
+    """optax.add_decayed_weights, but only for entries that the update moves towards zero, too
+    (arXiv:2510.12402)."""
+
+    def update(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        def add(decays: bool, u: Array, p: Array) -> Array:
+            return u + weight_decay * p * (u * p > 0) if decays else u
+
+        return jax.tree.map(add, mask(updates), updates, params), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _momentum(config: OptimConfig) -> Callable[[Array], Any]:
+    """Updates so far -> momentum: it rises from 0.85 over momentum_warmup updates."""
+    if not config.momentum_warmup:
+        return lambda i: config.momentum
+    return optax.linear_schedule(0.85, config.momentum, config.momentum_warmup)

@@ -69,7 +69,7 @@ def build(config: Config, mesh: Mesh, dtype: str, implementation: str) -> PmapSt
         # The one reduction of an update. Of sums, not of means: masked tokens may make the
         # devices' counts differ.
         (total, grads), count = jax.lax.psum((sums, (tokens[..., 1:] >= 0).sum()), AXIS)
-        return step.update(config, state, total, grads, count)
+        return step.update(config, steps.model.dtype, state, total, grads, count)
 
     def split(tokens: Array) -> Array:
         """[A, M, T+1] -> [A, devices, mine, T+1]: an axis for pmap to map over."""

@@ -19,8 +19,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from scalegpt import attention, health, sharding
-from scalegpt.config import BatchConfig, Config
-from scalegpt.model import GPT, constrain, head_table, logits
+from scalegpt.config import BatchConfig, Config, ModelConfig
+from scalegpt.layers import constrain
+from scalegpt.model import GPT, head_table, logits
 from scalegpt.optim import optimizer, schedule
 
 
@@ -34,23 +35,23 @@ class State:
     health: health.Health
 
 
-def token_losses(hidden: Array, table: Array, targets: Array, vocab: int, chunk: int) -> Array:
+def token_losses(hidden: Array, table: Array, targets: Array, config: ModelConfig) -> Array:
     """Sum of the cross-entropies of each row, [B] float32, from hidden [B, T, D].
 
-    Logits exist for `chunk` positions at a time and are computed again for the gradient, so
+    Logits exist for `loss_chunk` positions at a time and are computed again for the gradient, so
     that [B, T, V] never does. Masked targets (-1) count nothing.
     """
 
     @jax.checkpoint
     def part(hidden: Array, targets: Array) -> Array:
-        scores = logits(hidden, table, vocab)
+        scores = logits(hidden, table, config)
         scores = constrain(scores, "batch", "position", "act_vocab")
         # Not a gather: XLA cannot split one over a vocabulary sharded inside manual axes.
         is_target = jnp.arange(scores.shape[-1]) == targets[..., None]
         right = jnp.where(is_target, scores, 0).sum(-1)
         return jnp.where(targets >= 0, jax.nn.logsumexp(scores, -1) - right, 0).sum(-1)
 
-    b, t, d = hidden.shape
+    (b, t, d), chunk = hidden.shape, config.loss_chunk
     if t <= chunk:
         return part(hidden, targets)
     pad = -t % chunk
@@ -66,8 +67,8 @@ def row_losses(model: GPT, params: Any, tokens: Array, dropout_keys: Array | Non
     """Sum of the cross-entropies of each row of tokens [B, T+1]: [B] float32."""
     inputs, targets = jnp.maximum(tokens[:, :-1], 0), tokens[:, 1:]
     hidden = model.apply({"params": params}, inputs, dropout_keys)
-    c, table = model.config, head_table(params)
-    losses = partial(token_losses, vocab=c.vocab_size, chunk=c.loss_chunk)
+    table = head_table(params)
+    losses = partial(token_losses, config=model.config)
     mesh = jax.sharding.get_abstract_mesh()
     split = {a for a in sharding.ROWS if mesh.shape.get(a, 1) > 1} - set(mesh.manual_axes)
     if split != {"fsdp"}:
@@ -121,15 +122,17 @@ def dropout_key(config: Config, step: Array) -> Array:
 
 
 def update(
-    config: Config, state: State, total: Array, grads: Any, count: Array
+    config: Config, dtype: Any, state: State, total: Array, grads: Any, count: Array
 ) -> tuple[State, dict[str, Array]]:
-    """The optimizer's part, from the sums of loss and gradient over `count` tokens.
+    """The optimizer's part, from the sums of loss and gradient over `count` tokens. dtype: of
+    matrix products.
 
     The update is not applied where `health.judge` says so; the step counts all the same.
     """
     count = jnp.maximum(count, 1)
     grads = jax.tree.map(lambda g: g / count, grads)
-    updates, opt_state = optimizer(config.optim).update(grads, state.opt_state, state.params)
+    tx = optimizer(config.optim, dtype)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
     loss, norm = total / count, optax.tree.norm(grads)
     apply, deviation, after = health.judge(config.run, state.health, loss, norm)
     metrics = {
@@ -235,7 +238,7 @@ def build(config: Config, mesh: Mesh, dtype: str, implementation: str) -> Steps:
         rows = jnp.arange(layout[0] * layout[1], dtype=jnp.uint32).reshape(layout)
         key = dropout_key(config, state.step)
         total, grads = gradients(state.params, tokens, rows, key)
-        return update(config, state, total, grads, (tokens[..., 1:] >= 0).sum())
+        return update(config, model.dtype, state, total, grads, (tokens[..., 1:] >= 0).sum())
 
     def evaluate(params: Any, tokens: Array) -> tuple[Array, Array]:
         with nn.logical_axis_rules(tuple(sharding.RULES.items())):

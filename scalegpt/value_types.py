@@ -4,8 +4,13 @@ import math
 import unicodedata
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
 
 LARGEST = 2**31 - 1  # JAX counts in int32
 Positive = Annotated[int, Field(ge=1, le=LARGEST)]

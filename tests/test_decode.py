@@ -69,11 +69,18 @@ def naive(steps, params, prompt, new):
     return text[len(prompt) :]
 
 
-@pytest.mark.parametrize("position", ["learned", "rope"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"bias": True},
+        {"bias": True, "position": "rope"},
+        {"preset": "modern", "residual_scalars": True, "value_embeddings": True},
+    ],
+)
 @pytest.mark.parametrize("chunks", [[20], [1] * 20, [7, 1, 1, 4, 1, 6]])
-def test_cached_logits_are_the_uncached_ones_at_every_position(position, chunks):
+def test_cached_logits_are_the_uncached_ones_at_every_position(kind, chunks):
     """Also of texts that begin later: left padding is never seen, whatever stands there."""
-    steps = steps_of({"position": position, "bias": True})
+    steps = steps_of(kind)
     params = jax.tree.map(jnp.asarray, jax.device_get(params_of(steps, 0.4, seed=1)))
     apart, first = separate_layers(params), np.array([0, 3, 6])
     texts = np.random.default_rng(2).integers(0, VOCAB, (3, BLOCK), dtype=np.int32)
@@ -85,10 +92,10 @@ def test_cached_logits_are_the_uncached_ones_at_every_position(position, chunks)
         part, cache = advance(texts[:, at : at + chunk], cache)
         hidden.append(part)
         at += chunk
-    got = logits(jnp.concatenate(hidden, 1), head_table(params), VOCAB)
+    got = logits(jnp.concatenate(hidden, 1), head_table(params), steps.model.config)
     for row, start in enumerate(first):
         alone = steps.model.apply({"params": params}, texts[None, row, start:])
-        want = logits(alone[0], head_table(params), VOCAB)
+        want = logits(alone[0], head_table(params), steps.model.config)
         np.testing.assert_allclose(got[row, start:], want, atol=1e-5, rtol=0)
         assert np.ptp(want[:, :VOCAB]) > 1
     assert int(cache.used) == BLOCK

@@ -12,7 +12,7 @@ from scalegpt import flops
 def gpt(L=12, H=12, D=768, T=1024, V=50257, bias=False, position="learned", tied=True):
     return SimpleNamespace(
         n_layer=L, n_head=H, n_embd=D, block_size=T, vocab_size=V, bias=bias, position=position,
-        tie_word_embeddings=tied,
+        tie_word_embeddings=tied, norm="layernorm", residual_scalars=False, value_embeddings=False,
     )
 
 

@@ -51,7 +51,7 @@ def scores(model: trained.Trained, ids) -> np.ndarray:
     vocab = model.config.model.vocab_size
     ids = np.asarray(ids, np.int32)
     hidden = jax.jit(model.steps.model.apply)({"params": model.params}, ids)
-    return np.asarray(logits(hidden, head_table(model.params), vocab))[..., :vocab]
+    return np.asarray(logits(hidden, head_table(model.params), model.config.model))[..., :vocab]
 
 
 def weights(model: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
@@ -567,7 +567,7 @@ def test_nothing_is_overwritten_and_an_interrupted_import_leaves_nothing(tmp_pat
 
 def test_rope_is_refused_with_the_reason_and_the_way_out(make_run, tmp_path):
     run = make_run("run", position="rope")
-    with pytest.raises(ValueError, match="position=rope: .* no rotary .* use --format scalegpt"):
+    with pytest.raises(ValueError, match="position=rope: .* only say learned; use --format sc"):
         convert("export", "--run", run, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -577,7 +577,7 @@ def test_every_key_of_the_model_is_either_in_gpt2s_format_or_refused():
     written = {"n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout", "bias",
                "tie_word_embeddings", "activation"}  # fmt: skip
     without_effect = {"preset", "vocab_multiple", "rope_base", "dtype", "attention",
-                      "scan_layers", "remat", "loss_chunk"}  # fmt: skip
+                      "scan_layers", "remat", "loss_chunk", "init"}  # fmt: skip
     assert written | without_effect | set(export._ONLY) == set(ModelConfig.model_fields)
 
 

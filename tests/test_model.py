@@ -20,7 +20,8 @@ from scalegpt import sharding, step
 from scalegpt.command_line import validate
 from scalegpt.config import ModelConfig
 from scalegpt.flops import parameter_count
-from scalegpt.model import GPT, constrain, dropout, logits, rotary_tables, rotate
+from scalegpt.layers import constrain, dropout, rotary_tables, rotate
+from scalegpt.model import GPT, logits
 
 TINY = dict(n_layer=2, n_head=3, n_embd=12, block_size=10, vocab_size=50, vocab_multiple=16)
 
@@ -62,7 +63,7 @@ jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 @partial(jit, static_argnums=0)
 def all_logits(model, params, tokens):
     hidden = model.apply({"params": params}, tokens)
-    return logits(hidden, params["wte"], model.config.vocab_size)
+    return logits(hidden, params.get("head_kernel", params["wte"]), model.config)
 
 
 def some_tokens(rows=3, length=10, vocab=50, seed=0):
@@ -86,11 +87,16 @@ def named(tree) -> dict:
 
 
 def numpy_gpt(c: ModelConfig, params, tokens):
-    """Logits [B, T, vocab_size] of GPT-2 in float64."""
+    """Logits [B, T, vocab_size] in float64, of GPT-2 and of what may differ from it."""
     p = {k: np.asarray(v, np.float64) for k, v in named(params).items()}
     erf = np.vectorize(math.erf)
 
+    def rms(x):
+        return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6)
+
     def norm(x, name, layer=None):
+        if c.norm == "rmsnorm":
+            return rms(x)
         scale, bias = (p.get(f"{name}/{k}") for k in ("scale", "bias"))
         pick = (lambda a: a) if layer is None else (lambda a: a[layer])
         x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
@@ -112,7 +118,9 @@ def numpy_gpt(c: ModelConfig, params, tokens):
         z = z * np.exp(1j * t[:, None] * c.rope_base ** (-2 * j / c.head_dim))[:, None, :]
         return np.concatenate([z.real, z.imag], -1)
 
-    def gelu(x):
+    def activation(x):
+        if c.activation == "relu2":
+            return np.maximum(x, 0) ** 2
         if c.activation == "gelu":
             return x * 0.5 * (1 + erf(x / math.sqrt(2)))
         return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
@@ -121,17 +129,28 @@ def numpy_gpt(c: ModelConfig, params, tokens):
     x = p["wte"][tokens]
     if c.position == "learned":
         x = x + p["wpe"][:t]
+    if c.embedding_norm:
+        x = rms(x)
+    x0 = x
     for i in range(c.n_layer):
+        if c.residual_scalars:
+            x = p["h/residual_scalars"][i, 0] * x + p["h/residual_scalars"][i, 1] * x0
         qkv = linear(norm(x, "h/ln_1", i), "h/attn/qkv", i)
         q, k, v = np.moveaxis(qkv.reshape(b, t, 3, c.n_head, c.head_dim), 2, 0)
+        if c.value_embeddings:
+            added = p["h/attn/value_table"][i][tokens].reshape(v.shape)
+            v = v + added * p["h/attn/value_strength"][i][:, None]
+        if c.qk_norm:
+            q, k = rms(q), rms(k)
         scores = np.einsum("bthk,bshk->bhts", turn(q), turn(k)) / math.sqrt(c.head_dim)
         scores = np.where(np.tri(t, dtype=bool), scores, -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)
         y = np.einsum("bhts,bshk->bthk", weights, v).reshape(b, t, -1)
         x = x + linear(y, "h/attn/proj", i)
-        x = x + linear(gelu(linear(norm(x, "h/ln_2", i), "h/mlp/up", i)), "h/mlp/down", i)
-    return norm(x, "ln_f") @ p["wte"][: c.vocab_size].T
+        x = x + linear(activation(linear(norm(x, "h/ln_2", i), "h/mlp/up", i)), "h/mlp/down", i)
+    z = norm(x, "ln_f") @ p.get("head_kernel", p["wte"])[: c.vocab_size].T
+    return c.logit_softcap * z / np.sqrt(z**2 + c.logit_softcap**2) if c.logit_softcap else z
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -142,6 +161,10 @@ def numpy_gpt(c: ModelConfig, params, tokens):
         {"activation": "gelu"},
         {"position": "rope"},
         {"position": "rope", "rope_base": 50.0, "n_head": 2, "activation": "gelu"},
+        {"norm": "rmsnorm", "activation": "relu2", "qk_norm": True},
+        {"embedding_norm": True, "logit_softcap": 1.5, "tie_word_embeddings": False},
+        {"residual_scalars": True, "value_embeddings": True},
+        {"preset": "modern", "residual_scalars": True, "value_embeddings": True},
     ],
     ids=str,
 )
@@ -153,6 +176,19 @@ def test_trap_3_forward_matches_numpy_with_either_bias_and_gelu(keys, bias):
     got = all_logits(model, params, tokens)[..., :50]
     assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
     assert np.abs(want).max() > 1  # so that the comparison means something
+
+
+def test_the_modern_model_begins_with_equal_chances_for_all_tokens():
+    """Nothing is written into the residual stream, and the head is zero."""
+    model = gpt(preset="modern")
+    params = initial(model)
+    assert np.abs(all_logits(model, params, some_tokens())[..., :50]).max() == 0
+    zero = {path for path, x in named(params).items() if not np.abs(x).max()}
+    assert zero == {"head_kernel", "h/attn/proj_kernel", "h/mlp/down_kernel"}
+    spread = {path: float(x.std()) for path, x in named(params).items() if path not in zero}
+    assert spread.keys() == {"wte", "h/attn/qkv_kernel", "h/mlp/up_kernel"}
+    assert abs(spread.pop("wte") - 1) < 0.1
+    assert all(abs(s - 0.5 / 12**0.5) < 0.02 for s in spread.values()), spread
 
 
 def test_traps_3_and_4_the_two_gelus_and_the_two_positions_are_not_the_same():
@@ -345,7 +381,7 @@ def test_fault_03_products_are_bfloat16_on_every_accelerator_and_never_float16()
 def test_fault_04_logits_are_float32_under_bfloat16():
     # 257 is no bfloat16 number.
     hidden, table = jnp.array([[256.0, 1.0]], "bfloat16"), jnp.ones((3, 2))
-    scores = logits(hidden, table, 2)
+    scores = logits(hidden, table, ModelConfig(vocab_size=2))
     assert scores.dtype == jnp.float32 and scores[0, :2].tolist() == [257.0, 257.0]
 
 
@@ -452,7 +488,8 @@ def test_chunked_loss_and_gradients_match_numpy(chunk):
     targets[0, :5] = targets[1, 11] = targets[2] = -1  # a row that counts nothing at all, too
 
     def losses(hidden, table):
-        rows = step.token_losses(hidden, table, targets, 11, chunk)
+        config = ModelConfig(vocab_size=11, loss_chunk=chunk)
+        rows = step.token_losses(hidden, table, targets, config)
         return rows.sum(), rows
 
     grad = jit(jax.value_and_grad(losses, argnums=(0, 1), has_aux=True))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from scalegpt.config import ModelConfig
 from scalegpt.model import logits
 from scalegpt.sampling import Sampler, sample_token
 
@@ -116,7 +117,8 @@ def test_rows_and_keys_draw_independently():
 @pytest.mark.parametrize("options", [{}, {"top_k": 200}, {"top_k": 7}, {"top_p": 0.999}])
 def test_fault_22_padded_ids_are_never_drawn(temperature, options):
     # 5 real ids of 128, all scores 0: without the mask 96 draws in 100 would be padding.
-    scores = np.asarray(logits(jnp.zeros((1, 4)), jnp.zeros((128, 4)), 5))[0]
+    config = ModelConfig(vocab_size=5)
+    scores = np.asarray(logits(jnp.zeros((1, 4)), jnp.zeros((128, 4)), config))[0]
     got = draws(scores, count=2000, **(ALL | options | {"temperature": temperature}))
     assert got[5:].sum() == 0 and (got[:5] > 0).all()
 

@@ -27,7 +27,8 @@ from scalegpt import command_line, export, hf, sharding, tokenizer, trained
 from scalegpt.checkpoint import Checkpoints, open_checkpoints
 from scalegpt.config import MeshConfig, ModelConfig
 from scalegpt.flops import parameter_count
-from scalegpt.model import GPT, Block, head_table, logits, rotary_tables
+from scalegpt.layers import rms_norm, rotary_tables
+from scalegpt.model import GPT, Block, Context, head_table, logits
 from scalegpt.run_folder import is_run
 from scalegpt.step import build_for_use
 from scalegpt.token_files import open_split
@@ -180,7 +181,7 @@ def outputs(source: str, tokens: np.ndarray, by_layer: bool = False) -> list[np.
 @partial(jax.jit, static_argnums=0)
 def _forward(model: GPT, params: Any, tokens: np.ndarray) -> tuple[jax.Array, jax.Array]:
     hidden = model.apply({"params": params}, tokens)
-    return hidden, logits(hidden, head_table(params), model.config.vocab_size)
+    return hidden, logits(hidden, head_table(params), model.config)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -188,10 +189,11 @@ def _states(model: GPT, params: Any, tokens: np.ndarray) -> list[jax.Array]:
     c, length = model.config, tokens.shape[1]
     x = params["wte"][tokens] + params.get("wpe", jnp.zeros((1, 1)))[:length]
     rotary = rotary_tables(length, c.head_dim, c.rope_base) if c.position == "rope" else None
-    block = Block(c, model.dtype, "xla")
+    x = rms_norm(x) if c.embedding_norm else x
+    context, block = Context(x, tokens, rotary), Block(c, model.dtype, "xla")
 
     def layer(x: jax.Array, params: Any) -> tuple[jax.Array, jax.Array]:
-        y = block.apply({"params": params}, x, 0, None, rotary)[0]
+        y = block.apply({"params": params}, x, 0, None, context)[0]
         return y, y
 
     after = jax.lax.scan(layer, x, params["h"])[1]

@@ -98,10 +98,11 @@ def size(config: Config, flags: Namespace) -> dict[str, Any]:
     sequence = {kind: flops.flops_by_component(model, kind == "causal") for kind in COUNTS}
     training = {kind: 3 * sum(by.values()) for kind, by in sequence.items()}
     palm = flops.palm_flops_per_token(model) * model.block_size
-    updates, tokens_per_update = config.optim.steps, config.batch.sequences * model.block_size
-    tokens = updates * tokens_per_update
+    tokens_per_update = config.batch.sequences * model.block_size
+    tokens = config.optim.steps * tokens_per_update
     budget = flags.budget or 6 * used * tokens
     place = placement(config, flags)
+    checkpoint = memory.checkpoint_bytes(model, config.optim.name)
     keys = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias")
     return {
         "model": {key: getattr(model, key) for key in keys},
@@ -109,7 +110,7 @@ def size(config: Config, flags: Namespace) -> dict[str, Any]:
             "by_component": parts, "total": parameters, "embedding": parts["wte"] + parts["wpe"],
             "non_embedding": parameters - parts["wte"] - parts["wpe"], "used": used,
             "float32_bytes": 4 * parameters,
-            "checkpoint_bytes": memory.checkpoint_bytes(parameters),
+            "checkpoint_bytes": checkpoint,
         },
         "flops": {
             "forward": sequence, "training": training, "palm": palm,
@@ -117,8 +118,8 @@ def size(config: Config, flags: Namespace) -> dict[str, Any]:
         },
         "memory": place,
         "run": {
-            "updates": updates, "tokens_per_update": tokens_per_update, "tokens": tokens,
-            "checkpoints_bytes": (config.checkpoint.keep + 1) * memory.checkpoint_bytes(parameters),
+            "updates": config.optim.steps, "tokens_per_update": tokens_per_update, "tokens": tokens,
+            "checkpoints_bytes": (config.checkpoint.keep + 1) * checkpoint,
             **cost(
                 {**{k: v / model.block_size * tokens for k, v in training.items()},
                  "6ND": 6 * parameters * tokens},
@@ -147,7 +148,7 @@ def placement(config: Config, flags: Namespace) -> dict[str, Any]:
     by_remat = {
         remat: memory.on_device(
             model, mesh.shape, microbatch, accumulation, 2 if dtype == "bfloat16" else 4,
-            kernel in ("cudnn", "splash"), remat,
+            kernel in ("cudnn", "splash"), remat, config.optim.name,
         )
         for remat in memory.REMAT
     }  # fmt: skip
@@ -215,8 +216,8 @@ def of_parameters(r: dict[str, Any]) -> list[str]:
     return [
         line("Parameters", "count", "share")[2:],
         *(line(name, f"{n:,}", f"{n / p['total']:.2%}") for name, n in counts.items()),
-        f"  {p['float32_bytes'] / 1e9:.2f} GB on disk in float32; with AdamW's moments, as in a "
-        f"checkpoint, {p['checkpoint_bytes'] / 1e9:.2f} GB",
+        f"  {p['float32_bytes'] / 1e9:.2f} GB on disk in float32; a checkpoint, with moments, "
+        f"{p['checkpoint_bytes'] / 1e9:.2f} GB",
     ]
 
 

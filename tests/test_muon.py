@@ -1,0 +1,236 @@
+"""Muon against optax and NumPy, on every mesh; and that the modern recipe learns as it should."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny_run
+from flax.traverse_util import flatten_dict
+from hlo_traffic import collectives
+
+from scalegpt import muon, pmap_step, sharding, step
+from scalegpt.config import Config, OptimConfig
+from scalegpt.optim import cautious_decay, group, optimizer, schedule
+
+LAYERS, D, T, VOCAB, ROWS, UPDATES = 3, 32, 16, 65, 16, 8
+ONE, DATA8 = {"data": 1}, {"data": 8}
+FSDP8, HYBRID = {"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 4}
+CUBE = {"data": 2, "fsdp": 2, "tensor": 2}
+SHAPES = {
+    "h/attn/qkv_kernel": (LAYERS, D, 3, 2, D // 2), "h/attn/proj_kernel": (LAYERS, 2, D // 2, D),
+    "h/mlp/up_kernel": (LAYERS, D, 4 * D), "h/mlp/down_kernel": (LAYERS, 4 * D, D),
+}  # fmt: skip
+
+
+def random(seed: int) -> dict[str, jax.Array]:
+    rng = np.random.default_rng(seed)
+    return {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in SHAPES.items()}
+
+
+def matrices(tree: dict) -> dict[str, np.ndarray]:
+    """By hand: [N, fan in, fan out], of each projection by itself."""
+    x = {name.split("/")[-1]: np.asarray(leaf) for name, leaf in tree.items()}
+    qkv = x["qkv_kernel"].reshape(LAYERS, D, 3, D)
+    return {
+        **{name: qkv[:, :, i] for i, name in enumerate("qkv")},
+        "proj": x["proj_kernel"].reshape(LAYERS, D, D),
+        "up": x["up_kernel"], "down": x["down_kernel"],
+    }  # fmt: skip
+
+
+def test_it_is_optax_muon_in_float32_for_each_projection_by_itself():
+    ours = muon.scale_by_muon(lambda i: 0.95, 5, jnp.float32)
+    dimensions = optax.contrib.MuonDimensionNumbers(-2, -1)
+    theirs = optax.contrib.scale_by_muon(
+        weight_dimension_numbers=lambda tree: jax.tree.map(lambda _: dimensions, tree)
+    )
+    a, b = ours.init(random(0)), theirs.init(jax.tree.map(jnp.asarray, matrices(random(0))))
+    for seed in range(1, 6):
+        gradient = random(seed)
+        got, a = ours.update(gradient, a)
+        want, b = theirs.update(jax.tree.map(jnp.asarray, matrices(gradient)), b)
+        for name, x in matrices(got).items():
+            shape = max(1, x.shape[2] / x.shape[1]) ** 0.5
+            np.testing.assert_allclose(x, shape * want[name], atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_singular_values_come_near_one(dtype):
+    tx = muon.scale_by_muon(lambda i: 0.95, 5, jnp.dtype(dtype))
+    got = matrices(tx.update(random(1), tx.init(random(1)))[0])
+    for name, x in got.items():
+        values = np.linalg.svd(x / max(1, x.shape[2] / x.shape[1]) ** 0.5, compute_uv=False)
+        # Square random matrices have some near zero, which five iterations only begin to lift.
+        assert values.max() < 1.3 and np.median(values) > 0.6, (name, values.min(), values.max())
+        assert name not in ("up", "down") or values.min() > 0.5
+
+
+def make_config(mesh: dict[str, int], backend: str = "jit", **model) -> Config:
+    shards = mesh.get("data", 1) * mesh.get("fsdp", 1)
+    return Config(
+        model=dict(preset="modern", n_layer=LAYERS, n_head=2, n_embd=D, block_size=T)
+        | dict(vocab_size=VOCAB, dtype="float32", attention="xla", scan_layers=True) | model,
+        mesh=mesh,
+        batch=dict(sequences=ROWS, microbatch=ROWS // shards),
+        data=dict(path="unused"),
+        optim=dict(name="muon", steps=UPDATES, weight_decay=0.1, cautious_decay=True,
+                   momentum_warmup=4),
+        run=dict(out_dir="unused", backend=backend),
+    )  # fmt: skip
+
+
+def build(config: Config) -> step.Steps:
+    devices = jax.devices()[: int(np.prod(list(config.mesh.model_dump().values())))]
+    return pmap_step.build_for_training(config, sharding.make_mesh(config.mesh, devices))
+
+
+def losses(config: Config) -> list[float]:
+    steps, rng = build(config), np.random.default_rng(0)
+    state, found = steps.init(), []
+    for _ in range(UPDATES):
+        tokens = rng.integers(0, VOCAB, (ROWS, T + 1), dtype=np.int32)
+        tokens[:, 1::2] = tokens[:, :-1:2]  # half of the targets can be learnt
+        tokens = jax.device_put(tokens.reshape(*steps.layout, T + 1), steps.batch_sharding)
+        state, metrics = steps.train(state, tokens)
+        found.append(float(metrics["train/loss"]))
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone() -> list[float]:
+    found = losses(make_config(ONE))
+    assert found[0] - found[-1] > 0.3, "nothing was learnt, so nothing is compared"
+    return found
+
+
+@pytest.mark.parametrize(
+    ("mesh", "backend"), [(FSDP8, "jit"), (HYBRID, "jit"), (CUBE, "jit"), (DATA8, "pmap")]
+)
+def test_losses_do_not_depend_on_mesh_and_backend(alone, mesh, backend):
+    np.testing.assert_allclose(losses(make_config(mesh, backend)), alone, rtol=0, atol=1e-5)
+
+
+def update_hlo(config: Config) -> tuple[str, float, step.Steps]:
+    """The optimizer's update alone, compiled: HLO and FLOPs of a device."""
+    steps = build(config)
+    params, state = steps.abstract.params, steps.abstract.opt_state
+    places = jax.tree.map(lambda x: x.sharding, (params, state))
+    tx = optimizer(config.optim, jnp.bfloat16)
+    with jax.set_mesh(steps.mesh):
+        jitted = jax.jit(tx.update, in_shardings=(places[0], places[1], places[0]),
+                         out_shardings=places)  # fmt: skip
+        compiled = jitted.lower(params, state, params).compile()
+    return compiled.as_text(), compiled.cost_analysis()["flops"], steps
+
+
+def test_each_shape_moves_once_each_way_and_no_device_repeats_another_ones_work():
+    alone = update_hlo(make_config(ONE))[1]
+    hlo, flops, steps = update_hlo(make_config(FSDP8))
+    found = [c for c in collectives(hlo, steps.mesh) if c.bytes > 64]  # the norm of the gradients
+    assert [c.kind for c in found] == ["all-to-all"] * 4  # two shapes, there and back
+    # Their matrices, padded to whole ones for each device: 4 x 3 -> 16, 2 x 3 -> 8.
+    each_way = (16 * D * D + 8 * D * 4 * D) // 8
+    assert sum(c.bytes for c in found) <= 2 * 4 * each_way  # the CPU moves bfloat16 as float32
+    assert flops < 1.1 * alone * (16 + 8 * 4) / (12 + 6 * 4) / 8
+
+    hlo, flops, steps = update_hlo(make_config(CUBE))
+    moved = {c.kind for c in collectives(hlo, steps.mesh) if c.bytes > 64}
+    gathered = [c for c in collectives(hlo, steps.mesh) if c.kind == "all-gather"]
+    assert moved <= {"all-to-all", "all-gather", "collective-permute"}
+    assert {c.axes for c in gathered} <= {("data",)}, "back to those who hold the same weights"
+    assert flops < 1.1 * alone * (16 + 8 * 4) / (12 + 6 * 4) / 8
+
+
+def test_every_parameter_is_in_the_group_that_its_name_says():
+    config = make_config(ONE, bias=True, norm="layernorm", position="learned",
+                         residual_scalars=True, value_embeddings=True)  # fmt: skip
+    found = {path: group(path) for path in flatten_dict(build(config).abstract.params, sep="/")}
+    assert {p for p, g in found.items() if g == "matrices"} == set(SHAPES)
+    assert {p for p, g in found.items() if g == "embeddings"} == {
+        "wte", "wpe", "h/attn/value_table"
+    }  # fmt: skip
+    assert {p for p, g in found.items() if g == "head"} == {"head_kernel"}
+    rest = {p for p, g in found.items() if g == "scalars"}
+    assert {p.rpartition("/")[2] for p in rest} == {
+        "scale", "bias", "qkv_bias", "proj_bias", "up_bias", "down_bias", "residual_scalars",
+        "value_strength",
+    }  # fmt: skip
+
+
+def test_what_muon_does_not_train_is_adamw_at_a_rate_of_its_own():
+    config = OptimConfig(name="muon", steps=10, weight_decay=0.3, embedding_lr=0.2)
+    tx, rng = optimizer(config), np.random.default_rng(0)
+    params = {"wte": jnp.asarray(rng.normal(size=(8, 4)), jnp.float32),
+              "head_kernel": jnp.asarray(rng.normal(size=(8, 4)), jnp.float32)}  # fmt: skip
+    state, rate = tx.init(params), schedule(config)
+    adam = dict(b1=config.beta1, b2=config.beta2, eps=config.eps)
+    references = {
+        "wte": optax.adamw(lambda i: 10 * rate(i), weight_decay=0.0, **adam),
+        "head_kernel": optax.adamw(lambda i: 0.4 * rate(i), weight_decay=0.3, **adam),
+    }
+    states = {name: other.init(params[name]) for name, other in references.items()}
+    for _ in range(4):
+        grads = {k: jnp.asarray(rng.normal(size=v.shape), jnp.float32) for k, v in params.items()}
+        updates, state = tx.update(grads, state, params)
+        for name, other in references.items():
+            want, states[name] = other.update(grads[name], states[name], params[name])
+            np.testing.assert_allclose(updates[name], want, rtol=2e-6, atol=1e-7)
+        params = optax.apply_updates(params, updates)
+
+
+def test_cautious_decay_shrinks_only_where_the_update_does():
+    u, p = jnp.array([1.0, -1.0, 1.0, 0.0]), jnp.array([2.0, 2.0, -2.0, 2.0])
+    tx = cautious_decay(0.5, lambda tree: {"a": True, "b": False})
+    got, _ = tx.update({"a": u, "b": u}, tx.init({}), {"a": p, "b": p})
+    np.testing.assert_array_equal(got["a"], [2.0, -1.0, 1.0, 0.0])  # as they will be subtracted
+    np.testing.assert_array_equal(got["b"], u)
+
+
+def test_the_momentum_rises_to_its_value():
+    """From the state of two updates: m2 = b1 b0' + ..., with factors 0.85 and 0.875."""
+    config = OptimConfig(name="muon", momentum=0.95, momentum_warmup=4, steps=9)
+    tx = optimizer(config)
+    state = tx.init(random(0))
+    for seed in (1, 2):
+        _, state = tx.update(random(seed), state, random(0))
+    kept = state[1]["matrices"][0].momentum["h/mlp/up_kernel"]
+    first, second = (random(seed)["h/mlp/up_kernel"] for seed in (1, 2))
+    np.testing.assert_allclose(kept, 0.875 * 0.15 * first + 0.125 * second, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"embedding_lr": 0.1}, "optim.embedding_lr=0.1 is Muon's"),
+        ({"momentum": 0.9}, "optim.momentum=0.9 is Muon's"),
+        ({"name": "muon", "min_lr": 0.1}, "optim.min_lr=0.1 is above optim.lr=0.02"),
+    ],
+)
+def test_a_key_that_nothing_would_read_is_refused(keys, message):
+    with pytest.raises(ValueError, match=message):
+        OptimConfig(**keys)
+
+
+def test_after_100_updates_the_modern_recipe_is_where_it_should_be(shared_data, tmp_path):
+    """nanoGPT's settings are at 2.61 then; a wrong label, rate or initialisation is not below."""
+    text = (shared_data / "tinyshakespeare" / "input.txt").read_text()
+    chars = "".join(sorted(set(text)))
+    ids = np.array([chars.index(c) for c in text], "<u2")
+    cut = len(ids) * 9 // 10
+    meta = {"format": 1, "tokenizer": {"kind": "char", "chars": chars}, "dtype": "uint16"}
+    for split, part in (("train", ids[:cut]), ("val", ids[cut:])):
+        part.tofile(tmp_path / f"{split}.bin")
+        meta[split] = {"tokens": len(part), "bytes": len(part)}
+    (tmp_path / "meta.json").write_text(json.dumps({**meta, "vocab_size": len(chars)}))
+    argv = [f"--data.path={tmp_path}", f"--run.out_dir={tmp_path / 'run'}", "--model.preset=modern",
+            "--model.n_layer=4", "--model.n_head=4", "--model.n_embd=128", "--model.block_size=64",
+            "--batch.sequences=12", "--optim.name=muon", "--optim.steps=100",
+            "--log.tensorboard=false", "--eval.windows=320"]  # fmt: skip
+    process = tiny_run.start(argv, JAX_NUM_CPU_DEVICES="1")
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    rows = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert [row["val/loss"] for row in rows if "val/loss" in row][-1] < 2.25
