@@ -1,10 +1,11 @@
 """What a run is: a frozen, typed configuration in sections; no JAX here."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, model_validator
 
+from scalegpt.depth import derived
 from scalegpt.recipe import ModelConfig, OptimConfig
 from scalegpt.value_types import (
     MeshAxis,
@@ -163,6 +164,17 @@ class Config(Section):
     log: LogConfig = LogConfig()
     run: RunConfig
     distributed: DistributedConfig = DistributedConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_depth(cls, values: Any) -> Any:
+        sections = values if isinstance(values, dict) else {}
+        given = {s: sections.get(s) for s in ("model", "batch", "optim") if s in sections}
+        plain = all(isinstance(keys, dict) for keys in given.values())  # else an error is to come
+        if not plain or given.get("model", {}).get("depth") is None:
+            return values
+        filled = {s: {**given.get(s, {}), **keys} for s, keys in derived(given).items()}
+        return {**values, **filled}
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)

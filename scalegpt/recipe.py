@@ -44,6 +44,9 @@ class ModelConfig(Section):
     preset: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "modern"] | None = None
     """gpt2*: its n_layer, n_head, n_embd, block_size 1024, bias; modern: an architecture that needs
     fewer tokens, of any size; keys that are given override it"""
+    depth: Annotated[int, Field(ge=1, le=1000)] | None = None
+    """one dial: layers, from which width, heads, batch, optimizer, rates and updates follow by the
+    rules of `scalegpt.depth`; what is given stays"""
     n_layer: Annotated[int, Field(ge=1, le=10_000)] = 12
     n_head: Width = 12
     n_embd: Width = 768

@@ -29,8 +29,10 @@ def describe(config: Config, datasets: list[Dataset], steps: Steps) -> str:
         mesh = f"{jax.process_count()} processes, {mesh}"
     tokens = config.batch.sequences * config.model.block_size
     text = ", ".join(f"{d.name} ({len(d.train):,} tokens)" for d in datasets)
+    recipe = [f"recipe   {depth_line(config)}"] if config.model.depth else []
     return "\n".join(
         [
+            *recipe,
             f"model    {parameter_count(config.model):,} parameters, {steps.model.dtype} products,"
             f" attention {steps.model.attention}",
             f"data     {text}",
@@ -40,6 +42,16 @@ def describe(config: Config, datasets: list[Dataset], steps: Steps) -> str:
             f"run      {config.optim.steps:,} updates into {config.run.out_dir}",
         ]
     )
+
+
+def depth_line(config: Config) -> str:
+    """What followed from model.depth."""
+    c, o = config.model, config.optim
+    rates = [f"{key} {value:g}" for key in ("lr", "embedding_lr", "head_lr", "scalar_lr")
+             if (value := getattr(o, key)) is not None]  # fmt: skip
+    return (f"depth {c.depth}: {c.n_layer} layers, {c.n_embd} wide, {c.n_head} heads; {o.name}, "
+            f"{', '.join(rates)}, weight_decay {o.weight_decay:g}, {o.steps:,} updates of "
+            f"{config.batch.sequences} sequences")  # fmt: skip
 
 
 def finish(

@@ -80,7 +80,8 @@ def _from_checkpoints(out_dir: str) -> Config | None:
 
 # Keys of the compared sections that change speed or memory, never the loss curve.
 _NEUTRAL = {
-    *("model.preset", "model.attention", "model.scan_layers", "model.remat", "model.loss_chunk"),
+    *("model.preset", "model.depth", "model.attention", "model.scan_layers", "model.remat"),
+    "model.loss_chunk",
     *("batch.microbatch", "data.path", "data.prepare", "data.prefetch", "data.cache_dir"),
 }
 

@@ -1,3 +1,5 @@
+import math
+
 """Configuration: defaults, precedence, every kind of mistake, and the YAML files in configs/.
 
 Expected figures are written out here; nothing is read back from the code under test.
@@ -443,11 +445,13 @@ def leaves(config: Config) -> dict[str, object]:
 
 # A change of any other key of the model, batch, data or optimizer changes the curve.
 NEUTRAL = {
-    "model.preset", "model.attention", "model.scan_layers", "model.remat", "model.loss_chunk",
-    "batch.microbatch", "data.path", "data.prepare", "data.prefetch", "data.cache_dir",
+    "model.preset", "model.depth", "model.attention", "model.scan_layers", "model.remat",
+    "model.loss_chunk", "batch.microbatch", "data.path", "data.prepare", "data.prefetch",
+    "data.cache_dir",
 }  # fmt: skip
 OTHER = {  # a value that differs from the default, where adding one will not do
-    "model.preset": "gpt2", "model.n_head": 6, "model.n_embd": 96, "model.position": "rope",
+    "model.preset": "gpt2", "model.depth": 3, "model.n_head": 6, "model.n_embd": 96,
+    "model.position": "rope",
     "model.activation": "gelu", "model.dtype": "float32", "model.attention": "xla",
     "model.remat": "dots", "model.dropout": 0.1, "model.vocab_size": 300,
     "batch.microbatch": 2, "data.path": "moved", "data.cache_dir": "x", "optim.lr": 7e-4,
@@ -490,6 +494,43 @@ def test_curve_diff_minds_the_weights_of_a_mixture_but_not_where_it_lies():
     assert curve_diff(stored, config({"/mnt/a": 10, "/mnt/b": 30})) == []
     assert "data.path" in curve_diff(stored, config({"a": 3, "b": 1}))[0]
     assert "data.path" in curve_diff(config("a"), stored)[0]
+
+
+# --- one dial
+
+
+def test_depth_12_is_the_tuned_recipe_and_the_rest_follows_by_the_rules():
+    c = parse("--model.depth=12", *GIVEN)
+    assert (c.model.n_layer, c.model.n_embd, c.model.n_head) == (12, 768, 6)
+    assert c.model.preset == "modern" and c.model.qk_norm and c.optim.name == "muon"
+    assert c.batch.sequences * c.model.block_size == 2**19
+    assert (c.optim.lr, c.optim.embedding_lr, c.optim.weight_decay) == (0.02, 0.3, 0.05)
+    weights = 12 * 12 * 768**2 + 50257 * 768
+    assert abs(c.optim.steps * 2**19 - 12 * weights) < 2**19
+
+    small = parse("--model.depth=5", *GIVEN)
+    assert (small.model.n_embd, small.model.n_head) == (384, 3)  # 320, to whole heads
+    ratio = (12 * 5 * 384**2 + 50257 * 384) / weights
+    batch = small.batch.sequences * 1024
+    assert batch == 2**18 == 2 ** round(19 + 0.383 * math.log2(ratio))
+    assert small.optim.lr == pytest.approx(0.02 / 2**0.5, rel=5e-3)
+    assert small.optim.head_lr == pytest.approx(0.008 / 2**0.5 * (768 / 384) ** 0.5, rel=5e-3)
+    assert small.optim.weight_decay == pytest.approx(0.05 / 2**0.5 / ratio, rel=5e-3)
+
+
+def test_what_is_given_stays_and_the_rest_follows_from_it(in_yaml):
+    file = in_yaml("model: {depth: 4, block_size: 512, vocab_size: 300}\nbatch: {sequences: 64}")
+    c = parse(file, "--optim.lr=0.5", "--model.n_embd=128", *GIVEN)
+    assert (c.model.n_embd, c.model.n_head, c.model.block_size, c.optim.lr) == (128, 1, 512, 0.5)
+    assert c.batch.sequences == 64
+    assert c.optim.steps == round(12 * (12 * 4 * 128**2 + 300 * 128) / (64 * 512))
+    assert c.optim.embedding_lr == pytest.approx(0.3 * (64 * 512 / 2**19 * 6) ** 0.5, rel=5e-3)
+    adamw = parse("--model.depth=4", "--model.preset=gpt2", "--optim.name=adamw", *GIVEN)
+    assert adamw.optim.embedding_lr is None and adamw.optim.lr == 6e-4
+    assert adamw.optim.warmup_steps == adamw.optim.steps // 20
+    assert adamw.model.position == "learned" and adamw.model.n_layer == 4
+    # A run that is stored continues with the numbers it began with.
+    assert command_line.validate(c.model_dump(), "stored") == c
 
 
 # --- configs/

@@ -576,7 +576,7 @@ def test_every_key_of_the_model_is_either_in_gpt2s_format_or_refused():
     """A new key must be put into one of the two, or exported models would lose it in silence."""
     written = {"n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout", "bias",
                "tie_word_embeddings", "activation"}  # fmt: skip
-    without_effect = {"preset", "vocab_multiple", "rope_base", "dtype", "attention",
+    without_effect = {"preset", "depth", "vocab_multiple", "rope_base", "dtype", "attention",
                       "scan_layers", "remat", "loss_chunk", "init"}  # fmt: skip
     assert written | without_effect | set(export._ONLY) == set(ModelConfig.model_fields)
 
