@@ -1,10 +1,10 @@
-import math
 
 """Configuration: defaults, precedence, every kind of mistake, and the YAML files in configs/.
 
 Expected figures are written out here; nothing is read back from the code under test.
 """
 
+import math
 import os
 import subprocess
 import sys
