@@ -16,6 +16,7 @@ import ablation_record
 import numpy as np
 import pytest
 import tiny_run
+from ablation_plot import draw
 from ablation_record import training_seconds
 from ablation_report import cost_to_reach, markdown, summarise, table
 from conftest import ROOT
@@ -94,7 +95,7 @@ def test_seeds_come_first_and_a_second_time_nothing_runs(finished, capsys):
         "=== plain, seed 1 ", "=== wide, seed 1 ", "=== plain, seed 2 ", "=== wide, seed 2 ",
     ]  # fmt: skip
     early = said[: said.index("=== plain, seed 2")]
-    assert early.count("x tokens") == 1 and "wide, seed 2: not begun" in early
+    assert early.count("x tokens") == 1 and early.count(" 1/2\n") == 2
     assert said.count("x tokens") == 2  # after the first seed, and at the end
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     assert ablation.main([str(file), "--out", str(out)]) == 0
@@ -122,6 +123,34 @@ def test_a_record_gives_the_same_report_and_a_small_picture(finished, tmp_path, 
     for colour in ((31, 119, 180), (255, 127, 14)):  # of the two arms, in each of three panels
         near = (np.abs(image * 255 - colour).max(-1) < 8).any(0)
         assert all(part.any() for part in np.array_split(near, 3))
+
+
+def test_a_large_picture_is_small_too_and_keeps_every_arms_colour(tmp_path):
+    colours, image = (pytest.importorskip(f"matplotlib.{n}") for n in ("colors", "image"))
+    rng, steps = np.random.default_rng(0), np.arange(0, 5001, 50)
+    curves = {
+        f"arm{k}": {
+            seed: {"state": "done", "step": steps.tolist(), "bits_per_byte": None,
+                   "seconds": (steps * 0.1).tolist(),
+                   "val_loss": (3 / (1 + steps / (60 + 9 * k)) ** 0.5
+                                + rng.normal(0, 0.02, len(steps))).tolist()}
+            for seed in (1, 2, 3)
+        }
+        for k in range(9)
+    }  # fmt: skip
+    curves["broken"] = {1: {"state": "not finite at step 60", "step": [0, 50], "val_loss": [4, 6],
+                            "seconds": None, "bits_per_byte": None}}  # fmt: skip
+    sizes = {"parameters": 10, "flops_per_token": 60.0, "tokens_per_update": 100}
+    record = ablation_record.Record(
+        name="large", reference="arm0", seeds=[1, 2, 3],
+        arms={name: {**sizes, "curves": runs} for name, runs in curves.items()} | {"later": None},
+    )  # fmt: skip
+    file = tmp_path / "large.png"
+    draw(record, str(file))
+    assert 20_000 < file.stat().st_size < 120_000
+    pixels = image.imread(file)[..., :3]
+    for i in range(10):  # of "broken", whose loss is beyond the axis, in the legend
+        assert (np.abs(pixels - colours.to_rgb(f"C{i}")).max(-1) < 0.05).sum() > 10, i
 
 
 def test_markdown_is_the_same_table(finished):

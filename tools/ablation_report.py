@@ -11,6 +11,7 @@ from ablation_record import DONE, Arm, Record
 from isoflop_plot import short
 
 AXES = ("tokens", "flops", "seconds")  # what a loss may cost
+NOT_BEGUN = "not begun"
 
 
 class Mean(NamedTuple):
@@ -69,7 +70,7 @@ def summarise(record: Record) -> dict[str, Any]:
     }  # fmt: skip
     arms = {}
     for name, arm in record.arms.items():
-        states = {seed: "not begun" for seed in record.seeds}
+        states = dict.fromkeys(record.seeds, NOT_BEGUN)
         if arm is None:
             arms[name] = {"runs": states}
             continue
@@ -118,7 +119,7 @@ def table(summary: dict[str, Any]) -> str:
 def markdown(summary: dict[str, Any]) -> str:
     rule = ["---", *["---:"] * (len(HEADER) - 1)]
     lines = [f"| {' | '.join(row)} |" for row in (HEADER, rule, *_rows(summary))]
-    return "\n".join([*lines, "", *(f"{note}  " for note in notes(summary))]).rstrip() + "\n"
+    return "\n".join([*lines, "", *(f"- {note}" for note in notes(summary))]) + "\n"
 
 
 def _rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -145,7 +146,7 @@ def _cells(arm: dict[str, Any]) -> list[str]:
 
 
 def notes(summary: dict[str, Any]) -> list[str]:
-    """What the columns mean, and which runs are not done."""
+    """What the columns mean, and how far the runs came that have begun and are not done."""
     name, target = summary["reference"], summary["target"]
     if target is None:
         found = [f"x: no run of {name} has finished, so there is no loss to reach"]
@@ -156,5 +157,5 @@ def notes(summary: dict[str, Any]) -> list[str]:
         f"{arm}, seed {seed}: {state}"
         for arm, values in summary["arms"].items()
         for seed, state in values["runs"].items()
-        if state != DONE
+        if state not in (DONE, NOT_BEGUN)
     ]
