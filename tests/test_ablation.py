@@ -238,12 +238,12 @@ def test_stopped_it_saves_and_the_same_command_goes_on_past_an_arm_that_fails(pl
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
 
     def start() -> subprocess.Popen:
-        return subprocess.Popen(argv, cwd=ROOT, env=environment, text=True,
+        return subprocess.Popen(argv, cwd=ROOT, env=environment, text=True, process_group=0,
                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
 
     process = start()
     tiny_run.wait_for_step(process, folder, 3)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal: to the tool and all in its group
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 3, said
     assert "stopped on request after update" in said and "=== bad" not in said
