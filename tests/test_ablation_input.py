@@ -1,0 +1,146 @@
+"""tools/ablation.py: what its file, a record and a command line may say, and every mistake."""
+
+import math
+import os
+import subprocess
+import sys
+
+import ablation
+import ablation_plan
+import pytest
+from ablation_record import Curve
+from conftest import ROOT
+from tiny_ablation import ARMS, write
+
+from scalegpt import command_line
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"arms": {}}, "has no arms; write arms: {name: {section: {key: value}}"),
+        ({"arms": ["a"]}, "has no arms"),
+        ({"arms": {"a": {}, "b": {"model": {"n_layr": 3}}}}, "arm b: .*mean --model.n_layer?"),
+        ({"arms": {"a": {"optim": {"lr": "fast"}}}}, "arm a: .*optim.lr='fast'"),
+        ({"arms": {"a": {}, "b": {"optim": {"lr": 1e-5}}}}, "arm b: .*optim.min_lr"),
+        ({"arms": {"a": 3}}, "arm a holds 3, not sections"),
+        ({"arms": {"a": {"model": 3}}}, "arm a: model=3 is not a section"),
+        ({"arms": {"a": {"run": {"seed": 3}}}}, "arm a sets run.seed, which seeds sets"),
+        ({"run": {"out_dir": "x"}}, "sets run.out_dir, which --out sets"),
+        ({"arms": {"../a": {}}}, "arm '../a' needs another name"),
+        ({"arms": {False: {}}}, "arm False needs another name"),
+        ({"arms": {"-a": {}}}, "arm '-a' needs another name"),
+        ({"seeds": []}, r"seeds=\[\] must be different numbers"),
+        ({"seeds": [1, 1]}, r"seeds=\[1, 1\] must be"),
+        ({"seeds": "1"}, "seeds='1' must be"),
+        ({"seeds": [-1]}, "arm plain: .*run.seed"),
+        ({"reference": "best"}, "reference 'best' is none of the arms plain, wide"),
+        ({"modl": {}}, "unknown key 'modl'; there are config, arms, seeds, reference, model"),
+        ({"config": "nowhere.yaml"}, "arm plain: cannot read config nowhere.yaml"),
+        ({"config": ["a"]}, r"config=\['a'\] must be the name of a file"),
+    ],
+)
+def test_a_mistake_in_the_file_is_one_message(change, message, tmp_path, capsys):
+    file = write(tmp_path, "data", **{"arms": ARMS, **change})
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        ablation.main([str(file), "--out", str(tmp_path / "out")])
+    assert capsys.readouterr().out == "" and [p.name for p in tmp_path.iterdir()] == ["tiny.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--arms", "plain", "wid"], "--arms wid is none of the arms plain, wide"),
+        (["--model.n_embd=48"], "--model.n_embd is for all arms, but arm wide is about it"),
+        (["--run.seed=3"], "the command line sets run.seed, which seeds sets"),
+        (["--optim.steps=no"], "arm plain: .*optim.steps='no'"),
+        (["--dry-rum"], "unknown argument --dry-rum; did you mean --dry-run?"),
+        (["--optim.lr", "3"], "unknown argument --optim.lr"),
+        (["--plot=a.gif"], "must end in .png"),
+        (["--record=no/such/a.json"], "--record=no/such/a.json: there is no folder no/such"),
+        (["--from=a.json"], "--from reports a record alone"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_message(argv, message, tmp_path, capsys):
+    file = write(tmp_path, "data")
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        ablation.main([str(file), f"--out={tmp_path / 'out'}", *argv])
+    assert capsys.readouterr().out == "" and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ("{}", "is no record of tools/ablation.py: name: Field required"),
+        ('{"name": "a", "reference": "b", "seeds": [1], "arms": {}}', "the reference b is none"),
+    ],
+)
+def test_a_mistake_in_a_record_is_one_message(text, message, tmp_path):
+    (tmp_path / "record.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        ablation.main(["--from", str(tmp_path / "record.json")])
+
+
+def test_curves_that_do_not_fit_are_refused():
+    whole = {"state": "done", "step": [1, 2], "val_loss": [2.0, 1.0], "seconds": None}
+    Curve(**whole, bits_per_byte=None)
+    for wrong in ({"step": [2, 1]}, {"val_loss": [1.0]}, {"seconds": [1.0]},
+                  {"val_loss": [1.0, math.nan]}):  # fmt: skip
+        with pytest.raises(ValueError):
+            Curve(**(whole | wrong), bits_per_byte=None)
+
+
+def test_without_file_or_folder_the_message_says_what_to_give(tmp_path):
+    for argv in ([], ["x.yaml"], ["--out=x"], ["--report"]):
+        with pytest.raises(ValueError, match="give the file of the arms and --out DIR"):
+            ablation.main(argv)
+
+
+def test_every_mistake_is_exit_code_2_and_needs_no_device(tmp_path):
+    argv = [sys.executable, "tools/ablation.py", write(tmp_path, "data"), "--out", tmp_path / "out",
+            "--arms", "wid"]  # fmt: skip
+    environment = os.environ | {"JAX_PLATFORMS": "nothing"}
+    done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: --arms wid") and done.stderr.count("\n") == 1
+
+
+# --- the file
+
+
+def test_a_run_is_what_file_arm_and_overrides_say_later_wins(tmp_path):
+    arms = {"a": None, "b": {"optim": {"lr": 2e-3}, "eval": {"windows": None},
+                             "data": {"path": {"x": 0.25, "y": 0.75}}}}  # fmt: skip
+    file = write(tmp_path, "data", arms, config=str(ROOT / "configs" / "demo.yaml"))
+    a, b = ablation_plan.read(str(file), "out", ["--optim.steps=7"]).runs[:2]
+    assert (a.config.optim.lr, b.config.optim.lr) == (1e-2, 2e-3)
+    assert a.config.optim.beta2 == 0.99  # the base file's
+    assert a.config.optim.steps == b.config.optim.steps == 7
+    assert (a.config.eval.windows, b.config.eval.windows) == (12, None)
+    assert a.config.data.path == "data" and b.config.data.weights == {"x": 0.25, "y": 0.75}
+    assert b.config.log.tensorboard is False
+    assert (b.config.run.out_dir, b.config.run.seed) == ("out/b/seed-1", 1)
+
+
+def test_a_dry_run_prints_commands_that_the_shell_takes(tmp_path, capsys):
+    file = write(tmp_path, "data")
+    assert ablation.main([str(file), "--out=o", "--arms", "wide", "--dry-run"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 2  # seeds
+    echoed = subprocess.run(["bash", "-c", f"printf '%s\\n' {printed[1]}"], capture_output=True,
+                            text=True, check=True).stdout.splitlines()  # fmt: skip
+    assert echoed[1:3] == ["-m", "scalegpt.train"]
+    config, _ = command_line.parse(echoed[3:], "test", {})
+    assert config.model.n_embd == 64 and config.run.out_dir == "o/wide/seed-2"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/ablations").glob("*.yaml")), ids=str)
+def test_a_file_of_the_repository_is_a_plan_and_opens_with_four_lines_of_comment(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert all(line.startswith("# ") for line in lines[:4]) and not lines[4].startswith("#")
+    assert f"tools/ablation.py configs/ablations/{path.name} --out " in lines[3]
+    plan = ablation_plan.read(str(path), "out", [])
+    configs = [r.config.model_dump(exclude={"run"}) for r in plan.runs[: len(plan.arms)]]
+    assert all(configs.count(config) == 1 for config in configs)

@@ -1,0 +1,183 @@
+"""Several arms of one run, with several seeds each, then a table and a picture of what they cost.
+
+    python tools/ablation.py configs/ablations/NAME.yaml --out out/NAME [--section.key=value ...]
+    python tools/ablation.py configs/ablations/NAME.yaml --out out/NAME --report --plot curves.png
+    python tools/ablation.py --from NAME.json --plot curves.png --markdown table.md
+
+The file names what all arms have in common and what each changes:
+
+    config: configs/demo.yaml                  # optional; and any section of such a file besides
+    optim: {steps: 500}
+    arms:
+      baseline: {}
+      slower: {optim: {lr: 1.0e-3}}
+    seeds: [1, 2, 3]
+    reference: baseline                        # default: the first arm
+
+Each run is a process of scalegpt.train with DIR/ARM/seed-N as its run.out_dir, one after another,
+all arms with the first seed first. The same command continues what was interrupted and leaves out
+what is done. `--section.key=value` is for all arms. Seconds are of updates alone: compare them only
+where all runs had the same machine to themselves. Losses of different tokenizers do not compare.
+
+Exit codes: 0 done; 1 a run failed, as on a loss that is not finite (the others go on); 2 the user's
+mistake; 3 stopped by Ctrl-C or SIGTERM, with the run that was under way saved.
+"""
+
+import argparse
+import json
+import shlex
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ablation_plan
+import ablation_record
+import isoflop_plot
+from ablation_plan import Plan, Run
+from ablation_plot import draw
+from ablation_record import Record, finished, measure, stored_config
+from ablation_report import markdown, summarise, table
+
+from scalegpt import command_line
+from scalegpt.ending import STOPPED
+
+DONE, FAILED = 0, 1
+FILES = ("markdown", "record", "plot")
+
+
+def main(argv: list[str]) -> int:
+    flags, overrides = parse(argv)
+    if flags.recorded:
+        publish(ablation_record.read(flags.recorded), flags)
+        return DONE
+    plan = ablation_plan.read(flags.file, flags.out, overrides)
+    if unknown := [arm for arm in flags.arms or () if arm not in plan.arms]:
+        raise ValueError(f"--arms {unknown[0]} is none of the arms {', '.join(plan.arms)}")
+    for run in plan.runs:
+        stored_config(run)  # refuses what is another run's, before any begins
+    chosen = [run for run in plan.runs if run.arm in (flags.arms or plan.arms)]
+    todo = [run for run in chosen if not finished(run)]
+    if flags.dry_run:
+        print("\n".join(shlex.join(run.command) for run in todo) or "all runs are done")
+        return DONE
+    code = DONE if flags.report else train(todo, plan, sys.stderr if flags.json else None)
+    publish(measure(plan), flags)
+    return code
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The flags, and the overrides for all arms. Raises ValueError."""
+    parser = command_line.Parser(
+        prog="ablation.py", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("file", nargs="?", metavar="FILE", help="the arms, as above")
+    add("--out", metavar="DIR", help="where the runs are, or will be")
+    add("--arms", nargs="+", metavar="ARM", help="train only these")
+    add("--dry-run", action="store_true", help="print the commands of what is left to train")
+    add("--report", action="store_true", help="train nothing, report what is there")
+    add("--from", dest="recorded", metavar="RECORD", help="report what --record has kept")
+    add("--markdown", metavar="FILE", help="write the table in Markdown")
+    add("--record", metavar="FILE", help="keep the curves in a small JSON file")
+    add("--plot", metavar="FILE", help="draw loss over tokens, FLOPs and seconds (.png, ...)")
+    add("--json", action="store_true", help="print one JSON object at the end")
+    flags, overrides = parser.parse_known_args(argv)
+    for word in overrides:
+        name, equals, _ = word.partition("=")
+        if not name.startswith("--") or "." not in name or not equals:
+            parser.error(f"unrecognized arguments: {word}")
+    if flags.recorded:
+        if flags.file or flags.out or flags.arms or flags.dry_run or overrides:
+            raise ValueError("--from reports a record alone: leave out FILE, --out and all of runs")
+    elif not flags.file or not flags.out:
+        raise ValueError("give the file of the arms and --out DIR, or --from RECORD; see --help")
+    elif "://" in flags.out:
+        raise ValueError(f"--out={flags.out} must be a local folder")
+    for name in FILES:
+        if (file := getattr(flags, name)) and not Path(file).resolve().parent.is_dir():
+            raise ValueError(f"--{name}={file}: there is no folder {Path(file).parent}")
+    if flags.plot:
+        isoflop_plot.check_file(flags.plot)
+    return flags, overrides
+
+
+class Children:
+    """Processes, one at a time. Ctrl-C and SIGTERM go on to the one that runs, once each."""
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self._process: subprocess.Popen | None = None
+        self._held: int | None = None  # a signal that came before it was there
+        self._before = {n: signal.signal(n, self._pass_on)
+                        for n in (signal.SIGINT, signal.SIGTERM)}  # fmt: skip
+
+    def _pass_on(self, number: int, frame: Any) -> None:
+        self.stopped = True
+        if self._process:
+            self._process.send_signal(number)
+        else:
+            self._held = number
+
+    def run(self, command: list[str], output: Any) -> int:
+        """Returns the exit code; after a signal nothing begins, as if it had stopped at once."""
+        if self.stopped:
+            return STOPPED
+        # A group of its own: else it would have Ctrl-C from the terminal and from here, and of two
+        # signals the second ends a run without saving.
+        self._process = subprocess.Popen(command, stdout=output, process_group=0)
+        if self._held:
+            self._process.send_signal(self._held)
+        code = self._process.wait()
+        self._process = None
+        return code
+
+    def close(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def train(runs: list[Run], plan: Plan, output: Any) -> int:
+    """Make the runs, with a table after each seed; output: a file, or None for standard output.
+    Returns the exit code."""
+    children, code = Children(), DONE
+    say = partial(print, file=output, flush=True)
+    try:
+        for i, run in enumerate(runs):
+            if i and run.seed != runs[i - 1].seed:
+                say(f"\n{table(summarise(measure(plan)))}")
+            say(f"\n=== {run.arm}, seed {run.seed} (run {i + 1} of {len(runs)})")
+            left = children.run(run.command, output)
+            if children.stopped or left == STOPPED:
+                say("\nstopped; the same command continues")
+                return STOPPED
+            if left:
+                say(f"\n{run.arm}, seed {run.seed} failed with exit code {left}; going on")
+                code = FAILED
+        return code
+    finally:
+        children.close()
+
+
+def publish(record: Record, flags: argparse.Namespace) -> None:
+    """Print the report, and write the files that were asked for."""
+    summary = summarise(record)
+    print(json.dumps(summary, indent=2) if flags.json else f"\n{table(summary)}", flush=True)
+    writers = {
+        "markdown": lambda file: Path(file).write_text(markdown(summary), encoding="utf-8"),
+        "record": lambda file: ablation_record.write(record, file),
+        "plot": lambda file: draw(record, file),
+    }
+    for name in FILES:
+        if file := getattr(flags, name):
+            try:
+                writers[name](file)
+            except OSError as error:
+                raise ValueError(f"cannot write --{name}={file}: {error.strerror}") from None
+
+
+if __name__ == "__main__":
+    command_line.run(main)
