@@ -28,6 +28,17 @@ if (SHARED / "tiktoken_cache").is_dir():
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
 
 
+# Files that take longest, by their clock: begun last, one of them would keep one process busy
+# while the other has nothing to do.
+LONGEST = ("elastic", "distributed", "crash", "train", "sharding", "pmap", "ledger", "hf", "health",
+           "decode", "parity", "muon", "ablation")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real text for tests; without it the tests that need it are skipped aloud."""

@@ -506,6 +506,7 @@ def test_depth_12_is_the_tuned_recipe_and_the_rest_follows_by_the_rules():
     assert c.batch.sequences * c.model.block_size == 2**19
     assert (c.optim.lr, c.optim.embedding_lr, c.optim.weight_decay) == (0.02, 0.3, 0.05)
     weights = 12 * 12 * 768**2 + 50257 * 768
+    assert parameter_count(c.with_vocab(50257).model) == weights + 50257 * 768
     assert abs(c.optim.steps * 2**19 - 12 * weights) < 2**19
 
     small = parse("--model.depth=5", *GIVEN)
