@@ -12,7 +12,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from scalegpt.flops import parameter_count
+from scalegpt.recipe import OptimConfig
 
+_ADAMW = OptimConfig()
 REMAT = ("none", "dots", "full")
 
 
@@ -33,16 +35,16 @@ def parameters_on_device(model: Any, mesh: Mapping[str, int]) -> int:
     return matrices // (fsdp * tensor) + positions // fsdp + norms + biases + scalars
 
 
-def moment_bytes(parameters: int, model: Any, optimizer: str, shards: int = 1) -> int:
-    """Of float32 moments: AdamW's two of each parameter; Muon has one of the layers' matrices,
-    `shards` parts of which are elsewhere."""
-    spared = 12 * model.n_layer * model.n_embd**2 // shards if optimizer == "muon" else 0
-    return 8 * parameters - 4 * spared
+def moment_bytes(parameters: int, model: Any, optim: OptimConfig, shards: int = 1) -> int:
+    """Of the optimizer's float32 state: AdamW's two moments of each parameter, of which Muon spares
+    one for the layers' matrices, split into so many shards; and the averaged weights."""
+    spared = 12 * model.n_layer * model.n_embd**2 // shards if optim.name == "muon" else 0
+    return (12 if optim.average else 8) * parameters - 4 * spared
 
 
 def on_device(
     model: Any, mesh: Mapping[str, int], microbatch: int, accumulation: int, itemsize: int,
-    fused_attention: bool, remat: str | None = None, optimizer: str = "adamw",
+    fused_attention: bool, remat: str | None = None, optim: OptimConfig = _ADAMW,
 ) -> dict[str, int]:
     """Bytes on each device while it trains; their sum is the peak.
 
@@ -74,7 +76,7 @@ def on_device(
     copies = 0 if used_in_place else itemsize * (24 * D * D // tensor + rows * D)
     return {
         "weights": 4 * parameters,
-        "moments": moment_bytes(parameters, model, optimizer, mesh["fsdp"] * tensor),
+        "moments": moment_bytes(parameters, model, optim, mesh["fsdp"] * tensor),
         "gradients": 4 * parameters,
         "gradients of a microbatch": 4 * parameters if accumulation > 1 else 0,
         "weights as products use them": copies,
@@ -83,7 +85,7 @@ def on_device(
     }
 
 
-def checkpoint_bytes(model: Any, optimizer: str) -> int:
+def checkpoint_bytes(model: Any, optim: OptimConfig) -> int:
     """Of weights and moments: 1.49 GB for nanoGPT's 124M and AdamW, as its notebook estimates."""
     parameters = parameter_count(model)
-    return 4 * parameters + moment_bytes(parameters, model, optimizer)
+    return 4 * parameters + moment_bytes(parameters, model, optim)

@@ -4,7 +4,7 @@ A step is an optimizer update throughout.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,8 +61,9 @@ def optimizer(config: OptimConfig, dtype: Any = jnp.float32) -> optax.GradientTr
     """AdamW (arXiv:1711.05101) on globally clipped gradients; with Muon, only for what is no matrix
     of the layers. State is in the parameters' dtype, Muon's products are in `dtype`."""
     clip = optax.clip_by_global_norm(config.grad_clip) if config.grad_clip else optax.identity()
+    average = [tail_average(config)] if config.average else []
     if config.name == "adamw":
-        return optax.chain(clip, *_steps(config, _adam(config), config.lr))
+        return optax.chain(clip, *_steps(config, _adam(config), config.lr), *average)
     muon = scale_by_muon(_momentum(config), config.ns_steps, dtype)
     directions = {
         "matrices": (muon, config.lr),
@@ -71,7 +72,7 @@ def optimizer(config: OptimConfig, dtype: Any = jnp.float32) -> optax.GradientTr
         "scalars": (_adam(config), config.scalar_lr),
     }
     groups = {name: optax.chain(*_steps(config, *pair)) for name, pair in directions.items()}
-    return optax.chain(clip, by_group(groups, group))
+    return optax.chain(clip, by_group(groups, group), *average)
 
 
 def group(path: str) -> str:
@@ -142,6 +143,42 @@ def cautious_decay(
         return jax.tree.map(add, mask(updates), updates, params), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+class AverageState(NamedTuple):
+    """count: updates so far. average: of the weights after each update of the tail; before it, the
+    last weights."""
+
+    count: Array
+    average: Any
+
+
+def tail_average(config: OptimConfig) -> optax.GradientTransformation:
+    """Keeps the mean of the weights over the last share of the run; changes no update."""
+    start = round((1 - config.average) * config.steps)
+
+    def init(params: Any) -> AverageState:
+        return AverageState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.asarray, params))
+
+    def update(updates: Any, state: AverageState, params: Any) -> tuple[Any, AverageState]:
+        count = state.count + 1
+        tail = jnp.maximum(1, count - start)  # updates in it, this one included
+
+        def mean(a: Array, p: Array, u: Array) -> Array:
+            return jnp.where(tail == 1, p + u, a + (p + u - a) / tail)
+
+        return updates, AverageState(count, jax.tree.map(mean, state.average, params, updates))
+
+    return optax.GradientTransformation(init, update)
+
+
+def swap_average(params: Any, opt_state: Any) -> tuple[Any, Any]:
+    """The averaged weights in place of the last ones, and those in the optimizer's state; twice is
+    as before. The same of a run that averages nothing."""
+    if not isinstance(opt_state[-1], AverageState):
+        return params, opt_state
+    last = opt_state[-1]
+    return last.average, (*opt_state[:-1], last._replace(average=params))
 
 
 def _momentum(config: OptimConfig) -> Callable[[Array], Any]:

@@ -145,6 +145,9 @@ class OptimConfig(Section):
     """with muon: updates in which the momentum rises from 0.85"""
     ns_steps: Annotated[int, Field(ge=1, le=20)] = 5
     """with muon: Newton-Schulz iterations of an update"""
+    average: Rate = 0.0
+    """share of the updates, the last ones, the mean of whose weights is evaluated and kept for use;
+    0: the last weights"""
     cautious_decay: bool = False
     """weight decay only where the update shrinks the weight, too"""
     min_lr: Amount = 6e-5

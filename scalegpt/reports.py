@@ -18,7 +18,7 @@ from scalegpt.feed import windows_of
 from scalegpt.flops import parameter_count
 from scalegpt.metrics import Metrics
 from scalegpt.saving import Failure
-from scalegpt.step import State, Steps
+from scalegpt.step import Steps
 
 
 def describe(config: Config, datasets: list[Dataset], steps: Steps) -> str:
@@ -59,12 +59,12 @@ def finish(
     steps: Steps,
     checkpoints: Checkpoints,
     meta: dict[str, Any],
-    state: State,
+    params: Any,
     metrics: Metrics,
 ) -> None:
     """The end of a run: a sample, where things are, what to type next."""
     codec = tokenizer.load(meta["tokenizer"])
-    text = generate.sample(steps, state.params, codec, min(200, config.model.block_size))
+    text = generate.sample(steps, params, codec, min(200, config.model.block_size))
     best, out_dir = checkpoints.find("best"), shlex.quote(config.run.out_dir)
     metrics.say(f"--- a sample ---\n{text}\n----------------")
     metrics.say(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import jax
+import jax.numpy as jnp
 
 from scalegpt import hf, manifest, run_folder, storage, tokenizer
 from scalegpt.checkpoint import PARAMS, Checkpoints, open_checkpoints
@@ -166,7 +167,7 @@ def initial_state(
     """Of this run's own checkpoint, else with the weights of run.init_from, else random."""
     if start:
         say(f"continuing from step {start} in {checkpoints.folder}")
-        return checkpoints.restore(start, steps.abstract)
+        return checkpoints.restore(start, steps.abstract).swapped()
     state = steps.init()
     if config.run.init_from is None:
         return state
@@ -182,7 +183,10 @@ def initial_state(
         params = hf.load_params(folder, config.model, steps.abstract.params)
         name = config.run.init_from
     say(f"weights from {name}")
-    return state.replace(params=params)
+    state = state.replace(params=params)
+    if config.optim.average:  # of one set of weights so far, these
+        state = state.swapped().replace(params=jax.tree.map(jnp.copy, params))
+    return state
 
 
 def _restore_cropped(source: Checkpoints, at: int, config: Config, abstract: Any) -> Any:

@@ -22,7 +22,7 @@ from scalegpt import attention, health, sharding
 from scalegpt.config import BatchConfig, Config, ModelConfig
 from scalegpt.layers import constrain
 from scalegpt.model import GPT, head_table, logits
-from scalegpt.optim import optimizer, schedule
+from scalegpt.optim import optimizer, schedule, swap_average
 
 
 @struct.dataclass
@@ -33,6 +33,12 @@ class State:
     params: Any
     opt_state: Any
     health: health.Health
+
+    def swapped(self) -> "State":
+        """As checkpoints hold it: with the weights to evaluate and to use, which optim.average may
+        have averaged, in `params`. Twice is as before."""
+        params, opt_state = swap_average(self.params, self.opt_state)
+        return self.replace(params=params, opt_state=opt_state)
 
 
 def token_losses(hidden: Array, table: Array, targets: Array, config: ModelConfig) -> Array:

@@ -198,7 +198,7 @@ def loop(run: Run, state: State, start: int) -> int:
     def evaluation(done: int) -> float:
         """Validate; the loss is written before any checkpoint of the same step."""
         with phases("evaluation"):
-            row = run.evaluate(state.params)
+            row = run.evaluate(state.swapped().params)
         meta["best_loss"] = min(meta["best_loss"], row["val/loss"])
         meta["evaluation_due"] = False
         metrics.evaluation({"step": done, **row, "val/best_loss": meta["best_loss"]})
@@ -218,7 +218,8 @@ def loop(run: Run, state: State, start: int) -> int:
             metrics.say(f"stopped on request after update {done}; the same command continues")
         else:
             with phases("sample"):
-                reports.finish(config, run.steps, run.checkpoints, meta, state, metrics)
+                weights = state.swapped().params
+                reports.finish(config, run.steps, run.checkpoints, meta, weights, metrics)
         if start < total:
             metrics.ledger(done, stall)
             metrics.summary()
@@ -275,7 +276,7 @@ def loop(run: Run, state: State, start: int) -> int:
             return leave(done, NOT_FINITE)
         if save_now or (loss is not None and loss < best):
             with phases("save"):
-                stall = run.checkpoints.save(state, done, meta, loss)
+                stall = run.checkpoints.save(state.swapped(), done, meta, loss)
             if not last:
                 metrics.ledger(done, stall)
         if meta["evaluation_due"] or (leaving and done < total):

@@ -11,7 +11,7 @@ import pytest
 from scalegpt import sharding, step
 from scalegpt.command_line import parse, validate
 from scalegpt.config import OptimConfig
-from scalegpt.optim import decay_mask, optimizer, schedule
+from scalegpt.optim import decay_mask, optimizer, schedule, swap_average
 
 
 def rate(config: OptimConfig, i: int) -> float:
@@ -348,3 +348,29 @@ def test_optimizer_state_is_float32_whatever_the_products_are():
     for tree in (abstract.params, abstract.opt_state):
         dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(tree)}
         assert dtypes <= {"float32", "int32"} and "float32" in dtypes
+
+
+# --- the mean of the last weights
+
+
+def test_the_average_is_the_mean_of_the_weights_after_each_update_of_the_tail():
+    config = OptimConfig(lr=0.1, steps=10, warmup_steps=0, average=0.4)
+    tx, plain = optimizer(config), optimizer(config.model_copy(update={"average": 0.0}))
+    rng = np.random.default_rng(0)
+    params = {"wte": jnp.asarray(rng.normal(size=(4, 3)), jnp.float32)}
+    state, other, seen = tx.init(params), plain.init(params), []
+    for _ in range(10):
+        grads = {"wte": jnp.asarray(rng.normal(size=(4, 3)), jnp.float32)}
+        updates, state = tx.update(grads, state, params)
+        same, other = plain.update(grads, other, params)
+        np.testing.assert_array_equal(updates["wte"], same["wte"])
+        params = optax.apply_updates(params, updates)
+        seen.append(np.asarray(params["wte"], np.float64))
+        average = swap_average(params, state)[0]["wte"]
+        if len(seen) <= 7:  # the tail begins with update 7, and has one set of weights then
+            np.testing.assert_array_equal(average, params["wte"])
+        else:
+            np.testing.assert_allclose(average, np.mean(seen[6:], 0), rtol=1e-6)
+    back = swap_average(*swap_average(params, state))
+    jax.tree.map(np.testing.assert_array_equal, back, (params, state))
+    assert swap_average(params, other) == (params, other)

@@ -64,6 +64,30 @@ def test_fault_07_interrupted_at_five_steps_and_continued_is_bitwise_the_same_ru
     jax.tree.map(np.testing.assert_array_equal, *states)
 
 
+def test_muon_and_averaged_weights_continue_bitwise_and_are_what_a_checkpoint_holds(
+    data, tmp_path, monkeypatch, capsys
+):
+    recipe = {"model.preset": "modern", "optim.name": "muon", "optim.average": 0.5}
+    stop_after(monkeypatch)
+    assert train.main(arguments(data, tmp_path / "whole", **recipe)) == 0
+    for at in (3, 8):
+        stop_after(monkeypatch, at)
+        assert train.main(arguments(data, tmp_path / "run", **recipe)) == 3
+    stop_after(monkeypatch)
+    assert train.main(arguments(data, tmp_path / "run", **recipe)) == 0
+    for key in ("train/loss", "val/loss"):
+        assert rows(tmp_path / "run", key) == rows(tmp_path / "whole", key)
+    states = [saved_state(tmp_path / name) for name in ("run", "whole")]
+    jax.tree.map(np.testing.assert_array_equal, *states)
+    last, average = states[0].swapped().params["wte"], states[0].params["wte"]
+    assert np.abs(last - average).max() > 1e-3
+    capsys.readouterr()
+    argv = ["--run", str(tmp_path / "run"), "--checkpoint", "latest", "--json", "--windows", "12"]
+    assert evaluate.main(argv) == 0
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert abs(row["val/loss"] - rows(tmp_path / "run", "val/loss")[STEPS]) < 1e-6
+
+
 def saved_state(out_dir: Path):
     """Everything in the latest checkpoint, in NumPy."""
     config = parse([f"--config={out_dir}/config.yaml"], "test", {})[0]

@@ -102,7 +102,7 @@ def size(config: Config, flags: Namespace) -> dict[str, Any]:
     tokens = config.optim.steps * tokens_per_update
     budget = flags.budget or 6 * used * tokens
     place = placement(config, flags)
-    checkpoint = memory.checkpoint_bytes(model, config.optim.name)
+    checkpoint = memory.checkpoint_bytes(model, config.optim)
     keys = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias")
     return {
         "model": {key: getattr(model, key) for key in keys},
@@ -148,7 +148,7 @@ def placement(config: Config, flags: Namespace) -> dict[str, Any]:
     by_remat = {
         remat: memory.on_device(
             model, mesh.shape, microbatch, accumulation, 2 if dtype == "bfloat16" else 4,
-            kernel in ("cudnn", "splash"), remat, config.optim.name,
+            kernel in ("cudnn", "splash"), remat, config.optim,
         )
         for remat in memory.REMAT
     }  # fmt: skip
