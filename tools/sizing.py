@@ -215,7 +215,7 @@ def of_parameters(r: dict[str, Any]) -> list[str]:
     }  # fmt: skip
     return [
         line("Parameters", "count", "share")[2:],
-        *(line(name, f"{n:,}", f"{n / p['total']:.2%}") for name, n in counts.items()),
+        *(line(name, f"{n:,}", f"{n / p['total']:.2%}") for name, n in counts.items() if n),
         f"  {p['float32_bytes'] / 1e9:.2f} GB on disk in float32; a checkpoint, with moments, "
         f"{p['checkpoint_bytes'] / 1e9:.2f} GB",
     ]
