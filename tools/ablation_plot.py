@@ -17,6 +17,7 @@ def draw(record: Record, file: str) -> None:
     final loss dotted. The same record makes the same PNG, byte for byte. Raises OSError."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     curves = {name: mean_curve(arm) for name, arm in record.arms.items() if arm}
     target = summarise(record)["target"]
@@ -33,6 +34,10 @@ def draw(record: Record, file: str) -> None:
         if target is not None:
             panel.axhline(target, color="black", linestyle=":", linewidth=1)
         panel.set(xscale="log", xlabel=LABELS[axis])
+        # Else each of 2, 3, 4, ... has a label as wide as "4 x 10^12" over a decade or less.
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+        panel.xaxis.set_minor_formatter(NullFormatter())
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("validation loss, nats a token")
     if limits := loss_limits(curves, record.reference):
