@@ -6,6 +6,7 @@ over it or unrolls it, so that a checkpoint fits both.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -17,8 +18,9 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from scalegpt.attention import cached_attention, causal_attention, product
+from scalegpt.attention import cached_attention, causal_attention
 from scalegpt.config import ModelConfig
+from scalegpt.gradients import alone, product
 
 LAYER_NORM_EPS = 1e-5  # GPT-2's; Flax's own default is 1e-6
 
@@ -98,15 +100,19 @@ class _Layer(nn.Module):
         return self.param(name, init, shape, jnp.float32).astype(self.dtype)
 
 
+def normalize(x: Array, scale: Array) -> Array:
+    """LayerNorm of the last axis (arXiv:1607.06450) without bias, in float32."""
+    x = x.astype(jnp.float32)
+    x = x - x.mean(-1, keepdims=True)
+    return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + LAYER_NORM_EPS) * scale
+
+
 class LayerNorm(_Layer):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Normalise the last axis in float32; back to the dtype of products."""
-        x = x.astype(jnp.float32)
-        x = x - x.mean(-1, keepdims=True)
-        x = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + LAYER_NORM_EPS)
         ones = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
-        x = x * self.param("scale", ones, x.shape[-1:], jnp.float32)
+        x = alone(normalize, x, self.param("scale", ones, x.shape[-1:], jnp.float32))
         if self.config.bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("norm",))
             x = x + self.param("bias", zeros, x.shape[-1:], jnp.float32)
@@ -149,7 +155,7 @@ class MLP(_Layer):
         c, (d, f) = self.config, (self.config.n_embd, 4 * self.config.n_embd)
         x = project("btd,df->btf", x, self.weight("up_kernel", (d, f), ("embed", "mlp"), 0.02))
         x = constrain(x + self.bias("up_bias", (f,), ("mlp",)), "batch", "position", "act_mlp")
-        x = jax.nn.gelu(x, approximate=c.activation == "gelu_tanh")
+        x = alone(partial(jax.nn.gelu, approximate=c.activation == "gelu_tanh"), x)
         kernel = self.weight("down_kernel", (f, d), ("mlp", "embed"), residual_std(c))
         x = project("btf,fd->btd", x, kernel) + self.bias("down_bias", (d,), ("norm",))
         return dropout(x, c.dropout, keys, 3 * layer + 2)
