@@ -38,7 +38,7 @@ import jax
 import numpy as np
 from sizing import DEFAULTS, with_vocabulary
 
-from scalegpt import command_line, flops, pmap_step, sharding
+from scalegpt import command_line, cpu_devices, flops, pmap_step, sharding
 from scalegpt.config import Config
 from scalegpt.data import Dataset
 from scalegpt.feed import batches_from, open_datasets
@@ -86,6 +86,7 @@ def main(argv: list[str]) -> int:
     else:
         config, _ = with_vocabulary(config)
         datasets = [random_tokens(config)]
+    cpu_devices.choose(config)
     steps = pmap_step.build_for_training(config, sharding.make_mesh(config.mesh))
     trainers: list[Any] = []
     try:
