@@ -7,14 +7,14 @@ then runs exactly that one. Shapes: B batch, T time, H heads, K head dim.
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.sharding import AxisType, PartitionSpec
-from jax.typing import DTypeLike
+
+from scalegpt.gradients import product
 
 IMPLEMENTATIONS = ("xla", "flax", "cudnn", "splash")
 PLATFORMS = ("cpu", "gpu", "cuda", "rocm", "tpu")
@@ -141,26 +141,6 @@ def _dropout(rate: float, keys: Array | None, shape: tuple[int, ...]) -> Callabl
         raise ValueError(f"dropout_rate={rate} needs [{batch}] typed dropout_keys, got {got}")
     mask = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, (heads, time, time)))(keys)
     return lambda weights: jnp.where(mask, weights / (1 - rate), 0.0)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def product(spec: str, x: Array, y: Array, dtype: DTypeLike | None = None) -> Array:
-    """einsum(spec, x, y) in `dtype` (default: theirs), also its gradients made by plain products.
-
-    JAX's own transpose would multiply a float32 cotangent by bfloat16 operands, off the fast
-    units; rounding it first is what the flash kernels do. On a CPU, XLA would fuse what stands
-    around the product into transposing copies: a third of the time of a whole update.
-    """
-    return jnp.einsum(spec, x, y, preferred_element_type=dtype)
-
-
-def _product_bwd(spec: str, dtype: Any, operands: tuple[Array, Array], g: Array) -> tuple:
-    (x, y), (xs, ys, out) = operands, spec.replace("->", ",").split(",")
-    g = g.astype(x.dtype)
-    return jnp.einsum(f"{out},{ys}->{xs}", g, y), jnp.einsum(f"{xs},{out}->{ys}", x, g)
-
-
-product.defvjp(lambda spec, x, y, dtype: (product(spec, x, y, dtype), (x, y)), _product_bwd)
 
 
 def _scores(spec: str, q: Array, k: Array) -> Array:

@@ -46,7 +46,8 @@ class BatchConfig(Section):
     sequences: Positive = 480
     """of an optimizer update, over all devices: the run's batch, whatever the machine"""
     microbatch: Positive | None = None
-    """sequences a device holds at a time; accumulation follows from it. Default: all at once"""
+    """sequences a device holds at a time; accumulation follows from it. Default: all at once, on a
+    CPU about 2048 tokens"""
 
 
 class DataConfig(Section):

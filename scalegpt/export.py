@@ -14,7 +14,7 @@ from scalegpt import tokenizer
 from scalegpt.config import ModelConfig
 from scalegpt.flops import parameter_count
 from scalegpt.hf import ACTIVATIONS, OWN_TYPE, gpt2_places
-from scalegpt.model import LAYER_NORM_EPS
+from scalegpt.layers import LAYER_NORM_EPS
 from scalegpt.tensor_files import SAFE
 from scalegpt.tokenizer_files import tokenizer_files
 from scalegpt.trained import Trained

@@ -19,7 +19,7 @@ from scalegpt import tokenizer
 from scalegpt.command_line import validate
 from scalegpt.config import ModelConfig
 from scalegpt.json_files import read_object
-from scalegpt.model import LAYER_NORM_EPS
+from scalegpt.layers import LAYER_NORM_EPS
 from scalegpt.run_folder import is_run
 from scalegpt.tensor_files import INDEX, SAFE, TORCH, open_tensors
 

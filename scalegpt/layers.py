@@ -14,8 +14,9 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from scalegpt.attention import product
+from scalegpt.gradients import product
 
+LAYER_NORM_EPS = 1e-5  # GPT-2's; Flax's own default is 1e-6
 RMS_NORM_EPS = 1e-6
 ACTIVATIONS = {
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
@@ -44,6 +45,13 @@ def dropout(x: Array, rate: float, keys: Array | None, site: Array | int) -> Arr
         lambda key: jax.random.bernoulli(jax.random.fold_in(key, site), 1 - rate, x.shape[1:])
     )(keys)
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+
+def layer_norm(x: Array, scale: Array) -> Array:
+    """LayerNorm of the last axis (arXiv:1607.06450) without bias, in float32."""
+    x = x.astype(jnp.float32)
+    x = x - x.mean(-1, keepdims=True)
+    return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + LAYER_NORM_EPS) * scale
 
 
 def rms_norm(x: Array) -> Array:

@@ -16,17 +16,17 @@ from jax import Array
 
 from scalegpt.attention import cached_attention, causal_attention
 from scalegpt.config import ModelConfig
+from scalegpt.gradients import alone
 from scalegpt.layers import (
     ACTIVATIONS,
     constrain,
     dropout,
+    layer_norm,
     project,
     rms_norm,
     rotary_tables,
     rotate,
 )
-
-LAYER_NORM_EPS = 1e-5  # GPT-2's; Flax's own default is 1e-6
 
 
 @struct.dataclass
@@ -91,12 +91,9 @@ class Norm(_Layer):
     def __call__(self, x: Array) -> Array:
         """Normalise the last axis in float32; back to the dtype of products."""
         if self.config.norm == "rmsnorm":
-            return rms_norm(x)
-        x = x.astype(jnp.float32)
-        x = x - x.mean(-1, keepdims=True)
-        x = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + LAYER_NORM_EPS)
+            return alone(rms_norm, x)
         ones = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
-        x = x * self.param("scale", ones, x.shape[-1:], jnp.float32)
+        x = alone(layer_norm, x, self.param("scale", ones, x.shape[-1:], jnp.float32))
         if self.config.bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("norm",))
             x = x + self.param("bias", zeros, x.shape[-1:], jnp.float32)
@@ -155,7 +152,7 @@ class MLP(_Layer):
         c, (d, f) = self.config, (self.config.n_embd, 4 * self.config.n_embd)
         x = project("btd,df->btf", x, self.weight("up_kernel", (d, f), ("embed", "mlp"), d))
         x = constrain(x + self.bias("up_bias", (f,), ("mlp",)), "batch", "position", "act_mlp")
-        x = ACTIVATIONS[c.activation](x)
+        x = alone(ACTIVATIONS[c.activation], x)
         kernel = self.weight("down_kernel", (f, d), ("mlp", "embed"))
         x = project("btf,fd->btd", x, kernel) + self.bias("down_bias", (d,), ("norm",))
         return dropout(x, c.dropout, keys, 3 * layer + 2)

@@ -84,9 +84,12 @@ def row_shards(mesh: Mesh | AbstractMesh) -> int:
     return prod(mesh.shape[axis] for axis in ROWS)
 
 
-def batch_layout(batch: BatchConfig, mesh: Mesh | AbstractMesh) -> tuple[int, int]:
+def batch_layout(
+    batch: BatchConfig, mesh: Mesh | AbstractMesh, most: int | None = None
+) -> tuple[int, int]:
     """(A, M): microbatches of an update, and sequences of each over all devices.
 
+    most: sequences that a device shall hold at a time where batch.microbatch does not say.
     Raises ValueError when batch.sequences is not A * M for whole numbers, naming ones that are.
     """
     shards = row_shards(mesh)
@@ -97,7 +100,7 @@ def batch_layout(batch: BatchConfig, mesh: Mesh | AbstractMesh) -> tuple[int, in
             f"batch.sequences={batch.sequences} does not divide over {shards} shards of rows "
             f"(replica x data x fsdp); the nearest that does is {near}"
         )
-    microbatch = batch.microbatch or per_shard
+    microbatch = batch.microbatch or max(d for d in divisors(per_shard) if d <= (most or per_shard))
     if per_shard % microbatch:
         fits = map(str, divisors(per_shard))
         raise ValueError(

@@ -24,6 +24,9 @@ from scalegpt.layers import constrain
 from scalegpt.model import GPT, head_table, logits
 from scalegpt.optim import optimizer, schedule, swap_average
 
+# Of a microbatch on a CPU, about: what the backward pass needs of a layer is then still in a cache.
+CPU_TOKENS = 2048
+
 
 @struct.dataclass
 class State:
@@ -205,7 +208,9 @@ def build(config: Config, mesh: Mesh, dtype: str, implementation: str) -> Steps:
     batch do not fit the mesh.
     """
     sharding.check_divisible(config, mesh)
-    layout = sharding.batch_layout(config.batch, mesh)
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    most = max(1, CPU_TOKENS // config.model.block_size) if on_cpu else None
+    layout = sharding.batch_layout(config.batch, mesh, most)
     model = GPT(config.model, jnp.dtype(dtype), implementation)
 
     def init() -> State:
@@ -280,7 +285,8 @@ def resolve(config: Config, mesh: Mesh) -> tuple[str, str]:
 
 def build_for_use(config: Config, mesh: Mesh, microbatch: int) -> Steps:
     """The functions of a trained run for evaluation or sampling, on a mesh of its own."""
-    batch = BatchConfig(sequences=microbatch * sharding.row_shards(mesh))
+    sequences = microbatch * sharding.row_shards(mesh)
+    batch = BatchConfig(sequences=sequences, microbatch=microbatch)
     # The dropout rate decides which kernels can train, and nothing here trains.
     model = config.model.model_copy(update={"attention": "auto", "dropout": 0.0})
     config = config.model_copy(update={"batch": batch, "model": model})

@@ -24,7 +24,9 @@ import jax
 from scalegpt import (
     checkpoint,
     command_line,
+    cpu_devices,
     distributed,
+    peers,
     pmap_step,
     reports,
     run_folder,
@@ -80,6 +82,8 @@ def main(argv: list[str]) -> int:
     try:
         with phases("processes"):
             distributed.start(config.distributed, config.run.deadline_start)
+        if peers.line is None:  # alone
+            cpu_devices.choose(config)
         return train(config, phases, stop)
     finally:
         watch.close()

@@ -224,6 +224,25 @@ def test_the_tensor_axis_splits_no_rows():
     assert sharding.batch_layout(batch, mesh_of(data=4, tensor=2)) == (1, 12)
 
 
+@pytest.mark.parametrize(("most", "expected"), [(1, (12, 8)), (5, (3, 32)), (12, (1, 96))])
+def test_a_microbatch_that_is_not_given_has_a_limit(most, expected):
+    """Of the 12 sequences of each of 8 devices it takes the largest divisor within."""
+    batch = BatchConfig(sequences=96)
+    assert sharding.batch_layout(batch, mesh_of(), most) == expected
+    given = BatchConfig(sequences=96, microbatch=6)
+    assert sharding.batch_layout(given, mesh_of(), most) == (2, 48)
+    assert sharding.batch_layout(batch, mesh_of(), 100) == (1, 96)
+
+
+def test_a_cpu_accumulates_over_microbatches_that_its_cache_holds(monkeypatch):
+    config = Config(
+        model=dict(n_layer=1, n_head=1, n_embd=8, block_size=512, vocab_size=8),
+        batch=dict(sequences=96), data=dict(path=""), run=dict(out_dir="none"),
+    )  # fmt: skip
+    assert step.build(config, mesh_of(), "float32", "xla").layout == (3, 32)
+    assert 32 // 8 * 512 == step.CPU_TOKENS
+
+
 @pytest.mark.parametrize(("sequences", "works"), [(479, 480), (485, 488), (3, 8)])
 def test_a_batch_that_does_not_divide_names_one_that_does(sequences, works):
     with pytest.raises(ValueError, match=f"={sequences} .*nearest that does is {works}"):

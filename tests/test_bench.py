@@ -1,0 +1,289 @@
+"""tools/bench.py: its figures against sums made here, its turns, and trainers in PyTorch."""
+
+import json
+import textwrap
+from pathlib import Path
+from types import SimpleNamespace
+
+import bench
+import bench_profile
+import bench_torch
+import jax
+import numpy as np
+import pytest
+from jax.profiler import ProfileData
+
+from scalegpt import command_line
+
+L, H, D, T, VOCAB, ROWS = 2, 2, 32, 16, 50, 16
+ARGV = [
+    f"--model.n_layer={L}", f"--model.n_head={H}", f"--model.n_embd={D}",
+    f"--model.block_size={T}", f"--model.vocab_size={VOCAB}", f"--batch.sequences={ROWS}",
+    "--model.scan_layers=true", "--rounds=2", "--steps=2",
+]  # fmt: skip
+# A bag of words, with what tools/bench.py asks of nanoGPT's model.py; it prints, as that does.
+MODEL = '''
+    from dataclasses import dataclass
+    import torch
+    from torch.nn import functional as F
+
+    @dataclass
+    class GPTConfig:
+        n_layer: int
+        n_head: int
+        n_embd: int
+        block_size: int
+        vocab_size: int
+        dropout: float
+        bias: bool
+
+    class GPT(torch.nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.table = torch.nn.Embedding(config.vocab_size, config.n_embd)
+            self.head = torch.nn.Linear(config.n_embd, config.vocab_size)
+            print("number of parameters: 0.00M")
+
+        def forward(self, idx, targets):
+            logits = self.head(torch.cumsum(self.table(idx), 1))
+            return logits, F.cross_entropy(logits.flatten(0, 1), targets.view(-1))
+
+        def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+            assert device_type == "cpu"
+            return torch.optim.SGD(self.parameters(), learning_rate)
+'''
+
+
+@pytest.fixture(autouse=True)
+def cache_as_it_was():
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    (tmp_path / "model.py").write_text(textwrap.dedent(MODEL))
+    return tmp_path
+
+
+def report(capsys, *argv: str) -> dict:
+    capsys.readouterr()
+    assert bench.main([*ARGV, *argv, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def settings(**changes) -> dict:
+    shape = dict(n_layer=L, n_head=H, n_embd=D, block_size=T, vocab_size=VOCAB)
+    return {
+        "trainer": "transformers", "mode": "eager", "activation": "gelu",
+        "shape": {**shape, "dropout": 0.0, "bias": True},
+        "microbatches": 2, "rows": 4, "gpu": False, "dtype": "float32",
+        "optim": {"lr": 0.1, "betas": [0.9, 0.95], "weight_decay": 0.1, "grad_clip": 0.5},
+        **changes,
+    }  # fmt: skip
+
+
+# --- figures ---
+
+
+def test_the_figures_of_a_run_are_those_of_its_definition(capsys, tmp_path):
+    found = report(capsys, "--batch.microbatch=1", f"--profile={tmp_path}")
+    (mine,) = found["trainers"]
+    step, rate = mine["step_seconds"], mine["tokens_per_second"]
+    assert found["batch"] == {"sequences": ROWS, "accumulation": 2, "tokens": ROWS * T}
+    assert found["devices"] == {"kind": "cpu", "count": 8}
+    assert rate * step["median"] == pytest.approx(ROWS * T)
+    assert 0 < step["least"] <= step["median"] <= step["most"]
+    assert mine["dispatch_seconds"] + mine["data_seconds"] < step["most"]
+    # 6 FLOPs a token for each weight of a product, and 12 T D a layer for scores and sums.
+    weights, pairs = L * 12 * D * D + VOCAB * D, 12 * L * T * D
+    assert mine["flops_per_second"] == {
+        "causal": pytest.approx((6 * weights + pairs / 2) * rate),
+        "full": pytest.approx((6 * weights + pairs) * rate),
+    }
+    assert mine["mfu"] is None, "a CPU has no peak"
+    assert mine["parameters"] == L * (12 * D * D + 2 * D) + 128 * D + T * D + D
+    assert mine["peak_memory_bytes"] > 2**26  # JAX alone takes more
+    assert 0.05 < mine["compile_seconds"] < 100
+    operations = found["operations"]
+    seconds = [op["seconds"] for op in operations]
+    assert seconds == sorted(seconds, reverse=True) and len(seconds) == 10 and seconds[-1] > 0
+    assert any("GPT" in op["place"] for op in operations), operations
+    (file,) = tmp_path.rglob("*.xplane.pb")  # where TensorBoard looks
+    assert file.relative_to(tmp_path).parts[:2] == ("plugins", "profile")
+    totals = bench_profile.operations(ProfileData.from_file(str(file)))
+    assert {op["name"]: 2 * op["seconds"] for op in operations} == pytest.approx(
+        dict(totals.most_common(10))
+    )
+
+
+def test_a_known_device_has_an_mfu_and_a_ratio_is_of_the_same_round(monkeypatch):
+    config, _ = command_line.parse(ARGV, "bench", bench.FLAGS, bench.DEFAULTS)
+    mesh = SimpleNamespace(devices=np.array([SimpleNamespace(device_kind="NVIDIA A100")]), size=2)
+    model = SimpleNamespace(dtype="bfloat16", attention="cudnn")
+    ours = SimpleNamespace(
+        name="scalegpt", built={"parameters": 1, "first": 9.5},
+        steps=SimpleNamespace(mesh=mesh, model=model, layout=(1, ROWS)),
+    )  # fmt: skip
+    other = SimpleNamespace(name="other", built={"parameters": 1, "first": 1.0})
+
+    def block(seconds: float, memory: int) -> dict:
+        return dict(seconds=seconds, dispatch=seconds / 4, data=seconds / 8, memory=memory)
+
+    # The machine gets slower all the time; the other is 3, 2 and 1.5 times as slow.
+    blocks = [[block(1, 5), block(3, 70)], [block(2, 7), block(4, 50)], [block(4, 6), block(6, 60)]]
+    found = bench.summary(config, [ours, other], blocks)
+    mine, theirs = found["trainers"]
+    assert theirs["ratio"] == {"pairs": [3, 2, 1.5], "median": 2}
+    assert mine["step_seconds"] == {"median": 2, "least": 1, "most": 4}
+    assert (mine["dispatch_seconds"], mine["data_seconds"]) == (0.5, 0.25)
+    assert (mine["peak_memory_bytes"], theirs["peak_memory_bytes"]) == (7, 70)
+    assert (mine["compile_seconds"], theirs["compile_seconds"]) == (7.5, 0)
+    for kind, share in mine["mfu"].items():
+        assert share == pytest.approx(mine["flops_per_second"][kind] / (2 * 312e12))
+    text = bench.tables(found)
+    assert "2.00 x the speed of other  (3.00 2.00 1.50)" in text and "% MFU" in text
+
+
+def test_trainers_take_turns_whose_order_turns_around_after_a_round_that_is_not_counted():
+    order = []
+
+    def trainer(name: str) -> SimpleNamespace:
+        def block(updates: int) -> str:
+            order.append(name)
+            return f"{name}{len(order)}"
+
+        return SimpleNamespace(block=block)
+
+    found = bench.turns([trainer(name) for name in "abc"], rounds=2, updates=1)
+    assert "".join(order) == "cba" "abc" "cba"
+    assert found == [["a4", "b5", "c6"], ["a9", "b8", "c7"]]
+
+
+# --- trainers in PyTorch ---
+
+
+def test_it_runs_against_nanogpt_and_transformers(capsys, checkout):
+    torch = pytest.importorskip("torch")
+    argv = [f"--against=nanogpt={checkout}", "--against=transformers", "--their-microbatch=8"]
+    found = report(capsys, *argv, "--their-mode=eager", "--model.bias=true", "--rounds=1")
+    ours, nanogpt, transformers = found["trainers"]
+    assert [row["name"] for row in (nanogpt, transformers)] == ["nanogpt eager",
+                                                                "transformers eager"]  # fmt: skip
+    assert nanogpt["parameters"] == 2 * VOCAB * D + VOCAB
+    # The same model but for the rows that pad our table.
+    assert transformers["parameters"] == ours["parameters"] - (128 - VOCAB) * D
+    for row in (nanogpt, transformers):
+        (pair,) = row["ratio"]["pairs"]
+        assert pair == pytest.approx(ours["tokens_per_second"] / row["tokens_per_second"])
+        assert row["peak_memory_bytes"] > 2**26 and "dispatch_seconds" not in row
+    assert torch.__version__, "the children had it too"
+
+
+def test_a_compiled_trainer_makes_the_same_updates(checkout):
+    """torch.compile, in the process that the tool starts; its own prints stay out of the pipe."""
+    pytest.importorskip("torch")
+    child = bench_torch.Child(settings(trainer=f"nanogpt={checkout}", mode="compiled"))
+    try:
+        block = child.block(2)
+        assert child.built["first"] > block["seconds"] > 0, "nothing was compiled"
+    finally:
+        child.close()
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_an_update_in_pytorch_is_one_of_nanogpts(checkout, monkeypatch, microbatches):
+    """The whole batch's mean loss, its gradient clipped to a norm of 0.5, one optimizer step."""
+    torch = pytest.importorskip("torch")
+    monkeypatch.syspath_prepend(str(checkout))
+    monkeypatch.delitem(bench_torch.sys.modules, "model", raising=False)
+    trainer = bench_torch.Trainer(
+        settings(trainer=f"nanogpt={checkout}", microbatches=microbatches, rows=8 // microbatches)
+    )
+    before = [p.detach().clone().requires_grad_() for p in trainer.parameters]
+    tokens = trainer.batches[0].flatten(0, 1)
+    trainer.update()
+    table, weight, bias = before
+    scores = table[tokens[:, :-1]].cumsum(1) @ weight.T + bias
+    loss = torch.nn.functional.cross_entropy(scores.flatten(0, 1), tokens[:, 1:].flatten())
+    grads = torch.autograd.grad(loss, before)
+    norm = sum(g.square().sum() for g in grads) ** 0.5
+    assert tokens.shape == (8, T + 1) and norm > 0.5, "clipping is not tested"
+    for now, was, grad in zip(trainer.parameters, before, grads, strict=True):
+        torch.testing.assert_close(now, was - 0.1 * grad * 0.5 / norm, rtol=1e-4, atol=1e-6)
+        assert now.grad is None
+
+
+def test_adamw_decays_what_nanogpts_does():
+    torch = pytest.importorskip("torch")
+    model = torch.nn.Linear(3, 3)
+    adamw = bench_torch.adamw(model, settings()["optim"], fused=False)
+    decays = {id(p): g["weight_decay"] for g in adamw.param_groups for p in g["params"]}
+    assert decays == {id(model.weight): 0.1, id(model.bias): 0.0}
+    assert all(g["lr"] == 0.1 and g["betas"] == (0.9, 0.95) for g in adamw.param_groups)
+
+
+# --- mistakes ---
+
+
+def refused(capsys, *argv: str) -> str:
+    capsys.readouterr()
+    assert command_line.exit_code(bench.main, [*ARGV, *argv]) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("error: ") and len(err.splitlines()) == 1
+    return err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--rounds=0"], "--rounds=0 must be at least 1"),
+        (["--against=pytorch"], "--against=pytorch is neither nanogpt=DIR nor transformers"),
+        (["--against=nanogpt"], "--against=nanogpt is neither nanogpt=DIR nor transformers"),
+        (["--against=nanogpt=none"], "there is no model.py in none; for a checkout, git clone"),
+        (["--against=transformers", "--model.position=rope"], "has no model.position=rope"),
+        (["--against=transformers", "--their-microbatch=5"], "does not divide batch.sequences=16"),
+        (["--profile=/dev/null/x"], "cannot write --profile=/dev/null/x"),
+        (["--batch.sequences=12"], "batch.sequences=12 does not divide over 8 shards"),
+        (["--real-data", "--data.path=none"], "none"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line_and_exit_code_2(capsys, argv, message):
+    assert message in refused(capsys, *argv)
+
+
+def test_a_missing_package_is_named(capsys, monkeypatch, checkout):
+    found = bench_torch.importlib.util.find_spec
+    for package, what in (("torch", f"nanogpt={checkout}"), ("transformers", "transformers")):
+        monkeypatch.setattr(
+            bench_torch.importlib.util, "find_spec",
+            lambda name, missing=package: None if name == missing else found(name),
+        )  # fmt: skip
+        assert f"needs {package}: pip install {package}" in refused(capsys, f"--against={what}")
+
+
+def test_a_trainer_that_dies_is_quoted(capsys, checkout):
+    pytest.importorskip("torch")
+    (checkout / "model.py").write_text("raise RuntimeError('no such kernel')")
+    said = refused(capsys, f"--against=nanogpt={checkout}", "--their-mode=compiled")
+    assert said == "error: nanogpt compiled failed: RuntimeError: no such kernel\n"
+
+
+def test_several_gpus_are_no_match_for_one(capsys):
+    config, flags = command_line.parse(
+        [*ARGV, "--against=transformers"], "bench", bench.FLAGS, bench.DEFAULTS
+    )
+    device = SimpleNamespace(platform="gpu")
+    mesh = SimpleNamespace(devices=np.array([device] * 8), size=8)
+    with pytest.raises(ValueError, match="one GPU, not on 8 x gpu; CUDA_VISIBLE_DEVICES=0"):
+        bench.theirs(config, flags, SimpleNamespace(mesh=mesh))
+
+
+def test_a_profile_beside_an_idle_libtpu_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench_profile.importlib.util, "find_spec", lambda name: name == "libtpu")
+    bench_profile.check(str(tmp_path))
+    monkeypatch.setattr(bench_profile.jax, "config", SimpleNamespace(jax_platforms=None))
+    with pytest.raises(ValueError, match="run it with JAX_PLATFORMS=cpu"):
+        bench_profile.check(str(tmp_path))
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    bench_profile.check(str(tmp_path))

@@ -1,0 +1,76 @@
+"""scalegpt/gradients.py: on a CPU it computes otherwise, and the same."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
+
+from scalegpt import gradients
+from scalegpt.layers import layer_norm
+
+B, T, D, F, H, K = 2, 5, 6, 24, 2, 3
+CPU = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+SHAPES = dict(zip("btdfhkc", (B, T, D, F, H, K, 3), strict=True))
+
+
+def random(axes: str, seed: int) -> np.ndarray:
+    shape = [SHAPES[axis] for axis in axes]
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def program(function, *args) -> str:
+    return str(jax.make_jaxpr(jax.grad(lambda *a: function(*a).sum()))(*args))
+
+
+@pytest.mark.parametrize("spec", ["btf,fd->btd", "btd,df->btf", "btd,dchk->btchk", "bthk,hkd->btd"])
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_gradients_of_a_product_are_those_in_float64(spec, on_cpu):
+    """Of all the model's products with weights; the first is turned around on a CPU."""
+    xs, ys, out = spec.replace("->", ",").split(",")
+    x, y, g = (random(axes, i) for i, axes in enumerate((xs, ys, out)))
+
+    def gradient(x, y):
+        return jax.vjp(partial(gradients.product, spec), x, y)[1](jnp.asarray(g))
+
+    if on_cpu:
+        with jax.set_mesh(CPU):
+            assert ("optimization_barrier" in str(jax.make_jaxpr(gradient)(x, y))) == (
+                spec == "btf,fd->btd"
+            )
+            dx, dy = jax.jit(gradient)(x, y)
+    else:
+        dx, dy = gradient(x, y)
+    wide = partial(np.einsum, dtype=np.float64)
+    np.testing.assert_allclose(dx, wide(f"{out},{ys}->{xs}", g, y), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dy, wide(f"{xs},{out}->{ys}", x, g), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("function", "axes"), [(jax.nn.gelu, ["btf"]), (layer_norm, ["btd", "d"])]
+)
+def test_alone_is_the_function_itself_and_its_gradient(function, axes):
+    args = [random(a, i) for i, a in enumerate(axes)]
+    g = random(axes[0], 9)
+
+    def both(function, *args):
+        y, pullback = jax.vjp(function, *args)
+        return y, *pullback(jnp.asarray(g))
+
+    with jax.set_mesh(CPU):
+        found = jax.jit(partial(both, partial(gradients.alone, function)))(*args)
+    for mine, want in zip(found, both(function, *args), strict=True):
+        np.testing.assert_allclose(mine, want, rtol=1e-5, atol=1e-6)
+
+
+def test_accelerators_compile_it_as_they_like():
+    x = random("btf", 0)
+    barriers = {}
+    for kind in ("cpu", "tpu"):
+        device = AbstractDevice(kind, None, kind)
+        with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=device)):
+            barriers[kind] = program(partial(gradients.alone, jax.nn.gelu), x).count("barrier")
+    assert barriers["cpu"] > barriers["tpu"] == 0
+    assert "barrier" not in program(partial(gradients.alone, jax.nn.gelu), x), "there is no mesh"
