@@ -6,7 +6,6 @@ over it or unrolls it, so that a checkpoint fits both.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -155,10 +154,19 @@ class MLP(_Layer):
         c, (d, f) = self.config, (self.config.n_embd, 4 * self.config.n_embd)
         x = project("btd,df->btf", x, self.weight("up_kernel", (d, f), ("embed", "mlp"), 0.02))
         x = constrain(x + self.bias("up_bias", (f,), ("mlp",)), "batch", "position", "act_mlp")
-        x = alone(partial(jax.nn.gelu, approximate=c.activation == "gelu_tanh"), x)
+        x = alone(gelu if c.activation == "gelu" else jax.nn.gelu, x)
         kernel = self.weight("down_kernel", (f, d), ("mlp", "embed"), residual_std(c))
         x = project("btf,fd->btd", x, kernel) + self.bias("down_bias", (d,), ("norm",))
         return dropout(x, c.dropout, keys, 3 * layer + 2)
+
+
+def gelu(x: Array) -> Array:
+    """x times the normal distribution up to x, in float32; as x (arXiv:1606.08415).
+
+    By erf, as in PyTorch: JAX's own is made of erfc, which takes a CPU three times as long.
+    """
+    wide = x.astype(jnp.float32)
+    return (wide * (0.5 + 0.5 * jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
 
 
 def residual_std(config: ModelConfig) -> float:
