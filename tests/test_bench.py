@@ -141,7 +141,9 @@ def test_a_known_device_has_an_mfu_and_a_ratio_is_of_the_same_round(monkeypatch)
     assert (mine["compile_seconds"], theirs["compile_seconds"]) == (7.5, 0)
     for kind, share in mine["mfu"].items():
         assert share == pytest.approx(mine["flops_per_second"][kind] / (2 * 312e12))
-    text = bench.tables(found)
+    assert "busy, with a load of 3.1" in bench.tables({"load_average": 3.14, **found})
+    text = bench.tables({"load_average": 0.2, **found})
+    assert "busy" not in text
     assert "2.00 x the speed of other  (3.00 2.00 1.50)" in text and "% MFU" in text
 
 

@@ -1,5 +1,6 @@
 """scalegpt/gradients.py: on a CPU it computes otherwise, and the same."""
 
+import math
 from functools import partial
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from scalegpt import gradients
-from scalegpt.layers import layer_norm
+from scalegpt.layers import gelu, layer_norm
 
 B, T, D, F, H, K = 2, 5, 6, 24, 2, 3
 CPU = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
@@ -49,7 +50,7 @@ def test_gradients_of_a_product_are_those_in_float64(spec, on_cpu):
 
 
 @pytest.mark.parametrize(
-    ("function", "axes"), [(jax.nn.gelu, ["btf"]), (layer_norm, ["btd", "d"])]
+    ("function", "axes"), [(gelu, ["btf"]), (jax.nn.gelu, ["btf"]), (layer_norm, ["btd", "d"])]
 )
 def test_alone_is_the_function_itself_and_its_gradient(function, axes):
     args = [random(a, i) for i, a in enumerate(axes)]
@@ -63,6 +64,20 @@ def test_alone_is_the_function_itself_and_its_gradient(function, axes):
         found = jax.jit(partial(both, partial(gradients.alone, function)))(*args)
     for mine, want in zip(found, both(function, *args), strict=True):
         np.testing.assert_allclose(mine, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [("float32", 3e-7), ("bfloat16", 2**-8)])
+def test_exact_gelu_and_its_derivative_are_those_of_the_definition(dtype, rounding):
+    x = np.linspace(-9, 9, 1001).astype(dtype)
+    wide = x.astype(np.float64)
+    below = np.array([0.5 * math.erfc(-v / 2**0.5) for v in wide])
+    density = np.exp(-(wide**2) / 2) / (2 * np.pi) ** 0.5
+    y, pullback = jax.vjp(gelu, jnp.asarray(x))
+    (slope,) = pullback(jnp.ones_like(y))
+    assert y.dtype == slope.dtype == dtype
+    for found, want in ((y, wide * below), (slope, below + wide * density)):
+        error = np.abs(np.asarray(found, np.float64) - want)
+        assert (error / np.maximum(1, np.abs(wide))).max() < rounding
 
 
 def test_accelerators_compile_it_as_they_like():

@@ -86,6 +86,7 @@ def main(argv: list[str]) -> int:
     else:
         config, _ = with_vocabulary(config)
         datasets = [random_tokens(config)]
+    load = os.getloadavg()[0]  # before there is any of ours
     cpu_devices.choose(config)
     steps = pmap_step.build_for_training(config, sharding.make_mesh(config.mesh))
     trainers: list[Any] = []
@@ -94,7 +95,7 @@ def main(argv: list[str]) -> int:
             trainers.append(bench_torch.Child(settings))
         trainers.insert(0, Ours(steps, batches_from(config, datasets, steps, 0)))
         blocks = turns(trainers, flags.rounds, flags.steps)
-        report = summary(config, trainers, blocks)
+        report = {"load_average": load, **summary(config, trainers, blocks)}
         if flags.profile:
             report["operations"] = bench_profile.trace(trainers[0], flags.steps, flags.profile)
     finally:
@@ -262,6 +263,9 @@ def tables(report: dict[str, Any]) -> str:
     for row in others:
         pairs = " ".join(f"{ratio:.2f}" for ratio in row["ratio"]["pairs"])
         lines.append(f"{row['ratio']['median']:.2f} x the speed of {row['name']}  ({pairs})")
+    if report["load_average"] > 0.5:
+        lines.append(f"warning: others kept this machine busy, with a load of "
+                     f"{report['load_average']:.1f} before this began")  # fmt: skip
     if "operations" in report:
         lines.append("the costliest operations, ms of an update over all devices")
         lines += [f"{1e3 * op['seconds']:10.3f}  {op['name']:32} {op['place'][-60:]}"
