@@ -10,7 +10,7 @@ import os
 import posixpath
 from pathlib import Path
 
-from scalegpt import storage
+from scalegpt import storage, user_cache
 
 FOLDER = "checkpoints"
 BAD_UPDATES = "bad_updates.jsonl"
@@ -34,10 +34,9 @@ def local(out_dir: str) -> Path:
     """Where the files are on this machine, whether they are there or not."""
     if not storage.is_url(out_dir):
         return Path(out_dir)
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     url = out_dir.rstrip("/")
     name = f"{posixpath.basename(url)}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
-    return Path(home, "scalegpt", "runs", name)
+    return user_cache.folder("runs", name)
 
 
 def fetch(out_dir: str, is_main: bool = True) -> Path:

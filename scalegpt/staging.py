@@ -10,6 +10,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from scalegpt import user_cache
+
 CHUNK = 1 << 24  # bytes per read: large enough to run at disk speed, small in memory
 
 
@@ -30,11 +32,8 @@ def stage(url: str, files: Sequence[str], cache_dir: str | None = None) -> Path:
     except (ImportError, ValueError) as error:
         extra = '"scalegpt[tpu]"' if protocol in ("gs", "gcs") else "the package it names"
         raise ValueError(f"cannot read {url}: {error}. Fix: pip install {extra}") from error
-    if cache_dir is None:
-        home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-        cache_dir = os.path.join(home, "scalegpt")
-    name = posixpath.basename(url)
-    folder = Path(cache_dir, f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:12]}")
+    name = f"{posixpath.basename(url)}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
+    folder = Path(cache_dir or user_cache.folder(), name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _one_process(folder / "lock"):

@@ -31,6 +31,7 @@ from scalegpt import (
     reports,
     run_folder,
     sharding,
+    user_cache,
 )
 from scalegpt.ahead_of_time import compile_only, memory_advice
 from scalegpt.config import Config
@@ -77,6 +78,7 @@ def main(argv: list[str]) -> int:
         compile_only(config, flags.compile_only)
         return DONE
     check_packages(config.log)
+    user_cache.keep_compiled()
     stop, phases = StopRequest(), Phases(config.run)
     watch = Watch(phases)
     try:

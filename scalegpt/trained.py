@@ -6,7 +6,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from scalegpt import distributed, hf, tokenizer, value_types
+from scalegpt import distributed, hf, tokenizer, user_cache, value_types
 from scalegpt.checkpoint import PARAMS, open_checkpoints
 from scalegpt.command_line import validate
 from scalegpt.config import Config, DistributedConfig, MeshConfig, ModelConfig
@@ -81,6 +81,7 @@ def load(flags: argparse.Namespace, microbatch: int, config: Config | None = Non
     is loaded where no flag names a model; its mesh and dtype hold where no flag gives another.
     """
     check_checkpoint(flags.checkpoint)
+    user_cache.keep_compiled()
     stated = config.model_dump(include={"mesh", "distributed"}) if config else {}
     sections = {
         name: {**stated.get(name, {}), **{k: v for k in keys.model_fields

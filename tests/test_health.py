@@ -23,11 +23,10 @@ def poison(monkeypatch, at: int, by: float) -> None:
     """Loss and gradient of update `at` come out `by` times as large."""
     update = step.update
 
-    def poisoned(config, state, total, grads, count):
+    def poisoned(config, dtype, state, total, grads, count):
         factor = jnp.where(state.step == at - 1, by, 1.0)
-        return update(
-            config, state, total * factor, jax.tree.map(lambda g: g * factor, grads), count
-        )
+        grads = jax.tree.map(lambda g: g * factor, grads)
+        return update(config, dtype, state, total * factor, grads, count)
 
     monkeypatch.setattr(step, "update", poisoned)
 

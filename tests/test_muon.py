@@ -229,7 +229,7 @@ def test_after_100_updates_the_modern_recipe_is_where_it_should_be(shared_data, 
             "--model.n_layer=4", "--model.n_head=4", "--model.n_embd=128", "--model.block_size=64",
             "--batch.sequences=12", "--optim.name=muon", "--optim.steps=100",
             "--log.tensorboard=false", "--eval.windows=320"]  # fmt: skip
-    process = tiny_run.start(argv, JAX_NUM_CPU_DEVICES="1")
+    process = tiny_run.start(argv, JAX_NUM_CPU_DEVICES="1", XLA_FLAGS="")
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
     rows = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())

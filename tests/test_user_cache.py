@@ -1,0 +1,58 @@
+"""Compiled programs outlive a process, where the user has not said otherwise."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+import tiny_run
+
+from scalegpt import user_cache
+
+
+def run(data: Path, out_dir: Path, **environment: str) -> dict[int, float]:
+    """The losses of a run of its own process, whose compilations all last long enough to keep."""
+    kept = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    kept |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_NUM_CPU_DEVICES": "1"}
+    command = [sys.executable, "-m", "scalegpt.train", *tiny_run.arguments(data, out_dir)]
+    done = subprocess.run(command, env=kept | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return tiny_run.rows(out_dir)
+
+
+def programs(home: Path) -> dict[str, int]:
+    """Name -> when it was made."""
+    found = (home / "scalegpt" / "compiled").glob("*/*-cache")
+    return {path.name: path.stat().st_mtime_ns for path in found}
+
+
+def test_a_second_process_compiles_nothing_and_gets_the_same_losses(plays, tmp_path):
+    home = tmp_path / "home"
+    first = run(plays, tmp_path / "a", XDG_CACHE_HOME=str(home))
+    made = programs(home)
+    assert any("train" in name for name in made), made
+    assert run(plays, tmp_path / "b", XDG_CACHE_HOME=str(home)) == first
+    assert programs(home) == made
+
+
+@pytest.mark.parametrize("name", ["JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE"])
+def test_it_leaves_the_place_or_all_of_it_to_the_user(plays, tmp_path, name):
+    value = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "mine")}.get(name, "false")
+    run(plays, tmp_path / "run", XDG_CACHE_HOME=str(tmp_path / "home"), **{name: value})
+    assert not programs(tmp_path / "home")
+    assert (tmp_path / "mine").exists() == (name == "JAX_COMPILATION_CACHE_DIR")
+
+
+def test_each_kind_of_cpu_has_a_folder_of_its_own(monkeypatch):
+    keys = ("jax_compilation_cache_dir", "jax_compilation_cache_max_size")
+    before, found = {key: getattr(jax.config, key) for key in keys}, []
+    for kind in ("flags: sse", "flags: avx512"):
+        jax.config.update("jax_compilation_cache_dir", None)
+        monkeypatch.setattr(user_cache, "_cpu", lambda kind=kind: kind)
+        user_cache.keep_compiled()
+        found.append(jax.config.jax_compilation_cache_dir)
+    for key, value in before.items():
+        jax.config.update(key, value)
+    assert len(set(found)) == 2 and all("/scalegpt/compiled/" in folder for folder in found)
