@@ -40,7 +40,7 @@ NAMES = st.text(LETTERS, min_size=1, max_size=20).filter(
 # Values under which any other key may have any value of its type.
 BASE = {
     "model": {"n_head": 1, "n_embd": 64}, "mesh": {"data": 1},
-    "optim": {"min_lr": 0.0, "warmup_steps": 0}, "checkpoint": {"every": 1},
+    "optim": {"name": "muon", "min_lr": 0.0, "warmup_steps": 0}, "checkpoint": {"every": 1},
     "data": {"path": "d"}, "run": {"out_dir": "o"},
 }  # fmt: skip
 ALONE = {  # keys whose values another key limits, too
@@ -102,7 +102,8 @@ def configurations(draw: Any) -> Config:
     values = {name: dict(keys) for name, keys in BASE.items()}
     for name in draw(st.lists(st.sampled_from(sorted(KEYS)), unique=True, max_size=12)):
         section, key = name.split(".")
-        if name not in ("model.n_head", "model.n_embd", "model.position"):  # limit each other
+        # These limit each other, or what else there may be.
+        if name not in ("model.n_head", "model.n_embd", "model.position", "optim.name"):
             values.setdefault(section, {})[key] = draw(KEYS[name])
     return command_line.validate(values, "here")
 
@@ -122,7 +123,7 @@ def test_any_value_of_the_right_type_is_accepted_and_lands(name, data):
     value = data.draw(KEYS[name].filter(lambda value: value is not None))
     expected = getattr(getattr(command_line.validate(with_key(name, value), "here"), section), key)
     base = [f"--{s}.{k}={v}" for s, keys in BASE.items() for k, v in keys.items()]
-    text = json.dumps(value) if isinstance(value, dict) else str(value)
+    text = json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else str(value)
     config, _ = command_line.parse([*base, f"--{name}={text}"], "test", {})
     found = getattr(getattr(config, section), key)
     assert found == expected == value

@@ -125,4 +125,4 @@ def _check_overrides(overrides: list[str], arms: dict[str, dict[str, Any]]) -> N
 
 def _text(value: Any) -> str:
     """As a command line has it; scalegpt reads JSON's true, null and {...} there."""
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
