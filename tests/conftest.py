@@ -24,6 +24,10 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import tiny_run  # noqa: E402
 
+# A shell starts what runs in its background deaf to Ctrl-C, and its children are, too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("SCALEGPT_TEST_DATA", ROOT.parent / "shared" / "data"))
 if (SHARED / "tiktoken_cache").is_dir():
