@@ -35,6 +35,7 @@ def in_this_process(monkeypatch, capsys, argv: list[str], *names: str) -> tuple[
     return code, json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_every_row_agrees_on_a_tiny_model(argv, tmp_path):
     """The command as a person types it, with its eight devices and its two processes."""
     environment = {k: v for k, v in os.environ.items()
