@@ -174,7 +174,8 @@ class OptimConfig(Section):
     @classmethod
     def _fill_muon(cls, values: Any) -> Any:
         if isinstance(values, dict) and values.get("name") == "muon":
-            return {**MUON, **values}
+            # A rate of null, as AdamW's are stored, is not given.
+            return {**MUON, **{key: value for key, value in values.items() if value is not None}}
         return values
 
     @model_validator(mode="after")

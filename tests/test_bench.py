@@ -190,7 +190,6 @@ def test_it_runs_against_nanogpt_and_transformers(capsys, checkout):
     assert torch.__version__, "the children had it too"
 
 
-@pytest.mark.slow
 def test_a_compiled_trainer_makes_the_same_updates(checkout):
     """torch.compile, in the process that the tool starts; its own prints stay out of the pipe."""
     pytest.importorskip("torch")

@@ -92,7 +92,6 @@ def test_the_ledger_sums_to_the_wall_time_over_a_kill_and_a_restart(plays, tmp_p
     assert min(rows(tmp_path / "run", "memory/host_gib").values()) > 0.05
 
 
-@pytest.mark.slow
 def test_200_saves_and_evaluations_do_not_grow_the_memory(plays, tmp_path):
     """In the loop's own way: asynchronous, one after the other, with retention."""
     config = parse([*arguments(plays, tmp_path / "run"), "--eval.windows=8"], "test", {})[0]

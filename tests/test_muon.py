@@ -214,18 +214,19 @@ def test_a_key_that_nothing_would_read_is_refused(keys, message):
         OptimConfig(**keys)
 
 
+def test_a_rate_of_null_is_not_given():
+    """As in the stored configuration of a run of AdamW."""
+    stored = OptimConfig().model_dump()
+    config = OptimConfig(**{**stored, "name": "muon"})
+    assert (config.embedding_lr, config.head_lr, config.scalar_lr) == (0.3, 0.008, 0.015)
+    assert config.lr == stored["lr"] and config.decay_steps is None
+
+
 def test_after_100_updates_the_modern_recipe_is_where_it_should_be(shared_data, tmp_path):
     """nanoGPT's settings are at 2.61 then; a wrong label, rate or initialisation is not below."""
     text = (shared_data / "tinyshakespeare" / "input.txt").read_text()
-    chars = "".join(sorted(set(text)))
-    ids = np.array([chars.index(c) for c in text], "<u2")
-    cut = len(ids) * 9 // 10
-    meta = {"format": 1, "tokenizer": {"kind": "char", "chars": chars}, "dtype": "uint16"}
-    for split, part in (("train", ids[:cut]), ("val", ids[cut:])):
-        part.tofile(tmp_path / f"{split}.bin")
-        meta[split] = {"tokens": len(part), "bytes": len(part)}
-    (tmp_path / "meta.json").write_text(json.dumps({**meta, "vocab_size": len(chars)}))
-    argv = [f"--data.path={tmp_path}", f"--run.out_dir={tmp_path / 'run'}", "--model.preset=modern",
+    data = tiny_run.write_data(tmp_path / "data", text, text)
+    argv = [f"--data.path={data}", f"--run.out_dir={tmp_path / 'run'}", "--model.preset=modern",
             "--model.n_layer=4", "--model.n_head=4", "--model.n_embd=128", "--model.block_size=64",
             "--batch.sequences=12", "--optim.name=muon", "--optim.steps=100",
             "--log.tensorboard=false", "--eval.windows=320"]  # fmt: skip

@@ -78,7 +78,7 @@ def trained(mesh: tuple, accumulation: int, dropout: float) -> SimpleNamespace:
 CASES = [
     (DATA8, 1, 0.0), (DATA8, 4, 0.1),
     (FSDP8, 4, 0.1),
-    (HYBRID, 1, 0.0), (HYBRID, 4, 0.1),
+    (HYBRID, 1, 0.0), (HYBRID, 2, 0.1), (HYBRID, 4, 0.1),
     (CUBE, 2, 0.1),
     (TENSOR4, 1, 0.1),
     (SLICES, 4, 0.1),

@@ -19,10 +19,10 @@ TEXT = "".join(
 STEPS, ROWS, T = 12, 16, 16
 
 
-def write_data(folder: Path, text: str) -> Path:
+def write_data(folder: Path, text: str, alphabet: str = TEXT) -> Path:
     """A character data set, as prepare.py would write it."""
     folder.mkdir(parents=True)
-    chars = "".join(sorted(set(TEXT)))
+    chars = "".join(sorted(set(alphabet)))
     ids = np.array([chars.index(c) for c in text], "<u2")
     cut = len(ids) * 9 // 10
     meta = {"format": 1, "tokenizer": {"kind": "char", "chars": chars}, "dtype": "uint16"}

@@ -101,8 +101,7 @@ def size(config: Config, flags: Namespace) -> dict[str, Any]:
     tokens_per_update = config.batch.sequences * model.block_size
     tokens = config.optim.steps * tokens_per_update
     budget = flags.budget or 6 * used * tokens
-    place = placement(config, flags)
-    checkpoint = memory.checkpoint_bytes(model, config.optim)
+    place, checkpoint = placement(config, flags), memory.checkpoint_bytes(model, config.optim)
     keys = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias")
     return {
         "model": {key: getattr(model, key) for key in keys},
