@@ -21,6 +21,8 @@ PLATFORMS = ("cpu", "gpu", "cuda", "rocm", "tpu")
 # The mesh axes over which the caller's batch and heads lie: only splash has to be told.
 BATCH_AXES = ("replica", "data", "fsdp")
 HEAD_AXES = ("tensor",)
+# Of "xla": more or smaller blocks spare little more and compile longer.
+QUERY_BLOCKS, LEAST_BLOCK = 4, 64
 
 
 def resolve(
@@ -128,10 +130,13 @@ def cached_attention(
     return jax.lax.switch(which, [partial(attend, n) for n in sizes], q, *past), past
 
 
-def _dropout(rate: float, keys: Array | None, shape: tuple[int, ...]) -> Callable[[Array], Array]:
-    """Drops weights [B,H,T,T] and scales the rest up; row b's mask depends on keys[b] alone."""
+def _dropout(
+    rate: float, keys: Array | None, shape: tuple[int, ...]
+) -> Callable[[Array, slice], Array]:
+    """Drops weights [B,H,t,s] of a slice of queries over the first s keys, and scales the rest up;
+    row b's mask depends on keys[b] alone."""
     if not rate:
-        return lambda weights: weights
+        return lambda weights, _: weights
     batch, time, heads, _ = shape
     if not 0.0 < rate < 1.0:
         raise ValueError(f"dropout_rate must be in [0, 1), got {rate}")
@@ -140,30 +145,47 @@ def _dropout(rate: float, keys: Array | None, shape: tuple[int, ...]) -> Callabl
         got = None if keys is None else f"{keys.dtype}{list(keys.shape)}"
         raise ValueError(f"dropout_rate={rate} needs [{batch}] typed dropout_keys, got {got}")
     mask = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, (heads, time, time)))(keys)
-    return lambda weights: jnp.where(mask, weights / (1 - rate), 0.0)
+
+
+    def drop(weights: Array, queries: slice) -> Array:
+        keep = mask[:, :, queries, : weights.shape[-1]]
+        return jnp.where(keep, weights / (1 - rate), 0.0)
+
+    return drop
 
 
 def _scores(spec: str, q: Array, k: Array) -> Array:
     return product(spec, q, k, jnp.float32)
 
 
-def _xla(q: Array, k: Array, v: Array, drop: Callable[[Array], Array]) -> Array:
-    past = jnp.arange(q.shape[1])
-    scores = _scores("bthk,bshk->bhts", q, k) * q.shape[-1] ** -0.5
-    # The least float, not -inf: then no row and no gradient can hold inf - inf, a NaN.
-    scores = jnp.where(past[:, None] >= past, scores, jnp.finfo(jnp.float32).min)
-    weights = drop(jax.nn.softmax(scores))
-    return jnp.einsum("bhts,bshk->bthk", weights.astype(v.dtype), v)
+def _xla(q: Array, k: Array, v: Array, drop: Callable[[Array, slice], Array]) -> Array:
+    """By blocks of queries, each over the keys that its last one sees: most of the scores that no
+    query sees are not computed."""
+    time = q.shape[1]
+    position, size = jnp.arange(time), max(LEAST_BLOCK, -(-time // QUERY_BLOCKS))
+    blocks = []
+    for start in range(0, time, size):
+        end = min(start + size, time)
+        mine, seen = slice(start, end), slice(end)
+        scores = _scores("bthk,bshk->bhts", q[:, mine], k[:, seen]) * q.shape[-1] ** -0.5
+        # The least float, not -inf: then no row and no gradient can hold inf - inf, a NaN.
+        past = position[mine, None] >= position[seen]
+        weights = jax.nn.softmax(jnp.where(past, scores, jnp.finfo(jnp.float32).min))
+        weights = drop(weights, mine).astype(v.dtype)
+        blocks.append(product("bhts,bshk->bthk", weights, v[:, seen]))
+    return jnp.concatenate(blocks, axis=1)
 
 
-def _flax(q: Array, k: Array, v: Array, drop: Callable[[Array], Array]) -> Array:
+def _flax(q: Array, k: Array, v: Array, drop: Callable[[Array, slice], Array]) -> Array:
     # Flax alone rounds the scores to bfloat16 before the float32 softmax and draws its dropout
     # from one key for the whole batch; its hooks for the two products put both right.
     return nn.dot_product_attention(
         q, k, v, force_fp32_for_softmax=True,
         mask=nn.make_causal_mask(jnp.zeros((1, q.shape[1])), dtype=bool),
         qk_attn_weights_einsum=_scores,
-        attn_weights_value_einsum=lambda spec, w, v: jnp.einsum(spec, drop(w).astype(v.dtype), v),
+        attn_weights_value_einsum=lambda spec, w, v: jnp.einsum(
+            spec, drop(w, slice(None)).astype(v.dtype), v
+        ),
     )
 
 

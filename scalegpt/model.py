@@ -112,7 +112,8 @@ class Attention(_Layer):
         qkv = project("btd,dchk->btchk", x, kernel)
         qkv = qkv + self.bias("qkv_bias", (3, h, k), ("qkv", "heads", "kv"))
         qkv = constrain(qkv, "batch", "position", None, "act_heads", None)
-        q, key, v = (qkv[:, :, i] for i in range(3))
+        # Not by index: three gradients filled up with zeros would be added.
+        q, key, v = (x.squeeze(2) for x in jnp.split(qkv, 3, axis=2))
         if c.value_embeddings:
             v = v + self.value_embedding(context.tokens)
         if c.qk_norm:

@@ -68,7 +68,7 @@ def build(config: Config, mesh: Mesh, dtype: str, implementation: str) -> PmapSt
         sums = step.sums(config, steps.model, state.params, tokens, rows.astype(jnp.uint32), key)
         # The one reduction of an update. Of sums, not of means: masked tokens may make the
         # devices' counts differ.
-        (total, grads), count = jax.lax.psum((sums, (tokens[..., 1:] >= 0).sum()), AXIS)
+        (total, grads), count = jax.lax.psum((sums, step.target_count(tokens)), AXIS)
         return step.update(config, steps.model.dtype, state, total, grads, count)
 
     def split(tokens: Array) -> Array:

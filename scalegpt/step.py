@@ -125,6 +125,11 @@ def sums(
     return accumulate(loss, params, tokens, rows)
 
 
+def target_count(tokens: Array) -> Array:
+    """Targets of tokens [..., T+1] that count; float32, to be reduced together with gradients."""
+    return (tokens[..., 1:] >= 0).sum(dtype=jnp.float32)
+
+
 def dropout_key(config: Config, step: Array) -> Array:
     """Of all rows of update `step`."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(config.run.seed), 1), step)
@@ -138,11 +143,11 @@ def update(
 
     The update is not applied where `health.judge` says so; the step counts all the same.
     """
-    count = jnp.maximum(count, 1)
-    grads = jax.tree.map(lambda g: g / count, grads)
+    share = 1 / jnp.maximum(count, 1)  # divisions would not be fused into their uses
+    grads = jax.tree.map(lambda g: g * share, grads)
     tx = optimizer(config.optim, dtype)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    loss, norm = total / count, optax.tree.norm(grads)
+    loss, norm = total * share, optax.tree.norm(grads)
     apply, deviation, after = health.judge(config.run, state.health, loss, norm)
     metrics = {
         "train/loss": loss,
@@ -233,7 +238,8 @@ def build(config: Config, mesh: Mesh, dtype: str, implementation: str) -> Steps:
         """Runs on each (replica, data) part with its own rows; one reduction after the scan."""
         params, key = jax.lax.pcast((params, key), manual, to="varying")
         with nn.logical_axis_rules(tuple(sharding.rules_within(manual).items())):
-            return jax.lax.psum(sums(config, model, params, tokens, rows, key), manual)
+            total, grads = sums(config, model, params, tokens, rows, key)
+        return jax.lax.psum((total, grads, target_count(tokens)), manual)
 
     # Plain jit would reduce every layer's gradient in every microbatch, over the slow links too.
     # Axes of size 1 stay out: XLA fails on a manual reduction over nothing beside automatic axes.
@@ -248,8 +254,7 @@ def build(config: Config, mesh: Mesh, dtype: str, implementation: str) -> Steps:
     def train(state: State, tokens: Array) -> tuple[State, dict[str, Array]]:
         rows = jnp.arange(layout[0] * layout[1], dtype=jnp.uint32).reshape(layout)
         key = dropout_key(config, state.step)
-        total, grads = gradients(state.params, tokens, rows, key)
-        return update(config, model.dtype, state, total, grads, (tokens[..., 1:] >= 0).sum())
+        return update(config, model.dtype, state, *gradients(state.params, tokens, rows, key))
 
     def evaluate(params: Any, tokens: Array) -> tuple[Array, Array]:
         with nn.logical_axis_rules(tuple(sharding.RULES.items())):

@@ -111,7 +111,7 @@ def test_values_and_gradients_match_numpy(implementation, dtype, tolerance):
 
 
 @pytest.mark.parametrize("implementation", ["xla", "flax"])
-@pytest.mark.parametrize("shape", [(1, 1, 1, 8), (2, 7, 3, 5), (4, 64, 4, 32)])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 8), (2, 7, 3, 5), (4, 64, 4, 32), (1, 150, 2, 8)])
 def test_odd_shapes(implementation, shape):
     for dtype, tolerance in (("float32", 1e-5), ("bfloat16", 2e-2)):
         x = inputs(shape, dtype)

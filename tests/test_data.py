@@ -772,6 +772,8 @@ def test_default_cache_folder_and_progress(remote, tmp_path, monkeypatch, capfd)
 
 
 def test_a_missing_protocol_package_names_the_extra(tmp_path, monkeypatch):
+    for protocol in ("gs", "s3"):  # as in a process where neither was opened before
+        monkeypatch.delitem(fsspec.registry._registry, protocol, raising=False)
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(ValueError, match=r'gs://b/toy.*pip install "scalegpt\[tpu\]"'):
         open_dataset("gs://b/toy", str(tmp_path))
