@@ -150,18 +150,16 @@ def _for_decoding(params: Any, dtype: Any, keep: bool) -> Any:
     def cast(path: tuple, x: Array) -> Array:
         return x.astype(dtype) if path[-1].key.endswith("kernel") else x
 
-    done = {}
+    done = {path: leaf for path, leaf in flatten_dict(params).items() if path[0] != "h"}
     if dtype != jnp.float32:
         done[("head_kernel",)] = apart({"head_kernel": params.get("head_kernel", params["wte"])})[
             "head_kernel"
         ]
-    for path, leaf in flatten_dict(params).items():
-        if path in done or path[0] != "h":
-            done.setdefault(path, leaf)
-            continue
+    if keep:  # then one program, not one for each parameter
+        return unflatten_dict(done) | apart({"h": params["h"]})
+    for path, leaf in flatten_dict({"h": params["h"]}).items():
         done |= flatten_dict(apart(unflatten_dict({path: leaf})))
-        if not keep:
-            leaf.delete()
+        leaf.delete()
     return unflatten_dict(done)
 
 

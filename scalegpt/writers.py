@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,13 @@ class TensorBoardWriter:
     """Rows as TensorBoard scalars; on continuing, TensorBoard hides what came after that step."""
 
     def __init__(self, folder: str | Path, resume_step: int | None = None) -> None:
-        from tensorboardX import SummaryWriter
+        # It would import torch, where there is one, for the name of a type: seconds.
+        without_torch = sys.modules.setdefault("torch", None) is None
+        try:
+            from tensorboardX import SummaryWriter
+        finally:
+            if without_torch:
+                del sys.modules["torch"]
 
         purge = None if resume_step is None else resume_step + 1  # it hides this step and later
         self._writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=10)
