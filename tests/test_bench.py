@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import bench
+import bench_decode
 import bench_profile
 import bench_torch
 import jax
@@ -190,6 +191,25 @@ def test_it_runs_against_nanogpt_and_transformers(capsys, checkout):
     assert torch.__version__, "the children had it too"
 
 
+def test_texts_are_written_beside_transformers(capsys, monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.setattr(bench_decode, "COPIED", 2**20)
+    argv = ["--decode", "1", "9", "--model.block_size=32", "--steps=8", "--against=transformers"]
+    found = report(capsys, *argv)
+    assert found["tokens"] == 8 and [row["texts"] for row in found["decoding"]] == [1, 9]
+    for row, mine in zip(found["decoding"], (1, 2), strict=True):  # of 9 texts on 8 devices
+        ours, theirs = row["writers"]
+        assert [ours["name"], theirs["name"]] == ["scalegpt", "transformers eager"]
+        for writer in (ours, theirs):
+            rate = writer["tokens_per_second"]
+            assert rate * writer["token_seconds"] == pytest.approx(row["texts"])
+        assert len(theirs["ratio"]["pairs"]) == 2 and ours["ratio"]["median"] == 1
+        weights = L * (12 * D * D + 2 * D) + 128 * D + D
+        read = 4 * (weights + mine * 2 * L * D * (16 + 8 // 2))
+        rate = read / ours["token_seconds"] / found["bandwidth_bytes_per_second"]
+        assert row["share_of_bandwidth"] == pytest.approx(rate)
+
+
 def test_a_compiled_trainer_makes_the_same_updates(checkout):
     """torch.compile, in the process that the tool starts; its own prints stay out of the pipe."""
     pytest.importorskip("torch")
@@ -256,6 +276,10 @@ def refused(capsys, *argv: str) -> str:
         (["--profile=/dev/null/x"], "cannot write --profile=/dev/null/x"),
         (["--batch.sequences=12"], "batch.sequences=12 does not divide over 8 shards"),
         (["--real-data", "--data.path=none"], "none"),
+        (["--decode", "1", "0"], "--decode=[1, 0] must be at least 1"),
+        (["--decode", "1", "--steps=0"], "--steps=0 must be at least 1"),
+        (["--decode", "1", "--steps=1"], "prompt of 16 tokens is more than model.block_size=16"),
+        (["--decode", "1", "--real-data"], "--decode goes with neither"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line_and_exit_code_2(capsys, argv, message):

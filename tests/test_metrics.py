@@ -180,6 +180,21 @@ def test_tensorboard_events_read_back(tmp_path):
     assert not any(e.HasField("session_log") for e in events(tmp_path / "tb"))
 
 
+def test_a_run_imports_no_torch_and_leaves_it_importable(tmp_path):
+    """tensorboardX would import it: two seconds of every start."""
+    pytest.importorskip("torch")
+    code = f"""
+        import sys, scalegpt.train
+        from scalegpt.writers import TensorBoardWriter
+        TensorBoardWriter({str(tmp_path)!r}).close()
+        print(sorted({{"torch", "transformers", "wandb", "matplotlib"}} & set(sys.modules)))
+        import torch
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
+
+
 def test_tensorboard_hides_steps_after_the_one_continued_from(tmp_path):
     TensorBoardWriter(tmp_path / "tb", resume_step=5).close()
     (purge,) = [e for e in events(tmp_path / "tb") if e.HasField("session_log")]

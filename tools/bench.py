@@ -4,6 +4,7 @@
     python tools/bench.py --config configs/shakespeare_char_cpu.yaml --model.vocab_size=65 \\
         --against nanogpt=../nanoGPT --rounds 10 --steps 50
     python tools/bench.py --config configs/gpt2_124m.yaml --profile out/trace
+    python tools/bench.py --config configs/gpt2_124m.yaml --decode 1 16 64 --against transformers
 
 Updates by the step and the input pipeline of scalegpt.train, on random tokens, so that no data set
 is needed. In each round every trainer makes --steps updates, one trainer after the other, and the
@@ -22,6 +23,9 @@ memory     the most that a device held, or that the process did where the device
 The others train the same shapes in PyTorch, with nanoGPT's optimizer and clipping: in float32 on a
 CPU, as nanoGPT does, and in this run's precision on a GPU. They hold as many sequences at a time as
 batch.microbatch says, and all at once where it says nothing.
+
+With --decode nobody trains: random weights continue random prompts of 16 tokens, several texts at
+a time, as scalegpt.generate does, and as the others' own `generate` does.
 """
 
 import json
@@ -32,6 +36,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from typing import Any
 
+import bench_decode
 import bench_profile
 import bench_torch
 import jax
@@ -42,7 +47,7 @@ from scalegpt import command_line, cpu_devices, flops, pmap_step, sharding
 from scalegpt.config import Config
 from scalegpt.data import Dataset
 from scalegpt.feed import batches_from, open_datasets
-from scalegpt.step import Steps
+from scalegpt.step import Steps, build_for_use
 
 FLAGS = {
     "--against": {
@@ -56,7 +61,8 @@ FLAGS = {
     "--their-microbatch": {"type": int, "metavar": "N", "help": "sequences they hold at a time"},
     "--their-dtype": {"choices": ("float32", "bfloat16"), "help": "of their autocast"},
     "--rounds": {"type": int, "default": 5, "help": "turns of each trainer (default 5)"},
-    "--steps": {"type": int, "default": 10, "help": "updates of a turn (default 10)"},
+    "--steps": {"type": int, "help": "updates of a turn (default 10), or tokens of a text (128)"},
+    "--decode": {"type": int, "nargs": "+", "metavar": "TEXTS", "help": "write so many at a time"},
     "--real-data": {"action": "store_true", "help": "the run's data set instead of random tokens"},
     "--profile": {
         "metavar": "DIR",
@@ -70,9 +76,15 @@ COLUMNS = f"{'':20} {'tokens/s':>10} {'step ms: median':>16} {'least':>9} {'most
 
 def main(argv: list[str]) -> int:
     config, flags = command_line.parse(argv, "tools/bench.py", FLAGS, DEFAULTS)
-    for name in ("rounds", "steps"):
-        if getattr(flags, name) < 1:
-            raise ValueError(f"--{name}={getattr(flags, name)} must be at least 1")
+    flags.steps = (128 if flags.decode else 10) if flags.steps is None else flags.steps
+    for name in ("rounds", "steps", "decode"):
+        value = getattr(flags, name)
+        if value and min(np.atleast_1d(value)) < 1 or value == 0:
+            raise ValueError(f"--{name}={value} must be at least 1")
+    if flags.decode:
+        if flags.profile or flags.real_data:
+            raise ValueError("--decode goes with neither --profile nor --real-data")
+        flags.their_mode = "eager"
     for what in flags.against:
         bench_torch.check(what, config.model)
     jax.config.update("jax_enable_compilation_cache", False)
@@ -87,6 +99,12 @@ def main(argv: list[str]) -> int:
         config, _ = with_vocabulary(config)
         datasets = [random_tokens(config)]
     load = os.getloadavg()[0]  # before there is any of ours
+    if flags.decode:
+        steps = build_for_use(config, sharding.make_mesh(config.mesh), 1)
+        found = bench_decode.measure(config, flags, theirs(config, flags, steps), turns)
+        report = {"load_average": load, **about(config, steps), **found}
+        print(json.dumps(report, indent=2) if flags.json else bench_decode.table(report))
+        return 0
     cpu_devices.choose(config)
     steps = pmap_step.build_for_training(config, sharding.make_mesh(config.mesh))
     trainers: list[Any] = []
@@ -221,13 +239,18 @@ def summary(
             pairs = [turn[i]["seconds"] / turn[0]["seconds"] for turn in blocks]
             row["ratio"] = {"pairs": pairs, "median": statistics.median(pairs)}
         rows.append(row)
+    layout = {"sequences": batch.sequences, "accumulation": steps.layout[0], "tokens": tokens}
+    return {**about(config, steps), "batch": layout, "trainers": rows}
+
+
+def about(config: Config, steps: Steps) -> dict[str, Any]:
+    """What was measured, and on what."""
     keys = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+    kind = steps.mesh.devices.flat[0].device_kind
     return {
         "model": {key: getattr(config.model, key) for key in keys},
-        "devices": {"kind": device.device_kind, "count": steps.mesh.size},
+        "devices": {"kind": kind, "count": steps.mesh.size},
         "dtype": str(steps.model.dtype), "attention": steps.model.attention,
-        "batch": {"sequences": batch.sequences, "accumulation": steps.layout[0], "tokens": tokens},
-        "trainers": rows,
     }  # fmt: skip
 
 

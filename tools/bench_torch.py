@@ -1,4 +1,5 @@
 """One trainer in PyTorch, as a process that makes updates when it is asked to: for tools/bench.py.
+Or a writer, which continues texts.
 
 torch and JAX in one process fight over threads, so each trainer has a process of its own, and only
 one of them works at a time. Standard input and output are a pipe of JSON lines: the settings (see
@@ -62,39 +63,22 @@ class Trainer:
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        import torch
-
-        self.torch, self.settings = torch, settings
-        self.device = "cuda" if settings["gpu"] else "cpu"
-        torch.manual_seed(1337)
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
-        self.context = contextlib.nullcontext()
-        if settings["dtype"] != "float32":
-            self.context = torch.autocast(self.device, dtype=getattr(torch, settings["dtype"]))
-        optim = settings["optim"]
-        trainer, _, folder = settings["trainer"].partition("=")
-        if trainer == "nanogpt":
-            sys.path.insert(0, folder)
-            from model import GPT, GPTConfig
-
-            shape = dict(settings["shape"])
-            if shape["vocab_size"] == 50257:
-                shape["vocab_size"] = 50304  # as its train.py does
-            model = GPT(GPTConfig(**shape)).to(self.device)
+        self.settings, optim = settings, settings["optim"]
+        self.torch, self.device, self.context = prepare(settings)
+        model = build(settings).to(self.device)
+        if settings["trainer"] == "transformers":
+            self.optimizer = adamw(model, optim, fused=settings["gpu"])
+            self.losses = self.cross_entropy
+        else:
             self.optimizer = model.configure_optimizers(
                 optim["weight_decay"], optim["lr"], tuple(optim["betas"]), self.device
             )
             self.losses = lambda x, y: self.model(x, y)[1]
-        else:
-            model = transformers_gpt2(settings).to(self.device)
-            self.optimizer = adamw(model, optim, fused=settings["gpu"])
-            self.losses = self.cross_entropy
         model.train()
         self.parameters = list(model.parameters())
-        self.model = torch.compile(model) if settings["mode"] == "compiled" else model
+        self.model = self.torch.compile(model) if settings["mode"] == "compiled" else model
         shape = (4, settings["microbatches"], settings["rows"], settings["shape"]["block_size"] + 1)
-        self.batches = torch.randint(settings["shape"]["vocab_size"], shape)
+        self.batches = self.torch.randint(settings["shape"]["vocab_size"], shape)
         self.done = 0
 
     def cross_entropy(self, x: Any, y: Any) -> Any:
@@ -131,8 +115,65 @@ class Trainer:
             pending = loss
         pending.item()
         seconds = (time.perf_counter() - began) / updates
-        peak = self.torch.cuda.max_memory_allocated if self.settings["gpu"] else rss
-        return {"seconds": seconds, "memory": peak()}
+        return {"seconds": seconds, "memory": peak(self.torch, self.settings)}
+
+
+class Writer:
+    """A model that continues random prompts by its own `generate`, as scalegpt.generate would.
+
+    settings: those of a Trainer; besides, texts: how many at a time; prompt, tokens: of each.
+    """
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.settings = settings
+        self.torch, self.device, self.context = prepare(settings)
+        self.model = build(settings).to(self.device).eval()
+        if settings["trainer"] == "transformers" and settings["dtype"] != "float32":
+            # As it is loaded for use; autocast would round the weights anew for every token.
+            self.model.to(getattr(self.torch, settings["dtype"]))
+        shape = (settings["texts"], settings["prompt"])
+        self.prompts = self.torch.randint(settings["shape"]["vocab_size"], shape).to(self.device)
+        self.parameters = list(self.model.parameters())
+
+    def block(self, tokens: int) -> dict[str, Any]:
+        """Seconds of a token, prefill included, and bytes of memory at their peak."""
+        sampled = {"max_new_tokens": tokens, "temperature": 0.8, "top_k": 200}
+        if self.settings["trainer"] == "transformers":
+            sampled |= {"do_sample": True, "pad_token_id": 0}
+        began = time.perf_counter()
+        with self.torch.no_grad(), self.context:
+            ids = self.model.generate(self.prompts, **sampled)
+        ids.tolist()  # waits for a GPU
+        seconds = (time.perf_counter() - began) / tokens
+        assert ids.shape[1] == self.settings["prompt"] + tokens
+        return {"seconds": seconds, "memory": peak(self.torch, self.settings)}
+
+
+def prepare(settings: dict[str, Any]) -> tuple[Any, str, Any]:
+    """torch, its device, and the context of its precision."""
+    import torch
+
+    device = "cuda" if settings["gpu"] else "cpu"
+    torch.manual_seed(1337)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+    if settings["dtype"] == "float32":
+        return torch, device, contextlib.nullcontext()
+    return torch, device, torch.autocast(device, dtype=getattr(torch, settings["dtype"]))
+
+
+def build(settings: dict[str, Any]) -> Any:
+    """The model, on the CPU."""
+    trainer, _, folder = settings["trainer"].partition("=")
+    if trainer == "transformers":
+        return transformers_gpt2(settings)
+    sys.path.insert(0, folder)
+    from model import GPT, GPTConfig
+
+    shape = dict(settings["shape"])
+    if shape["vocab_size"] == 50257:
+        shape["vocab_size"] = 50304  # as its train.py does
+    return GPT(GPTConfig(**shape))
 
 
 def transformers_gpt2(settings: dict[str, Any]) -> Any:
@@ -145,6 +186,7 @@ def transformers_gpt2(settings: dict[str, Any]) -> Any:
         vocab_size=shape["vocab_size"], n_positions=shape["block_size"], n_embd=shape["n_embd"],
         n_layer=shape["n_layer"], n_head=shape["n_head"], attn_implementation="sdpa",
         activation_function="gelu_new" if settings["activation"] == "gelu_tanh" else "gelu", **drop,
+        bos_token_id=None, eos_token_id=None,  # else it may end a text early
     ))  # fmt: skip
 
 
@@ -162,6 +204,10 @@ def adamw(model: Any, optim: dict[str, Any], fused: bool) -> Any:
     return torch.optim.AdamW(groups, lr=optim["lr"], betas=tuple(optim["betas"]), fused=fused)
 
 
+def peak(torch: Any, settings: dict[str, Any]) -> int:
+    return torch.cuda.max_memory_allocated() if settings["gpu"] else rss()
+
+
 def rss() -> int:
     """Most bytes of memory that this process ever held."""
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -172,9 +218,10 @@ def serve() -> None:
     """Answer on what was standard output: nanoGPT and torch.compile print to it."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    trainer = Trainer(json.loads(sys.stdin.readline()))
+    settings = json.loads(sys.stdin.readline())
+    trainer = Writer(settings) if "texts" in settings else Trainer(settings)
     began = time.perf_counter()
-    trainer.block(1)
+    trainer.block(settings.get("tokens", 1))
     first = time.perf_counter() - began
     built = {"parameters": sum(p.numel() for p in trainer.parameters), "first": first}
     print(json.dumps(built), file=answers, flush=True)
