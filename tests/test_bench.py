@@ -193,7 +193,7 @@ def test_it_runs_against_nanogpt_and_transformers(capsys, checkout):
 
 def test_texts_are_written_beside_transformers(capsys, monkeypatch):
     pytest.importorskip("torch")
-    monkeypatch.setattr(bench_decode, "COPIED", 2**20)
+    monkeypatch.setattr(bench_decode, "ADDED", 2**20)
     argv = ["--decode", "1", "9", "--model.block_size=32", "--steps=8", "--against=transformers"]
     found = report(capsys, *argv)
     assert found["tokens"] == 8 and [row["texts"] for row in found["decoding"]] == [1, 9]
