@@ -16,7 +16,7 @@ from jax import Array
 
 from scalegpt.attention import cached_attention, causal_attention
 from scalegpt.config import ModelConfig
-from scalegpt.gradients import alone
+from scalegpt.gradients import alone, product
 from scalegpt.layers import (
     ACTIVATIONS,
     constrain,
@@ -274,9 +274,8 @@ def head_table(params: Any) -> Array:
 
 def logits(hidden: Array, table: Array, config: ModelConfig) -> Array:
     """float32 logits [..., V] of hidden [..., D] by the head's table; padded ids get the lowest."""
-    y = jnp.einsum(
-        "...d,vd->...v", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32
-    )
+    rows = "bt"[: hidden.ndim - 1]
+    y = product(f"{rows}d,vd->{rows}v", hidden, table.astype(hidden.dtype), jnp.float32)
     if cap := config.logit_softcap:
         y = cap * y * jax.lax.rsqrt(y * y + cap * cap)
     padded = jnp.arange(table.shape[0]) >= config.vocab_size
