@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from scalegpt.attention import cached_attention, causal_attention
 from scalegpt.config import ModelConfig
@@ -113,7 +114,8 @@ class Attention(_Layer):
         qkv = qkv + self.bias("qkv_bias", (3, h, k), ("qkv", "heads", "kv"))
         qkv = constrain(qkv, "batch", "position", None, "act_heads", None)
         # Not by index: three gradients filled up with zeros would be added.
-        q, key, v = (x.squeeze(2) for x in jnp.split(qkv, 3, axis=2))
+        parts = checkpoint_name(jnp.split(qkv, 3, axis=2), "project")
+        q, key, v = (x.squeeze(2) for x in parts)
         if c.value_embeddings:
             v = v + self.value_embedding(context.tokens)
         if c.qk_norm:
