@@ -45,9 +45,13 @@ product.defvjp(lambda spec, x, y, dtype: (product(spec, x, y, dtype), (x, y)), _
 
 
 def alone(function: Callable, *args: Array) -> Array:
-    """function(*args). On a CPU it is compiled apart from what stands around it, and again for its
-    gradient: XLA would fuse it into each of its uses, of which some read it in strides."""
-    return _alone(function, *args) if on_cpu() else function(*args)
+    """function(*args), computed again for its gradient, which keeps nothing but args. On a CPU it
+    is compiled apart from what stands around it: XLA would fuse it into each of its uses, of which
+    some read it in strides. Elsewhere the loop over layers would write and read what it keeps."""
+    if on_cpu():
+        return _alone(function, *args)
+    # In a loop nothing can be merged with the forward pass, and unrolled XLA may choose.
+    return jax.checkpoint(function, prevent_cse=False)(*args)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
