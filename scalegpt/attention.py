@@ -12,9 +12,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, PartitionSpec
 
-from scalegpt.gradients import product
+from scalegpt.gradients import on_cpu, product
 
 IMPLEMENTATIONS = ("xla", "flax", "cudnn", "splash")
 PLATFORMS = ("cpu", "gpu", "cuda", "rocm", "tpu")
@@ -89,7 +90,7 @@ def causal_attention(
         raise ValueError(f"{implementation!r} has no dropout, got {dropout_rate}: use 'xla'")
     drop = _dropout(dropout_rate, dropout_keys, q.shape)
     if implementation == "xla":
-        return _xla(q, k, v, drop)
+        return _xla(q, k, v, drop) if dropout_rate or on_cpu() else _recomputed(q, k, v)
     if implementation == "flax":
         return _flax(q, k, v, drop)
     if implementation == "cudnn":
@@ -158,22 +159,71 @@ def _scores(spec: str, q: Array, k: Array) -> Array:
     return product(spec, q, k, jnp.float32)
 
 
+def _blocks(time: int) -> list[tuple[slice, slice]]:
+    """(some queries, the keys that the last of them sees): most of the scores that no query sees
+    are not computed."""
+    size = max(LEAST_BLOCK, -(-time // QUERY_BLOCKS))
+    starts = range(0, time, size)
+    return [(slice(i, end), slice(end)) for i in starts for end in [min(i + size, time)]]
+
+
+def _past_scores(q: Array, k: Array) -> Array:
+    """Float32 scores [B,H,t,s] of the last t of s positions."""
+    scores = _scores("bthk,bshk->bhts", q, k) * q.shape[-1] ** -0.5
+    t, s = scores.shape[2:]
+    past = jnp.arange(s - t, s)[:, None] >= jnp.arange(s)
+    # The least float, not -inf: then no row and no gradient can hold inf - inf, a NaN.
+    return jnp.where(past, scores, jnp.finfo(jnp.float32).min)
+
+
 def _xla(q: Array, k: Array, v: Array, drop: Callable[[Array, slice], Array]) -> Array:
-    """By blocks of queries, each over the keys that its last one sees: most of the scores that no
-    query sees are not computed."""
-    time = q.shape[1]
-    position, size = jnp.arange(time), max(LEAST_BLOCK, -(-time // QUERY_BLOCKS))
     blocks = []
-    for start in range(0, time, size):
-        end = min(start + size, time)
-        mine, seen = slice(start, end), slice(end)
-        scores = _scores("bthk,bshk->bhts", q[:, mine], k[:, seen]) * q.shape[-1] ** -0.5
-        # The least float, not -inf: then no row and no gradient can hold inf - inf, a NaN.
-        past = position[mine, None] >= position[seen]
-        weights = jax.nn.softmax(jnp.where(past, scores, jnp.finfo(jnp.float32).min))
+    for mine, seen in _blocks(q.shape[1]):
+        weights = jax.nn.softmax(_past_scores(q[:, mine], k[:, seen]))
         weights = drop(weights, mine).astype(v.dtype)
         blocks.append(product("bhts,bshk->bthk", weights, v[:, seen]))
     return jnp.concatenate(blocks, axis=1)
+
+
+@jax.custom_vjp
+def _recomputed(q: Array, k: Array, v: Array) -> Array:
+    """`_xla` without dropout, with the gradient of flash attention, which computes the weights
+    again from q, k and the log of each query's sum of exponentials. To keep those of all layers
+    costs an accelerator more, in memory and in time: it is reading and writing that bounds it."""
+    return _recomputed_fwd(q, k, v)[0]
+
+
+def _recomputed_fwd(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
+    blocks, sums = [], []
+    for mine, seen in _blocks(q.shape[1]):
+        scores = _past_scores(q[:, mine], k[:, seen])
+        sums.append(jax.nn.logsumexp(scores, axis=-1, keepdims=True))
+        weights = jnp.exp(scores - sums[-1]).astype(v.dtype)
+        blocks.append(jnp.einsum("bhts,bshk->bthk", weights, v[:, seen]))
+    kept = jnp.concatenate(blocks, axis=1), jnp.concatenate(sums, axis=2)
+    y, sums = checkpoint_name(kept, "project")
+    return y, (q, k, v, y, sums)
+
+
+def _recomputed_bwd(kept: tuple[Array, ...], g: Array) -> tuple[Array, Array, Array]:
+    q, k, v, y, sums = kept
+    # Or else XLA, where layers are unrolled, would keep the scores of the forward pass after all.
+    k, g = jax.lax.optimization_barrier((k, g))
+    mean = (y.astype(jnp.float32) * g).sum(-1).swapaxes(1, 2)[..., None]  # of dweights, weighted
+    dq, dk, dv = [], jnp.zeros_like(k), jnp.zeros_like(v)
+    for mine, seen in _blocks(q.shape[1]):
+        weights = jnp.exp(_past_scores(q[:, mine], k[:, seen]) - sums[:, :, mine]).astype(v.dtype)
+        dweights = _scores("bthk,bshk->bhts", g[:, mine], v[:, seen])
+        dscores = weights * (dweights - mean[:, :, mine]) * q.shape[-1] ** -0.5
+        dscores = dscores.astype(q.dtype)
+        dq.append(jnp.einsum("bhts,bshk->bthk", dscores, k[:, seen]))
+        ahead = ((0, 0), (0, q.shape[1] - seen.stop), (0, 0), (0, 0))
+        dk += jnp.pad(jnp.einsum("bhts,bthk->bshk", dscores, q[:, mine]), ahead)
+        dv += jnp.pad(jnp.einsum("bhts,bthk->bshk", weights, g[:, mine]), ahead)
+    return jnp.concatenate(dq, axis=1), dk, dv
+
+
+_recomputed.defvjp(_recomputed_fwd, _recomputed_bwd)
 
 
 def _flax(q: Array, k: Array, v: Array, drop: Callable[[Array, slice], Array]) -> Array:
@@ -233,7 +283,9 @@ def _splash_kernel(q: Array, k: Array, v: Array, interpret: bool) -> Array:
     block = math.gcd(time, 512)  # it has to divide T
     sizes = splash.BlockSizes(**{f"block_{name}": block for name in names})
     mask = splash.MultiHeadMask([splash.CausalMask((time, time))] * heads)
-    kernel = splash.make_splash_mha_single_device(mask=mask, block_sizes=sizes, interpret=interpret)
+    kernel = splash.make_splash_mha_single_device(
+        mask=mask, block_sizes=sizes, interpret=interpret, residual_checkpoint_name="project"
+    )
     # The kernel does not scale. Scaling in float32 rounds q once, and not at all where K is 4^n.
     q = (q.astype(jnp.float32) * head_dim**-0.5).astype(q.dtype)
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 
@@ -44,9 +45,13 @@ product.defvjp(lambda spec, x, y, dtype: (product(spec, x, y, dtype), (x, y)), _
 
 
 def alone(function: Callable, *args: Array) -> Array:
-    """function(*args). On a CPU it is compiled apart from what stands around it, and again for its
-    gradient: XLA would fuse it into each of its uses, of which some read it in strides."""
-    return _alone(function, *args) if on_cpu() else function(*args)
+    """function(*args), computed again for its gradient, which keeps nothing but args. On a CPU it
+    is compiled apart from what stands around it: XLA would fuse it into each of its uses, of which
+    some read it in strides. Elsewhere the loop over layers would write and read what it keeps."""
+    if on_cpu():
+        return _alone(function, *args)
+    # In a loop nothing can be merged with the forward pass, and unrolled XLA may choose.
+    return jax.checkpoint(function, prevent_cse=False)(*args)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -59,3 +64,23 @@ def _alone_bwd(function: Callable, args: tuple[Array, ...], g: Array) -> tuple:
 
 
 _alone.defvjp(lambda function, *args: (_alone(function, *args), args), _alone_bwd)
+
+
+@jax.custom_vjp
+def logsumexp(x: Array) -> Array:
+    """Of the last axis, under the name by which `jax.checkpoint` can keep it: with it the gradient
+    takes one pass over x, and without it three, for the greatest, the sum and the quotients."""
+    return jax.nn.logsumexp(x, axis=-1)
+
+
+def _logsumexp_fwd(x: Array) -> tuple[Array, tuple[Array, Array]]:
+    y = checkpoint_name(logsumexp(x), "logsumexp")
+    return y, (x, y)
+
+
+def _logsumexp_bwd(kept: tuple[Array, Array], g: Array) -> tuple[Array]:
+    x, y = kept
+    return (jnp.exp(x - y[..., None]) * g[..., None],)
+
+
+logsumexp.defvjp(_logsumexp_fwd, _logsumexp_bwd)

@@ -49,8 +49,9 @@ def on_device(
     """Bytes on each device while it trains; their sum is the peak.
 
     mesh: sizes of fsdp and tensor. microbatch: sequences of one device (or group of tensor
-    shards). itemsize: bytes of an element in matrix products, 2 or 4. fused_attention: a kernel
-    (cuDNN, splash) that never stores T x T scores. remat: other than the model's own.
+    shards). itemsize: bytes of an element in matrix products, 2 or 4. fused_attention: no T x T
+    scores are kept, as by a kernel (cuDNN, splash), and by XLA but on a CPU and with dropout.
+    remat: other than the model's own.
     """
     remat = remat or model.remat
     L, D, T, tensor = model.n_layer, model.n_embd, model.block_size, mesh["tensor"]

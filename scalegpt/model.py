@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from scalegpt.attention import cached_attention, causal_attention
 from scalegpt.config import ModelConfig
-from scalegpt.gradients import alone
+from scalegpt.gradients import alone, product
 from scalegpt.layers import (
     ACTIVATIONS,
     constrain,
@@ -113,7 +114,8 @@ class Attention(_Layer):
         qkv = qkv + self.bias("qkv_bias", (3, h, k), ("qkv", "heads", "kv"))
         qkv = constrain(qkv, "batch", "position", None, "act_heads", None)
         # Not by index: three gradients filled up with zeros would be added.
-        q, key, v = (x.squeeze(2) for x in jnp.split(qkv, 3, axis=2))
+        parts = checkpoint_name(jnp.split(qkv, 3, axis=2), "project")
+        q, key, v = (x.squeeze(2) for x in parts)
         if c.value_embeddings:
             v = v + self.value_embedding(context.tokens)
         if c.qk_norm:
@@ -274,9 +276,8 @@ def head_table(params: Any) -> Array:
 
 def logits(hidden: Array, table: Array, config: ModelConfig) -> Array:
     """float32 logits [..., V] of hidden [..., D] by the head's table; padded ids get the lowest."""
-    y = jnp.einsum(
-        "...d,vd->...v", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32
-    )
+    rows = "bt"[: hidden.ndim - 1]
+    y = product(f"{rows}d,vd->{rows}v", hidden, table.astype(hidden.dtype), jnp.float32)
     if cap := config.logit_softcap:
         y = cap * y * jax.lax.rsqrt(y * y + cap * cap)
     padded = jnp.arange(table.shape[0]) >= config.vocab_size

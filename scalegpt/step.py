@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from scalegpt import attention, health, sharding
 from scalegpt.config import BatchConfig, Config, ModelConfig
+from scalegpt.gradients import logsumexp
 from scalegpt.layers import constrain
 from scalegpt.model import GPT, head_table, logits
 from scalegpt.optim import optimizer, schedule, swap_average
@@ -51,14 +52,14 @@ def token_losses(hidden: Array, table: Array, targets: Array, config: ModelConfi
     that [B, T, V] never does. Masked targets (-1) count nothing.
     """
 
-    @jax.checkpoint
+    @partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names("logsumexp"))
     def part(hidden: Array, targets: Array) -> Array:
         scores = logits(hidden, table, config)
         scores = constrain(scores, "batch", "position", "act_vocab")
         # Not a gather: XLA cannot split one over a vocabulary sharded inside manual axes.
         is_target = jnp.arange(scores.shape[-1]) == targets[..., None]
         right = jnp.where(is_target, scores, 0).sum(-1)
-        return jnp.where(targets >= 0, jax.nn.logsumexp(scores, -1) - right, 0).sum(-1)
+        return jnp.where(targets >= 0, logsumexp(scores) - right, 0).sum(-1)
 
     (b, t, d), chunk = hidden.shape, config.loss_chunk
     if t <= chunk:

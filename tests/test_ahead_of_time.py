@@ -35,7 +35,8 @@ def test_the_step_of_v3_8_compiles_with_the_state_sharded(libtpu, capsys):
 
 def test_a_step_that_does_not_fit_says_what_to_lower(libtpu):
     with pytest.raises(ValueError, match="does not fit.*(?s:.)*batch.microbatch"):
-        train.main([*V3_8, "--model.n_layer=2", "--batch.microbatch=64", "--compile-only", "v3-8"])
+        large = ["--batch.microbatch=64", "--model.scan_layers=true"]
+        train.main([*V3_8, *large, "--compile-only", "v3-8"])
 
 
 def test_an_unknown_topology_names_some_that_are_known(libtpu):

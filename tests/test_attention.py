@@ -150,11 +150,12 @@ def test_huge_scores_stay_finite(implementation):
 # --- precision
 
 
-@pytest.mark.parametrize("implementation", ["xla", "flax"])
-def test_bfloat16_has_float32_scores_and_softmax(implementation):
+# "xla" computes the scores again for the gradient.
+@pytest.mark.parametrize(("implementation", "products"), [("xla", 7), ("flax", 6)])
+def test_bfloat16_has_float32_scores_and_softmax(implementation, products):
     jaxpr = gradient_jaxpr(implementation, *inputs((2, 8, 2, 16), "bfloat16"))
     names = [eqn.primitive.name for eqn in equations(jaxpr)]
-    assert "exp" in names and names.count("dot_general") == 6
+    assert "exp" in names and names.count("dot_general") == products
     for eqn in equations(jaxpr):
         dtypes = {v.aval.dtype.name for v in eqn.invars}
         if eqn.primitive.name in ("exp", "reduce_max", "reduce_sum", "div", "sub"):

@@ -89,3 +89,15 @@ def test_accelerators_compile_it_as_they_like():
             barriers[kind] = program(partial(gradients.alone, jax.nn.gelu), x).count("barrier")
     assert barriers["cpu"] > barriers["tpu"] == 0
     assert "barrier" not in program(partial(gradients.alone, jax.nn.gelu), x), "there is no mesh"
+
+
+def test_the_gradient_of_logsumexp_is_in_float64_and_takes_no_sum_where_it_was_kept():
+    x, g = random("btd", 0) * 10, random("bt", 1)
+    keep = jax.checkpoint_policies.save_only_these_names("logsumexp")
+    kept = jax.checkpoint(lambda x: gradients.logsumexp(x * 2), policy=keep)
+    y, pullback = jax.vjp(kept, x)
+    wide = np.exp(2 * x.astype(np.float64))
+    np.testing.assert_allclose(y, np.log(wide.sum(-1)), rtol=1e-5)
+    want = 2 * g[..., None] * wide / wide.sum(-1, keepdims=True)
+    np.testing.assert_allclose(pullback(g)[0], want, rtol=1e-4, atol=1e-5)
+    assert "reduce" not in str(jax.make_jaxpr(pullback)(g))
