@@ -24,9 +24,11 @@ ON_CPU = ("xla", "flax", "splash")
 
 
 def run(implementation, q, k, v, **dropout):
-    """causal_attention, with splash in the interpreter."""
+    """causal_attention, with splash in the interpreter; "stored": what xla is on a CPU's mesh."""
     if implementation == "splash":
         return attention._splash(q, k, v, interpret=True)
+    if implementation == "stored":
+        return attention._xla(q, k, v, lambda weights, queries: weights)
     return causal_attention(q, k, v, implementation=implementation, **dropout)
 
 
@@ -97,7 +99,7 @@ def test_reference_gradients_are_finite_differences():
             assert abs((sides[0] - sides[1]) / 2e-5 - grad[at]) < 1e-8
 
 
-@pytest.mark.parametrize("implementation", ON_CPU)
+@pytest.mark.parametrize("implementation", [*ON_CPU, "stored"])
 @pytest.mark.parametrize(
     "dtype, tolerance",
     [("float32", 1e-5), ("bfloat16", 2e-2)],  # bfloat16 has 8 bits: 2^-8 a rounding, a few in a row
@@ -110,7 +112,7 @@ def test_values_and_gradients_match_numpy(implementation, dtype, tolerance):
     assert_close(got, reference(q, k, v, g), tolerance)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "flax"])
+@pytest.mark.parametrize("implementation", ["xla", "flax", "stored"])
 @pytest.mark.parametrize("shape", [(1, 1, 1, 8), (2, 7, 3, 5), (4, 64, 4, 32), (1, 150, 2, 8)])
 def test_odd_shapes(implementation, shape):
     for dtype, tolerance in (("float32", 1e-5), ("bfloat16", 2e-2)):
