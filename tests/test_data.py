@@ -18,6 +18,7 @@ from fractions import Fraction
 import fsspec
 import numpy as np
 import pytest
+from fsspec.registry import _registry
 from grain.experimental import index_shuffle
 
 from scalegpt import data, staging, token_files
@@ -773,7 +774,7 @@ def test_default_cache_folder_and_progress(remote, tmp_path, monkeypatch, capfd)
 
 def test_a_missing_protocol_package_names_the_extra(tmp_path, monkeypatch):
     for protocol in ("gs", "s3"):  # as in a process where neither was opened before
-        monkeypatch.delitem(fsspec.registry._registry, protocol, raising=False)
+        monkeypatch.delitem(_registry, protocol, raising=False)
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(ValueError, match=r'gs://b/toy.*pip install "scalegpt\[tpu\]"'):
         open_dataset("gs://b/toy", str(tmp_path))

@@ -253,8 +253,8 @@ hashlib.pbkdf2_hmac("sha256", b"", b"", 1_000_000_000)  # minutes, without a loo
 
 
 STEPS = """
-join()
 stopping.saves = True
+join()
 for step in range(1, 10_000):
     time.sleep(0.001 * (index + 1))
     if stopping.reached(step):
@@ -277,7 +277,7 @@ def test_all_processes_stop_after_the_same_step():
 
 
 def test_a_second_signal_ends_all_at_once():
-    running = start(2, "join()\nstopping.saves = True\ntime.sleep(60)")
+    running = start(2, "stopping.saves = True\njoin()\ntime.sleep(60)")
     until_joined(running)
     running[1].send_signal(signal.SIGTERM)
     time.sleep(0.5)
