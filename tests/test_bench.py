@@ -126,7 +126,7 @@ def test_the_figures_of_a_run_are_those_of_its_definition(tmp_path):
     )
 
 
-def test_a_known_device_has_an_mfu_and_a_ratio_is_of_the_same_round(monkeypatch):
+def test_a_known_device_has_an_mfu_and_a_ratio_is_of_the_same_round(capsys):
     config, _ = command_line.parse(ARGV, "bench", bench.FLAGS, bench.DEFAULTS)
     mesh = SimpleNamespace(devices=np.array([SimpleNamespace(device_kind="NVIDIA A100")]), size=2)
     model = SimpleNamespace(dtype="bfloat16", attention="cudnn")
@@ -150,9 +150,11 @@ def test_a_known_device_has_an_mfu_and_a_ratio_is_of_the_same_round(monkeypatch)
     assert (mine["compile_seconds"], theirs["compile_seconds"]) == (7.5, 0)
     for kind, share in mine["mfu"].items():
         assert share == pytest.approx(mine["flops_per_second"][kind] / (2 * 312e12))
-    assert "busy, with a load of 3.1" in bench.tables({"load_average": 3.14, **found})
-    text = bench.tables({"load_average": 0.2, **found})
-    assert "busy" not in text
+    text, flags = bench.tables(found), SimpleNamespace(json=False)
+    for load, warning in ((3.14, "busy, with a load of 3.1"), (0.2, "")):
+        assert bench.show({"load_average": load, **found}, flags, bench.tables) == 0
+        shown = capsys.readouterr().out.removeprefix(f"{text}\n")
+        assert warning in shown and bool(warning) == ("busy" in shown) == bool(shown)
     assert "2.00 x the speed of other  (3.00 2.00 1.50)" in text and "% MFU" in text
 
 

@@ -45,6 +45,24 @@ def test_it_leaves_the_place_or_all_of_it_to_the_user(plays, tmp_path, name):
     assert (tmp_path / "mine").exists() == (name == "JAX_COMPILATION_CACHE_DIR")
 
 
+@pytest.mark.parametrize(("said", "kept_from"), [(None, 0.1), ("7", 1.0)])
+def test_programs_of_a_tenth_of_a_second_are_kept_if_nobody_said_otherwise(
+    monkeypatch, said, kept_from
+):
+    name = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
+    monkeypatch.setenv(name, said) if said else monkeypatch.delenv(name, raising=False)
+    values = {"jax_compilation_cache_dir": None, "jax_persistent_cache_min_compile_time_secs": 1.0}
+    before = {key: getattr(jax.config, key) for key in (*values, "jax_compilation_cache_max_size")}
+    try:
+        for key, value in values.items():
+            jax.config.update(key, value)
+        user_cache.keep_compiled()
+        assert jax.config.jax_persistent_cache_min_compile_time_secs == kept_from
+    finally:
+        for key, value in before.items():
+            jax.config.update(key, value)
+
+
 def test_each_kind_of_cpu_has_a_folder_of_its_own(monkeypatch):
     keys = ("jax_compilation_cache_dir", "jax_compilation_cache_max_size")
     before, found = {key: getattr(jax.config, key) for key in keys}, []

@@ -33,7 +33,7 @@ import os
 import statistics
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import bench_decode
@@ -64,10 +64,7 @@ FLAGS = {
     "--steps": {"type": int, "help": "updates of a turn (default 10), or tokens of a text (128)"},
     "--decode": {"type": int, "nargs": "+", "metavar": "TEXTS", "help": "write so many at a time"},
     "--real-data": {"action": "store_true", "help": "the run's data set instead of random tokens"},
-    "--profile": {
-        "metavar": "DIR",
-        "help": "trace one more turn for TensorBoard or xprof, and print its costliest operations",
-    },
+    "--profile": {"metavar": "DIR", "help": "trace one more turn, and print what is costliest"},
     "--json": {"action": "store_true", "help": "print one JSON object"},
 }  # fmt: skip
 RANDOM_TOKENS = 2**21  # of the data set that is made up, at least
@@ -78,8 +75,7 @@ def main(argv: list[str]) -> int:
     config, flags = command_line.parse(argv, "tools/bench.py", FLAGS, DEFAULTS)
     flags.steps = (128 if flags.decode else 10) if flags.steps is None else flags.steps
     for name in ("rounds", "steps", "decode"):
-        value = getattr(flags, name)
-        if value and min(np.atleast_1d(value)) < 1 or value == 0:
+        if (value := getattr(flags, name)) is not None and np.min(value) < 1:
             raise ValueError(f"--{name}={value} must be at least 1")
     if flags.decode:
         if flags.profile or flags.real_data:
@@ -103,8 +99,7 @@ def main(argv: list[str]) -> int:
         steps = build_for_use(config, sharding.make_mesh(config.mesh), 1)
         found = bench_decode.measure(config, flags, theirs(config, flags, steps), turns)
         report = {"load_average": load, **about(config, steps), **found}
-        print(json.dumps(report, indent=2) if flags.json else bench_decode.table(report))
-        return 0
+        return show(report, flags, bench_decode.table)
     cpu_devices.choose(config)
     steps = pmap_step.build_for_training(config, sharding.make_mesh(config.mesh))
     trainers: list[Any] = []
@@ -119,7 +114,14 @@ def main(argv: list[str]) -> int:
     finally:
         for trainer in trainers:
             trainer.close()
-    print(json.dumps(report, indent=2) if flags.json else tables(report))
+    return show(report, flags, tables)
+
+
+def show(report: dict[str, Any], flags: Namespace, table: Callable) -> int:
+    print(json.dumps(report, indent=2) if flags.json else table(report))
+    if report["load_average"] > 0.5 and not flags.json:
+        print("warning: others kept this machine busy, with a load of "
+              f"{report['load_average']:.1f} before this began")  # fmt: skip
     return 0
 
 
@@ -286,9 +288,6 @@ def tables(report: dict[str, Any]) -> str:
     for row in others:
         pairs = " ".join(f"{ratio:.2f}" for ratio in row["ratio"]["pairs"])
         lines.append(f"{row['ratio']['median']:.2f} x the speed of {row['name']}  ({pairs})")
-    if report["load_average"] > 0.5:
-        lines.append(f"warning: others kept this machine busy, with a load of "
-                     f"{report['load_average']:.1f} before this began")  # fmt: skip
     if "operations" in report:
         lines.append("the costliest operations, ms of an update over all devices")
         lines += [f"{1e3 * op['seconds']:10.3f}  {op['name']:32} {op['place'][-60:]}"

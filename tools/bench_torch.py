@@ -115,7 +115,8 @@ class Trainer:
             pending = loss
         pending.item()
         seconds = (time.perf_counter() - began) / updates
-        return {"seconds": seconds, "memory": peak(self.torch, self.settings)}
+        peak = self.torch.cuda.max_memory_allocated if self.settings["gpu"] else rss
+        return {"seconds": seconds, "memory": peak()}
 
 
 class Writer:
@@ -136,7 +137,7 @@ class Writer:
         self.parameters = list(self.model.parameters())
 
     def block(self, tokens: int) -> dict[str, Any]:
-        """Seconds of a token, prefill included, and bytes of memory at their peak."""
+        """Seconds of a token, prefill included."""
         sampled = {"max_new_tokens": tokens, "temperature": 0.8, "top_k": 200}
         if self.settings["trainer"] == "transformers":
             sampled |= {"do_sample": True, "pad_token_id": 0}
@@ -146,7 +147,7 @@ class Writer:
         ids.tolist()  # waits for a GPU
         seconds = (time.perf_counter() - began) / tokens
         assert ids.shape[1] == self.settings["prompt"] + tokens
-        return {"seconds": seconds, "memory": peak(self.torch, self.settings)}
+        return {"seconds": seconds}
 
 
 def prepare(settings: dict[str, Any]) -> tuple[Any, str, Any]:
@@ -202,10 +203,6 @@ def adamw(model: Any, optim: dict[str, Any], fused: bool) -> Any:
         for decays in (True, False)
     ]
     return torch.optim.AdamW(groups, lr=optim["lr"], betas=tuple(optim["betas"]), fused=fused)
-
-
-def peak(torch: Any, settings: dict[str, Any]) -> int:
-    return torch.cuda.max_memory_allocated() if settings["gpu"] else rss()
 
 
 def rss() -> int:

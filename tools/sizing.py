@@ -144,11 +144,10 @@ def placement(config: Config, flags: Namespace) -> dict[str, Any]:
         model.attention, platform, model.block_size, model.dropout, dtype, model.head_dim,
         flags.device,
     )  # fmt: skip
-    fused = kernel in ("cudnn", "splash") or (kernel == "xla" and not model.dropout)
     by_remat = {
         remat: memory.on_device(
             model, mesh.shape, microbatch, accumulation, 2 if dtype == "bfloat16" else 4,
-            fused, remat, config.optim,
+            kernel != "flax" and not model.dropout, remat, config.optim,
         )
         for remat in memory.REMAT
     }  # fmt: skip
