@@ -47,7 +47,7 @@ class BatchConfig(Section):
     """of an optimizer update, over all devices: the run's batch, whatever the machine"""
     microbatch: Positive | None = None
     """sequences a device holds at a time; accumulation follows from it. Default: all at once, on a
-    CPU about 2048 tokens"""
+    CPU about 1024 tokens"""
 
 
 class DataConfig(Section):

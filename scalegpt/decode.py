@@ -29,12 +29,14 @@ class Decoder:
 
     params: as `separate_layers` leaves them. prefill(params, tokens [N, P], first [N], seen, key,
     i, slots) and step(params, ids [N], (cache, seen), key, i) -> (ids [N], (cache, seen)).
+    begin(tokens [N, 1], first [N], slots) -> (ids [N], cache), what a first step needs.
     """
 
     steps: Steps
     params: Any
     sampler: Sampler
     vocab_size: int
+    begin: Callable
     prefill: Callable
     step: Callable
 
@@ -71,7 +73,9 @@ class Decoder:
         """Fill a cache with the texts, with room for `new` tokens, and draw the first of them."""
         steps, config = self.steps, self.steps.model.config
         windows = [text[-config.block_size :] for text in texts]
-        width = min(config.block_size, _bucket(max(map(len, windows))))
+        longest = max(map(len, windows))
+        # One token each, as of a text from nothing, is what a step reads: no prefill to compile.
+        width = 1 if longest == 1 else min(config.block_size, _bucket(longest))
         first = np.array([width - len(window) for window in windows], np.int32)
         tokens = np.array([[0] * (width - len(window)) + window for window in windows], np.int32)
         seen = None
@@ -86,7 +90,10 @@ class Decoder:
         )
         slots = _bucket(width + new - 1)
         with jax.set_mesh(steps.mesh):
-            return self.prefill(self.params, tokens, first, seen, key, i, slots=slots)
+            if width == 1:
+                ids, cache = self.begin(tokens, first, slots)
+                return self.step(self.params, ids, (cache, seen), key, i)
+            return self.prefill(self.params, tokens, first, seen, key, i, slots)
 
 
 def decoder(
@@ -113,19 +120,22 @@ def decoder(
                 seen = seen.at[jnp.arange(len(ids)), ids].set(True)
             return constrain(ids, None), (cache, seen)
 
+    def begin(tokens: Array, first: Array, slots: int) -> tuple[Array, Cache]:
+        with nn.logical_axis_rules(tuple(sharding.RULES.items())):
+            return constrain(tokens[:, 0], None), _empty_cache(model, first, slots)
+
     def prefill(
         params: Any, tokens: Array, first: Array, seen: Any, key: Array, i: Array, slots: int
     ) -> tuple:
-        with nn.logical_axis_rules(tuple(sharding.RULES.items())):
-            cache = _empty_cache(model, first, slots)
-        return draw(params, tokens, cache, seen, key, i)
+        return draw(params, tokens, begin(tokens, first, slots)[1], seen, key, i)
 
     def step(params: Any, ids: Array, state: tuple, key: Array, i: Array) -> tuple:
         return draw(params, ids[:, None], *state, key, i)
 
     return Decoder(
         steps, params, sampler, vocab_size,
-        jax.jit(prefill, static_argnames="slots"), jax.jit(step, donate_argnums=2),
+        jax.jit(begin, static_argnums=2), jax.jit(prefill, static_argnums=6),
+        jax.jit(step, donate_argnums=2),
     )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from scalegpt.model import GPT, head_table, logits
 from scalegpt.optim import optimizer, schedule, swap_average
 
 # Of a microbatch on a CPU, about: what the backward pass needs of a layer is then still in a cache.
-CPU_TOKENS = 2048
+CPU_TOKENS = 1024
 
 
 @struct.dataclass

@@ -24,6 +24,8 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import tiny_run  # noqa: E402
 
+from scalegpt import step  # noqa: E402
+
 # A shell starts what runs in its background deaf to Ctrl-C, and its children are, too.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -43,6 +45,24 @@ LONGEST = ("elastic", "distributed", "crash", "train", "sharding", "pmap", "ledg
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {f"test_{name}": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def built_once():
+    """Runs of one configuration share their programs: tracing one is most of a tiny run's time."""
+    made, build = {}, step.build
+    elsewhere = {"data": True, "eval": True, "checkpoint": True, "log": True, "run": {"out_dir"}}
+
+    def remembered(config, mesh, *rest):
+        parts = step.update, step.accumulate, step.CPU_TOKENS  # which tests replace
+        key = config.model_dump_json(exclude=elsewhere), mesh, rest, parts
+        if key not in made:
+            made[key] = build(config, mesh, *rest)
+        return made[key]
+
+    step.build = remembered
+    yield
+    step.build = build
 
 
 @pytest.fixture(scope="session")

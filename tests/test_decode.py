@@ -167,6 +167,10 @@ def test_fault_22_neither_length_nor_prompt_compiles_anew(steps):
     with compilations() as longer:  # from position 16 of 20, and ever on: windows of 20
         list(parts.ids([[1, 2] * 8], 40))
     assert len(longer) == 1 and parts.step._cache_size() == 1
+    from_nothing = decoder(steps, params_of(steps, 0.3), Sampler(), VOCAB)
+    list(from_nothing.ids([[1], [2]], 12))
+    sizes = from_nothing.step._cache_size(), from_nothing.prefill._cache_size()
+    assert sizes == (1, 0), "one token each needs no prefill"
 
 
 @contextlib.contextmanager

@@ -239,8 +239,8 @@ def test_a_cpu_accumulates_over_microbatches_that_its_cache_holds(monkeypatch):
         model=dict(n_layer=1, n_head=1, n_embd=8, block_size=512, vocab_size=8),
         batch=dict(sequences=96), data=dict(path=""), run=dict(out_dir="none"),
     )  # fmt: skip
-    assert step.build(config, mesh_of(), "float32", "xla").layout == (3, 32)
-    assert 32 // 8 * 512 == step.CPU_TOKENS
+    assert step.build(config, mesh_of(), "float32", "xla").layout == (6, 16)
+    assert 16 // 8 * 512 == step.CPU_TOKENS
 
 
 @pytest.mark.parametrize(("sequences", "works"), [(479, 480), (485, 488), (3, 8)])
