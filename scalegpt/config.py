@@ -70,7 +70,7 @@ class DataConfig(Section):
 
 class EvalConfig(Section):
     every: Whole = 1000
-    """updates between evaluations; 0: only at the end"""
+    """updates between evaluations; 0: only at the start and the end"""
     windows: Positive | None = None
     """evaluate on the first so many windows of val.bin; default: the whole file"""
     tasks: dict[Literal["hellaswag", "lambada", "multiple_choice"], Name] = {}

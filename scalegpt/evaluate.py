@@ -18,6 +18,7 @@ from scalegpt.config import Config, DataConfig
 from scalegpt.data import Dataset
 from scalegpt.likelihood import scorer
 from scalegpt.losses import losses, text_split
+from scalegpt.resume import NOT_SHAPING
 from scalegpt.step import Steps
 from scalegpt.tasks import Figures
 from scalegpt.token_files import Split, open_split
@@ -180,8 +181,7 @@ def _check(flags: argparse.Namespace) -> None:
 
 def _refuse_other_model(config: Config, loaded: trained.Trained) -> None:
     """The weights decide what the model is, so the config must not say that it is another."""
-    neutral = {"preset", "dtype", "attention", "scan_layers", "remat", "loss_chunk", "dropout",
-               "vocab_multiple"}  # fmt: skip
+    neutral = NOT_SHAPING - {"block_size"}
     theirs = loaded.config.model
     for key in sorted(config.model.model_fields_set - neutral):
         if getattr(config.model, key) != getattr(theirs, key):

@@ -15,6 +15,7 @@ from scalegpt.config import ModelConfig
 from scalegpt.flops import parameter_count
 from scalegpt.hf import ACTIVATIONS, OWN_TYPE, gpt2_places
 from scalegpt.layers import LAYER_NORM_EPS
+from scalegpt.ledger import parsed
 from scalegpt.tensor_files import SAFE
 from scalegpt.tokenizer_files import tokenizer_files
 from scalegpt.trained import Trained
@@ -163,7 +164,8 @@ def _figures(model: Trained) -> dict[str, str]:
     if model.step:
         figures["updates"] = f"{model.step:,}"
     path = Path(model.name) / "metrics.jsonl"
-    rows = map(json.loads, path.read_text().splitlines()) if path.is_file() else ()
+    # The last row may be half written.
+    rows = parsed(path.read_text(errors="replace").splitlines()) if path.is_file() else ()
     for row in rows:
         if row["step"] == model.step and "val/loss" in row:
             figures["validation loss"] = f"{row['val/loss']:.4f} nats a token"

@@ -21,8 +21,9 @@ def open_datasets(config: Config, alive: Callable[[], None] = lambda: None) -> l
     """
     datasets = []
     for path in config.data.weights:
-        script = Path(path, "prepare.py")
-        whole = all(Path(path, name).is_file() for name in ("train.bin", "val.bin", "meta.json"))
+        folder = Path(path).expanduser()
+        script = folder / "prepare.py"
+        whole = all((folder / name).is_file() for name in ("train.bin", "val.bin", "meta.json"))
         if config.data.prepare and script.is_file() and not whole:
             if _run([sys.executable, str(script)], alive):
                 raise ValueError(f"{script} could not prepare the data, see above")

@@ -157,24 +157,30 @@ def peak_flops(device_kind: str, dtype: str = "bfloat16") -> float | None:
     return None
 
 
-def mfu(model: Any, tokens_per_second: float, device_kind: str, n_devices: int) -> float | None:
+def mfu(
+    model: Any, tokens_per_second: float, device_kind: str, n_devices: int, dtype: str = "bfloat16"
+) -> float | None:
     """Model FLOPs utilisation, 0 to 1: useful FLOP/s over the peak of all devices.
 
     Attention is counted causally: PaLM's and nanoGPT's full count reads higher for the same speed
-    (by 7 % for GPT-2 at T=1024). `tokens_per_second` is the whole run's; None if no peak is known.
+    (by 7 % for GPT-2 at T=1024). `tokens_per_second` is the whole run's; None if no peak is known
+    for products in `dtype`.
     """
-    peak = peak_flops(device_kind)
+    peak = peak_flops(device_kind, dtype)
     if peak is None:
         return None
     return flops_per_token(model) * tokens_per_second / (peak * n_devices)
 
 
 def mfu_meter(
-    model: Any, device_kind: str, n_devices: int, say: Callable[[str], None] = print
+    model: Any, device_kind: str, n_devices: int, say: Callable[[str], None] = print,
+    dtype: str = "bfloat16",
 ) -> Callable[[float], float | None]:
     """Tokens/s -> MFU, or None on a device of unknown peak, about which it says one line, now."""
     if device_kind == "cpu":
         say("note: no MFU on a CPU")
     elif peak_flops(device_kind) is None:
         say(f"warning: no MFU: scalegpt/flops.py has no peak FLOP/s for {device_kind!r}")
-    return lambda tokens_per_second: mfu(model, tokens_per_second, device_kind, n_devices)
+    elif peak_flops(device_kind, dtype) is None:
+        say(f"note: no MFU in {dtype}, whose products have no one peak FLOP/s")
+    return lambda tokens_per_second: mfu(model, tokens_per_second, device_kind, n_devices, dtype)

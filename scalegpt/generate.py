@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -17,7 +16,6 @@ import numpy as np
 from scalegpt import command_line, trained
 from scalegpt.decode import Decoder, decoder
 from scalegpt.sampling import Sampler
-from scalegpt.step import Steps
 from scalegpt.tokenizer import Tokenizer
 
 _HELP = {
@@ -95,13 +93,6 @@ def continuations(
         text.end("length")
     watch(texts)
     return texts
-
-
-def sample(steps: Steps, params: Any, codec: Tokenizer, max_new_tokens: int) -> str:
-    """A text from nothing, with the default settings."""
-    start = codec.encode("\n") if codec.eot is None else [codec.eot]
-    write = decoder(steps, params, Sampler(), codec.vocab_size)
-    return continuations(write, codec, [start], max_new_tokens=max_new_tokens)[0].text
 
 
 def prompt_ids(codec: Tokenizer, text: str) -> np.ndarray:

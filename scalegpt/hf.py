@@ -204,6 +204,9 @@ def load_params(folder: Path, model: ModelConfig, abstract_params: Any) -> Any:
             path: Place(path, None, (rows.get(path, leaf.shape[0]), *leaf.shape[1:]))
             for path, leaf in leaves.items()
         }
+        if (tables := places.get(name := "h/attn/value_table")) is not None:
+            layers, _, width = tables.shape
+            places[name] = Place(name, None, (layers, source.padded_vocab, width))
     else:
         places = gpt2_places(source)
     shapes, read = open_tensors(folder)
@@ -224,8 +227,8 @@ def load_params(folder: Path, model: ModelConfig, abstract_params: Any) -> Any:
                     'a model with a head of its own has "tie_word_embeddings": false'
                 )
             if place.layer is None:
-                kept = min(len(whole), len(tensor))
-                whole[:kept] = tensor[:kept]
+                kept = tuple(map(slice, np.minimum(whole.shape, tensor.shape)))
+                whole[kept] = tensor[kept]
             else:
                 whole[place.layer] = tensor.reshape(leaf.shape[1:])
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: whole[index])

@@ -14,7 +14,6 @@ from typing import Any
 from scalegpt.phases import LEDGER, Phases
 
 TIMES = (*LEDGER, "lost", "down")
-LEDGER_KEYS = (*(f"time/{name}" for name in TIMES), "perf/goodput")
 Row = dict[str, Any]
 
 
@@ -53,7 +52,7 @@ class Ledger:
         self._before = then
 
     def row(self) -> Row:
-        """Of the moment, LEDGER_KEYS."""
+        """Of the moment: "time/NAME" for each of TIMES, "perf/goodput"."""
         spent = self._phases.seconds
         total = {name: self._before[name] + spent.get(name, 0.0) for name in TIMES}
         lived = sum(total.values()) - total["down"]

@@ -133,8 +133,8 @@ class Metrics:
         self._write(row)
 
     def ledger(self, step: int, stall: float | None = None) -> None:
-        """Write where the time went, ledger.LEDGER_KEYS, up to now and update `step`; stall: the
-        seconds for which a save held training up."""
+        """Write where the time went, up to now and update `step`, as `ledger.Ledger` has it; stall:
+        the seconds for which a save held training up."""
         if self._ledger:
             stalled = {} if stall is None else {"perf/save_stall_seconds": round(stall, 4)}
             self._write({"step": step, **self._ledger.row(), **stalled})

@@ -2,7 +2,7 @@
 
 One notion for four uses: a phase of a run has a name, a deadline (`run.deadline_*`), a place in the
 time ledger and, at start-up, a line for the person at the terminal. Whoever watches from another
-thread (`distributed.Watch`) reads `Phases.current`, which is replaced whole and never changed.
+thread (`watch.Watch`) reads `Phases.current`, which is replaced whole and never changed.
 """
 
 import contextlib

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from scalegpt import command_line
+from scalegpt import command_line, storage
 from scalegpt.json_files import read_object
 from scalegpt.tokenizer import Tokenizer, load
 
@@ -262,7 +262,7 @@ def script_parser(description: str, script: str) -> argparse.ArgumentParser:
     """The flags that every data/*/prepare.py has; `script` is its __file__."""
     parser = command_line.Parser(description=description)
     parser.add_argument("--input", help="local text to use")
-    parser.add_argument("--out", type=Path, default=Path(script).resolve().parent)
+    parser.add_argument("--out", type=storage.local_path, default=Path(script).resolve().parent)
     parser.add_argument("--workers", type=int, help="encoding processes (by default: by size)")
     parser.add_argument("--force", action="store_true", help="prepare again what is there")
     return parser

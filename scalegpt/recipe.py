@@ -85,7 +85,7 @@ class ModelConfig(Section):
     """of matrix products; auto: bfloat16 on accelerators, float32 on CPU"""
     attention: Literal["auto", "xla", "flax", "cudnn", "splash"] = "auto"
     scan_layers: bool = False
-    """compile one layer and loop over it (fast compile), or unroll (fast step on CPU)"""
+    """compile one layer and loop over it (fast compile), or unroll (fast step on CPU and TPU)"""
     remat: Literal["none", "dots", "full"] = "none"
     """what the backward pass recomputes: nothing, all but matrix products, whole layers"""
     loss_chunk: Positive = 128

@@ -21,7 +21,7 @@ from scalegpt.config import Config
 from scalegpt.data import Dataset
 from scalegpt.feed import batches_from, windows_of
 from scalegpt.phases import Phases
-from scalegpt.resume import initial_state
+from scalegpt.resume import check_same_run, initial_state
 from scalegpt.step import State, Steps, dropout_key, row_losses
 
 SHOWN = 10
@@ -30,7 +30,7 @@ SHOWN = 10
 def replay(config: Config, datasets: list[Dataset], steps: Steps, phases: Phases) -> int:
     """Print what update run.replay of the run in run.out_dir saw. Raises ValueError without one."""
     done = config.run.replay
-    state, start = _state_before(config, steps, done, phases)
+    state, start = _state_before(config, datasets, steps, done, phases)
     say = print if jax.process_index() == 0 else lambda *text: None
     batches = batches_from(config, datasets, steps, start)
     phases.begin("compile", start)
@@ -87,13 +87,18 @@ def example_losses(config: Config, steps: Steps, state: State, batch: Array) -> 
         return np.concatenate([np.asarray(part) for part in parts]).astype(np.float64)
 
 
-def _state_before(config: Config, steps: Steps, done: int, phases: Phases) -> tuple[State, int]:
+def _state_before(
+    config: Config, datasets: list[Dataset], steps: Steps, done: int, phases: Phases
+) -> tuple[State, int]:
     """The state after the last checkpoint before update `done`, and its step."""
     if done > config.optim.steps:
         raise ValueError(f"run.replay={done} is beyond the run's end, optim.steps="
                          f"{config.optim.steps}")  # fmt: skip
     checkpoints = open_checkpoints(config.run.out_dir)
     start = max((step for step in checkpoints.steps if step < done), default=0)
+    if start:
+        data = {d.name: d.fingerprint for d in datasets}
+        check_same_run(config, {"data": data}, checkpoints.meta(start))
     with phases("restore" if start else "weights"):
         state = initial_state(config, steps, checkpoints, start, lambda text: None)
     checkpoints.close()

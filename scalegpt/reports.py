@@ -11,12 +11,15 @@ import jax
 import numpy as np
 
 from scalegpt import generate, run_folder, tokenizer
+from scalegpt.agreement import Deadline, gather
 from scalegpt.checkpoint import Checkpoints
 from scalegpt.config import Config
 from scalegpt.data import Dataset
+from scalegpt.decode import decoder
 from scalegpt.feed import windows_of
 from scalegpt.flops import parameter_count
 from scalegpt.metrics import Metrics
+from scalegpt.sampling import Sampler
 from scalegpt.saving import Failure
 from scalegpt.step import Steps
 
@@ -63,16 +66,32 @@ def finish(
     metrics: Metrics,
 ) -> None:
     """The end of a run: a sample, where things are, what to type next."""
-    codec = tokenizer.load(meta["tokenizer"])
-    text = generate.sample(steps, params, codec, min(200, config.model.block_size))
+    metrics.say(_sample(config, steps, meta["tokenizer"], params))
     best, out_dir = checkpoints.find("best"), shlex.quote(config.run.out_dir)
-    metrics.say(f"--- a sample ---\n{text}\n----------------")
     metrics.say(
         f"done: best val loss {meta['best_loss']:.4f} at step {best}; metrics in "
         f"{out_dir}/metrics.jsonl\nnext:\n"
         f'  python -m scalegpt.generate --run {out_dir} --prompt "..."\n'
         f"  python -m scalegpt.evaluate --run {out_dir}"
     )
+
+
+def _sample(config: Config, steps: Steps, spec: Any, params: Any) -> str:
+    """A text from nothing, or why there is none: a tokenizer may want a network or a package."""
+    codec, start, problem = None, None, None
+    try:
+        codec = tokenizer.load(spec)
+        start = codec.encode("\n") if codec.eot is None else np.array([codec.eot])
+    except ValueError as error:
+        problem = str(error)
+    # They write together, so that all do or none does.
+    problems = gather("sample", problem, Deadline(config.run.deadline_evaluation))
+    if why := next(filter(None, problems), None):
+        return f"no sample: {why}"
+    write = decoder(steps, params, Sampler(), codec.vocab_size)
+    longest = min(200, config.model.block_size)
+    text = generate.continuations(write, codec, [start], max_new_tokens=longest)[0].text
+    return f"--- a sample ---\n{text}\n----------------"
 
 
 def bad_update(

@@ -109,7 +109,7 @@ def curve_diff(stored: Config, asked: Config) -> list[str]:
 
 
 # Keys of a model that may differ where weights are taken over, besides those of its speed.
-_NOT_SHAPING = {
+NOT_SHAPING = {
     *(key.partition(".")[2] for key in _NEUTRAL if key.startswith("model.")),
     *("dtype", "dropout", "init", "block_size", "vocab_multiple"),
 }
@@ -210,7 +210,7 @@ def _check_init_from(config: Config, tokenizer_spec: Any) -> None:
     Raises ValueError naming the keys to set.
     """
     source = config.run.init_from
-    shaping = [key for key in type(config.model).model_fields if key not in _NOT_SHAPING]
+    shaping = [key for key in type(config.model).model_fields if key not in NOT_SHAPING]
     if is_run(source):
         checkpoints = open_checkpoints(source)
         meta = checkpoints.meta(checkpoints.find(config.run.init_checkpoint))

@@ -4,6 +4,7 @@ Disks and buckets differ: a bucket has no folders, no rename and no half-written
 all three.
 """
 
+import argparse
 import contextlib
 import hashlib
 import logging
@@ -114,6 +115,13 @@ class Folder:
         return digest.hexdigest()
 
 
+def local_path(text: str) -> Path:
+    """For argparse, which refuses a URL: Path() would quietly make a local folder "gs:" of it."""
+    if is_url(text) or not text:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a local folder")
+    return Path(text)
+
+
 def folder(path: str | Path) -> Folder:
     """Whether it is there or not. Raises ValueError for a URL that nothing here can open."""
     import fsspec
@@ -130,6 +138,6 @@ def folder(path: str | Path) -> Folder:
         # Orbax writes by a client of its own, so that a listing kept from before would be wrong.
         fs, root = fsspec.core.url_to_fs(path, use_listings_cache=False)
     except (ImportError, ValueError) as error:
-        extra = '"scalegpt[tpu]"' if path.startswith(("gs:", "gcs:")) else "the package it names"
+        extra = '"scalegpt[tpu]"' if path.startswith("gs:") else "the package it names"
         raise ValueError(f"cannot open {path}: {error}. Fix: pip install {extra}") from error
     return Folder(path, fs, root.rstrip("/"))

@@ -73,6 +73,7 @@ def main(argv: list[str]) -> int:
         print(config.to_yaml(), end="")
         return DONE
     if flags.compile_only:
+        cpu_devices.choose(config)
         if config.model.vocab_size is None:
             config = config.with_vocab(max(d.vocab_size for d in open_datasets(config)))
         compile_only(config, flags.compile_only)
@@ -182,7 +183,8 @@ def loop(run: Run, state: State, start: int) -> int:
     total, tokens_per_step = config.optim.steps, config.batch.sequences * config.model.block_size
     batches = batches_from(config, run.datasets, run.steps, start)
     device = jax.devices()[0].device_kind
-    meter = mfu_meter(config.model, device, jax.device_count(), metrics.say)
+    precision = str(run.steps.model.dtype)
+    meter = mfu_meter(config.model, device, jax.device_count(), metrics.say, precision)
     throughput = Throughput(phases.training, meter)
 
     def report(done: int, values: dict[str, Any]) -> bool:

@@ -23,10 +23,12 @@ def keep_compiled() -> None:
     if jax.config.jax_compilation_cache_dir is None:
         kind = hashlib.sha256(_cpu().encode()).hexdigest()[:12]
         jax.config.update("jax_compilation_cache_dir", str(folder("compiled", kind)))
-        jax.config.update("jax_compilation_cache_max_size", 4 * 2**30)
         # JAX's second leaves out most of a small run's programs, which are seconds together.
-        if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        ours = {"jax_compilation_cache_max_size": 4 * 2**30,
+                "jax_persistent_cache_min_compile_time_secs": 0.1}  # fmt: skip
+        for name, value in ours.items():
+            if name.upper() not in os.environ:
+                jax.config.update(name, value)
 
 
 def _cpu() -> str:

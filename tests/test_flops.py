@@ -187,6 +187,8 @@ def test_cpu_gets_a_note_and_a_known_device_nothing():
     assert len(said) == 1 and "warning" not in said[0]
     meter = flops.mfu_meter(gpt(), "NVIDIA H200", 2, said.append)
     assert meter(1e6) == flops.mfu(gpt(), 1e6, "NVIDIA H200", 2) and len(said) == 1
+    meter = flops.mfu_meter(gpt(), "NVIDIA H200", 2, said.append, "float32")
+    assert meter(1e6) is None and said[1].startswith("note: no MFU in float32")
 
 
 def test_importing_flops_and_metrics_brings_no_heavy_package():

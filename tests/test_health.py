@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_run
 from tiny_run import ROWS, T, arguments, rows
 
 from scalegpt import health, replay, resume, sharding, step, train
@@ -166,6 +167,9 @@ def test_replay_shows_the_batch_as_the_run_saw_it_and_writes_nothing(plays, tmp_
         train.main([*argv, "--run.replay=13"])
     with pytest.raises(ValueError, match="is not the folder of a run"):
         train.main(arguments(plays, tmp_path / "none", run__replay=3))
+    other = tiny_run.write_data(tmp_path / "plays", tiny_run.TEXT[::-1])
+    with pytest.raises(ValueError, match="data plays: other tokens"):
+        train.main([*argv, f"--data.path={other}", "--run.replay=8"])
 
 
 def test_the_examples_losses_are_the_updates(plays, tmp_path):

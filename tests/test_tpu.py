@@ -245,7 +245,7 @@ def test_a_run_whose_out_dir_went_with_its_machine_is_not_begun_again(cloud, cap
 def test_data_from_here_is_copied_once(cloud, bottles, tmp_path, monkeypatch):
     folder = cloud([{"steps": [10], "code": 5}, {"steps": [20]}], workers=2)
     monkeypatch.chdir(bottles.parent)
-    run = [f"--data.path={bottles.name}", "--run.out_dir=gs://b/demo", "--model.n_layer=1"]
+    run = [f"--data.path=./{bottles.name}", "--run.out_dir=gs://b/demo", "--model.n_layer=1"]
     assert train("--keep", run=run) == 0
     for worker in (0, 1):
         there = folder / f"w-{worker}" / "scalegpt" / bottles.name
@@ -295,6 +295,7 @@ def test_a_variable_goes_in_a_file_and_never_in_a_command(cloud, monkeypatch, ca
     (["--type=v9-8"], RUN, "--type=v9-8 is none of v2-N"),
     ([], [*RUN, "--optim.lrr=1"], "did you mean --optim.lr"),
     ([], [*RUN[:2], "--data.path=data/none", RUN[3]], "no data/none/train.bin here"),
+    ([], [*RUN, "--run.init_from=configs"], "run.init_from=configs is a folder here"),
     ([], ["--config", "/etc/hosts.yaml", *RUN[2:]], "cannot read config"),
     ([], [], "say what to train"),
     (["--env=NO_SUCH_VARIABLE"], RUN, "no such variable"),

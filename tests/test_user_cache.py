@@ -49,15 +49,17 @@ def test_it_leaves_the_place_or_all_of_it_to_the_user(plays, tmp_path, name):
 def test_programs_of_a_tenth_of_a_second_are_kept_if_nobody_said_otherwise(
     monkeypatch, said, kept_from
 ):
-    name = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
-    monkeypatch.setenv(name, said) if said else monkeypatch.delenv(name, raising=False)
-    values = {"jax_compilation_cache_dir": None, "jax_persistent_cache_min_compile_time_secs": 1.0}
-    before = {key: getattr(jax.config, key) for key in (*values, "jax_compilation_cache_max_size")}
+    values = {"jax_compilation_cache_dir": None, "jax_compilation_cache_max_size": -1,
+              "jax_persistent_cache_min_compile_time_secs": 1.0}  # fmt: skip
+    for name in map(str.upper, list(values)[1:]):
+        monkeypatch.setenv(name, said) if said else monkeypatch.delenv(name, raising=False)
+    before = {key: getattr(jax.config, key) for key in values}
     try:
         for key, value in values.items():
             jax.config.update(key, value)
         user_cache.keep_compiled()
         assert jax.config.jax_persistent_cache_min_compile_time_secs == kept_from
+        assert jax.config.jax_compilation_cache_max_size == (-1 if said else 4 * 2**30)
     finally:
         for key, value in before.items():
             jax.config.update(key, value)

@@ -86,6 +86,8 @@ def main(argv: list[str]) -> int:
     jax.config.update("jax_enable_compilation_cache", False)
     # JAX would take most of a GPU's memory at once, and leave none to torch.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if not flags.decode:
+        cpu_devices.choose(config)
     if flags.profile:
         bench_profile.check(flags.profile)
     if flags.real_data:
@@ -100,7 +102,6 @@ def main(argv: list[str]) -> int:
         found = bench_decode.measure(config, flags, theirs(config, flags, steps), turns)
         report = {"load_average": load, **about(config, steps), **found}
         return show(report, flags, bench_decode.table)
-    cpu_devices.choose(config)
     steps = pmap_step.build_for_training(config, sharding.make_mesh(config.mesh))
     trainers: list[Any] = []
     try:
@@ -216,7 +217,7 @@ def summary(
     """All figures: seconds, bytes, tokens/s, FLOP/s; a ratio is our tokens/s over the other's."""
     steps, batch = trainers[0].steps, config.batch
     device, tokens = steps.mesh.devices.flat[0], batch.sequences * config.model.block_size
-    peak = flops.peak_flops(device.device_kind)
+    peak = flops.peak_flops(device.device_kind, str(steps.model.dtype))
     rows = []
     for i, trainer in enumerate(trainers):
         mine = [turn[i] for turn in blocks]

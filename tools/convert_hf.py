@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from scalegpt import command_line, export, hf, sharding, tokenizer, trained
+from scalegpt import command_line, export, hf, sharding, storage, tokenizer, trained
 from scalegpt.checkpoint import Checkpoints, open_checkpoints
 from scalegpt.config import MeshConfig, ModelConfig
 from scalegpt.flops import parameter_count
@@ -46,7 +46,8 @@ def main(argv: list[str]) -> int:
     sub = command("import", import_, "make a run folder from a model of Hugging Face")
     sub.add_argument("source", metavar="SOURCE", help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, "
                      "another repository, or a folder with config.json and weights")  # fmt: skip
-    sub.add_argument("--out", required=True, help="run folder to make, such as out/gpt2")
+    sub.add_argument("--out", required=True, type=storage.local_path,
+                     help="run folder to make, such as out/gpt2")  # fmt: skip
     sub.add_argument("--block-size", type=int, help="keep only so many positions")
     sub.add_argument("--dropout", type=float, default=0.0, help="for training (default: 0)")
     sub.add_argument("--vocab-multiple", type=int, help="pad the vocabulary to a multiple of this")
@@ -54,7 +55,7 @@ def main(argv: list[str]) -> int:
     sub = command("export", export_, "make a folder for transformers from a run")
     sub.add_argument("--run", required=True, help="out_dir of a run")
     sub.add_argument("--checkpoint", default="best", help="best (default), latest or a step")
-    sub.add_argument("--out", required=True, help="folder to make")
+    sub.add_argument("--out", required=True, type=storage.local_path, help="folder to make")
     sub.add_argument("--format", choices=("hf", "scalegpt"), default="hf",
                      help="hf: GPT-2's, for transformers; scalegpt: any model")  # fmt: skip
 
@@ -78,7 +79,7 @@ def main(argv: list[str]) -> int:
 
 def import_(flags: argparse.Namespace) -> int:
     """A run's folder with the weights of a model of Hugging Face; nothing to continue."""
-    began, out = time.perf_counter(), Path(flags.out)
+    began, out = time.perf_counter(), flags.out
     refuse_existing(out)
     folder = hf.locate(flags.source)
     model, spec = hf.describe(folder)
@@ -86,7 +87,7 @@ def import_(flags: argparse.Namespace) -> int:
              "dropout": flags.dropout}  # fmt: skip
     values = model.model_dump() | {key: v for key, v in asked.items() if v is not None}
     config = command_line.validate(
-        {"model": values, "data": {"path": ""}, "run": {"out_dir": flags.out}}, "this command line"
+        {"model": values, "data": {"path": ""}, "run": {"out_dir": str(out)}}, "this command line"
     )
     kind = spec["kind"] if spec else "none"
     print(f"reading {folder}: {describe(config.model)}, tokenizer: {kind}", flush=True)
@@ -98,7 +99,7 @@ def import_(flags: argparse.Namespace) -> int:
         checkpoints.save_weights(params, meta)
         checkpoints.close()
         (scratch / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    name = shlex.quote(flags.out)
+    name = shlex.quote(str(flags.out))
     print(f"{wrote(out, config.model, began)}\nnext:")
     if spec:
         print(f'  python -m scalegpt.generate --run {name} --prompt "..."')
@@ -109,14 +110,14 @@ def import_(flags: argparse.Namespace) -> int:
 
 def export_(flags: argparse.Namespace) -> int:
     """A folder for transformers, or for --hf, with the weights of a run."""
-    began, out = time.perf_counter(), Path(flags.out)
+    began, out = time.perf_counter(), flags.out
     refuse_existing(out)
     loaded = trained.from_run(flags.run, flags.checkpoint, one_device(), 1)
     print(f"read {flags.run}, step {loaded.step}: {describe(loaded.config.model)}", flush=True)
     write = export.export_gpt2 if flags.format == "hf" else export.export_own
     with new_folder(out) as scratch:
         write(loaded, scratch)
-    name = shlex.quote(flags.out)
+    name = shlex.quote(str(flags.out))
     print(f"{wrote(out, loaded.config.model, began)}\nnext:")
     print(f"  python tools/convert_hf.py check {shlex.quote(flags.run)} {name}")
     if loaded.tokenizer:

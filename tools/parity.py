@@ -289,9 +289,9 @@ def line(found: dict[str, Any]) -> str:
     verdict = ": ".join(found[key] for key in ("verdict", "reason") if key in found)
     if "loss_difference" not in found:
         return verdict
-    return (
+    return (  # of a program that failed before its bytes were counted: none
         f"{found['loss_difference']:7.1e}  {found['norm_difference']:7.1e}  "
-        f"{found['parameter_difference']:7.1e}  {found['bytes_moved'] / 1e6:7,.1f} MB  "
+        f"{found['parameter_difference']:7.1e}  {(found['bytes_moved'] or 0) / 1e6:7,.1f} MB  "
         f"{found['step_seconds'] * 1e3:5,.0f} ms  {verdict}"
     )
 

@@ -42,6 +42,11 @@ class Job:
         extra = [parsed.config, *self.config.eval.tasks.values()]
         self.files = [relative(file) for file in extra if file and "://" not in file]
         self.data = local_data(self.config)
+        if (source := self.config.run.init_from) and Path(source).is_dir():
+            raise ValueError(
+                f"run.init_from={source} is a folder here, which the machine has not: give a "
+                "bucket's, or a name of Hugging Face"
+            )
         if missing := [name for name in flags.env if name not in os.environ]:
             raise ValueError(f"--env {missing[0]}: there is no such variable here")
         self.env = "".join(f"export {n}={shlex.quote(os.environ[n])}\n" for n in flags.env)
@@ -124,7 +129,7 @@ def local_data(config: Config) -> dict[str, list[str]]:
             continue
         files = [f"{relative(path)}/{name}" for name in ("train.bin", "val.bin", "meta.json",
                  "meta.pkl") if Path(path, name).is_file()]  # fmt: skip
-        if f"{path}/train.bin".replace("//", "/") not in files:
+        if f"{relative(path)}/train.bin" not in files:
             raise ValueError(
                 f"data.path={path}: there is no {path}/train.bin here to copy to the machine; "
                 f"prepare it, or give a bucket's --data.path=gs://BUCKET/{Path(path).name}"
