@@ -28,11 +28,6 @@ from scalegpt import command_line, storage
 from scalegpt.json_files import read_object
 from scalegpt.tokenizer import Tokenizer, load
 
-try:
-    import fcntl
-except ImportError:  # Windows: there, nothing keeps two writers of one folder apart
-    fcntl = None
-
 SPLITS = ("train", "val")
 Document = str | Iterable[str]  # a text, or its consecutive chunks where it is too long to hold
 _worker_tokenizer: Tokenizer | None = None  # set in a worker when it starts
@@ -106,8 +101,6 @@ def _new_or_kept(out: Path) -> Iterator[None]:
         yield
     except BaseException:
         with suppress(OSError):
-            if made:
-                (out / "prepare.tmp").unlink(missing_ok=True)
             for path in made:
                 path.rmdir()
         raise
@@ -116,9 +109,7 @@ def _new_or_kept(out: Path) -> Iterator[None]:
 @contextmanager
 def _only_writer(out: Path) -> Iterator[None]:
     """Wait for another process that prepares `out`: those of one job may start it together."""
-    with open(out / "prepare.tmp", "w") as lock:
-        if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with storage.hold(out / "prepare.tmp"):
         try:
             for path in out.glob("*.bin.partial"):  # of a killed run; they would count as used
                 path.unlink()
@@ -126,7 +117,8 @@ def _only_writer(out: Path) -> Iterator[None]:
         finally:
             for path in out.glob("*.partial"):
                 path.unlink()
-    (out / "prepare.tmp").unlink(missing_ok=True)
+            with suppress(PermissionError):  # Windows keeps a file that is open
+                (out / "prepare.tmp").unlink(missing_ok=True)
 
 
 def _prepared(out: Path, source: str) -> dict[str, Any] | None:

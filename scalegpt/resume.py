@@ -15,11 +15,6 @@ from scalegpt.config import Config
 from scalegpt.run_folder import FOLDER, has_imported_weights, is_run
 from scalegpt.step import State, Steps
 
-try:
-    import fcntl
-except ImportError:  # Windows: there, nothing keeps two processes out of one folder
-    fcntl = None
-
 
 def lock(config: Config) -> TextIO:
     """Keep a second process out of run.out_dir until the file is closed, or this process ends.
@@ -29,18 +24,13 @@ def lock(config: Config) -> TextIO:
     folder = run_folder.local(config.run.out_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "w")
-    except OSError as error:
-        raise ValueError(f"cannot write to run.out_dir={folder}: {error}") from None
-    try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return storage.hold(folder / ".lock", wait=False)
     except BlockingIOError:
-        file.close()
         raise ValueError(
             f"another process is training in {folder}; stop it, or choose another run.out_dir"
         ) from None
-    return file
+    except OSError as error:
+        raise ValueError(f"cannot write to run.out_dir={folder}: {error}") from None
 
 
 def stored_config(config: Config, tokenizer_spec: Any = None) -> Config | None:

@@ -1,16 +1,15 @@
 """Files of a URL, brought to the local disk once: whole, and by one process of each machine."""
 
-import contextlib
 import hashlib
 import os
 import posixpath
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
-from scalegpt import user_cache
+from scalegpt import storage, user_cache
 
 CHUNK = 1 << 24  # bytes per read: large enough to run at disk speed, small in memory
 
@@ -36,7 +35,8 @@ def stage(url: str, files: Sequence[str], cache_dir: str | None = None) -> Path:
     folder = Path(cache_dir or user_cache.folder(), name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _one_process(folder / "lock"):
+        # Eight processes of one machine must not fill its disk with eight copies.
+        with storage.hold(folder / "lock"):
             for file in files:
                 _stage_file(fs, posixpath.join(root, file), folder / file)
     except OSError as error:  # of the network or of the disk
@@ -82,16 +82,3 @@ def _stage_file(fs, source: str, target: Path) -> None:
         stamp_file.write_text(stamp)
     finally:
         partial.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _one_process(file: Path) -> Iterator[None]:
-    """Hold a lock: eight processes of one machine must not fill its disk with eight copies."""
-    try:
-        import fcntl
-    except ImportError:  # Windows, where JAX runs one process a machine
-        yield
-        return
-    with open(file, "w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield

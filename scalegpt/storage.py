@@ -12,7 +12,12 @@ import os
 import posixpath
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+try:
+    import fcntl
+except ImportError:  # Windows: there, nothing keeps two processes out of one folder
+    fcntl = None
 
 CHUNK = 1 << 22
 
@@ -120,6 +125,26 @@ def local_path(text: str) -> Path:
     if is_url(text) or not text:
         raise argparse.ArgumentTypeError(f"{text!r} must be a local folder")
     return Path(text)
+
+
+def hold(path: Path, wait: bool = True) -> TextIO:
+    """The lock file `path`, held until it is closed or this process ends; its holder may remove it.
+
+    Raises BlockingIOError where another process has it and this shall not wait, and OSError.
+    """
+    while True:
+        file = open(path, "w")
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                return file
+        except FileNotFoundError:  # whoever had it has removed it: who comes now makes another
+            pass
+        except BaseException:
+            file.close()
+            raise
+        file.close()
 
 
 def folder(path: str | Path) -> Folder:

@@ -12,13 +12,14 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from scalegpt import prepare
+from scalegpt import prepare, storage
 from scalegpt.prepare import Corpus, write_dataset
 from scalegpt.tokenizer import char_tokenizer, load
 
@@ -483,3 +484,19 @@ def test_fault_24_a_killed_preparation_leaves_nothing_whole_and_no_workers(tmp_p
     assert not any(map(lives, workers))
     write_dataset(out, lambda: corpus(["a", "b"]), "x", 0, False)
     assert sorted(p.name for p in out.iterdir()) == ["meta.json", "train.bin", "val.bin"]
+
+
+def test_who_waits_for_a_lock_that_is_removed_makes_it_anew(tmp_path):
+    path, got = tmp_path / "lock", []
+    first = storage.hold(path)
+    waiting = threading.Thread(target=lambda: got.append(storage.hold(path)))
+    waiting.start()
+    with pytest.raises(BlockingIOError):
+        storage.hold(path, wait=False)
+    path.unlink()
+    first.close()
+    waiting.join(10)
+    assert os.path.samestat(os.fstat(got[0].fileno()), path.stat())
+    with pytest.raises(BlockingIOError):
+        storage.hold(path, wait=False)
+    got[0].close()
