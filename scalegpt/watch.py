@@ -22,13 +22,16 @@ class Watch:
         self._phases = phases
         self._over = threading.Event()
         peers.introduce(phases=phases)
-        threading.Thread(target=self._run, daemon=True, name="watch").start()
+        # From now: this process may be stopped before the thread has begun.
+        threading.Thread(
+            target=self._run, args=[time.monotonic()], daemon=True, name="watch"
+        ).start()
 
     def close(self) -> None:
         self._over.set()
 
-    def _run(self) -> None:
-        last, fresh = time.monotonic(), 0.0
+    def _run(self, last: float) -> None:
+        fresh = 0.0
         told: tuple[float, float] = (0.0, 0.0)  # begin of the phase, seconds at which to tell next
         while not self._over.wait(_TICK):
             now, phase = time.monotonic(), self._phases.current
