@@ -198,15 +198,13 @@ def load_params(folder: Path, model: ModelConfig, abstract_params: Any) -> Any:
     assert model.vocab_size == source.vocab_size, (model.vocab_size, source.vocab_size)
     leaves = traverse_util.flatten_dict(abstract_params, sep="/")
     if read_object(folder / "config.json")["model_type"] == OWN_TYPE:
-        rows = {"wte": source.padded_vocab, "head_kernel": source.padded_vocab,
-                "wpe": source.block_size}  # fmt: skip
+        rows = source.padded_vocab
+        first = {"wte": (rows,), "head_kernel": (rows,), "wpe": (source.block_size,),
+                 "h/attn/value_table": (source.n_layer, rows)}  # fmt: skip
         places = {
-            path: Place(path, None, (rows.get(path, leaf.shape[0]), *leaf.shape[1:]))
+            path: Place(path, None, (*first.get(path, ()), *leaf.shape[len(first.get(path, ())) :]))
             for path, leaf in leaves.items()
         }
-        if (tables := places.get(name := "h/attn/value_table")) is not None:
-            layers, _, width = tables.shape
-            places[name] = Place(name, None, (layers, source.padded_vocab, width))
     else:
         places = gpt2_places(source)
     shapes, read = open_tensors(folder)

@@ -78,7 +78,7 @@ def finish(
 
 def _sample(config: Config, steps: Steps, spec: Any, params: Any) -> str:
     """A text from nothing, or why there is none: a tokenizer may want a network or a package."""
-    codec, start, problem = None, None, None
+    problem = None
     try:
         codec = tokenizer.load(spec)
         start = codec.encode("\n") if codec.eot is None else np.array([codec.eot])

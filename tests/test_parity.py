@@ -111,6 +111,10 @@ def test_a_row_that_breaks_is_a_failure_and_the_others_run(argv, monkeypatch, ca
     verdicts = {row["name"]: row["verdict"] for row in found["rows"]}
     assert code == 1 and verdicts == dict(zip(names, ("ok", "FAIL", "ok"), strict=True))
     assert found["rows"][2]["reason"] == "process 1 died"
+    whole = dict.fromkeys(("norm_difference", "parameter_difference", "step_seconds"), 0.0)
+    whole |= {"verdict": "ok", "loss_difference": 0.0}
+    assert "       - MB  " in parity.line({**whole, "bytes_moved": None})
+    assert "     2.5 MB  " in parity.line({**whole, "bytes_moved": 2.5e6})
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import bz2
 import dataclasses
+import fcntl
 import gzip
 import hashlib
 import importlib.util
@@ -486,13 +487,15 @@ def test_fault_24_a_killed_preparation_leaves_nothing_whole_and_no_workers(tmp_p
     assert sorted(p.name for p in out.iterdir()) == ["meta.json", "train.bin", "val.bin"]
 
 
-def test_who_waits_for_a_lock_that_is_removed_makes_it_anew(tmp_path):
-    path, got = tmp_path / "lock", []
+def test_who_waits_for_a_lock_that_is_removed_makes_it_anew(tmp_path, monkeypatch):
+    path, got, opened, flock = tmp_path / "lock", [], threading.Event(), fcntl.flock
     first = storage.hold(path)
-    waiting = threading.Thread(target=lambda: got.append(storage.hold(path)))
-    waiting.start()
     with pytest.raises(BlockingIOError):
         storage.hold(path, wait=False)
+    monkeypatch.setattr(fcntl, "flock", lambda *a: (opened.set(), flock(*a)))
+    waiting = threading.Thread(target=lambda: got.append(storage.hold(path)))
+    waiting.start()
+    assert opened.wait(10)  # the file that is removed now
     path.unlink()
     first.close()
     waiting.join(10)

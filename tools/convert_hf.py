@@ -99,7 +99,7 @@ def import_(flags: argparse.Namespace) -> int:
         checkpoints.save_weights(params, meta)
         checkpoints.close()
         (scratch / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    name = shlex.quote(str(flags.out))
+    name = shlex.quote(str(out))
     print(f"{wrote(out, config.model, began)}\nnext:")
     if spec:
         print(f'  python -m scalegpt.generate --run {name} --prompt "..."')
@@ -117,7 +117,7 @@ def export_(flags: argparse.Namespace) -> int:
     write = export.export_gpt2 if flags.format == "hf" else export.export_own
     with new_folder(out) as scratch:
         write(loaded, scratch)
-    name = shlex.quote(str(flags.out))
+    name = shlex.quote(str(out))
     print(f"{wrote(out, loaded.config.model, began)}\nnext:")
     print(f"  python tools/convert_hf.py check {shlex.quote(flags.run)} {name}")
     if loaded.tokenizer:

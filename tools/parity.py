@@ -260,11 +260,10 @@ def changed(config: Config, **sections: dict[str, Any]) -> Config:
 
 def settings(folder: Path) -> None:
     """Of JAX, for this process and those that it starts."""
-    keys = {  # else a TPU multiplies float32 in bfloat16, and a row's program is compiled twice
-        "jax_default_matmul_precision": "highest",
-        "jax_compilation_cache_dir": str(folder / "compiled"),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-    }
+    # Else a TPU multiplies float32 in bfloat16, and a row's program is compiled twice.
+    keys = {"jax_default_matmul_precision": "highest",
+            "jax_compilation_cache_dir": str(folder / "compiled"),
+            "jax_persistent_cache_min_compile_time_secs": 0}  # fmt: skip
     for key, value in keys.items():
         jax.config.update(key, value)
         os.environ[key.upper()] = str(value)
@@ -289,9 +288,10 @@ def line(found: dict[str, Any]) -> str:
     verdict = ": ".join(found[key] for key in ("verdict", "reason") if key in found)
     if "loss_difference" not in found:
         return verdict
-    return (  # of a program that failed before its bytes were counted: none
+    moved = "-" if (n := found["bytes_moved"]) is None else f"{n / 1e6:,.1f}"
+    return (
         f"{found['loss_difference']:7.1e}  {found['norm_difference']:7.1e}  "
-        f"{found['parameter_difference']:7.1e}  {(found['bytes_moved'] or 0) / 1e6:7,.1f} MB  "
+        f"{found['parameter_difference']:7.1e}  {moved:>7} MB  "
         f"{found['step_seconds'] * 1e3:5,.0f} ms  {verdict}"
     )
 
