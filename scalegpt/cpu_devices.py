@@ -18,11 +18,9 @@ def choose(config: Config) -> None:
     """
     if not fits(config):
         return
+    # XLA takes a thread a core, which is enough: of each device one at a time waits in a collective.
     with contextlib.suppress(RuntimeError):  # JAX has its devices already
         jax.config.update("jax_num_cpu_devices", DEVICES)
-        if "NPROC" not in os.environ:
-            # Of its threads each device could wait in a collective, and then in another.
-            os.environ.setdefault("PJRT_NPROC", str(max(2 * DEVICES, _cores())))
 
 
 def fits(config: Config) -> bool:

@@ -58,7 +58,7 @@ def test_one_core_is_one_device(nothing_said, monkeypatch):
 
 def test_a_run_on_two_devices_is_the_run_on_one(plays, tmp_path):
     """The command as a person types it, with and without the number that JAX is told."""
-    ours = ("JAX_NUM_CPU_DEVICES", "PJRT_NPROC")
+    ours = ("JAX_NUM_CPU_DEVICES", "PJRT_NPROC")  # scalegpt sets the latter for the former
     outside = {k: v for k, v in os.environ.items() if k not in ours}
     losses = {}
     for name, told in (("one", {"JAX_NUM_CPU_DEVICES": "1"}), ("two", {})):
