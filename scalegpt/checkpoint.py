@@ -229,11 +229,6 @@ class Checkpoints:
         """Those that have a manifest, in order."""
         return sorted(self._list()[0])
 
-    @property
-    def latest(self) -> int | None:
-        """The last step that has a manifest."""
-        return max(self.steps, default=None)
-
     # --- reading
 
     def meta(self, step: int) -> dict[str, Any]:

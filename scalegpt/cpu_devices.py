@@ -18,7 +18,7 @@ def choose(config: Config) -> None:
     """
     if not fits(config):
         return
-    # XLA takes a thread a core, which is enough: of each device one at a time waits in a collective.
+    # XLA takes a thread a core. That is enough: each device waits in one collective at a time.
     with contextlib.suppress(RuntimeError):  # JAX has its devices already
         jax.config.update("jax_num_cpu_devices", DEVICES)
 

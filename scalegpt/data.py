@@ -121,21 +121,20 @@ class TrainBatches:
     Row m of microbatch a is row a * (B // A) + m of the step's B; only the m in `rows`, this
     host's, are read. Neither A nor the split over hosts changes which B windows a step has.
 
-    datasets: token arrays, 1-D. weights: each dataset's share of the rows, of any sum; None
-    deals by size, so that all datasets end their epochs together.
+    datasets: token arrays, 1-D. weights: each dataset's share of the rows, of any sum.
     """
 
     def __init__(
         self,
         datasets: Sequence[np.ndarray],
-        weights: Sequence[float] | None,
+        weights: Sequence[float],
         block_size: int,
         seed: int,
         sequences: int,
         accumulation: int,
         rows: np.ndarray,
     ):
-        if weights is not None and len(weights) != len(datasets):
+        if len(weights) != len(datasets):
             raise ValueError(f"{len(weights)} weights for {len(datasets)} datasets: give one each")
         rows = np.asarray(rows, np.int64)
         per_micro = sequences // accumulation
@@ -144,8 +143,7 @@ class TrainBatches:
         # Plain array views: slicing a memmap object costs more than copying the row.
         self.tokens = [np.asarray(tokens) for tokens in datasets]
         self.orders = [TrainOrder(len(t), block_size, seed, i) for i, t in enumerate(datasets)]
-        sizes = [order.n_windows for order in self.orders]
-        self.parts = _whole_parts(sizes if weights is None else weights)
+        self.parts = _whole_parts(weights)
         self.block_size, self.sequences = block_size, sequences
         self.rows = (np.arange(accumulation)[:, None] * per_micro + rows).reshape(-1)
         self.shape = (accumulation, len(rows), block_size + 1)

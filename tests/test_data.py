@@ -157,6 +157,7 @@ def ids(n, base=0):
 
 def batches(B=8, A=2, rows=None, T=16, seed=5, tokens=None, weights=None):
     tokens = [ids(5000)] if tokens is None else tokens
+    weights = [1.0] if weights is None else weights
     rows = np.arange(B // A) if rows is None else rows
     return TrainBatches(tokens, weights, T, seed, B, A, rows)
 
@@ -230,7 +231,7 @@ def test_an_error_while_reading_reaches_the_consumer():
                 raise OSError("the disk went away")
             return super().__getitem__(step)
 
-    iterator = train_iterator(Broken([ids(5000)], None, 16, 5, 8, 2, np.arange(4)), 0)
+    iterator = train_iterator(Broken([ids(5000)], [1.0], 16, 5, 8, 2, np.arange(4)), 0)
     for _ in range(3):
         next(iterator)
     with pytest.raises(OSError, match="the disk went away"):
@@ -306,9 +307,9 @@ def test_each_dataset_of_a_mixture_is_without_replacement():
         assert len(set(starts[:n].tolist())) == n
 
 
-def test_without_weights_datasets_end_their_epochs_together():
+def test_weights_by_size_end_all_epochs_together():
     tokens = [ids(16 * 61, 0), ids(16 * 21, 100_000)]  # 60 and 20 windows
-    source = batches(B=80, A=1, tokens=tokens)
+    source = batches(B=80, A=1, tokens=tokens, weights=[60.0, 20.0])
     owner = source[0][0, :, 0] // 100_000
     assert (owner == 0).sum() == 60 and (owner == 1).sum() == 20
     assert len(np.unique(source[0][0, :, 0])) == 80
@@ -817,7 +818,7 @@ def test_fault_15_the_input_pipeline_throughput(tmp_path):
             best = min(best, time.perf_counter() - begin)
         return steps * B * T / best / 1e6
 
-    source = TrainBatches([tokens], None, T, 0, B, 1, np.arange(B))
+    source = TrainBatches([tokens], [1.0], T, 0, B, 1, np.arange(B))
     halves = [tokens[: n // 2], tokens[n // 2 :]]
     mixed = TrainBatches(halves, [0.7, 0.3], T, 0, B, 1, np.arange(B))
     starts, within = np.random.default_rng(0).integers(0, n - T, (steps, B, 1)), np.arange(T + 1)

@@ -137,7 +137,7 @@ def state_of(data: Path, out_dir: Path):
     config = parse(argv, "test", {})[0].with_vocab(open_dataset(str(data)).vocab_size)
     steps = pmap_step.build_for_training(config, sharding.make_mesh(config.mesh))
     checkpoints = checkpoint.open_checkpoints(out_dir)
-    state = checkpoints.restore(checkpoints.latest, steps.abstract)
+    state = checkpoints.restore(checkpoints.steps[-1], steps.abstract)
     checkpoints.close()
     return jax.tree.map(np.asarray, state)
 

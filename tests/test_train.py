@@ -93,7 +93,7 @@ def saved_state(out_dir: Path):
     config = parse([f"--config={out_dir}/config.yaml"], "test", {})[0]
     steps = step.build(config, make_mesh(config.mesh), "float32", "xla")
     checkpoints = checkpoint.open_checkpoints(out_dir)
-    state = checkpoints.restore(checkpoints.latest, steps.abstract)
+    state = checkpoints.restore(checkpoints.steps[-1], steps.abstract)
     checkpoints.close()
     return jax.tree.map(np.asarray, state)
 
@@ -410,7 +410,7 @@ def test_the_last_good_checkpoint_is_named_and_a_bad_evaluation_saves_none(
     assert train.main(arguments(data, out_dir, **changes)) == 4
     assert f"last good checkpoint is step {STEPS} in" in capsys.readouterr().out
     checkpoints = checkpoint.open_checkpoints(out_dir)
-    assert checkpoints.latest == STEPS
+    assert checkpoints.steps[-1] == STEPS
     checkpoints.close()
 
 
