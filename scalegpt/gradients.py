@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 
 
@@ -25,23 +26,61 @@ def product(spec: str, x: Array, y: Array, dtype: DTypeLike | None = None) -> Ar
     units; rounding it first is what the flash kernels do. On a CPU, XLA would fuse what stands
     around the product into transposing copies: a third of the time of a whole update.
     """
-    return jnp.einsum(spec, x, y, preferred_element_type=dtype)
+    return _einsum(spec, x, y, dtype)
 
 
-def _product_bwd(spec: str, dtype: Any, operands: tuple[Array, Array], g: Array) -> tuple:
-    (x, y), (xs, ys, out) = operands, spec.replace("->", ",").split(",")
+def _einsum(spec: str, x: Array, y: Array, dtype: DTypeLike | None = None) -> Array:
+    if x.dtype != jnp.bfloat16 or not on_cpu():
+        return jnp.einsum(spec, x, y, preferred_element_type=dtype)
+    # XLA has kernels for a CPU's bfloat16 units where the result is float32 and all three lie in
+    # memory as here; of what lies otherwise it makes float32 products, or none at all.
+    xs, ys, out = spec.replace("->", ",").split(",")
+    batch = "".join(axis for axis in out if axis in xs and axis in ys)
+    inner = "".join(axis for axis in xs if axis in ys and axis not in out)
+    rows, columns = ("".join(a for a in own if a in out and a not in batch) for own in (xs, ys))
+    left, right, wide = batch + rows + inner, batch + inner + columns, batch + rows + columns
+    if ys == batch + columns + inner:
+        right = ys
+    x = _in_order(jnp.einsum(f"{xs}->{left}", x))
+    y = _in_order(jnp.einsum(f"{ys}->{right}", y))
+    z = jnp.einsum(f"{left},{right}->{wide}", x, y, preferred_element_type=jnp.float32)
+    return jnp.einsum(f"{wide}->{out}", _in_order(z)).astype(dtype or x.dtype)
+
+
+def _in_order(x: Array) -> Array:
+    """x, its last axis the one without strides."""
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+
+def _kept(*args: Array) -> tuple[Array, ...]:
+    """What a gradient needs, where CPUs have bfloat16 as its bits: XLA stacks what the layers keep,
+    and makes float32 of a stack of bfloat16, which it then copies instead of taking it apart."""
+    bits = partial(jax.lax.bitcast_convert_type, new_dtype=jnp.uint16)
+    return tuple(bits(x) if x.dtype == jnp.bfloat16 and on_cpu() else x for x in args)
+
+
+def _again(kept: tuple[Array, ...]) -> tuple[Array, ...]:
+    """The args of `_kept`."""
+    bfloat16 = partial(jax.lax.bitcast_convert_type, new_dtype=jnp.bfloat16)
+    return tuple(bfloat16(x) if x.dtype == jnp.uint16 else x for x in kept)
+
+
+def _product_bwd(spec: str, dtype: Any, kept: tuple[Array, ...], g: Array) -> tuple:
+    (x, y), (xs, ys, out) = _again(kept), spec.replace("->", ",").split(",")
     g = g.astype(x.dtype)
-    dx = jnp.einsum(f"{out},{ys}->{xs}", g, y)
+    dx = _einsum(f"{out},{ys}->{xs}", g, y)
     if not on_cpu() or x.size <= g.size:
-        return dx, jnp.einsum(f"{xs},{out}->{ys}", x, g)
+        return dx, _einsum(f"{xs},{out}->{ys}", x, g)
     # A CPU copies the first operand, transposed: let it be the smaller one. The barrier keeps XLA
     # from turning this around again.
     turned = "".join(sorted(ys, key=lambda axis: axis not in out))
-    dy = jax.lax.optimization_barrier(jnp.einsum(f"{out},{xs}->{turned}", g, x))
+    dy = jax.lax.optimization_barrier(_einsum(f"{out},{xs}->{turned}", g, x))
     return dx, jnp.einsum(f"{turned}->{ys}", dy)
 
 
-product.defvjp(lambda spec, x, y, dtype: (product(spec, x, y, dtype), (x, y)), _product_bwd)
+product.defvjp(
+    lambda spec, x, y, dtype: (product(spec, x, y, dtype), _kept(x, y)), _product_bwd
+)
 
 
 def alone(function: Callable, *args: Array) -> Array:
@@ -59,11 +98,11 @@ def _alone(function: Callable, *args: Array) -> Array:
     return jax.lax.optimization_barrier(function(*args))
 
 
-def _alone_bwd(function: Callable, args: tuple[Array, ...], g: Array) -> tuple:
-    return jax.lax.optimization_barrier(jax.vjp(function, *args)[1](g))
+def _alone_bwd(function: Callable, kept: tuple[Array, ...], g: Array) -> tuple:
+    return jax.lax.optimization_barrier(jax.vjp(function, *_again(kept))[1](g))
 
 
-_alone.defvjp(lambda function, *args: (_alone(function, *args), args), _alone_bwd)
+_alone.defvjp(lambda function, *args: (_alone(function, *args), _kept(*args)), _alone_bwd)
 
 
 @jax.custom_vjp

@@ -14,7 +14,7 @@ from scalegpt.layers import gelu, layer_norm
 
 B, T, D, F, H, K = 2, 5, 6, 24, 2, 3
 CPU = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
-SHAPES = dict(zip("btdfhkc", (B, T, D, F, H, K, 3), strict=True))
+SHAPES = dict(zip("btsdfhkcv", (B, T, T, D, F, H, K, 3, 7), strict=True))
 
 
 def random(axes: str, seed: int) -> np.ndarray:
@@ -47,6 +47,31 @@ def test_gradients_of_a_product_are_those_in_float64(spec, on_cpu):
     wide = partial(np.einsum, dtype=np.float64)
     np.testing.assert_allclose(dx, wide(f"{out},{ys}->{xs}", g, y), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(dy, wide(f"{xs},{out}->{ys}", x, g), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("spec", [
+    "btf,fd->btd", "btd,df->btf", "btd,dchk->btchk", "bthk,hkd->btd", "bthk,bshk->bhts",
+    "bhts,bshk->bthk", "btd,vd->btv",
+])  # fmt: skip
+def test_bfloat16_on_a_cpu_is_rounded_once_and_keeps_no_stack_of_it(spec):
+    """Of all products of the model; XLA itself refuses some of these at run time."""
+    xs, ys, out = spec.replace("->", ",").split(",")
+    x, y, g = (jnp.asarray(random(axes, i), "bfloat16") for i, axes in enumerate((xs, ys, out)))
+
+    def both(x, y):
+        z, pullback = jax.vjp(partial(gradients.product, spec), x, y)
+        return z, *pullback(g)
+
+    with jax.set_mesh(CPU):
+        found = jax.jit(both)(x, y)
+        kept = jax.tree.leaves(jax.vjp(partial(gradients.product, spec), x, y)[1])
+    assert {leaf.dtype.name for leaf in kept} == {"uint16"}
+    x, y, g = (np.asarray(a, np.float64) for a in (x, y, g))
+    wanted = (np.einsum(spec, x, y), np.einsum(f"{out},{ys}->{xs}", g, y),
+              np.einsum(f"{xs},{out}->{ys}", x, g))  # fmt: skip
+    for mine, want in zip(found, wanted, strict=True):
+        assert mine.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.asarray(mine, np.float64), want, rtol=2**-8, atol=1e-5)
 
 
 @pytest.mark.parametrize(
