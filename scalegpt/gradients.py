@@ -68,6 +68,8 @@ def _again(kept: tuple[Array, ...]) -> tuple[Array, ...]:
 def _product_bwd(spec: str, dtype: Any, kept: tuple[Array, ...], g: Array) -> tuple:
     (x, y), (xs, ys, out) = _again(kept), spec.replace("->", ",").split(",")
     g = g.astype(x.dtype)
+    if g.dtype == jnp.bfloat16 and on_cpu():
+        g = jax.lax.optimization_barrier(g)  # or the copies below would each compute it, in strides
     dx = _einsum(f"{out},{ys}->{xs}", g, y)
     if not on_cpu() or x.size <= g.size:
         return dx, _einsum(f"{xs},{out}->{ys}", x, g)

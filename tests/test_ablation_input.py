@@ -35,6 +35,8 @@ from scalegpt import command_line
         ({"seeds": "1"}, "seeds='1' must be"),
         ({"seeds": [-1]}, "arm plain: .*run.seed"),
         ({"reference": "best"}, "reference 'best' is none of the arms plain, wide"),
+        ({"reference": ["a"]}, r"reference \['a'\] is none of"),
+        ({"reference": {"a": 1}}, "reference {'a': 1} is none of"),
         ({"modl": {}}, "unknown key 'modl'; there are config, arms, seeds, reference, model"),
         ({"config": "nowhere.yaml"}, "arm plain: cannot read config nowhere.yaml"),
         ({"config": ["a"]}, r"config=\['a'\] must be the name of a file"),
@@ -59,13 +61,75 @@ def test_a_mistake_in_the_file_is_one_message(change, message, tmp_path, capsys)
         (["--plot=a.gif"], "must end in .png"),
         (["--record=no/such/a.json"], "--record=no/such/a.json: there is no folder no/such"),
         (["--from=a.json"], "--from reports a record alone"),
+        (["--report", "--record={}/a.json"], "--report: there is no folder --out=.*/out;"),
+        (["--record={}/tiny.yaml"], "--record=.*tiny.yaml is the file of the arms, too"),
+        (["--markdown={}/a", "--record={}/b/../a"], "--record=.*/a is --markdown, too"),
+        (["--record={}/out"], "--record=.*/out is --out, too"),
+        (["--plot={}/b.png"], "--plot=.*/b.png is a folder; give a file"),
+        (["--record=/dev/null"], "--record=/dev/null is no ordinary file"),
+        (["--out={}/tiny.yaml"], "tiny.yaml is no folder, so no run can be in .*plain/seed-1"),
+        (["--out={}/tiny.yaml", "--dry-run"], "tiny.yaml is no folder"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_message(argv, message, tmp_path, capsys):
     file = write(tmp_path, "data")
+    (tmp_path / "b.png").mkdir()
+    (tmp_path / "b").mkdir()
+    argv, before = [word.replace("{}", str(tmp_path)) for word in argv], file.read_bytes()
+    if not any(word.startswith("--out") for word in argv):
+        argv = [f"--out={tmp_path / 'out'}", *argv]
     with pytest.raises(ValueError, match=f"(?s){message}"):
-        ablation.main([str(file), f"--out={tmp_path / 'out'}", *argv])
-    assert capsys.readouterr().out == "" and not (tmp_path / "out").exists()
+        ablation.main([str(file), *argv])
+    assert capsys.readouterr().out == "" and file.read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"b", "b.png", "tiny.yaml"}
+
+
+def test_an_out_that_may_not_be_written_to_is_refused_before_a_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may do all
+    for more in ([], ["--dry-run"]):
+        with pytest.raises(ValueError, match="may not be written to; give another --out"):
+            ablation.main([str(write(tmp_path, "data")), f"--out={tmp_path / 'out'}", *more])
+
+
+def test_a_run_that_ends_with_a_users_mistake_is_the_last(tmp_path, monkeypatch, capsys):
+    """And files of results are left as they are while there are none."""
+    begun, kept = [], tmp_path / "kept.json"
+    kept.write_text("{}")
+    monkeypatch.setattr(ablation.Children, "run", lambda self, run, output: begun.append(run) or 2)
+    argv = [str(write(tmp_path, "data")), f"--out={tmp_path / 'out'}", f"--record={kept}"]
+    assert ablation.main(argv) == 2 and len(begun) == 1
+    said = capsys.readouterr()
+    assert "plain, seed 1 failed with exit code 2" in said.out and "kept.json is not" in said.err
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match="--record=.* is not written: no run has an evaluation"):
+        ablation.main([*argv, "--report"])
+    assert kept.read_text() == "{}" and len(begun) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"kept.json", "out", "tiny.yaml"}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"step": 0, "val/loss": "low"}', "metrics.jsonl: val/loss='low' at step 0 is no number"),
+        ('{"step": 1, "perf/step_seconds": [1]}', r"perf/step_seconds=\[1\] at step 1 is no"),
+        ('{"step": 1, "train/loss": 1e999}', "train/loss=inf at step 1 is no"),
+        ('{"step": 1.5, "val/loss": 1}', "step=1.5 at step 1.5 is no"),
+        (None, "cannot read .*plain/seed-1/metrics.jsonl: Is a directory"),
+    ],
+)
+def test_damaged_metrics_are_one_message(line, message, tmp_path):
+    file = str(write(tmp_path, "data", seeds=[1]))
+    argv, out = ["--model.vocab_size=65"], str(tmp_path / "out")
+    run = ablation_plan.read(file, out, argv).runs[0]
+    (metrics := run.folder / "metrics.jsonl").parent.mkdir(parents=True)
+    (run.folder / "config.yaml").write_text(run.config.to_yaml())
+    metrics.write_text(line) if line else metrics.mkdir()
+    for more in ([], ["--report"], ["--dry-run"]):
+        with pytest.raises(ValueError, match=message):
+            ablation.main([file, f"--out={out}", *argv, *more])
+
+
+CURVES = '"parameters": 1, "flops_per_token": 1, "tokens_per_update": 1, "curves": '
 
 
 @pytest.mark.parametrize(
@@ -74,6 +138,8 @@ def test_a_mistake_on_the_command_line_is_one_message(argv, message, tmp_path, c
         ("{", "is not JSON"),
         ("{}", "is no record of tools/ablation.py: name: Field required"),
         ('{"name": "a", "reference": "b", "seeds": [1], "arms": {}}', "the reference b is none"),
+        ('{"name": "a", "reference": "b", "seeds": [1], "arms": {"b": {' + CURVES + "{}}}}",
+         "record.json is no record of tools/ablation.py: arms.b.curves: .* at least 1 item"),
     ],
 )
 def test_a_mistake_in_a_record_is_one_message(text, message, tmp_path):
@@ -86,7 +152,8 @@ def test_curves_that_do_not_fit_are_refused():
     whole = {"state": "done", "step": [1, 2], "val_loss": [2.0, 1.0], "seconds": None}
     Curve(**whole, bits_per_byte=None)
     for wrong in ({"step": [2, 1]}, {"val_loss": [1.0]}, {"seconds": [1.0]},
-                  {"val_loss": [1.0, math.nan]}):  # fmt: skip
+                  {"val_loss": [1.0, math.nan]}, {"step": [1, 2**63]},
+                  {"step": [], "val_loss": []}):  # fmt: skip
         with pytest.raises(ValueError):
             Curve(**(whole | wrong), bits_per_byte=None)
 
@@ -95,6 +162,10 @@ def test_without_file_or_folder_the_message_says_what_to_give(tmp_path):
     for argv in ([], ["x.yaml"], ["--out=x"], ["--report"]):
         with pytest.raises(ValueError, match="give the file of the arms and --out DIR"):
             ablation.main(argv)
+    with pytest.raises(ValueError, match="for arms: plain x.yaml; give the file of the arms first"):
+        ablation.main(["--arms", "plain", "x.yaml", "--out=x"])
+    with pytest.raises(ValueError, match="--record=./x.json is --from, too"):
+        ablation.main(["--from=x.json", "--record=./x.json"])
 
 
 def test_every_mistake_is_exit_code_2_and_needs_no_device(tmp_path):

@@ -20,11 +20,13 @@ what is done. `--section.key=value` is for all arms. Seconds are of updates alon
 where all runs had the same machine to themselves. Losses of different tokenizers do not compare.
 
 Exit codes: 0 done; 1 a run failed, as on a loss that is not finite (the others go on); 2 the user's
-mistake; 3 stopped by Ctrl-C or SIGTERM, with the run that was under way saved.
+mistake, such as data that are not there (nothing goes on); 3 stopped by Ctrl-C or SIGTERM, with the
+run that was under way saved.
 """
 
 import argparse
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -38,11 +40,12 @@ import ablation_record
 import isoflop_plot
 from ablation_plan import Plan, Run
 from ablation_plot import draw
-from ablation_record import Record, finished, measure, stored_config
+from ablation_record import Record, existing, finished, measure
 from ablation_report import markdown, summarise, table
 
 from scalegpt import command_line
 from scalegpt.ending import STOPPED
+from scalegpt.line import USERS_MISTAKE
 
 DONE, FAILED = 0, 1
 FILES = ("markdown", "record", "plot")
@@ -56,15 +59,22 @@ def main(argv: list[str]) -> int:
     plan = ablation_plan.read(flags.file, flags.out, overrides)
     if unknown := [arm for arm in flags.arms or () if arm not in plan.arms]:
         raise ValueError(f"--arms {unknown[0]} is none of the arms {', '.join(plan.arms)}")
-    for run in plan.runs:
-        stored_config(run)  # refuses what is another run's, before any begins
+    measure(plan)  # refuses what is another run's, or damaged, before any begins
     chosen = [run for run in plan.runs if run.arm in (flags.arms or plan.arms)]
     todo = [run for run in chosen if not finished(run)]
+    for run in () if flags.report else todo:
+        if not os.access(there := existing(run.folder), os.W_OK | os.X_OK):
+            raise ValueError(f"{there} may not be written to; give another --out")
     if flags.dry_run:
         print("\n".join(shlex.join(run.command) for run in todo) or "all runs are done")
         return DONE
     code = DONE if flags.report else train(todo, plan, sys.stderr if flags.json else None)
-    publish(measure(plan), flags)
+    try:
+        publish(measure(plan), flags)
+    except ValueError as error:
+        if code == DONE:
+            raise
+        print(f"error: {error}", file=sys.stderr)  # the exit code is of what came first
     return code
 
 
@@ -93,16 +103,40 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if flags.recorded:
         if flags.file or flags.out or flags.arms or flags.dry_run or overrides:
             raise ValueError("--from reports a record alone: leave out FILE, --out and all of runs")
+    elif flags.arms and not flags.file:
+        raise ValueError(f"--arms takes all words after it for arms: {' '.join(flags.arms)}; "
+                         "give the file of the arms first, before any flag")  # fmt: skip
     elif not flags.file or not flags.out:
         raise ValueError("give the file of the arms and --out DIR, or --from RECORD; see --help")
     elif "://" in flags.out:
         raise ValueError(f"--out={flags.out} must be a local folder")
-    for name in FILES:
-        if (file := getattr(flags, name)) and not Path(file).resolve().parent.is_dir():
-            raise ValueError(f"--{name}={file}: there is no folder {Path(file).parent}")
+    elif flags.report and not Path(flags.out).is_dir():
+        raise ValueError(f"--report: there is no folder --out={flags.out}; give that of the runs")
+    check_files(flags)
     if flags.plot:
         isoflop_plot.check_file(flags.plot)
     return flags, overrides
+
+
+def check_files(flags: argparse.Namespace) -> None:
+    """Raises ValueError for what could not be written, or would be written over something else."""
+    taken = {os.path.realpath(path): what
+             for what, path in (("the file of the arms", flags.file), ("--out", flags.out),
+                                ("--from", flags.recorded)) if path}  # fmt: skip
+    for name in FILES:
+        if not (file := getattr(flags, name)):
+            continue
+        path = Path(os.path.realpath(file))
+        if not path.parent.is_dir():
+            raise ValueError(f"--{name}={file}: there is no folder {Path(file).parent}")
+        if what := taken.get(str(path)):
+            raise ValueError(f"--{name}={file} is {what}, too; give another file")
+        if path.exists() and not path.is_file():  # os.replace would take a device away
+            kind = "a folder" if path.is_dir() else "no ordinary file"
+            raise ValueError(f"--{name}={file} is {kind}; give a file")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise ValueError(f"--{name}={file} may not be written; give another file")
+        taken[str(path)] = f"--{name}"
 
 
 class Children:
@@ -142,7 +176,8 @@ class Children:
 
 def train(runs: list[Run], plan: Plan, output: Any) -> int:
     """Make the runs, with a table after each seed; output: a file, or None for standard output.
-    Returns the exit code."""
+    Returns the exit code. A run that ends with a user's mistake is the last: the others would,
+    too, as what the arms differ in was checked before."""
     children, code = Children(), DONE
     say = partial(print, file=output, flush=True)
     try:
@@ -154,6 +189,10 @@ def train(runs: list[Run], plan: Plan, output: Any) -> int:
             if children.stopped or left == STOPPED:
                 say("\nstopped; the same command continues")
                 return STOPPED
+            if left == USERS_MISTAKE:
+                say(f"\n{run.arm}, seed {run.seed} failed with exit code {left}, for the reason "
+                    "given above; the same command goes on once that is mended")  # fmt: skip
+                return USERS_MISTAKE
             if left:
                 say(f"\n{run.arm}, seed {run.seed} failed with exit code {left}; going on")
                 code = FAILED
@@ -163,7 +202,9 @@ def train(runs: list[Run], plan: Plan, output: Any) -> int:
 
 
 def publish(record: Record, flags: argparse.Namespace) -> None:
-    """Print the report, and write the files that were asked for."""
+    """Print the report, and write the files that were asked for.
+
+    Raises ValueError where they cannot be written, or would have nothing in them."""
     summary = summarise(record)
     print(json.dumps(summary, indent=2) if flags.json else f"\n{table(summary)}", flush=True)
     writers = {
@@ -173,10 +214,19 @@ def publish(record: Record, flags: argparse.Namespace) -> None:
     }
     for name in FILES:
         if file := getattr(flags, name):
+            if not record.evaluated:
+                raise ValueError(f"--{name}={file} is not written: no run has an evaluation yet; "
+                                 "train first, or give the --out of runs that have")  # fmt: skip
+            target = os.path.realpath(file)  # what a link names, not the link
+            # In the same folder, so that it can take the target's place; plots go by the ending.
+            beside = Path(target).with_name(f".{os.getpid()}.{Path(file).name}")
             try:
-                writers[name](file)
+                writers[name](str(beside))
+                os.replace(beside, target)
             except OSError as error:
                 raise ValueError(f"cannot write --{name}={file}: {error.strerror}") from None
+            finally:
+                beside.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def read(file: str, out: str, overrides: list[str]) -> Plan:
         raise ValueError(f"{file}: unknown key {unknown[0]!r}; there are {known}")
     arms, seeds = _arms(file, values.get("arms")), _seeds(file, values.get("seeds"))
     reference = values.get("reference", next(iter(arms)))
-    if reference not in arms:
+    if not isinstance(reference, str) or reference not in arms:
         raise ValueError(f"{file}: reference {reference!r} is none of the arms {', '.join(arms)}")
     base = values.get("config")
     if not isinstance(base, str | None):

@@ -4,6 +4,7 @@ The file is JSON, small enough for a repository: tables and pictures can be made
 """
 
 import json
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,7 +23,11 @@ DONE = "done"
 # arm, or measured otherwise.
 _COMPARED = ("data.path", "eval.windows", "run.init_from", "run.init_checkpoint",
              "run.skip_nonfinite", "run.skip_spikes", "run.spike")  # fmt: skip
+# Keys of metrics.jsonl that are read here; null is a number that was not finite.
+_NUMBERS = ("train/loss", "train/grad_norm", "val/loss", "val/bits_per_byte",
+            "perf/step_seconds")  # fmt: skip
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class _Part(BaseModel):
@@ -34,7 +39,7 @@ class Curve(_Part):
     state: DONE, or how far it came."""
 
     state: str
-    step: list[int]
+    step: list[Count]
     val_loss: list[Finite]
     seconds: list[Finite] | None
     bits_per_byte: list[Finite] | None
@@ -46,16 +51,18 @@ class Curve(_Part):
                 raise ValueError(f"{len(values)} {name} of {len(self.step)} steps")
         if any(a >= b for a, b in pairwise(self.step)):
             raise ValueError("steps are not ascending")
+        if self.state == DONE and not self.step:
+            raise ValueError("a run that is done has evaluations")
         return self
 
 
 class Arm(_Part):
     """curves: by seed, of the runs that have begun."""
 
-    parameters: int
+    parameters: Count
     flops_per_token: Finite
-    tokens_per_update: int
-    curves: dict[int, Curve]
+    tokens_per_update: Count
+    curves: dict[int, Curve] = Field(min_length=1)
 
 
 class Record(_Part):
@@ -73,9 +80,14 @@ class Record(_Part):
             raise ValueError(f"the reference {self.reference} is none of the arms")
         return self
 
+    @property
+    def evaluated(self) -> bool:
+        """Whether any run has an evaluation."""
+        return any(run.step for arm in self.arms.values() if arm for run in arm.curves.values())
+
 
 def measure(plan: Plan) -> Record:
-    """What there is by now. Raises ValueError as `stored_config` does."""
+    """What there is by now. Raises ValueError as `stored_config` and `rows_of` do."""
     arms = {}
     for name in plan.arms:
         runs = [run for run in plan.runs if run.arm == name]
@@ -97,8 +109,11 @@ def arm(config: Config, curves: dict[int, Curve]) -> Arm:
 def stored_config(run: Run) -> Config | None:
     """What the run in this one's folder was started with; None where there is none.
 
-    Raises ValueError where that is not what the plan asks for.
+    Raises ValueError where that is not what the plan asks for, or it cannot be a folder.
     """
+    if not (there := existing(run.folder)).is_dir():
+        raise ValueError(f"{there} is no folder, so no run can be in {run.folder}; "
+                         "give another --out")  # fmt: skip
     path = run.folder / "config.yaml"
     if not path.exists():
         return None
@@ -118,14 +133,37 @@ def stored_config(run: Run) -> Config | None:
     return stored
 
 
+def existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    return next(p for p in (path, *path.parents) if p.exists())
+
+
 def finished(run: Run) -> bool:
     """Whether the run has saved its last checkpoint, whose manifest is written last of all."""
     return (run.folder / FOLDER / str(run.config.optim.steps) / manifest.NAME).is_file()
 
 
 def rows_of(run: Run) -> list[dict[str, Any]]:
+    """Raises ValueError for rows that no run writes."""
     path = run.folder / "metrics.jsonl"
-    return ledger.parsed(path.read_text(errors="replace").splitlines()) if path.exists() else []
+    if not path.exists():
+        return []
+    try:
+        rows = ledger.parsed(path.read_text(errors="replace").splitlines())
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}; move it away") from None
+    for row in rows:
+        wrong = [key for key in _NUMBERS if not _is_number(row.get(key, 0))]
+        if type(row["step"]) is not int or wrong:
+            key = wrong[0] if wrong else "step"
+            raise ValueError(f"{path}: {key}={row[key]!r} at step {row['step']} is no number that "
+                             "a run writes; mend that line, or move the folder away")  # fmt: skip
+    return rows
+
+
+def _is_number(value: Any) -> bool:
+    """Finite, or None; Python's own isfinite fails on huge integers."""
+    return value is None or type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def curve(rows: list[dict[str, Any]], config: Config) -> Curve:
