@@ -19,6 +19,7 @@ from scalegpt.decode import decoder
 from scalegpt.feed import windows_of
 from scalegpt.flops import parameter_count
 from scalegpt.metrics import Metrics
+from scalegpt.recipe import MUON
 from scalegpt.sampling import Sampler
 from scalegpt.saving import Failure
 from scalegpt.step import Steps
@@ -32,7 +33,7 @@ def describe(config: Config, datasets: list[Dataset], steps: Steps) -> str:
         mesh = f"{jax.process_count()} processes, {mesh}"
     tokens = config.batch.sequences * config.model.block_size
     text = ", ".join(f"{d.name} ({len(d.train):,} tokens)" for d in datasets)
-    recipe = [f"recipe   {depth_line(config)}"] if config.model.depth else []
+    recipe = [f"recipe   {line}" for line in (depth_line(config), muon_line(config)) if line]
     return "\n".join(
         [
             *recipe,
@@ -48,13 +49,26 @@ def describe(config: Config, datasets: list[Dataset], steps: Steps) -> str:
 
 
 def depth_line(config: Config) -> str:
-    """What followed from model.depth."""
+    """What followed from model.depth, or nothing."""
     c, o = config.model, config.optim
+    if not c.depth:
+        return ""
     rates = [f"{key} {value:g}" for key in ("lr", "embedding_lr", "head_lr", "scalar_lr")
              if (value := getattr(o, key)) is not None]  # fmt: skip
+    tokens = o.steps * config.batch.sequences * c.block_size
     return (f"depth {c.depth}: {c.n_layer} layers, {c.n_embd} wide, {c.n_head} heads; {o.name}, "
             f"{', '.join(rates)}, weight_decay {o.weight_decay:g}, {o.steps:,} updates of "
-            f"{config.batch.sequences} sequences")  # fmt: skip
+            f"{config.batch.sequences} sequences, {tokens:,} tokens")  # fmt: skip
+
+
+def muon_line(config: Config) -> str:
+    """What a config says otherwise than Muon's defaults, or nothing: AdamW's rates are too low."""
+    optim = config.optim
+    if optim.name != "muon" or config.model.depth:
+        return ""
+    given = [f"{key} {getattr(optim, key)} (its own: {value})"
+             for key, value in MUON.items() if getattr(optim, key) != value]  # fmt: skip
+    return f"muon with {', '.join(given)}; null gives its own" if given else ""
 
 
 def finish(

@@ -16,6 +16,7 @@ from conftest import ROOT
 from scalegpt import command_line
 from scalegpt.config import Config, DataConfig, ModelConfig
 from scalegpt.flops import parameter_count
+from scalegpt.reports import muon_line
 from scalegpt.resume import curve_diff
 from scalegpt.train import FLAGS
 
@@ -497,6 +498,17 @@ def test_curve_diff_minds_the_weights_of_a_mixture_but_not_where_it_lies():
 
 
 # --- one dial
+
+
+def test_the_start_names_what_is_not_muons_own():
+    of_adamw = ("--optim.lr=0.004", "--optim.min_lr=1e-5", "--optim.warmup_steps=100")
+    assert muon_line(parse("--optim.name=muon", *of_adamw, *GIVEN)) == (
+        "muon with lr 0.004 (its own: 0.02), min_lr 1e-05 (its own: 0.0), warmup_steps 100 "
+        "(its own: 0); null gives its own"
+    )
+    nulls = [f"{flag.partition('=')[0]}=null" for flag in of_adamw]
+    for silent in (["--optim.name=muon"], ["--optim.name=muon", *of_adamw, *nulls], of_adamw):
+        assert muon_line(parse(*silent, *GIVEN)) == ""
 
 
 def test_depth_12_is_the_tuned_recipe_and_the_rest_follows_by_the_rules():
