@@ -84,7 +84,8 @@ def measure(
     if PROMPT + tokens > config.model.block_size:
         raise ValueError(
             f"--steps={tokens} after a prompt of {PROMPT} tokens is more than "
-            f"model.block_size={config.model.block_size}, past which nothing is cached"
+            f"model.block_size={config.model.block_size}, past which nothing is cached; "
+            f"{config.model.block_size - PROMPT} would do"
         )
     rate, rows = bandwidth(), []
     for count in flags.decode:
