@@ -69,7 +69,7 @@ class StopRequest:
         else:
             self._last = 0
 
-    def reached(self) -> bool:
+    def reached(self, step: int | None = None) -> bool:
         """Whether to stop here: the same answer in every process, for the same call of this.
 
         It waits for nobody, but once and for an instant while the processes agree.

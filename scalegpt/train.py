@@ -260,7 +260,7 @@ def loop(run: Run, state: State, start: int) -> int:
         if (failure := run.checkpoints.failing) and failure.over:
             report(*pending)
             return leave(done, NOT_SAVED, stall)
-        leaving = run.stop.reached()
+        leaving = run.stop.reached(done)
         last = done == total or leaving
         evaluate_now = done == total or _due(done, config.eval.every)
         save_now = last or _due(done, config.checkpoint.every)

@@ -220,12 +220,12 @@ def test_a_stop_request_is_noticed_and_the_signals_are_given_back(capfd):
     request = StopRequest()
     try:
         request.saves = True
-        assert not request.reached()
+        assert not request.reached(1)
         signal.raise_signal(signal.SIGTERM)
         until = time.monotonic() + 10
         while not request.reached() and time.monotonic() < until:
             time.sleep(0.01)
-        assert request.reached() and request.reached()
+        assert request.reached(2) and request.reached(3)
         assert "SIGTERM: saving after this step; once more" in capfd.readouterr().err
     finally:
         request.close()
@@ -257,7 +257,7 @@ stopping.saves = True
 join()
 for step in range(1, 10_000):
     time.sleep(0.001 * (index + 1))
-    if stopping.reached():
+    if stopping.reached(step):
         print("stopped", step, flush=True)
         peers.farewell(3)
         sys.exit(3)
@@ -313,11 +313,11 @@ def test_the_clouds_notice_of_an_end_is_a_request_to_stop(event, monkeypatch, ca
         until = time.monotonic() + 10
         while len(asked) < 8 and time.monotonic() < until:
             time.sleep(0.01)
-        assert not request.reached() and len(set(asked)) == 2
+        assert not request.reached(1) and len(set(asked)) == 2
         values[event] = {"preempted": "TRUE"}.get(event, "TERMINATE_ON_HOST_MAINTENANCE")
         while not request.reached() and time.monotonic() < until:
             time.sleep(0.01)
-        assert request.reached()
+        assert request.reached(2)
         assert f"({event}: {values[event]}): saving after this step" in capfd.readouterr().err
     finally:
         request.close()
