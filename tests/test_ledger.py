@@ -83,7 +83,8 @@ def test_the_ledger_sums_to_the_wall_time_over_a_kill_and_a_restart(plays, tmp_p
     total = sum(last[f"time/{name}"] for name in ledger.TIMES)
     assert total == pytest.approx(last["time"] - began, rel=0.02)
     assert wall - total < 5, "what comes after the last row is the end of the process alone"
-    assert last["time/down"] >= 2 and last["time/lost"] > 0 and last["time/restore"] > 0
+    # Of 2 s: when this machine was started, from which processes count, Linux tells to a second.
+    assert last["time/down"] > 1 and last["time/lost"] > 0 and last["time/restore"] > 0
     assert last["time/step"] > 0 and 0 < last["perf/goodput"] < 1
     assert "time     " in output and "goodput" not in rows(tmp_path / "run")
     stalls = rows(tmp_path / "run", "perf/save_stall_seconds")
