@@ -175,7 +175,7 @@ with phases("save"):
 def test_a_process_that_was_stopped_for_a_while_does_not_hang():
     then = """
 watch.Watch(phases)
-phases.current = phases.current._replace(deadline=3.0)
+phases.current = phases.current._replace(deadline=3.0, since=time.monotonic())
 print("up", flush=True)
 time.sleep(4.5)
 """
