@@ -176,8 +176,9 @@ def test_a_process_that_was_stopped_for_a_while_does_not_hang():
     then = """
 watch.Watch(phases)
 phases.current = phases.current._replace(deadline=3.0, since=time.monotonic())
+end = time.monotonic() + 4.5  # of the clock: it may be stopped before it sleeps
 print("up", flush=True)
-time.sleep(4.5)
+time.sleep(max(0, end - time.monotonic()))
 """
     (process,) = start(1, then)
     process.stdout.readline()
