@@ -36,6 +36,14 @@ class Phase(NamedTuple):
     deadline: float
 
 
+def _age() -> float:
+    """Seconds since this process began."""
+    began = psutil.Process().create_time()
+    if hasattr(time, "CLOCK_BOOTTIME"):  # Linux: by the clock, it knows its own start to a second
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - (began - psutil.boot_time())
+    return time.time() - began
+
+
 class Phases:
     """Entered as `with phases("restore"):`; the outer phase's clock stands still meanwhile.
 
@@ -45,9 +53,7 @@ class Phases:
     def __init__(self, run: RunConfig) -> None:
         self._limits = {name: getattr(run, f"deadline_{key}") for name, (_, key) in PHASES.items()}
         self._spent: dict[str, float] = {}  # by phase
-        self._entered = self._born = time.monotonic() - (
-            time.time() - psutil.Process().create_time()
-        )
+        self._entered = self._born = time.monotonic() - _age()
         self.current = self._phase("imports", 0)
 
     def _phase(self, name: str, step: int) -> Phase:

@@ -83,8 +83,7 @@ def test_the_ledger_sums_to_the_wall_time_over_a_kill_and_a_restart(plays, tmp_p
     total = sum(last[f"time/{name}"] for name in ledger.TIMES)
     assert total == pytest.approx(last["time"] - began, rel=0.02)
     assert wall - total < 5, "what comes after the last row is the end of the process alone"
-    # Of 2 s: when this machine was started, from which processes count, Linux tells to a second.
-    assert last["time/down"] > 1 and last["time/lost"] > 0 and last["time/restore"] > 0
+    assert last["time/down"] >= 2 and last["time/lost"] > 0 and last["time/restore"] > 0
     assert last["time/step"] > 0 and 0 < last["perf/goodput"] < 1
     assert "time     " in output and "goodput" not in rows(tmp_path / "run")
     stalls = rows(tmp_path / "run", "perf/save_stall_seconds")
@@ -93,7 +92,7 @@ def test_the_ledger_sums_to_the_wall_time_over_a_kill_and_a_restart(plays, tmp_p
     assert min(rows(tmp_path / "run", "memory/host_gib").values()) > 0.05
 
 
-def test_120_saves_and_evaluations_do_not_grow_the_memory(plays, tmp_path):
+def test_200_saves_and_evaluations_do_not_grow_the_memory(plays, tmp_path):
     """In the loop's own way: asynchronous, one after the other, with retention."""
     config = parse([*arguments(plays, tmp_path / "run"), "--eval.windows=8"], "test", {})[0]
     datasets = open_datasets(config)
@@ -102,11 +101,11 @@ def test_120_saves_and_evaluations_do_not_grow_the_memory(plays, tmp_path):
     evaluate, state = validation(config, datasets, steps), steps.init()
     saves = Checkpoints(tmp_path, 1)
     process, seen = psutil.Process(), []
-    for at in range(1, 121):
+    for at in range(1, 201):
         evaluate(state.params)
         saves.save(state, at, {"best_loss": 0.0}, 1.0 / at)
         seen.append(process.memory_info().rss / 2**20)
     saves.wait()
     saves.close()
     # The first few fill pools and caches that stay.
-    assert max(seen[-10:]) - max(seen[30:40]) < 30, f"MiB: {seen[::12]}"
+    assert max(seen[-10:]) - max(seen[30:40]) < 30, f"MiB: {seen[::20]}"
