@@ -21,11 +21,14 @@ VOCABULARY = 50257  # GPT-2's, where model.vocab_size is not given: data are ope
 
 def derived(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """section -> key -> value, of all that `model.depth` sets and `values`, a run's sections as
-    they were given, do not. A width, context or batch that is given is what the rest follows from.
+    they were given, do not. A width, context or batch that is given is what the rest follows from;
+    null is not given.
 
-    Raises ValueError for a depth that is no number from 1 to 1000.
+    Raises ValueError for a depth that is no number from 1 to 1000, or not the given n_layer.
     """
-    model, batch, optim = ({**values.get(name, {})} for name in ("model", "batch", "optim"))
+    given = {name: {k: v for k, v in values.get(name, {}).items() if v is not None}
+             for name in ("model", "batch", "optim")}  # fmt: skip
+    model, batch, optim = ({**keys} for keys in given.values())
     depth = _whole("model.depth", model["depth"])
     if not 1 <= depth <= 1000:
         raise ValueError(f"model.depth={depth} must be 1 to 1000 layers")
@@ -35,6 +38,11 @@ def derived(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
     model.setdefault("n_embd", width(depth))
     model.setdefault("block_size", 1024)
     layers = _whole("model.n_layer", model["n_layer"])
+    if layers != depth:
+        raise ValueError(
+            f"model.depth={depth} and model.n_layer={layers} are both the number of layers; "
+            "leave one out: --model.n_layer=null, or --model.depth=null"
+        )
     embd = _whole("model.n_embd", model["n_embd"])
     model.setdefault("n_head", max(1, embd // 128))
     vocabulary = _whole("model.vocab_size", model.get("vocab_size") or VOCABULARY)
@@ -62,7 +70,7 @@ def derived(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
         optim.setdefault("momentum_warmup", min(300, steps // 10))
     full = {"model": model, "batch": batch, "optim": optim}
     return {
-        section: {k: v for k, v in keys.items() if k not in values.get(section, {})}
+        section: {k: v for k, v in keys.items() if k not in given[section]}
         for section, keys in full.items()
     }
 

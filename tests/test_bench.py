@@ -282,6 +282,7 @@ def refused(capsys, *argv: str) -> str:
         (["--decode", "1", "--steps=0"], "--steps=0 must be at least 1"),
         (["--decode", "1", "--steps=1"], "prompt of 16 tokens is more than model.block_size=16"),
         (["--decode", "1", "--real-data"], "--decode goes with neither"),
+        (["--their-microbatch=4"], "--their-microbatch and --their-dtype are for a trainer of"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line_and_exit_code_2(capsys, argv, message):

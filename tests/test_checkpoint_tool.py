@@ -104,6 +104,13 @@ def test_diff_of_two_steps_and_of_two_runs(run, five, tmp_path, capsys):
     assert tool.main(["diff", str(tmp_path / "other"), f"{run}:20"]) == 1
     printed = capsys.readouterr().out
     assert "params/b: float32[4] -> float32[3]" in printed and "7 of 7 arrays are equal" in printed
+    params["b"] = one.params["b"].at[0].set(jax.numpy.nan) + 0.5
+    other.save(State(one.step, params, one.opt_state, one.health), 21, {}, None)
+    assert other.wait() is None
+    assert tool.main(["diff", str(tmp_path / "other"), f"{run}:20"]) == 1
+    printed = capsys.readouterr().out
+    assert "largest difference 5.000e-01, of values up to " in printed
+    assert ", and 1 NaN in one alone\n7 of 8 arrays are equal" in printed
     flip(arrays_of(run / "checkpoints" / "30", "params"))
     with pytest.raises(ValueError, match="step 30 in .* is damaged"):
         tool.main(["diff", f"{run}:30", str(run)])

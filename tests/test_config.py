@@ -542,6 +542,13 @@ def test_what_is_given_stays_and_the_rest_follows_from_it(in_yaml):
     assert adamw.optim.embedding_lr is None and adamw.optim.lr == 6e-4
     assert adamw.optim.warmup_steps == adamw.optim.steps // 20
     assert adamw.model.position == "learned" and adamw.model.n_layer == 4
+    # A config made for another size: null leaves out what it gives.
+    config = in_yaml("model: {n_layer: 2, n_embd: 64}\noptim: {lr: 0.5}")
+    nulls = ("--model.n_layer=null", "--model.n_embd=null", "--optim.lr=null")
+    assert parse(config, *nulls, "--model.depth=12", *GIVEN) == parse("--model.depth=12", *GIVEN)
+    assert parse(config, "--model.depth=2", *GIVEN).model.n_embd == 64
+    with pytest.raises(ValueError, match="depth=12 and model.n_layer=2 are both .*n_layer=null"):
+        parse(config, "--model.depth=12", *GIVEN)
     # A run that is stored continues with the numbers it began with.
     assert command_line.validate(c.model_dump(), "stored") == c
 

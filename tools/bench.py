@@ -54,10 +54,7 @@ FLAGS = {
         "action": "append", "default": [], "metavar": "WHAT",
         "help": "nanogpt=DIR, a checkout of karpathy/nanoGPT, or transformers; may be repeated",
     },
-    "--their-mode": {
-        "choices": ("both", *bench_torch.MODES), "default": "both",
-        "help": "eager, compiled by torch.compile, or both of them (default)",
-    },
+    "--their-mode": {"choices": ("both", *bench_torch.MODES), "default": "both"},
     "--their-microbatch": {"type": int, "metavar": "N", "help": "sequences they hold at a time"},
     "--their-dtype": {"choices": ("float32", "bfloat16"), "help": "of their autocast"},
     "--rounds": {"type": int, "default": 5, "help": "turns of each trainer (default 5)"},
@@ -77,6 +74,8 @@ def main(argv: list[str]) -> int:
     for name in ("rounds", "steps", "decode"):
         if (value := getattr(flags, name)) is not None and np.min(value) < 1:
             raise ValueError(f"--{name}={value} must be at least 1")
+    if not flags.against and (flags.their_microbatch or flags.their_dtype):
+        raise ValueError("--their-microbatch and --their-dtype are for a trainer of --against")
     if flags.decode:
         if flags.profile or flags.real_data:
             raise ValueError("--decode goes with neither --profile nor --real-data")
@@ -96,7 +95,7 @@ def main(argv: list[str]) -> int:
     else:
         config, _ = with_vocabulary(config)
         datasets = [random_tokens(config)]
-    load = os.getloadavg()[0]  # before there is any of ours
+    load = os.getloadavg()[0]  # before any of ours
     if flags.decode:
         steps = build_for_use(config, sharding.make_mesh(config.mesh), 1)
         found = bench_decode.measure(config, flags, theirs(config, flags, steps), turns)

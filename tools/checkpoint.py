@@ -154,11 +154,15 @@ def diff(flags: argparse.Namespace) -> int:
     for name in both:
         # One array at a time is not how Orbax reads; an item at a time is held, of each.
         x, y = (np.asarray(arrays[name], np.float64) for arrays in (a, b))
-        gap = np.abs(x - y).max(initial=0.0)
         if not np.array_equal(x, y, equal_nan=True):
             differ += 1
+            # A history that is not yet full holds NaN, which has no difference.
+            numbers = ~np.isnan(x) & ~np.isnan(y)
+            gap, size = (np.max(np.abs(z), initial=0.0, where=numbers) for z in (x - y, x))
+            one = np.sum(np.isnan(x) != np.isnan(y))
+            alone = f", and {one} NaN in one alone" if one else ""
             print(f"{name:{width}}  largest difference {gap:.3e}, of values up to "
-                  f"{np.abs(x).max(initial=0.0):.3e}")  # fmt: skip
+                  f"{size:.3e}{alone}")  # fmt: skip
     print(f"{len(both) - differ} of {len(both)} arrays are equal")
     return int(bool(lines or other or differ))
 

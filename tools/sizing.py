@@ -191,7 +191,7 @@ def scaling(parameters: int, tokens: int, budget: float) -> dict[str, Any]:
 
 
 def line(name: str, *cells: str, width: int = 16) -> str:
-    return f"  {name:28}" + "".join(f"{cell:>{width}}" for cell in cells)
+    return f"  {name:28}" + "".join(f" {cell:>{width - 1}}" for cell in cells)
 
 
 def tables(r: dict[str, Any]) -> str:
