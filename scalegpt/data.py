@@ -235,7 +235,7 @@ def train_iterator(source: TrainBatches, start_step: int, prefetch: int = 2) -> 
     An error while reading is raised by `next`. Returns Grain's iterator, which has `close()`.
     """
     # One thread: Grain's default of 16 takes the trainer's cores and reads no faster.
-    options = grain.ReadOptions(num_threads=min(1, prefetch), prefetch_buffer_size=prefetch)
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
     iterator = iter(grain.MapDataset.source(source).to_iter_dataset(options))
     iterator.set_state({"next_index": start_step})
     return iterator

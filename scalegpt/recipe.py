@@ -87,7 +87,7 @@ class ModelConfig(Section):
     scan_layers: bool = False
     """compile one layer and loop over it (fast compile), or unroll (fast step on CPU and TPU)"""
     remat: Literal["none", "dots", "full"] = "none"
-    """what the backward pass recomputes: nothing, all but matrix products, whole layers"""
+    """what the backward pass recomputes: little, all but matrix products, whole layers"""
     loss_chunk: Positive = 128
     """positions whose logits are held at a time, in each sequence"""
 

@@ -106,22 +106,19 @@ class WandbWriter:
 
     Without credentials: W&B's offline mode. Any other trouble: one warning, and the writer is off.
     A continued run keeps its W&B id, in out_dir/wandb_id.txt, and W&B ignores the steps that it
-    already has. Raises ValueError if the package is missing.
+    already has.
     """
 
     def __init__(
         self, config: Row, out_dir: str | Path, project: str, name: str | None = None,
         resume: bool = False, entity: str | None = None, say: Say = print,
     ) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise ValueError("log.wandb=true needs a package that is not installed: "
-                             "pip install 'scalegpt[wandb]', or set log.wandb=false") from error
         self._say, self._run = say, None
         id_file = Path(out_dir) / "wandb_id.txt"
 
         def start() -> None:
+            import wandb
+
             mode = wandb.setup().settings.mode  # from WANDB_MODE or W&B's settings files
             online = mode not in ("offline", "dryrun", "disabled")
             # wandb.init would ask for a key and wait; this neither asks nor goes to the network.

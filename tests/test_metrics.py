@@ -19,7 +19,7 @@ import pytest
 
 from scalegpt import flops
 from scalegpt.config import RunConfig
-from scalegpt.metrics import EVAL_KEYS, TRAIN_KEYS, Console, Metrics, Throughput
+from scalegpt.metrics import EVAL_KEYS, TRAIN_KEYS, Console, Metrics, Throughput, check_packages
 from scalegpt.phases import Phases
 from scalegpt.writers import JsonlWriter, TensorBoardWriter, WandbWriter
 
@@ -355,10 +355,11 @@ def test_wandb_does_not_swallow_ctrl_c(monkeypatch, tmp_path):
         WandbWriter({}, tmp_path, "p").write({"step": 1})
 
 
-def test_missing_wandb_names_the_extra(monkeypatch, tmp_path):
+def test_missing_wandb_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match=r"scalegpt\[wandb\]"):
-        WandbWriter({}, tmp_path, "p")
+        check_packages(log(wandb=True))
+    check_packages(log())
 
 
 # Console
