@@ -214,7 +214,8 @@ class Parser(argparse.ArgumentParser):
         for word, following in zip(args, [*args[1:], None], strict=False):
             name, equals, value = word.partition("=")
             action = self._option_string_actions.get(name)
-            if type(action) is not argparse._StoreAction or action.type or action.choices:
+            text = getattr(action, "type", None) in (None, os.path.expanduser)
+            if type(action) is not argparse._StoreAction or action.choices or not text:
                 continue
             if "." in name:  # a key, whose type tells
                 continue

@@ -10,6 +10,7 @@ from scalegpt.recipe import ModelConfig, OptimConfig
 from scalegpt.value_types import (
     MeshAxis,
     Name,
+    Place,
     Positive,
     Seconds,
     Section,
@@ -57,7 +58,7 @@ class DataConfig(Section):
     """run the folder's prepare.py first when its token files are missing"""
     prefetch: Annotated[int, Field(ge=1, le=1000)] = 2
     """batches read ahead"""
-    cache_dir: Name | None = None
+    cache_dir: Place | None = None
     """where files of a URL are staged; default: the user's cache folder"""
 
     @property
@@ -111,12 +112,12 @@ class LogConfig(Section):
 
 
 class RunConfig(Section):
-    out_dir: Name
+    out_dir: Place
     """the run's folder; a second start with the same folder continues the run"""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 1337
     backend: Literal["jit", "pmap"] = "jit"
     """what runs the update; pmap: copies of the whole model, to compare with"""
-    init_from: Name | None = None
+    init_from: Place | None = None
     """start from the weights of another run (its out_dir), or of Hugging Face: gpt2-xl, a folder"""
     init_checkpoint: Which = "best"
     """which of its checkpoints: best, latest or a step"""

@@ -253,7 +253,7 @@ def stable_fraction(text: str, seed: int = 0) -> float:
 def script_parser(description: str, script: str) -> argparse.ArgumentParser:
     """The flags that every data/*/prepare.py has; `script` is its __file__."""
     parser = command_line.Parser(description=description)
-    parser.add_argument("--input", help="local text to use")
+    parser.add_argument("--input", type=os.path.expanduser, help="local text to use")
     parser.add_argument("--out", type=storage.local_path, default=Path(script).resolve().parent)
     parser.add_argument("--workers", type=int, help="encoding processes (by default: by size)")
     parser.add_argument("--force", action="store_true", help="prepare again what is there")

@@ -22,7 +22,7 @@ def is_run(folder: str | Path) -> bool:
     """Whether it is the folder of a run, or of imported weights, and not of Hugging Face's kind."""
     if storage.is_url(folder):
         return bool((storage.folder(folder) / FOLDER).names())
-    return Path(folder, FOLDER).is_dir()
+    return Path(folder, FOLDER).expanduser().is_dir()
 
 
 def has_imported_weights(out_dir: str | Path) -> bool:
@@ -33,7 +33,7 @@ def has_imported_weights(out_dir: str | Path) -> bool:
 def local(out_dir: str) -> Path:
     """Where the files are on this machine, whether they are there or not."""
     if not storage.is_url(out_dir):
-        return Path(out_dir)
+        return Path(out_dir).expanduser()
     url = out_dir.rstrip("/")
     name = f"{posixpath.basename(url)}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
     return user_cache.folder("runs", name)

@@ -124,7 +124,7 @@ def local_path(text: str) -> Path:
     """For argparse, which refuses a URL: Path() would quietly make a local folder "gs:" of it."""
     if is_url(text) or not text:
         raise argparse.ArgumentTypeError(f"{text!r} must be a local folder")
-    return Path(text)
+    return Path(text).expanduser()
 
 
 def hold(path: Path, wait: bool = True) -> TextIO:
@@ -152,7 +152,7 @@ def folder(path: str | Path) -> Folder:
     import fsspec
 
     if not is_url(path):
-        path = Path(path).absolute().as_posix()
+        path = Path(path).expanduser().absolute().as_posix()
         return Folder(path, fsspec.filesystem("file"), path)
     path = str(path).rstrip("/")
     if not path.startswith(("gs://", "s3://")):  # else Orbax would make a local folder "x:"

@@ -1,6 +1,7 @@
 """The kinds of values that a configuration has, with limits that hold wherever they are used."""
 
 import math
+import os.path
 import unicodedata
 from typing import Annotated
 
@@ -47,6 +48,8 @@ def _named(text: str) -> str:
 Text = Annotated[str, AfterValidator(_plain)]
 Which = Annotated[str, AfterValidator(checkpoint)]
 Name = Annotated[Text, AfterValidator(_named)]  # of a file, a folder, a project
+# A shell leaves the "~" of --key=~/runs as it is, and rm -r of a folder "~" is a trap.
+Place = Annotated[Name, AfterValidator(os.path.expanduser)]
 
 
 def divisors(n: int) -> list[int]:

@@ -57,6 +57,14 @@ def gpt2_parameters(L, D, T, V, bias):
 # --- defaults and presets
 
 
+def test_a_tilde_is_the_home_folder(monkeypatch, in_yaml):
+    monkeypatch.setenv("HOME", "/home/ada")
+    c = parse(in_yaml("data: {path: d, cache_dir: ~/c}"), "--run.out_dir=~/runs/a~b")
+    assert (c.run.out_dir, c.data.cache_dir) == ("/home/ada/runs/a~b", "/home/ada/c")
+    bucket = parse("--data.path=d", "--run.out_dir=gs://~/a", "--run.init_from=~/runs/b")
+    assert (bucket.run.out_dir, bucket.run.init_from) == ("gs://~/a", "/home/ada/runs/b")
+
+
 def test_defaults_are_nanogpts_124m_run():
     c = parse(*GIVEN)
     m, o = c.model, c.optim
