@@ -6,7 +6,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from scalegpt.depth import derived
-from scalegpt.recipe import ModelConfig, OptimConfig
+from scalegpt.recipe import ModelConfig, OptimConfig, muons
 from scalegpt.value_types import (
     MeshAxis,
     Name,
@@ -169,14 +169,20 @@ class Config(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_depth(cls, values: Any) -> Any:
-        sections = values if isinstance(values, dict) else {}
-        given = {s: sections.get(s) for s in ("model", "batch", "optim") if s in sections}
-        plain = all(isinstance(keys, dict) for keys in given.values())  # else an error is to come
-        if not plain or given.get("model", {}).get("depth") is None:
+    def _fill(cls, values: Any) -> Any:
+        """What follows from another section: all that model.depth sets, and a rate of Muon's."""
+        if not isinstance(values, dict):
             return values
-        filled = {s: {**given.get(s, {}), **keys} for s, keys in derived(given).items()}
-        return {**values, **filled}
+        given = {s: values.get(s) for s in ("model", "batch", "optim") if s in values}
+        if not all(isinstance(keys, dict) for keys in given.values()):
+            return values  # an error is to come
+        model = given.get("model", {})
+        if model.get("depth") is not None:
+            given = {s: {**given.get(s, {}), **keys} for s, keys in derived(given).items()}
+        optim = given.get("optim", {})
+        if optim.get("name") == "muon" and optim.get("embedding_lr") is None:
+            given["optim"] = {**optim, "embedding_lr": muons(model)["embedding_lr"]}
+        return {**values, **given}
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)

@@ -11,7 +11,7 @@ share of the run. nanochat scales by the same rules.
 import math
 from typing import Any
 
-from scalegpt.recipe import MUON
+from scalegpt.recipe import GPT2_SIZES, MUON, muons
 
 TOKENS_PER_WEIGHT = 12
 BATCH, DEPTH = 2**19, 12  # tokens of an update at the depth that was tuned
@@ -38,10 +38,14 @@ def derived(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
     model.setdefault("n_embd", width(depth))
     model.setdefault("block_size", 1024)
     layers = _whole("model.n_layer", model["n_layer"])
-    if layers != depth:
+    # "gpt2" is an architecture of any size as well; the others are sizes.
+    preset = str(model["preset"])
+    is_size = preset in GPT2_SIZES and preset != "gpt2" and "n_layer" not in given["model"]
+    if depth != (GPT2_SIZES[preset][0] if is_size else layers):
+        other = f"preset={preset}" if is_size else f"n_layer={layers}"
         raise ValueError(
-            f"model.depth={depth} and model.n_layer={layers} are both the number of layers; "
-            "leave one out: --model.n_layer=null, or --model.depth=null"
+            f"model.depth={depth} and model.{other} both set the number of layers; leave one out: "
+            f"--model.{other.partition('=')[0]}=null, or --model.depth=null"
         )
     embd = _whole("model.n_embd", model["n_embd"])
     model.setdefault("n_head", max(1, embd // 128))
@@ -64,9 +68,9 @@ def derived(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
     else:
         optim.setdefault("lr", _round(MUON["lr"] * by_batch))
         for key in ("embedding_lr", "head_lr", "scalar_lr"):
-            optim.setdefault(key, _round(MUON[key] * adam))
-        optim.setdefault("weight_decay", _round(WEIGHT_DECAY * by_batch * tuned / tokens))
-        optim.setdefault("cautious_decay", True)
+            optim.setdefault(key, _round(muons(model)[key] * adam))
+        optim.setdefault("weight_decay", _round(WEIGHT_DECAY * by_batch * tuned / (steps * size)))
+        optim.setdefault("cautious_decay", str(optim["weight_decay"]) not in ("0", "0.0"))
         optim.setdefault("momentum_warmup", min(300, steps // 10))
     full = {"model": model, "batch": batch, "optim": optim}
     return {

@@ -23,7 +23,8 @@ ENOUGH = 32  # so many there must be before any loss is called a spike
 class Health:
     """Part of the state, so that a run that continues judges as the unbroken one.
 
-    recent: losses of the last updates that were applied, [WINDOW] float32, NaN where there is none.
+    recent: the last finite losses, [WINDOW] float32, NaN where there is none; those of updates that
+    were left out, too, or after a lasting rise all would be.
     nonfinite, spikes: updates left out so far.
     """
 
@@ -53,7 +54,7 @@ def judge(run: RunConfig, health: Health, loss: Array, norm: Array) -> tuple[Arr
     far = deviation(health.recent, loss)
     left_out = finite & (far > run.spike) if run.skip_spikes else jnp.zeros((), bool)
     apply = finite & ~left_out
-    recent = jnp.where(apply, jnp.append(health.recent[1:], loss), health.recent)
+    recent = jnp.where(finite, jnp.append(health.recent[1:], loss), health.recent)
     after = Health(recent, health.nonfinite + ~finite, health.spikes + left_out)
     return apply, far, after
 

@@ -52,7 +52,8 @@ def decay_mask(config: OptimConfig) -> Callable[[Any], Any]:
         name = next(k.key for k in reversed(path) if isinstance(k, jax.tree_util.DictKey))
         if config.decay == "all":
             return True
-        return name.endswith("kernel") or (config.decay == "matrices" and name in ("wte", "wpe"))
+        embedding = group(name) == "embeddings"
+        return name.endswith("kernel") or (config.decay == "matrices" and embedding)
 
     return lambda params: jax.tree_util.tree_map_with_path(lambda path, _: decays(path), params)
 

@@ -19,7 +19,7 @@ from scalegpt.decode import decoder
 from scalegpt.feed import windows_of
 from scalegpt.flops import parameter_count
 from scalegpt.metrics import Metrics
-from scalegpt.recipe import MUON
+from scalegpt.recipe import muons
 from scalegpt.sampling import Sampler
 from scalegpt.saving import Failure
 from scalegpt.step import Steps
@@ -66,8 +66,9 @@ def muon_line(config: Config) -> str:
     optim = config.optim
     if optim.name != "muon" or config.model.depth:
         return ""
+    own = muons(config.model.model_dump())
     given = [f"{key} {getattr(optim, key)} (its own: {value})"
-             for key, value in MUON.items() if getattr(optim, key) != value]  # fmt: skip
+             for key, value in own.items() if getattr(optim, key) != value]  # fmt: skip
     return f"muon with {', '.join(given)}; null gives its own" if given else ""
 
 

@@ -281,8 +281,11 @@ def refused(capsys, *argv: str) -> str:
         (["--decode", "1", "0"], "--decode=[1, 0] must be at least 1"),
         (["--decode", "1", "--steps=0"], "--steps=0 must be at least 1"),
         (["--decode", "1", "--steps=1"], "prompt of 16 tokens is more than model.block_size=16"),
-        (["--decode", "1", "--real-data"], "--decode goes with neither"),
-        (["--their-microbatch=4"], "--their-microbatch and --their-dtype are for a trainer of"),
+        (["--decode", "1", "--real-data"], "--decode does not go with --real-data"),
+        (["--their-microbatch=4"], "--their-microbatch is for a trainer of --against"),
+        (["--against=transformers", "--decode=1", "--their-mode=compiled"], "with --their-mode"),
+        (["--against=transformers", "--their-microbatch=0"], "--their-microbatch=0 does not"),
+        (["--against=transformers", "--model.qk_norm=true"], "has no model.qk_norm=True"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line_and_exit_code_2(capsys, argv, message):

@@ -104,6 +104,7 @@ def test_diff_of_two_steps_and_of_two_runs(run, five, tmp_path, capsys):
     assert other.wait() is None
     assert tool.main(["diff", str(tmp_path / "other"), f"{run}:20"]) == 1
     printed = capsys.readouterr().out
+    assert "optim.lr: None -> 2.0" in printed  # which the first, without a config, has not
     assert "params/b: float32[4] -> float32[3]" in printed and "7 of 7 arrays are equal" in printed
     params["b"] = one.params["b"].at[0].set(jax.numpy.nan) + 0.5
     other.save(State(one.step, params, one.opt_state, one.health), 21, {}, None)

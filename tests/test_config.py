@@ -519,6 +519,20 @@ def test_the_start_names_what_is_not_muons_own():
         assert muon_line(parse(*silent, *GIVEN)) == ""
 
 
+def test_muon_moves_a_tied_table_by_smaller_steps():
+    muon = ("--optim.name=muon", *GIVEN)
+    for expected, argv in (
+        (0.02, ["--model.preset=gpt2-xl"]), (0.02, ["--model.tie_word_embeddings=true"]),
+        (0.3, ["--model.tie_word_embeddings=false"]), (0.3, ["--model.preset=modern"]),
+        (0.02, ["--model.preset=modern", "--model.tie_word_embeddings=True"]),
+        (0.5, ["--optim.embedding_lr=0.5"]), (0.02, ["--optim.embedding_lr=null"]),
+        (0.02, ["--model.depth=12", "--model.preset=gpt2"]),
+    ):  # fmt: skip
+        config = parse(*argv, *muon)
+        assert config.optim.embedding_lr == expected, argv
+        assert ("embedding_lr" in muon_line(config)) == (expected == 0.5)
+
+
 def test_depth_12_is_the_tuned_recipe_and_the_rest_follows_by_the_rules():
     c = parse("--model.depth=12", *GIVEN)
     assert (c.model.n_layer, c.model.n_embd, c.model.n_head) == (12, 768, 6)
@@ -555,8 +569,14 @@ def test_what_is_given_stays_and_the_rest_follows_from_it(in_yaml):
     nulls = ("--model.n_layer=null", "--model.n_embd=null", "--optim.lr=null")
     assert parse(config, *nulls, "--model.depth=12", *GIVEN) == parse("--model.depth=12", *GIVEN)
     assert parse(config, "--model.depth=2", *GIVEN).model.n_embd == 64
-    with pytest.raises(ValueError, match="depth=12 and model.n_layer=2 are both .*n_layer=null"):
+    with pytest.raises(ValueError, match="depth=12 and model.n_layer=2 both .*n_layer=null"):
         parse(config, "--model.depth=12", *GIVEN)
+    with pytest.raises(ValueError, match="depth=12 and model.preset=gpt2-xl both .*preset=null"):
+        parse("--model.preset=gpt2-xl", "--model.depth=12", *GIVEN)
+    whole = parse("--model.depth=12", *GIVEN).optim
+    half = parse("--model.depth=12", f"--optim.steps={whole.steps // 2}", *GIVEN)
+    assert half.optim.weight_decay == pytest.approx(0.1, rel=5e-3)
+    assert not parse("--model.depth=4", "--optim.weight_decay=0", *GIVEN).optim.cautious_decay
     # A run that is stored continues with the numbers it began with.
     assert command_line.validate(c.model_dump(), "stored") == c
 

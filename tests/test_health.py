@@ -13,6 +13,7 @@ from tiny_run import ROWS, T, arguments, rows
 from scalegpt import health, replay, resume, sharding, step, train
 from scalegpt.checkpoint import open_checkpoints
 from scalegpt.command_line import parse
+from scalegpt.config import RunConfig
 from scalegpt.feed import open_datasets, windows_of
 from scalegpt.pmap_step import build as build_pmap
 
@@ -132,6 +133,19 @@ def test_a_spike_is_warned_of_and_by_option_left_out(plays, tmp_path, monkeypatc
     skipped = rows(tmp_path / "run", "train/skipped")
     assert list(skipped) == [1, at, at + 2], "the row of a spike is written"
     assert skipped[at + 2] == (skip == "true")
+
+
+def test_after_a_lasting_rise_updates_are_applied_again():
+    run = RunConfig(out_dir="x", skip_spikes=True)
+    noise = np.random.default_rng(0).normal(0, 0.1, 400)
+    levels = np.where(np.arange(400) < 200, 3, 5)
+    state, applied = health.initial(), []
+    judge = jax.jit(lambda state, loss: health.judge(run, state, loss, jnp.float32(1)))
+    for loss in (levels + noise).astype(np.float32):
+        apply, _, state = judge(state, loss)
+        applied.append(bool(apply))
+    assert all(applied[:200]) and not any(applied[200:235]) and all(applied[270:])
+    assert int(state.spikes) == applied.count(False)
 
 
 def test_layer_norms_are_numpys():

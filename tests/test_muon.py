@@ -207,6 +207,9 @@ def test_the_momentum_rises_to_its_value():
         ({"embedding_lr": 0.1}, "optim.embedding_lr=0.1 is Muon's"),
         ({"momentum": 0.9}, "optim.momentum=0.9 is Muon's"),
         ({"name": "muon", "min_lr": 0.1}, "optim.min_lr=0.1 is above optim.lr=0.02"),
+        ({"name": "muon", "steps": 100, "warmup_steps": 31}, "31 reaches into wsd's cooldown"),
+        ({"name": "muon", "cautious_decay": True}, "decays nothing with optim.weight_decay=0"),
+        ({"name": "muon", "steps": None}, "steps"),
     ],
 )
 def test_a_key_that_nothing_would_read_is_refused(keys, message):

@@ -322,6 +322,13 @@ def test_fault_19_trap_2_decay_follows_nanogpts_rule_leaf_by_leaf(abstract_param
     assert named(decay_mask(OptimConfig(decay=decay))(abstract_params[scan])) == want
 
 
+def test_value_embeddings_decay_as_the_others_do():
+    params = {"wte": 0, "h": {"attn": {"value_table": 0, "qkv_kernel": 0}}}
+    for decay, embeddings in (("matrices", True), ("no_embeddings", False)):
+        got = named(decay_mask(OptimConfig(decay=decay))(params))
+        assert got.pop("h/attn/qkv_kernel") and set(got.values()) == {embeddings}
+
+
 def test_fault_19_stacked_scales_and_biases_do_not_shrink():
     """With no gradient AdamW moves only what decays, here by lr * weight_decay = 1/8."""
     config = OptimConfig(lr=0.5, min_lr=0.5, steps=4, warmup_steps=0, weight_decay=0.25)

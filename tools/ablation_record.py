@@ -139,8 +139,11 @@ def existing(path: Path) -> Path:
 
 
 def finished(run: Run) -> bool:
-    """Whether the run has saved its last checkpoint, whose manifest is written last of all."""
-    return (run.folder / FOLDER / str(run.config.optim.steps) / manifest.NAME).is_file()
+    """Whether the run has saved its last checkpoint, whose manifest is written last of all, and has
+    evaluated it: a stop in the last evaluation saves first."""
+    steps = run.config.optim.steps
+    saved = (run.folder / FOLDER / str(steps) / manifest.NAME).is_file()
+    return saved and state(rows_of(run), steps) == DONE
 
 
 def rows_of(run: Run) -> list[dict[str, Any]]:

@@ -62,7 +62,9 @@ def summarise(record: Record) -> dict[str, Any]:
     """
     curves = {name: mean_curve(arm) for name, arm in record.arms.items() if arm}
     finals = {name: _finals(arm, "val_loss") for name, arm in record.arms.items() if arm}
-    target = _mean(finals.get(record.reference, []))
+    # Of the very curve that is to reach it: a mean in another order may be the least bit lower.
+    done = finals.get(record.reference)
+    target = float(curves[record.reference].loss[-1]) if done else None
     reach = {
         name: {axis: None if target is None else cost_to_reach(target, x, curve.loss)
                for axis, x in curve.cost.items()}

@@ -54,7 +54,7 @@ FLAGS = {
         "action": "append", "default": [], "metavar": "WHAT",
         "help": "nanogpt=DIR, a checkout of karpathy/nanoGPT, or transformers; may be repeated",
     },
-    "--their-mode": {"choices": ("both", *bench_torch.MODES), "default": "both"},
+    "--their-mode": {"choices": bench_torch.MODES, "help": "default: both"},
     "--their-microbatch": {"type": int, "metavar": "N", "help": "sequences they hold at a time"},
     "--their-dtype": {"choices": ("float32", "bfloat16"), "help": "of their autocast"},
     "--rounds": {"type": int, "default": 5, "help": "turns of each trainer (default 5)"},
@@ -74,12 +74,12 @@ def main(argv: list[str]) -> int:
     for name in ("rounds", "steps", "decode"):
         if (value := getattr(flags, name)) is not None and np.min(value) < 1:
             raise ValueError(f"--{name}={value} must be at least 1")
-    if not flags.against and (flags.their_microbatch or flags.their_dtype):
-        raise ValueError("--their-microbatch and --their-dtype are for a trainer of --against")
-    if flags.decode:
-        if flags.profile or flags.real_data:
-            raise ValueError("--decode goes with neither --profile nor --real-data")
-        flags.their_mode = "eager"
+    names = ("their_mode", "their_microbatch", "their_dtype", "profile", "real_data")
+    for name in (name for name in names if getattr(flags, name) not in (None, False)):
+        if name.startswith("their") and not flags.against:
+            raise ValueError(f"--{name.replace('_', '-')} is for a trainer of --against")
+        if flags.decode and name != "their_dtype":
+            raise ValueError(f"--decode does not go with --{name.replace('_', '-')}")
     for what in flags.against:
         bench_torch.check(what, config.model)
     jax.config.update("jax_enable_compilation_cache", False)
@@ -181,7 +181,8 @@ def theirs(config: Config, flags: Namespace, steps: Steps) -> list[dict[str, Any
             "CUDA_VISIBLE_DEVICES=0 leaves one"
         )
     sequences = config.batch.sequences
-    rows = flags.their_microbatch or config.batch.microbatch or sequences
+    rows = flags.their_microbatch
+    rows = config.batch.microbatch or sequences if rows is None else rows
     if rows < 1 or sequences % rows:
         raise ValueError(f"--their-microbatch={rows} does not divide batch.sequences={sequences}")
     ours_dtype = "float32" if platform == "cpu" else str(steps.model.dtype)
@@ -196,7 +197,8 @@ def theirs(config: Config, flags: Namespace, steps: Steps) -> list[dict[str, Any
             "weight_decay": optim.weight_decay, "grad_clip": optim.grad_clip,
         },
     }  # fmt: skip
-    modes = bench_torch.MODES if flags.their_mode == "both" else (flags.their_mode,)
+    both = ["eager"] if flags.decode else bench_torch.MODES
+    modes = [flags.their_mode] if flags.their_mode else both
     return [{**common, "trainer": what, "mode": mode} for what in flags.against for mode in modes]
 
 

@@ -16,6 +16,7 @@ import bench_torch
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from scalegpt.config import Config
 from scalegpt.decode import decoder
@@ -38,16 +39,16 @@ class Writer:
         steps = build_for_use(config, mesh, mine)
         self.write = decoder(steps, steps.init().params, Sampler(), model.vocab_size, keep=False)
         self.prompts = np.random.default_rng(0).integers(0, model.vocab_size, (texts, PROMPT))
-        read = dict(self.write.params)
         # Of what is only looked up, a step reads a row a text.
-        for name in ("wpe", "wte") if "head_kernel" in read else ("wpe",):
-            read.pop(name, None)
+        looked_up = ["wpe", "value_table", *(() if model.tie_word_embeddings else ("wte",))]
+        flat = flatten_dict(self.write.params)
+        read = [x for path, x in flat.items() if path[-1] not in looked_up]
         kept = 2 * model.n_layer * model.n_embd * steps.model.dtype.itemsize  # of each token
         held = mine * (PROMPT + tokens // 2)  # half way
         # By one device in a step.
         self.bytes_read = kept * held / mesh.shape["tensor"] + sum(
             math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-            for x in jax.tree.leaves(read)
+            for x in read
         )
         self.block(tokens)
 

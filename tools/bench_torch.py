@@ -242,9 +242,13 @@ def check(what: str, model: Any) -> None:
             f"--against={what}: there is no model.py in {folder}; for a checkout, "
             "git clone https://github.com/karpathy/nanoGPT"
         )
-    wanted = {"position": "learned", "tie_word_embeddings": True}
-    for key, value in wanted.items():
-        if (found := getattr(model, key)) != value:
+    wanted = {
+        "position": ["learned"], "norm": ["layernorm"], "activation": ["gelu", "gelu_tanh"],
+        "tie_word_embeddings": [True], "logit_softcap": [0.0], "qk_norm": [False],
+        "embedding_norm": [False], "residual_scalars": [False], "value_embeddings": [False],
+    }  # fmt: skip
+    for key, values in wanted.items():
+        if (found := getattr(model, key)) not in values:
             raise ValueError(f"--against={what}: {trainer} has no model.{key}={found}")
 
 

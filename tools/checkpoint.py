@@ -139,12 +139,10 @@ def sum_of(content: manifest.Manifest) -> int:
 
 def diff(flags: argparse.Namespace) -> int:
     (a, tree_a, config_a), (b, tree_b, config_b) = map(look_up, (flags.a, flags.b))
-    lines = [
-        f"{section}.{key}: {old!r} -> {config_b[section].get(key)!r}"
-        for section, keys in config_a.items()
-        for key, old in keys.items()
-        if config_b[section].get(key) != old
-    ]
+    old, new = ({f"{section}.{key}": x for section, keys in config.items()
+                 for key, x in keys.items()} for config in (config_a, config_b))  # fmt: skip
+    lines = [f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
+             for key in {**old, **new} if old.get(key) != new.get(key)]  # fmt: skip
     print("\n".join(["config:", *(f"  {line}" for line in lines)]) if lines else "config: the same")
     both = [n for n in tree_a if tree_a[n] == tree_b.get(n)]
     other = [n for n in {**tree_a, **tree_b} if n not in both]

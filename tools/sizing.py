@@ -101,6 +101,7 @@ def size(config: Config, flags: Namespace) -> dict[str, Any]:
     tokens_per_update = config.batch.sequences * model.block_size
     tokens = config.optim.steps * tokens_per_update
     budget = flags.budget or 6 * used * tokens
+    for_good = config.optim.steps // every if (every := config.checkpoint.keep_every) else 0
     place, checkpoint = placement(config, flags), memory.checkpoint_bytes(model, config.optim)
     keys = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias")
     return {
@@ -118,7 +119,7 @@ def size(config: Config, flags: Namespace) -> dict[str, Any]:
         "memory": place,
         "run": {
             "updates": config.optim.steps, "tokens_per_update": tokens_per_update, "tokens": tokens,
-            "checkpoints_bytes": (config.checkpoint.keep + 1) * checkpoint,
+            "checkpoints_bytes": (config.checkpoint.keep + 1 + for_good) * checkpoint,
             **cost(
                 {**{k: v / model.block_size * tokens for k, v in training.items()},
                  "6ND": 6 * parameters * tokens},
@@ -268,8 +269,7 @@ def of_time(r: dict[str, Any]) -> list[str]:
         f"MFU {run['mfu']:.0%}",
         line("attention counted", "FLOPs", "days"),
         *(line(name, f"{run['flops'][k]:.3g}", days[k]) for k, name in names.items()),
-        f"  its checkpoints take up to {run['checkpoints_bytes'] / 1e9:.2f} GB: "
-        "checkpoint.keep and the best",
+        f"  its checkpoints take up to {run['checkpoints_bytes'] / 1e9:.2f} GB, keep_every's too",
     ]
 
 
