@@ -106,6 +106,18 @@ def test_seeds_come_first_and_a_second_time_nothing_runs(finished, capsys):
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
+def test_a_run_that_was_stopped_in_its_last_evaluation_is_not_done(finished, capsys):
+    file, out, _ = finished
+    # The last checkpoint is there, and no loss.
+    metrics = out / "wide" / "seed-2" / "metrics.jsonl"
+    whole = metrics.read_text()
+    lines = [x for x in whole.splitlines() if not ('"val/loss"' in x and '"step": 12,' in x)]
+    metrics.write_text("\n".join(lines) + "\n")
+    assert ablation.main([str(file), "--out", str(out), "--dry-run"]) == 0
+    assert [x.count("wide/seed-2") for x in capsys.readouterr().out.splitlines()] == [1]
+    metrics.write_text(whole)
+
+
 def test_a_record_gives_the_same_report_and_a_small_picture(finished, tmp_path, capsys):
     file, out, _ = finished
     kept, first, second = (tmp_path / n for n in ("tiny.json", "first.png", "second.png"))
