@@ -22,7 +22,7 @@ from scalegpt.data import TrainBatches, TrainOrder, mixture_index
 from scalegpt.token_files import read_meta
 from scalegpt.tokenizer_files import tokenizer_files
 from scalegpt.train import FLAGS
-from scalegpt.value_types import Name, Text, Which, divisors
+from scalegpt.value_types import Name, Place, Text, Which, divisors
 
 few = settings(
     max_examples=60, deadline=None, derandomize=True,
@@ -32,16 +32,17 @@ few = settings(
 
 # --- configurations
 
-# Of no control characters; a command line reads null as none and { as the start of a mixture.
+# Of no control characters; a command line reads null as none, { as the start of a mixture and ~ as
+# the home folder.
 LETTERS = st.characters(exclude_categories=["Cc", "Cs"])
 NAMES = st.text(LETTERS, min_size=1, max_size=20).filter(
-    lambda name: name.strip() and name not in ("null", "None") and name[0] not in "{[\"'"
+    lambda name: name.strip() and name not in ("null", "None") and name[0] not in "{[\"'~"
 )
 # Values under which any other key may have any value of its type.
 BASE = {
     "model": {"n_head": 1, "n_embd": 64}, "mesh": {"data": 1},
-    "optim": {"name": "muon", "min_lr": 0.0, "warmup_steps": 0}, "checkpoint": {"every": 1},
-    "data": {"path": "d"}, "run": {"out_dir": "o"},
+    "optim": {"name": "muon", "min_lr": 0.0, "warmup_steps": 0, "weight_decay": 0.1},
+    "checkpoint": {"every": 1}, "data": {"path": "d"}, "run": {"out_dir": "o"},
 }  # fmt: skip
 ALONE = {  # keys whose values another key limits, too
     "model.n_head": st.sampled_from(divisors(64)),
@@ -55,7 +56,7 @@ ALONE = {  # keys whose values another key limits, too
 
 def values_of(annotation: Any, limits: tuple[Any, ...] = ()) -> st.SearchStrategy:
     """Values of a type as config.py writes them."""
-    if annotation in (Name, Text) or (annotation is str and not limits):
+    if annotation in (Name, Place, Text) or (annotation is str and not limits):
         return NAMES
     if annotation == Which:
         return st.sampled_from(["best", "latest", "0", "1200"])
@@ -103,7 +104,8 @@ def configurations(draw: Any) -> Config:
     for name in draw(st.lists(st.sampled_from(sorted(KEYS)), unique=True, max_size=12)):
         section, key = name.split(".")
         # These limit each other, or what else there may be.
-        if name not in ("model.n_head", "model.n_embd", "model.position", "optim.name"):
+        if name not in ("model.n_head", "model.n_embd", "model.position", "model.depth",
+                        "optim.name", "optim.weight_decay"):  # fmt: skip
             values.setdefault(section, {})[key] = draw(KEYS[name])
     return command_line.validate(values, "here")
 
