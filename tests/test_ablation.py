@@ -165,6 +165,18 @@ def test_a_large_picture_is_small_too_and_keeps_every_arms_colour(tmp_path):
         assert (np.abs(pixels - colours.to_rgb(f"C{i}")).max(-1) < 0.05).sum() > 10, i
 
 
+def test_the_reference_reaches_its_own_loss_with_any_seeds():
+    """Two ways to sum ten losses differ by the last bit, of some ten."""
+    sizes = {"parameters": 10, "flops_per_token": 60.0, "tokens_per_update": 100}
+    curve = {"state": "done", "step": [0, 50], "seconds": [0, 5], "bits_per_byte": None}
+    for seed in range(100):
+        losses = np.random.default_rng(seed).uniform(1.5, 1.6, 10)
+        runs = {i: {**curve, "val_loss": [4, x]} for i, x in enumerate(losses)}
+        arms = {"one": {**sizes, "curves": runs}}
+        record = ablation_record.Record(name="ten", reference="one", seeds=list(runs), arms=arms)
+        assert set(summarise(record)["arms"]["one"]["ratio"].values()) == {1.0}, seed
+
+
 def test_markdown_is_the_same_table(finished):
     file, out, _ = finished
     summary = summarise(ablation_record.measure(ablation_plan.read(str(file), str(out), [])))

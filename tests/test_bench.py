@@ -284,7 +284,7 @@ def refused(capsys, *argv: str) -> str:
         (["--decode", "1", "--real-data"], "--decode does not go with --real-data"),
         (["--their-microbatch=4"], "--their-microbatch is for a trainer of --against"),
         (["--against=transformers", "--decode=1", "--their-mode=compiled"], "with --their-mode"),
-        (["--against=transformers", "--their-microbatch=0"], "--their-microbatch=0 does not"),
+        (["--against=transformers", "--their-microbatch=0"], "--their-microbatch=0 must be at"),
         (["--against=transformers", "--model.qk_norm=true"], "has no model.qk_norm=True"),
     ],
 )  # fmt: skip

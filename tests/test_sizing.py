@@ -45,6 +45,16 @@ def config(mesh: dict, sequences: int = 8, accumulation: int = 1, **model) -> Co
     )
 
 
+def test_checkpoints_kept_for_good_take_room_too(capsys):
+    run = ("--optim.steps=1000", "--optim.warmup_steps=9", "--checkpoint.every=10",
+           "--checkpoint.keep=4")  # fmt: skip
+    for argv, count in ((run, 5), ((*run, "--checkpoint.keep_every=100"), 15)):
+        found = report(capsys, *argv)
+        one = found["parameters"]["checkpoint_bytes"]
+        assert found["run"]["checkpoints_bytes"] == count * one
+    assert f"checkpoints: {15 * one / 1e9:.2f} GB at most" in printed(capsys, *argv)
+
+
 def build(c: Config, devices: list) -> step.Steps:
     mesh = sharding.make_mesh(c.mesh, devices)
     return step.build(c, mesh, c.model.dtype, "xla")

@@ -71,9 +71,9 @@ COLUMNS = f"{'':20} {'tokens/s':>10} {'step ms: median':>16} {'least':>9} {'most
 def main(argv: list[str]) -> int:
     config, flags = command_line.parse(argv, "tools/bench.py", FLAGS, DEFAULTS)
     flags.steps = (128 if flags.decode else 10) if flags.steps is None else flags.steps
-    for name in ("rounds", "steps", "decode"):
+    for name in ("rounds", "steps", "decode", "their_microbatch"):
         if (value := getattr(flags, name)) is not None and np.min(value) < 1:
-            raise ValueError(f"--{name}={value} must be at least 1")
+            raise ValueError(f"--{name.replace('_', '-')}={value} must be at least 1")
     names = ("their_mode", "their_microbatch", "their_dtype", "profile", "real_data")
     for name in (name for name in names if getattr(flags, name) not in (None, False)):
         if name.startswith("their") and not flags.against:
@@ -95,7 +95,7 @@ def main(argv: list[str]) -> int:
     else:
         config, _ = with_vocabulary(config)
         datasets = [random_tokens(config)]
-    load = os.getloadavg()[0]  # before any of ours
+    load = os.getloadavg()[0]  # before there is any of ours
     if flags.decode:
         steps = build_for_use(config, sharding.make_mesh(config.mesh), 1)
         found = bench_decode.measure(config, flags, theirs(config, flags, steps), turns)
@@ -181,9 +181,8 @@ def theirs(config: Config, flags: Namespace, steps: Steps) -> list[dict[str, Any
             "CUDA_VISIBLE_DEVICES=0 leaves one"
         )
     sequences = config.batch.sequences
-    rows = flags.their_microbatch
-    rows = config.batch.microbatch or sequences if rows is None else rows
-    if rows < 1 or sequences % rows:
+    rows = flags.their_microbatch or config.batch.microbatch or sequences
+    if sequences % rows:
         raise ValueError(f"--their-microbatch={rows} does not divide batch.sequences={sequences}")
     ours_dtype = "float32" if platform == "cpu" else str(steps.model.dtype)
     shape = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout", "bias")
@@ -197,8 +196,8 @@ def theirs(config: Config, flags: Namespace, steps: Steps) -> list[dict[str, Any
             "weight_decay": optim.weight_decay, "grad_clip": optim.grad_clip,
         },
     }  # fmt: skip
-    both = ["eager"] if flags.decode else bench_torch.MODES
-    modes = [flags.their_mode] if flags.their_mode else both
+    mode = "eager" if flags.decode else flags.their_mode
+    modes = [mode] if mode else bench_torch.MODES
     return [{**common, "trainer": what, "mode": mode} for what in flags.against for mode in modes]
 
 

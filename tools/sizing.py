@@ -269,7 +269,7 @@ def of_time(r: dict[str, Any]) -> list[str]:
         f"MFU {run['mfu']:.0%}",
         line("attention counted", "FLOPs", "days"),
         *(line(name, f"{run['flops'][k]:.3g}", days[k]) for k, name in names.items()),
-        f"  its checkpoints take up to {run['checkpoints_bytes'] / 1e9:.2f} GB, keep_every's too",
+        f"  checkpoints: {run['checkpoints_bytes'] / 1e9:.2f} GB at most: keep, keep_every, best",
     ]
 
 
