@@ -9,6 +9,7 @@ import jax
 
 from scalegpt import pmap_step, sharding
 from scalegpt.config import Config
+from scalegpt.errors import Mistake
 from scalegpt.flops import parameter_count
 
 
@@ -41,7 +42,7 @@ def memory_advice() -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise ValueError(
+        raise Mistake(
             f"the step does not fit: {str(error).splitlines()[0]}\nlower batch.microbatch, "
             "raise mesh.fsdp, or set model.remat=full"
         ) from None
@@ -57,7 +58,7 @@ def tpu_devices(name: str) -> Any:
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=name, **extra).devices
     except Exception as error:  # whatever libtpu says about the name, the user typed it
-        raise ValueError(
+        raise Mistake(
             f"--compile-only={name}: {str(error).splitlines()[0]}; names are like v3-8, v4:2x2x1, "
             "v5e:4x4, v6e:2x2, and the package libtpu must be installed"
         ) from None

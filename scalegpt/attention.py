@@ -15,6 +15,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, PartitionSpec
 
+from scalegpt.errors import Mistake
 from scalegpt.gradients import on_cpu, product
 
 IMPLEMENTATIONS = ("xla", "flax", "cudnn", "splash")
@@ -38,7 +39,7 @@ def resolve(
     else XLA. Raises ValueError for an unknown name and an explicit choice that cannot work.
     """
     if platform not in PLATFORMS:
-        raise ValueError(f"unknown platform {platform!r}: use one of {', '.join(PLATFORMS)}")
+        raise Mistake(f"unknown platform {platform!r}: use one of {', '.join(PLATFORMS)}")
     tests = {
         "cudnn": (
             (platform not in ("gpu", "cuda"), f"needs an NVIDIA GPU, not {platform!r}"),
@@ -63,9 +64,9 @@ def resolve(
             return "splash"
         return "xla" if wrong["cudnn"] else "cudnn"
     if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"unknown attention {implementation!r}: use 'auto' or {IMPLEMENTATIONS}")
+        raise Mistake(f"unknown attention {implementation!r}: use 'auto' or {IMPLEMENTATIONS}")
     if wrong.get(implementation):
-        raise ValueError(f"attention {implementation!r} {wrong[implementation]}: use auto or xla")
+        raise Mistake(f"attention {implementation!r} {wrong[implementation]}: use auto or xla")
     return implementation
 
 
@@ -85,9 +86,9 @@ def causal_attention(
     """
     if not q.shape == k.shape == v.shape or q.ndim != 4 or not q.dtype == k.dtype == v.dtype:
         got = ", ".join(f"{x.dtype}{list(x.shape)}" for x in (q, k, v))
-        raise ValueError(f"q, k, v must have one dtype and one shape [B,T,H,K], got {got}")
+        raise Mistake(f"q, k, v must have one dtype and one shape [B,T,H,K], got {got}")
     if dropout_rate and implementation in ("cudnn", "splash"):
-        raise ValueError(f"{implementation!r} has no dropout, got {dropout_rate}: use 'xla'")
+        raise Mistake(f"{implementation!r} has no dropout, got {dropout_rate}: use 'xla'")
     drop = _dropout(dropout_rate, dropout_keys, q.shape)
     if implementation == "xla":
         return _xla(q, k, v, drop) if dropout_rate or on_cpu() else _recomputed(q, k, v)
@@ -97,7 +98,7 @@ def causal_attention(
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
     if implementation == "splash":
         return _splash(q, k, v)
-    raise ValueError(f"unknown attention {implementation!r}: resolve() gives {IMPLEMENTATIONS}")
+    raise Mistake(f"unknown attention {implementation!r}: resolve() gives {IMPLEMENTATIONS}")
 
 
 def cached_attention(
@@ -140,11 +141,11 @@ def _dropout(
         return lambda weights, _: weights
     batch, time, heads, _ = shape
     if not 0.0 < rate < 1.0:
-        raise ValueError(f"dropout_rate must be in [0, 1), got {rate}")
+        raise Mistake(f"dropout_rate must be in [0, 1), got {rate}")
     typed = keys is not None and jnp.issubdtype(keys.dtype, jax.dtypes.prng_key)
     if not typed or keys.shape != (batch,):
         got = None if keys is None else f"{keys.dtype}{list(keys.shape)}"
-        raise ValueError(f"dropout_rate={rate} needs [{batch}] typed dropout_keys, got {got}")
+        raise Mistake(f"dropout_rate={rate} needs [{batch}] typed dropout_keys, got {got}")
     mask = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, (heads, time, time)))(keys)
 
 
@@ -248,10 +249,10 @@ def _splash(q: Array, k: Array, v: Array, interpret: bool = False) -> Array:
     rows, heads = (tuple(a for a in axes if a in free) for axes in (BATCH_AXES, HEAD_AXES))
     for what, size, axes in (("rows", q.shape[0], rows), ("heads", q.shape[2], heads)):
         if size % (shards := math.prod(mesh.shape[axis] for axis in axes)):
-            raise ValueError(f"'splash' cannot split {size} {what} over {shards} devices: change "
+            raise Mistake(f"'splash' cannot split {size} {what} over {shards} devices: change "
                              "the mesh, or use 'xla' (as for a model's init with one row)")
     if q.shape[1] % 128:
-        raise ValueError(f"'splash' needs a T that 128 divides, got {q.shape[1]}: use 'xla'")
+        raise Mistake(f"'splash' needs a T that 128 divides, got {q.shape[1]}: use 'xla'")
     attend = partial(_splash_kernel, interpret=interpret)
     if not free:
         return attend(q, k, v)

@@ -22,10 +22,10 @@ from etils import epath
 
 from scalegpt import manifest, storage
 from scalegpt.agreement import Deadline, from_first, gather
+from scalegpt.errors import Mistake
 from scalegpt.one_save import reason
 from scalegpt.run_folder import FOLDER, is_run
 from scalegpt.saving import Failure, Saver
-from scalegpt.step import State
 
 PARAMS, WHOLE = ("params",), ("params", "optimizer")
 _count = itertools.count()
@@ -59,7 +59,7 @@ class Checkpoints:
         # Orbax reports each phase of each save to the root logger; a user has asked for none.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.say, self._seconds = say, deadline
-        self._folder = storage.folder(out_dir) / FOLDER
+        self._folder = storage.open_folder(out_dir) / FOLDER
         self.folder = self._folder.path
         self._damaged: set[int] = set()  # and said so
         self._verified: set[tuple[int, str]] = set()
@@ -71,11 +71,11 @@ class Checkpoints:
             try:
                 self._folder.make(parents=True)
             except OSError as error:
-                raise ValueError(f"cannot write to run.out_dir={out_dir}: {error}") from None
+                raise Mistake(f"cannot write to run.out_dir={out_dir}: {error}") from None
 
     # --- saving
 
-    def save(self, state: State, step: int, meta: dict[str, Any], val_loss: float | None) -> float:
+    def save(self, state: Any, step: int, meta: dict[str, Any], val_loss: float | None) -> float:
         """Save `step`, once; val_loss: of an evaluation at just this step, makes it a candidate.
 
         Returns for how many seconds it held training up. Raises nothing: see `failing`.
@@ -91,7 +91,7 @@ class Checkpoints:
         """
         self._saver.begin(0, {"params": params}, meta, None)
         if failure := self.wait():
-            raise ValueError(f"cannot write to {self.folder}: {failure.reason}")
+            raise Mistake(f"cannot write to {self.folder}: {failure.reason}")
 
     def evaluated(self, step: int, meta: dict[str, Any], val_loss: float) -> None:
         """Make `step`, which was saved without an evaluation, a candidate for the best."""
@@ -134,7 +134,7 @@ class Checkpoints:
         good, broken = self._list()
         number = int(which) if re.fullmatch("[0-9]{1,10}", which) else None
         if number in broken:
-            raise ValueError(f"step {which} in {self.folder} is damaged: {broken[number]}")
+            raise Mistake(f"step {which} in {self.folder} is damaged: {broken[number]}")
         losses = {step: loss for step, loss in good.items() if loss is not None}
         candidates = {
             "latest": sorted(good, reverse=True),
@@ -143,7 +143,7 @@ class Checkpoints:
         if not candidates:
             self._report(broken)
             listed = ", ".join(map(str, good))
-            raise ValueError(
+            raise Mistake(
                 f"no checkpoint {which!r} in {self.folder}; there are steps {listed}"
                 if good else f"there is no checkpoint in {self.folder}"
             )  # fmt: skip
@@ -153,9 +153,9 @@ class Checkpoints:
             if not items or not (wrong := self.verify(step, items)):
                 return step
             if number is not None:
-                raise ValueError(f"step {which} in {self.folder} is damaged: {'; '.join(wrong)}")
+                raise Mistake(f"step {which} in {self.folder} is damaged: {'; '.join(wrong)}")
             self._report({step: "; ".join(wrong[:3] + ["..."] * (len(wrong) > 3))})
-        raise ValueError(
+        raise Mistake(
             f"no checkpoint in {self.folder} is whole, see above; to start anew, move it away"
         )
 
@@ -172,7 +172,7 @@ class Checkpoints:
         name = f"scalegpt/list/{next(_count)}"
         good, broken, problem = from_first(name, answer, Deadline(self._seconds))
         if problem:
-            raise ValueError(f"cannot read {self.folder}: {problem}")
+            raise Mistake(f"cannot read {self.folder}: {problem}")
         return dict(good), {s: why for s, why in broken if why != manifest.NEVER_FINISHED}
 
     def _report(self, broken: dict[int, str]) -> None:
@@ -201,7 +201,7 @@ class Checkpoints:
         name = f"scalegpt/verify/{next(_count)}"
         answers = gather(name, [wrong, unreadable], Deadline(self._seconds))
         if failed := [why for _, why in answers if why]:
-            raise ValueError(f"cannot read {folder}: {failed[0]}")
+            raise Mistake(f"cannot read {folder}: {failed[0]}")
         wrong = list(dict.fromkeys(line for lines, _ in answers for line in lines))
         if not wrong:
             self._verified |= {(step, item) for item in items or WHOLE}
@@ -218,7 +218,7 @@ class Checkpoints:
             return None
         self._report(broken if not good else {s: w for s, w in broken.items() if s > max(good)})
         if not good:
-            raise ValueError(
+            raise Mistake(
                 f"no checkpoint in {self.folder} is whole, see above; to start anew, move it away"
             )
         self._saver.latest = self.find("latest", WHOLE)
@@ -238,16 +238,18 @@ class Checkpoints:
         try:
             return manifest.read(self._folder / str(step), step)
         except manifest.Damaged as error:
-            raise ValueError(f"step {step} in {self.folder} is damaged: {error}") from None
+            raise Mistake(f"step {step} in {self.folder} is damaged: {error}") from None
 
-    def restore(self, step: int, abstract: State) -> State:
+    def restore(self, step: int, abstract: Any) -> Any:
         """The whole state, in the shardings of `abstract`, whatever mesh has written it.
 
         Raises ValueError where a file is damaged, or the arrays are others.
         """
         items = {"params": abstract.params, "optimizer": _rest(abstract)}
         params, rest = self._read(step, items)
-        return State(rest["step"], params, rest["opt"], rest["health"])
+        return abstract.replace(
+            step=rest["step"], params=params, opt_state=rest["opt"], health=rest["health"]
+        )
 
     def restore_params(self, step: int, abstract_params: Any) -> Any:
         """Weights only; the optimizer's two thirds of the bytes are not read. Raises ValueError."""
@@ -270,7 +272,7 @@ class Checkpoints:
         # Orbax would cast another dtype without a word, and explain another shape at length.
         if differ := [n for n in {**stored, **asked} if stored.get(n) != asked.get(n)]:
             name = differ[0]
-            raise ValueError(
+            raise Mistake(
                 f"step {step} in {self.folder} holds other arrays: {name} is {stored.get(name)}, "
                 f"not {asked.get(name)}" + (f" (and {len(differ) - 1} more)" if differ[1:] else "")
             )
@@ -282,7 +284,7 @@ class Checkpoints:
         ]
 
 
-def _rest(state: State) -> dict[str, Any]:
+def _rest(state: Any) -> dict[str, Any]:
     """What only a run that continues needs."""
     return {"opt": state.opt_state, "step": state.step, "health": state.health}
 
@@ -290,6 +292,6 @@ def _rest(state: State) -> dict[str, Any]:
 def open_checkpoints(out_dir: str | Path) -> Checkpoints:
     """To read from a run, finished or not. Raises ValueError when there is none."""
     if not is_run(out_dir):
-        raise ValueError(f"{out_dir} is not the folder of a run: it has no {FOLDER}/; "
+        raise Mistake(f"{out_dir} is not the folder of a run: it has no {FOLDER}/; "
                          "give the run.out_dir of a training run")  # fmt: skip
     return Checkpoints(out_dir, read_only=True)

@@ -6,6 +6,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from scalegpt.depth import derived
+from scalegpt.errors import Mistake
 from scalegpt.recipe import ModelConfig, OptimConfig, muons
 from scalegpt.value_types import (
     MeshAxis,
@@ -37,9 +38,9 @@ class MeshConfig(Section):
     def _check(self) -> "MeshConfig":
         sizes = self.model_dump()
         if zero := [name for name, size in sizes.items() if size == 0]:
-            raise ValueError(f"mesh.{zero[0]}=0: a size is 1 or more, or -1 for what is left")
+            raise Mistake(f"mesh.{zero[0]}=0: a size is 1 or more, or -1 for what is left")
         if len(free := [name for name, size in sizes.items() if size == -1]) > 1:
-            raise ValueError(f"only one mesh axis can be -1, got {', '.join(free)}")
+            raise Mistake(f"only one mesh axis can be -1, got {', '.join(free)}")
         return self
 
 
@@ -93,7 +94,7 @@ class CheckpointConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> "CheckpointConfig":
         if self.keep_every and (not self.every or self.keep_every % self.every):
-            raise ValueError(
+            raise Mistake(
                 f"checkpoint.keep_every={self.keep_every} must be a multiple of "
                 f"checkpoint.every={self.every}"
             )
@@ -191,7 +192,7 @@ class Config(Section):
         """The same run with the vocabulary of its data filled in; an explicit larger one stays."""
         asked = self.model.vocab_size
         if asked is not None and asked < vocab_size:
-            raise ValueError(
+            raise Mistake(
                 f"model.vocab_size={asked} is smaller than the data's {vocab_size} token ids; "
                 "leave it out to take the data's"
             )

@@ -14,6 +14,7 @@ import grain
 import numpy as np
 from grain.experimental import index_shuffle
 
+from scalegpt.errors import Mistake
 from scalegpt.token_files import Dataset, check_tokens, open_dataset
 
 __all__ = ["Dataset", "EvalBatches", "TrainBatches", "TrainOrder", "check_tokens", "mixture_index",
@@ -36,7 +37,7 @@ class TrainOrder:
 
     def __init__(self, length: int, block_size: int, seed: int, stream: int = 0):
         if length < block_size + 1:
-            raise ValueError(f"{length} tokens hold no window of block_size {block_size} + 1")
+            raise Mistake(f"{length} tokens hold no window of block_size {block_size} + 1")
         self.block_size, self.seed, self.stream = block_size, seed, stream
         self.n_windows = max(1, (length - block_size) // block_size)
         self.phases = min(block_size, length - self.n_windows * block_size)
@@ -102,7 +103,7 @@ def _whole_parts(weights: Sequence[float]) -> list[int]:
     that are no ratio of numbers up to a million are kept to nine digits."""
     for weight in weights:
         if not (math.isfinite(weight) and weight > 0):
-            raise ValueError(
+            raise Mistake(
                 f"data weight {weight} must be above 0; leave that dataset out instead"
             )
     total = sum(map(Fraction, weights))
@@ -135,7 +136,7 @@ class TrainBatches:
         rows: np.ndarray,
     ):
         if len(weights) != len(datasets):
-            raise ValueError(f"{len(weights)} weights for {len(datasets)} datasets: give one each")
+            raise Mistake(f"{len(weights)} weights for {len(datasets)} datasets: give one each")
         rows = np.asarray(rows, np.int64)
         per_micro = sequences // accumulation
         assert sequences == per_micro * accumulation, (sequences, accumulation)
@@ -203,9 +204,9 @@ class EvalBatches:
         windows: int | None = None,
     ):
         if len(tokens) < 2:
-            raise ValueError(f"a validation file of {len(tokens)} tokens has nothing to predict")
+            raise Mistake(f"a validation file of {len(tokens)} tokens has nothing to predict")
         if windows is not None and windows < 1:
-            raise ValueError(f"eval.windows={windows} must be at least 1, or null for all")
+            raise Mistake(f"eval.windows={windows} must be at least 1, or null for all")
         self.array, self.block_size = np.asarray(tokens), block_size
         self.rows_per_batch, self.rows = rows_per_batch, np.asarray(rows, np.int64)
         targets = len(tokens) - 1

@@ -11,6 +11,7 @@ share of the run. nanochat scales by the same rules.
 import math
 from typing import Any
 
+from scalegpt.errors import Mistake
 from scalegpt.recipe import GPT2_SIZES, MUON, muons
 
 TOKENS_PER_WEIGHT = 12
@@ -31,7 +32,7 @@ def derived(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
     model, batch, optim = ({**keys} for keys in given.values())
     depth = _whole("model.depth", model["depth"])
     if not 1 <= depth <= 1000:
-        raise ValueError(f"model.depth={depth} must be 1 to 1000 layers")
+        raise Mistake(f"model.depth={depth} must be 1 to 1000 layers")
 
     model.setdefault("preset", "modern")
     model.setdefault("n_layer", depth)
@@ -43,7 +44,7 @@ def derived(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
     is_size = preset in GPT2_SIZES and preset != "gpt2" and "n_layer" not in given["model"]
     if depth != (GPT2_SIZES[preset][0] if is_size else layers):
         other = f"preset={preset}" if is_size else f"n_layer={layers}"
-        raise ValueError(
+        raise Mistake(
             f"model.depth={depth} and model.{other} both set the number of layers; leave one out: "
             f"--model.{other.partition('=')[0]}=null, or --model.depth=null"
         )
@@ -96,7 +97,7 @@ def _whole(key: str, value: Any) -> int:
     except (TypeError, ValueError, OverflowError):
         number = 0
     if number < 1 or isinstance(value, bool):
-        raise ValueError(f"{key}={value!r} must be a whole number, 1 or more")
+        raise Mistake(f"{key}={value!r} must be a whole number, 1 or more")
     return number
 
 

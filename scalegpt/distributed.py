@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 import scalegpt
 from scalegpt import peers
 from scalegpt.config import Config, DistributedConfig
+from scalegpt.errors import Mistake
 
 # JAX's service need not find out who is dead, which the line does, and at once. It cannot tell a
 # process that is stopped, or a machine that sleeps, from a dead one; the phases' deadlines judge.
@@ -35,15 +36,15 @@ def start(config: DistributedConfig, seconds: float = 900.0) -> None:
     given = (config.coordinator, config.num_processes, config.process_id)
     if any(value is not None for value in given):
         if any(value is None for value in given):
-            raise ValueError(
+            raise Mistake(
                 "--distributed.coordinator=HOST:PORT, --distributed.num_processes=N and "
                 "--distributed.process_id=I belong together; give all three or none"
             )
         host, _, port = config.coordinator.rpartition(":")
         if not (host and port.isdecimal() and len(port) < 6 and 0 < int(port) < 65536):
-            raise ValueError(f"distributed.coordinator={config.coordinator} is not HOST:PORT")
+            raise Mistake(f"distributed.coordinator={config.coordinator} is not HOST:PORT")
         if config.process_id >= config.num_processes:
-            raise ValueError(
+            raise Mistake(
                 f"distributed.process_id={config.process_id} must be below "
                 f"distributed.num_processes={config.num_processes}: they count from 0"
             )
@@ -58,7 +59,7 @@ def start(config: DistributedConfig, seconds: float = 900.0) -> None:
     if count == 1:
         return
     if address is None or count is None or index is None:
-        raise ValueError(
+        raise Mistake(
             "several processes were started here, but not in a way that tells where the others "
             "are; give --distributed.coordinator=HOST:PORT, .num_processes=N, .process_id=I"
         )
@@ -121,7 +122,7 @@ def self_check(facts: Mapping[str, str]) -> None:
                      for i in range(jax.process_count())]  # fmt: skip
             client.key_value_set("scalegpt/verdict", _difference(every))
         if verdict := _get(client, "scalegpt/verdict").strip():
-            raise ValueError(verdict)
+            raise Mistake(verdict)
     devices = jax.device_count()
     mesh = jax.make_mesh((devices,), ("all",), axis_types=(AxisType.Auto,))
     spread, whole = NamedSharding(mesh, P("all")), NamedSharding(mesh, P())

@@ -5,11 +5,24 @@ import os
 import signal
 import sys
 import threading
+from enum import IntEnum
 from typing import NoReturn
 
 from scalegpt.phases import PHASES
 
-STOPPED = 3  # exit code: stopped on request, what there was to save is saved
+
+class Exit(IntEnum):
+    """The exit codes of every command; README and scripts rely on them."""
+
+    DONE = 0
+    MISTAKE = 2  # the user's
+    STOPPED = 3  # on request; what there was to save is saved
+    NOT_FINITE = 4  # the loss or the gradient; nothing bad is saved
+    FAILED = 5  # a deadline passed, a process died, or nothing could be saved
+    INTERRUPTED = 130  # by Ctrl-C, as a shell says it
+    BROKEN_PIPE = 141  # `| head` has seen enough
+
+
 _SILENT = 12.0  # seconds; a process that runs says where it is at least every 5
 
 
@@ -51,7 +64,7 @@ def leave_on_signals() -> None:
 
     def leave(number: int, frame: object) -> NoReturn:
         say(f"{signal.Signals(number).name}: stopped before there was anything to save")
-        os._exit(STOPPED)
+        os._exit(Exit.STOPPED)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, leave)

@@ -7,44 +7,28 @@ nothing in the run.
 import argparse
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from scalegpt import command_line, tasks, tokenizer, trained
+from scalegpt import (
+    command_line,
+    distributed,
+    loading,
+    tasks,
+    tokenizer,
+    trained,
+    user_cache,
+)
+from scalegpt.batching import Figures
+from scalegpt.command import run_command
 from scalegpt.config import Config, DataConfig
-from scalegpt.data import Dataset
+from scalegpt.differences import NOT_SHAPING
+from scalegpt.errors import Mistake
 from scalegpt.likelihood import scorer
 from scalegpt.losses import losses, text_split
-from scalegpt.resume import NOT_SHAPING
-from scalegpt.step import Steps
-from scalegpt.tasks import Figures
 from scalegpt.token_files import Split, open_split
-
-
-def validation(
-    config: Config, datasets: list[Dataset], steps: Steps,
-    between: Callable[[], None] = lambda: None,
-) -> Callable[[Any], dict[str, float]]:
-    """params -> the evaluation row of metrics.jsonl: the loss over each val.bin, and eval.tasks.
-
-    between: called before each batch. Raises ValueError for tasks that cannot be scored.
-    """
-    splits = [
-        Split(d.name, d.tokenizer, d.vocab_size, d.val, d.val_bytes_per_token) for d in datasets
-    ]
-    weights = list(config.data.weights.values())
-    loss = losses(steps, splits, weights, config.eval.windows, False, between)[0]
-    scores = tasks.in_training(config.eval, datasets[0].tokenizer, steps, between)
-
-    def evaluate(params: Any) -> dict[str, float]:
-        figures = loss(params)
-        row = {f"val/{key}": value for key, (value, _) in figures.items()}
-        return {**row, "val/loss_stderr": figures["loss"][1], **scores(params)}
-
-    return evaluate
 
 
 def main(argv: list[str]) -> int:
@@ -52,9 +36,9 @@ def main(argv: list[str]) -> int:
     _check(flags)
     config = None
     if flags.config is not None:
-        config = command_line.validate(command_line.load(flags.config), flags.config)
+        config = loading.validate(loading.load(flags.config), flags.config)
         if not config.run.init_from:
-            raise ValueError(
+            raise Mistake(
                 f"{flags.config} has no run.init_from, which names the weights to evaluate; for "
                 f"those of the run itself: --run {config.run.out_dir}"
             )
@@ -64,6 +48,8 @@ def main(argv: list[str]) -> int:
     microbatch = flags.microbatch or (config and config.batch.microbatch) or 8
     # Before the weights are read, maybe downloaded; of a run's own data only they can tell.
     splits, weights = _splits(flags, config.data) if config else ([], [])
+    user_cache.keep_compiled()
+    distributed.start(trained.machine(flags, config).distributed)
     loaded = trained.load(flags, microbatch, config)
     model, steps = loaded.config.model, loaded.steps
     if config:
@@ -91,7 +77,7 @@ def main(argv: list[str]) -> int:
         results.append((task.name, found, len(task.gold), "examples"))
     for name, figures, _, _ in results:
         if not all(math.isfinite(value) for value, _ in figures.values()):
-            raise ValueError(
+            raise Mistake(
                 f"a figure of {loaded.name} over {name} is not finite: the tokens are others than "
                 "their meta.json says, or the weights are broken"
             )
@@ -161,22 +147,22 @@ def _check(flags: argparse.Namespace) -> None:
     """What can be told before JAX starts and weights are read."""
     for name in ("microbatch", "windows", "limit"):
         if getattr(flags, name) is not None and getattr(flags, name) < 1:
-            raise ValueError(f"--{name}={getattr(flags, name)} must be at least 1")
+            raise Mistake(f"--{name}={getattr(flags, name)} must be at least 1")
     if (flags.microbatch or 1) > 1 << 16:  # rows of a batch, padded to so many
-        raise ValueError(f"--microbatch={flags.microbatch} must be at most {1 << 16}")
+        raise Mistake(f"--microbatch={flags.microbatch} must be at most {1 << 16}")
     if len(flags.task) != len(flags.file) or len(set(flags.task)) != len(flags.task):
-        raise ValueError("each --task needs its --file, and each task can be given once")
+        raise Mistake("each --task needs its --file, and each task can be given once")
     for path in [*flags.file, *([flags.text] if flags.text else [])]:
         if not Path(path).is_file():
-            raise ValueError(f"there is no file {path}")
+            raise Mistake(f"there is no file {path}")
     if flags.task and not (flags.data or flags.text) and (flags.windows or flags.split):
-        raise ValueError("--windows and --split are of text; a --task alone has --limit")
+        raise Mistake("--windows and --split are of text; a --task alone has --limit")
     if flags.split and (flags.text or str(flags.data).endswith(".bin")):
-        raise ValueError(f"--split={flags.split} is of a folder; a file is evaluated as it is")
+        raise Mistake(f"--split={flags.split} is of a folder; a file is evaluated as it is")
     if flags.limit and not (flags.task or flags.config):
-        raise ValueError(f"--limit={flags.limit} is of a --task; --windows is of text")
+        raise Mistake(f"--limit={flags.limit} is of a --task; --windows is of text")
     if flags.hf and not (flags.data or flags.text or flags.task):
-        raise ValueError(f"{flags.hf} has no data of its own; give --data, --text or --task")
+        raise Mistake(f"{flags.hf} has no data of its own; give --data, --text or --task")
 
 
 def _refuse_other_model(config: Config, loaded: trained.Trained) -> None:
@@ -185,7 +171,7 @@ def _refuse_other_model(config: Config, loaded: trained.Trained) -> None:
     theirs = loaded.config.model
     for key in sorted(config.model.model_fields_set - neutral):
         if getattr(config.model, key) != getattr(theirs, key):
-            raise ValueError(
+            raise Mistake(
                 f"model.{key}={getattr(config.model, key)}, but {loaded.name} of run.init_from has "
                 f"{getattr(theirs, key)}"
             )
@@ -197,7 +183,7 @@ def _splits(flags: argparse.Namespace, data: DataConfig) -> tuple[list[Split], l
         return [], []
     shares = {flags.data: 1.0} if flags.data else data.weights
     if "" in shares:
-        raise ValueError("an imported model has no data of its own; give --data, --text or --task")
+        raise Mistake("an imported model has no data of its own; give --data, --text or --task")
     splits = [open_split(path, flags.split or "val", data.cache_dir) for path in shares]
     return splits, list(shares.values())
 
@@ -205,12 +191,12 @@ def _splits(flags: argparse.Namespace, data: DataConfig) -> tuple[list[Split], l
 def _refuse_other_tokens(split: Split, loaded: trained.Trained) -> None:
     size = loaded.config.model.vocab_size
     if split.vocab_size > size:
-        raise ValueError(
+        raise Mistake(
             f"{split.name} has {split.vocab_size} token ids, the model only {size}; prepare the "
             "text with the model's tokenizer"
         )
     if loaded.tokenizer is not None and not tokenizer.same(loaded.tokenizer, split.tokenizer):
-        raise ValueError(
+        raise Mistake(
             f"{split.name} was made with tokenizer {tokenizer.kind(split.tokenizer)}, the model "
             f"with another, {tokenizer.kind(loaded.tokenizer)}, so that ids do not mean the same; "
             "prepare the text again"
@@ -218,4 +204,4 @@ def _refuse_other_tokens(split: Split, loaded: trained.Trained) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    run_command(main)

@@ -11,11 +11,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from scalegpt import tokenizer
-from scalegpt.config import ModelConfig
+from scalegpt.errors import Mistake
 from scalegpt.flops import parameter_count
 from scalegpt.hf import ACTIVATIONS, OWN_TYPE, gpt2_places
+from scalegpt.json_files import complete_rows
 from scalegpt.layers import LAYER_NORM_EPS
-from scalegpt.ledger import parsed
+from scalegpt.recipe import ModelConfig
 from scalegpt.tensor_files import SAFE
 from scalegpt.tokenizer_files import tokenizer_files
 from scalegpt.trained import Trained
@@ -38,7 +39,7 @@ def export_gpt2(model: Trained, folder: Path) -> None:
     fits = {**{key: (only,) for key, only in _ONLY.items()}, "activation": tuple(names)}
     for key, known in fits.items():
         if (value := getattr(config, key)) not in known:
-            raise ValueError(
+            raise Mistake(
                 f"{model.name} has model.{key}={value}: GPT-2's format can only say "
                 f"{' or '.join(map(str, known))}; use --format scalegpt"
             )
@@ -137,7 +138,7 @@ def _write(
         # Without this metadata transformers refuses.
         save_file(tensors, folder / SAFE, metadata={"format": "pt"})
     except SafetensorError as error:  # the disk's, in its own words
-        raise ValueError(
+        raise Mistake(
             f"cannot write {SAFE}: {error}; free some room, or choose another --out"
         ) from None
     # safetensors leaves its file to its owner alone.
@@ -165,7 +166,7 @@ def _figures(model: Trained) -> dict[str, str]:
         figures["updates"] = f"{model.step:,}"
     path = Path(model.name) / "metrics.jsonl"
     # The last row may be half written.
-    rows = parsed(path.read_text(errors="replace").splitlines()) if path.is_file() else ()
+    rows = complete_rows(path.read_text(errors="replace").splitlines()) if path.is_file() else ()
     for row in rows:
         if row["step"] == model.step and "val/loss" in row:
             figures["validation loss"] = f"{row['val/loss']:.4f} nats a token"

@@ -6,15 +6,18 @@ import importlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from scalegpt import command_line, trained
+from scalegpt import command_line, distributed, trained, user_cache
+from scalegpt.command import run_command
+from scalegpt.continuation import Continuation, continuations, prompt_ids
 from scalegpt.decode import Decoder, decoder
+from scalegpt.errors import Mistake
 from scalegpt.sampling import Sampler
 from scalegpt.tokenizer import Tokenizer
 
@@ -27,86 +30,6 @@ _HELP = {
 }
 
 _MOST = {"num_samples": 1 << 16, "max_new_tokens": 2**31 - 1}  # a list of samples; JAX's counter
-
-
-@dataclass
-class Continuation:
-    """What has been written after one prompt. text: what is certain of it so far.
-
-    finish: why it ended, None while it has not: end_of_text, stop (a stop string, which is not part
-    of the text) or length.
-    """
-
-    codec: Tokenizer
-    stops: Sequence[str] = ()
-    ids: list[int] = field(default_factory=list)
-    text: str = ""
-    finish: str | None = None
-
-    def add(self, token: int) -> None:
-        """One more token; it is ignored when the text has ended."""
-        if self.finish:
-            return
-        if token == self.codec.eot:
-            self.end("end_of_text")
-            return
-        self.ids.append(token)
-        text = self._decoded()
-        if found := [at for stop in self.stops if (at := text.find(stop)) >= 0]:
-            self.text, self.finish = text[: min(found)], "stop"
-            return
-        # Not yet certain: half a UTF-8 character, and what may become a stop string.
-        text = text.rstrip("\ufffd")
-        held = [n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
-        self.text = text[: len(text) - max(held, default=0)]
-
-    def end(self, finish: str) -> None:
-        if self.finish is None:
-            self.text, self.finish = self._decoded(), finish
-
-    def _decoded(self) -> str:
-        return self.codec.decode(np.array(self.ids, np.int64))
-
-
-def continuations(
-    write: Decoder,
-    codec: Tokenizer,
-    prompts: Sequence[np.ndarray],
-    *,
-    max_new_tokens: int,
-    seed: int = 1337,
-    stops: Sequence[str] = (),
-    watch: Callable[[list[Continuation]], None] = lambda texts: None,
-) -> list[Continuation]:
-    """Continue each prompt until end of text, a stop string or max_new_tokens.
-
-    watch: called after each token, with all texts. Every process must call this together.
-    """
-    texts = [Continuation(codec, stops) for _ in prompts]
-    for ids in write.ids(prompts, max_new_tokens, seed):
-        for text, token in zip(texts, ids.tolist(), strict=True):
-            text.add(token)
-        watch(texts)
-        if all(text.finish for text in texts):
-            break
-    for text in texts:
-        text.end("length")
-    watch(texts)
-    return texts
-
-
-def prompt_ids(codec: Tokenizer, text: str) -> np.ndarray:
-    """An empty prompt is the start of a new text. Raises ValueError for what is no text."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # bytes of a command line or a pipe that Python could not decode
-        raise ValueError(f"the prompt {text[:20]!r} is not UTF-8 text") from None
-    ids = codec.encode_prompt(text)
-    if len(ids):
-        return ids
-    if codec.eot is None:
-        raise ValueError("the prompt is empty, and this tokenizer has no mark to start from")
-    return np.array([codec.eot])
 
 
 def main(argv: list[str]) -> int:
@@ -137,16 +60,18 @@ def main(argv: list[str]) -> int:
     for name in ("num_samples", "max_new_tokens"):
         if not 1 <= (value := getattr(flags, name)) <= _MOST[name]:
             flag = name.replace("_", "-")
-            raise ValueError(f"--{flag}={value} must be at least 1 and at most {_MOST[name]}")
+            raise Mistake(f"--{flag}={value} must be at least 1 and at most {_MOST[name]}")
     if not 0 <= flags.seed < 2**32:
-        raise ValueError(f"--seed={flags.seed} must be from 0 to {2**32 - 1}")
+        raise Mistake(f"--seed={flags.seed} must be from 0 to {2**32 - 1}")
     if "" in flags.stop:
-        raise ValueError("--stop='' would end every text before it begins; give some text")
+        raise Mistake("--stop='' would end every text before it begins; give some text")
     sampler = Sampler(**{option.name: getattr(flags, option.name) for option in fields(Sampler)})
     prompts, interactive = _prompts(flags)
+    user_cache.keep_compiled()
+    distributed.start(trained.machine(flags).distributed)
     model = trained.load(flags, microbatch=1)
     if flags.prompt is None and flags.prompt_file is None and jax.process_count() > 1:
-        raise ValueError("several processes need --prompt or --prompt-file: each has its own input")
+        raise Mistake("several processes need --prompt or --prompt-file: each has its own input")
     codec = model.codec()
     write = decoder(model.steps, model.params, sampler, codec.vocab_size, keep=False)
     block = model.config.model.block_size
@@ -170,7 +95,7 @@ def main(argv: list[str]) -> int:
 
 def _check_length(flags: argparse.Namespace, longest: int, block: int) -> None:
     if flags.past_block == "error" and longest + flags.max_new_tokens > block:
-        raise ValueError(
+        raise Mistake(
             f"{longest} tokens of prompt and --max-new-tokens={flags.max_new_tokens} are more than "
             f"the model's block_size={block}; ask for fewer, or use --past-block=slide"
         )
@@ -184,7 +109,7 @@ def _prompts(flags: argparse.Namespace) -> tuple[Iterable[list[str]], bool]:
         try:
             return [[flags.prompt_file.read_text(encoding="utf-8")]], False
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"cannot read --prompt-file {flags.prompt_file}: {error}") from None
+            raise Mistake(f"cannot read --prompt-file {flags.prompt_file}: {error}") from None
     if not sys.stdin.isatty():
         return ([_piped()] for _ in range(1)), False  # not before it is asked for
     return _typed_prompts(), True
@@ -194,7 +119,7 @@ def _piped() -> str:
     try:
         return sys.stdin.read()
     except UnicodeDecodeError as error:
-        raise ValueError(f"standard input is not UTF-8 text: {error}; convert it first") from None
+        raise Mistake(f"standard input is not UTF-8 text: {error}; convert it first") from None
 
 
 def _typed_prompts() -> Iterator[list[str]]:
@@ -260,4 +185,4 @@ def _write(
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    run_command(main)

@@ -16,10 +16,11 @@ import numpy as np
 from flax import traverse_util
 
 from scalegpt import tokenizer
-from scalegpt.command_line import validate
-from scalegpt.config import ModelConfig
+from scalegpt.errors import Mistake
 from scalegpt.json_files import read_object
 from scalegpt.layers import LAYER_NORM_EPS
+from scalegpt.loading import validate
+from scalegpt.recipe import ModelConfig
 from scalegpt.run_folder import is_run
 from scalegpt.tensor_files import INDEX, SAFE, TORCH, open_tensors
 
@@ -65,7 +66,7 @@ def locate(source: str) -> Path:
     if source and folder.is_dir():
         return folder
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source) or folder.exists():
-        raise ValueError(
+        raise Mistake(
             f"{source} is not a folder with config.json and model.safetensors, nor the name of a "
             "repository of Hugging Face, as gpt2 or OWNER/NAME"
         )
@@ -89,7 +90,7 @@ def locate(source: str) -> Path:
     except Exception as error:
         error = trouble or error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
+        raise Mistake(
             f"{source} is not a folder, and cannot be had from Hugging Face: {reason}\n"
             "without a network, put config.json and model.safetensors (and tokenizer.json) into a "
             "folder and give that, or set HF_HOME to a cache filled on a machine with one"
@@ -110,10 +111,10 @@ def describe(folder: Path) -> tuple[ModelConfig, dict[str, Any] | None]:
             tokenizer.check(spec)
         return _model(values.get("model", {}), path), spec
     if values.get("model_type") != "gpt2":
-        raise ValueError(f"{path}: model_type is {values.get('model_type')!r}, not gpt2")
+        raise Mistake(f"{path}: model_type is {values.get('model_type')!r}, not gpt2")
     sizes = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
     if missing := [key for key in sizes if type(values.get(key)) is not int]:
-        raise ValueError(f"{path} does not give {', '.join(missing)} as a whole number")
+        raise Mistake(f"{path} does not give {', '.join(missing)} as a whole number")
     known = {
         "n_inner": (None, 4 * values["n_embd"]),
         "layer_norm_epsilon": (LAYER_NORM_EPS,),
@@ -126,7 +127,7 @@ def describe(folder: Path) -> tuple[ModelConfig, dict[str, Any] | None]:
     for key, allowed in known.items():
         if values.get(key, allowed[0]) not in allowed:
             only = " or ".join(str(value) for value in allowed if value is not None)
-            raise ValueError(
+            raise Mistake(
                 f"{path}: {key} is {values[key]}, which our model has not; it has {only or 'none'}"
             )
     model = {
@@ -143,7 +144,7 @@ def _model(values: dict[str, Any], path: Path) -> ModelConfig:
     run = {"model": values, "data": {"path": ""}, "run": {"out_dir": "none"}}
     model = validate(run, str(path)).model
     if model.vocab_size is None:
-        raise ValueError(f"{path} does not give vocab_size")
+        raise Mistake(f"{path} does not give vocab_size")
     return model
 
 
@@ -191,7 +192,7 @@ def load_params(folder: Path, model: ModelConfig, abstract_params: Any) -> Any:
     """
     source = describe(folder)[0]
     if model.block_size > source.block_size:
-        raise ValueError(
+        raise Mistake(
             f"model.block_size={model.block_size} is more than the {source.block_size} positions "
             f"of {folder}; they can only be cropped"
         )
@@ -218,9 +219,9 @@ def load_params(folder: Path, model: ModelConfig, abstract_params: Any) -> Any:
         for name, place in tensors[path]:
             tensor = read(name)
             if not np.isfinite(tensor).all():
-                raise ValueError(f"{folder}: {name} holds numbers that are not finite")
+                raise Mistake(f"{folder}: {name} holds numbers that are not finite")
             if name == "wte.weight" and untied and not np.array_equal(tensor, read(untied)):
-                raise ValueError(
+                raise Mistake(
                     f"{folder}: {untied} differs from wte.weight, which config.json says it is; "
                     'a model with a head of its own has "tie_word_embeddings": false'
                 )
@@ -250,7 +251,7 @@ def _check(folder: Path, shapes: dict[str, Any], places: dict[str, Place]) -> st
         if name in shapes and shapes[name] != shape
     ]
     if faults:
-        raise ValueError(
+        raise Mistake(
             "\n  ".join([f"{folder} does not hold the model of its config.json:", *faults])
         )
     return head

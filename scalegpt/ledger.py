@@ -5,29 +5,13 @@ and `time/lost`, what killed processes did after the checkpoint that the next on
 `time/down`, between them; and `perf/goodput`, the share of updates in all but `time/down`.
 """
 
-import json
-import math
 import time
-from collections.abc import Iterable
 from typing import Any
 
 from scalegpt.phases import LEDGER, Phases
 
 TIMES = (*LEDGER, "lost", "down")
 Row = dict[str, Any]
-
-
-def parsed(lines: Iterable[str]) -> list[Row]:
-    """The rows of metrics.jsonl, without what a killed process tore."""
-    rows = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-            if math.isfinite(row["step"]) and math.isfinite(row.get("time", 0.0)):
-                rows.append(row)
-        except (ValueError, TypeError, KeyError):
-            continue
-    return rows
 
 
 class Ledger:

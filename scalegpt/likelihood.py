@@ -3,7 +3,7 @@
 Shapes: M rows of a batch, W positions, K scored positions, D embed, V vocab.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
-from tqdm import tqdm
 
 from scalegpt import sharding
-from scalegpt.config import ModelConfig
+from scalegpt.batching import fetch, progress
 from scalegpt.layers import constrain
 from scalegpt.model import head_table, logits
+from scalegpt.recipe import ModelConfig
 from scalegpt.step import Steps
 
 # (parameters, rows, what the progress bar says, or "" for none) -> [n] sums of log-likelihood in
@@ -130,21 +130,3 @@ def _padded(rows: list[Row], batch: int, width: int, slots: int) -> tuple[np.nda
         positions[i, : row.scored] = np.arange(length - row.scored, length)
         targets[i, : row.scored] = row.ids[-row.scored :]
     return inputs, positions, targets
-
-
-def fetch(results: Iterable[tuple[Array, ...]]) -> Iterator[list[np.ndarray]]:
-    """Each result on the host, read when the next is under way: no device waits for the reading,
-    and no more than two batches are held."""
-    before: tuple[Array, ...] = ()
-    for result in results:
-        if before:
-            yield [np.asarray(x) for x in before]
-        before = result
-    if before:
-        yield [np.asarray(x) for x in before]
-
-
-def progress(what: str, total: int, unit: str) -> tqdm:
-    """A bar on stderr where that is a terminal and there is something to say; else nothing."""
-    shown = None if what and jax.process_index() == 0 else True
-    return tqdm(total=total, desc=what, unit=unit, leave=False, disable=shown)

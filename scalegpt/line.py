@@ -19,9 +19,8 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from scalegpt import meeting
-from scalegpt.ending import dump_stacks, elsewhere, end, say
+from scalegpt.ending import Exit, dump_stacks, elsewhere, end, say
 
-USERS_MISTAKE, FAILED = 2, 5
 DIED = "died; all others stop, and the same command continues the run"
 _DRAIN = 2.0  # seconds that a process waits for the others to have read why it leaves
 
@@ -76,12 +75,12 @@ class Line:
             link = meeting.connect(self.address, [self.index, self.host, self.count], seconds)
             if link is None:
                 where = "{}:{}".format(*self.address)
-                self.leave(FAILED, f"process 0 did not answer at {where} in {seconds:g} s "
+                self.leave(Exit.FAILED, f"process 0 did not answer at {where} in {seconds:g} s "
                            "(run.deadline_start); does it run, and is its port open?")  # fmt: skip
             self._add(Peer(link, 0, self.address[0]))
         threading.Thread(target=self._serve, daemon=True, name="line").start()
         if not self._ready.wait(seconds):
-            self.leave(FAILED, f"after {seconds:g} s (run.deadline_start) {self.others()}")
+            self.leave(Exit.FAILED, f"after {seconds:g} s (run.deadline_start) {self.others()}")
         return self._jax_port
 
     def _add(self, peer: Peer) -> None:
@@ -104,8 +103,8 @@ class Line:
             wrong = (f"two processes, on {other} and {host}, say that they are process {index}; "
                      "give each its own --distributed.process_id")  # fmt: skip
         if wrong:
-            self._send(peer, failed=[0, self.host, USERS_MISTAKE, wrong, False])
-            self.leave(USERS_MISTAKE, wrong)
+            self._send(peer, failed=[0, self.host, Exit.MISTAKE, wrong, False])
+            self.leave(Exit.MISTAKE, wrong)
         peer.index, peer.host = index, host
         self._peers[index] = peer
         if len(self._peers) == self.count - 1:
@@ -126,7 +125,8 @@ class Line:
                         self._add(Peer(key.fileobj.accept()[0]))
                 self._say_where()
         except Exception:
-            self.leave(FAILED, f"the line between the processes broke\n{traceback.format_exc()}")
+            text = f"the line between the processes broke\n{traceback.format_exc()}"
+            self.leave(Exit.FAILED, text)
 
     def _read(self, peer: Peer) -> None:
         try:
@@ -136,7 +136,7 @@ class Line:
         if not data:
             self._drop(peer)
             if peer.index is not None and not peer.done and self.finished is None:
-                self._end(peer.index, peer.host, FAILED, DIED)
+                self._end(peer.index, peer.host, Exit.FAILED, DIED)
             return
         *lines, peer.unread = (peer.unread + data).split(b"\n")
         peer.heard = time.monotonic()

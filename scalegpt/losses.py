@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 
 from scalegpt import sharding
+from scalegpt.batching import Figures, progress
 from scalegpt.data import EvalBatches
-from scalegpt.likelihood import fetch, progress
+from scalegpt.errors import Mistake
+from scalegpt.likelihood import fetch
 from scalegpt.packed import read_text
 from scalegpt.step import Steps
-from scalegpt.tasks import Figures
 from scalegpt.token_files import Split
 from scalegpt.tokenizer import Tokenizer
 
@@ -97,6 +98,6 @@ def text_split(path: str, codec: Tokenizer) -> Split:
     else:
         ids = np.concatenate([[codec.eot], ids])
     if len(ids) < 2:
-        raise ValueError(f"{path} holds no text to predict")
+        raise Mistake(f"{path} holds no text to predict")
     rate = size / (len(ids) - 1)
     return Split(Path(path).name, codec.spec(), codec.vocab_size, ids.astype(np.int32), rate)

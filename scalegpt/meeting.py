@@ -5,6 +5,8 @@ import json
 import socket
 import time
 
+from scalegpt.errors import Mistake
+
 _OPTIONS = {
     # A machine that has vanished is noticed after 30 s, whether or not anything was sent to it.
     "TCP_KEEPIDLE": 10,
@@ -23,7 +25,7 @@ def listen(port: int, count: int) -> socket.socket:
     try:
         return socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=count)
     except (OSError, OverflowError) as error:
-        raise ValueError(
+        raise Mistake(
             f"the coordinator's port {port} cannot be used: {error}; if another run uses it, give "
             "--distributed.coordinator=HOST:PORT with another one"
         ) from None
@@ -58,4 +60,4 @@ def free_port(wanted: int) -> int:
         with contextlib.suppress(OSError, OverflowError), socket.socket() as free:
             free.bind(("", port))
             return free.getsockname()[1]
-    raise ValueError("this host has no free port for jax.distributed")
+    raise Mistake("this host has no free port for jax.distributed")

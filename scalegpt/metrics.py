@@ -17,6 +17,7 @@ import psutil
 from tqdm import tqdm
 
 from scalegpt import ledger, run_folder
+from scalegpt.errors import Mistake
 from scalegpt.phases import Phases
 from scalegpt.writers import JsonlWriter, Row, Say, TensorBoardWriter, WandbWriter
 
@@ -83,7 +84,7 @@ class Console:
 def check_packages(log: Any) -> None:
     """Raises ValueError where a row could not be written for want of a package; imports nothing."""
     if log.wandb and importlib.util.find_spec("wandb") is None:
-        raise ValueError("log.wandb=true needs a package that is not installed: "
+        raise Mistake("log.wandb=true needs a package that is not installed: "
                          "pip install 'scalegpt[wandb]', or set log.wandb=false")  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from scalegpt.attention import cached_attention, causal_attention
-from scalegpt.config import ModelConfig
+from scalegpt.errors import Mistake
 from scalegpt.gradients import alone, product
 from scalegpt.layers import (
     ACTIVATIONS,
@@ -28,6 +28,7 @@ from scalegpt.layers import (
     rotary_tables,
     rotate,
 )
+from scalegpt.recipe import ModelConfig
 
 
 @struct.dataclass
@@ -193,7 +194,7 @@ class GPT(_Layer):
         """
         c, length = self.config, tokens.shape[1]
         if length > c.block_size:
-            raise ValueError(f"{length} tokens are more than model.block_size={c.block_size}")
+            raise Mistake(f"{length} tokens are more than model.block_size={c.block_size}")
         std = 0.02 if c.init == "gpt2" else 1.0
         shape, axes = (c.padded_vocab, c.n_embd), ("vocab", "table_embed")
         wte = self.table("wte", shape, axes, std)

@@ -12,8 +12,8 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
-from scalegpt.config import OptimConfig
 from scalegpt.muon import LAYOUTS, scale_by_muon
+from scalegpt.recipe import OptimConfig
 
 Schedule = Callable[[Any], Any]
 

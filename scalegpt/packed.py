@@ -7,6 +7,8 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from scalegpt.errors import Mistake
+
 _OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 PACKED = (*_OPENERS, ".zst")
 BLOCK = 1 << 20  # bytes read at once
@@ -22,7 +24,7 @@ def blocks(path: Path) -> Iterator[bytes]:
             while block := file.read(BLOCK):
                 yield block
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
+        raise Mistake(f"cannot read {path}: {error}") from error
 
 
 def read_text(path: str | Path) -> str:
@@ -30,14 +32,14 @@ def read_text(path: str | Path) -> str:
     try:
         return b"".join(blocks(Path(path))).decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+        raise Mistake(f"{path} is not UTF-8 text: {error}") from None
 
 
 def _zstd_blocks(path: Path) -> Iterator[bytes]:
     try:
         import zstandard
     except ImportError as error:
-        raise ValueError(f"{path} needs zstandard: pip install 'scalegpt[data]'") from error
+        raise Mistake(f"{path} needs zstandard: pip install 'scalegpt[data]'") from error
     # Not its stream_reader, which takes the end of a truncated file for the end of the text.
     frame, packed = None, b""
     with open(path, "rb") as file:

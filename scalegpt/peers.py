@@ -7,8 +7,8 @@ import threading
 import time
 from typing import Any, NoReturn
 
-from scalegpt.ending import end, say
-from scalegpt.line import FAILED, Line
+from scalegpt.ending import Exit, end, say
+from scalegpt.line import Line
 
 line: Line | None = None  # with one process there is none
 _stopping: Any = None
@@ -75,7 +75,7 @@ def _catch_aborts(line: Line) -> None:
         if line.finished is not None:
             os._exit(line.finished)
         time.sleep(2)  # the line has seen it, too, and names who died
-        line.leave(FAILED, f"aborted from within JAX, see above; {line.others()}")
+        line.leave(Exit.FAILED, f"aborted from within JAX, see above; {line.others()}")
 
     _catch_aborts.kept = aborted  # C must not outlive it
     libc = ctypes.CDLL(None)

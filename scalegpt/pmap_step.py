@@ -14,9 +14,11 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from scalegpt import step
+from scalegpt import step, update
 from scalegpt.config import Config
-from scalegpt.step import State, Steps
+from scalegpt.errors import Mistake
+from scalegpt.step import Steps
+from scalegpt.update import State
 
 AXIS = "device"  # pmap's only one: all devices of the mesh in a row
 
@@ -47,7 +49,7 @@ def build(config: Config, mesh: Mesh, dtype: str, implementation: str) -> PmapSt
     """As `step.build`. Raises ValueError also for a mesh that splits the model."""
     for axis in ("fsdp", "tensor"):
         if mesh.shape[axis] > 1:
-            raise ValueError(
+            raise Mistake(
                 f"run.backend=pmap gives each device a whole copy of the model, so it cannot have "
                 f"mesh.{axis}={mesh.shape[axis]}; set --mesh.{axis}=1 --mesh.data=-1, or "
                 "--run.backend=jit"
@@ -64,12 +66,13 @@ def build(config: Config, mesh: Mesh, dtype: str, implementation: str) -> PmapSt
         """One device's part: tokens [A, mine, T+1]."""
         first = jax.lax.axis_index(AXIS) * mine
         rows = jnp.arange(accumulation)[:, None] * microbatch + first + jnp.arange(mine)
-        key = step.dropout_key(config, state.step)
-        sums = step.sums(config, steps.model, state.params, tokens, rows.astype(jnp.uint32), key)
+        rows = rows.astype(jnp.uint32)
+        key = update.dropout_key(config, state.step)
+        sums = update.gradient_sums(config, steps.model, state.params, tokens, rows, key)
         # The one reduction of an update. Of sums, not of means: masked tokens may make the
         # devices' counts differ.
-        (total, grads), count = jax.lax.psum((sums, step.target_count(tokens)), AXIS)
-        return step.update(config, steps.model.dtype, state, total, grads, count)
+        (total, grads), count = jax.lax.psum((sums, update.target_count(tokens)), AXIS)
+        return update.apply_gradients(config, steps.model.dtype, state, total, grads, count)
 
     def split(tokens: Array) -> Array:
         """[A, M, T+1] -> [A, devices, mine, T+1]: an axis for pmap to map over."""

@@ -25,7 +25,9 @@ import numpy as np
 from tqdm import tqdm
 
 from scalegpt import command_line, storage
+from scalegpt.errors import Mistake
 from scalegpt.json_files import read_object
+from scalegpt.lock import hold
 from scalegpt.tokenizer import Tokenizer, load
 
 SPLITS = ("train", "val")
@@ -59,7 +61,7 @@ def write_dataset(
     ValueError: other data in `out`, too little disk, no text, or what `build` raises.
     """
     if workers is not None and workers < 0:
-        raise ValueError(f"--workers={workers} must be 0, for this process alone, or more")
+        raise Mistake(f"--workers={workers} must be 0, for this process alone, or more")
     if not force:
         _prepared(out, source)  # what may not be overwritten is not even locked
     with _new_or_kept(out), _only_writer(out):
@@ -86,7 +88,7 @@ def check_disk(folder: Path, need: float) -> None:
     free = shutil.disk_usage(folder).free
     print(f"about {need / 1e6:,.1f} MB needed in {folder}, {free / 1e6:,.1f} MB free", flush=True)
     if need > free:
-        raise ValueError(f"too little disk in {folder}: {need:,.0f} bytes needed, {free:,} free")
+        raise Mistake(f"too little disk in {folder}: {need:,.0f} bytes needed, {free:,} free")
 
 
 @contextmanager
@@ -96,7 +98,7 @@ def _new_or_kept(out: Path) -> Iterator[None]:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"cannot write to --out={out}: {error.strerror}") from None
+        raise Mistake(f"cannot write to --out={out}: {error.strerror}") from None
     try:
         yield
     except BaseException:
@@ -109,7 +111,7 @@ def _new_or_kept(out: Path) -> Iterator[None]:
 @contextmanager
 def _only_writer(out: Path) -> Iterator[None]:
     """Wait for another process that prepares `out`: those of one job may start it together."""
-    with storage.hold(out / "prepare.tmp"):
+    with hold(out / "prepare.tmp"):
         try:
             for path in out.glob("*.bin.partial"):  # of a killed run; they would count as used
                 path.unlink()
@@ -134,7 +136,7 @@ def _prepared(out: Path, source: str) -> dict[str, Any] | None:
             if found != {"train": train * size, "val": val * size}:
                 return None
     if (held := meta.get("source", "something unknown")) != source:
-        raise ValueError(f"{out} holds {held!r}, not {source!r}: see --force and --out")
+        raise Mistake(f"{out} holds {held!r}, not {source!r}: see --force and --out")
     return meta
 
 
@@ -153,7 +155,7 @@ def _write_bins(out: Path, corpus: Corpus, dtype: np.dtype, workers: int) -> dic
             bar.update(n_bytes)
     for split in SPLITS:
         if not counts[split]["tokens"]:
-            raise ValueError(f"the {split} split is empty: it takes more text, or another split")
+            raise Mistake(f"the {split} split is empty: it takes more text, or another split")
     return {s: {**counts[s], "sha256": digests[s].hexdigest()} for s in SPLITS}
 
 

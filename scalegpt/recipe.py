@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from scalegpt.errors import Mistake
 from scalegpt.value_types import (
     Amount,
     Positive,
@@ -121,12 +122,12 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> "ModelConfig":
         if self.n_embd % self.n_head:
-            raise ValueError(
+            raise Mistake(
                 f"model.n_embd={self.n_embd} is not divisible by model.n_head={self.n_head}; "
                 f"n_head could be {divisors_near(self.n_embd, self.n_head)}"
             )
         if self.position == "rope" and self.head_dim % 2:
-            raise ValueError(
+            raise Mistake(
                 f"model.position=rope needs an even head size, n_embd/n_head={self.head_dim}"
             )
         return self
@@ -198,29 +199,29 @@ class OptimConfig(Section):
     def _check(self) -> "OptimConfig":
         end = self.decay_steps or self.steps
         if self.schedule != "constant" and self.min_lr > self.lr:
-            raise ValueError(
+            raise Mistake(
                 f"optim.min_lr={self.min_lr} is above optim.lr={self.lr}; set --optim.min_lr too"
             )
         unread = {"embedding_lr", "head_lr", "scalar_lr", "momentum", "momentum_warmup", "ns_steps"}
         if self.name == "adamw" and (given := sorted(
             key for key in unread if getattr(self, key) != OptimConfig.model_fields[key].default
         )):
-            raise ValueError(
+            raise Mistake(
                 f"optim.{given[0]}={getattr(self, given[0])} is Muon's, and optim.name=adamw has "
                 "one learning rate for all; leave it out, or set --optim.name=muon"
             )
         if self.warmup_steps > end:
-            raise ValueError(
+            raise Mistake(
                 f"optim.warmup_steps={self.warmup_steps} is beyond the end of the decay, "
                 f"update {end}; lower it or raise optim.steps"
             )
         if self.schedule == "wsd" and end - round(self.cooldown * end) < self.warmup_steps < end:
-            raise ValueError(
+            raise Mistake(
                 f"optim.warmup_steps={self.warmup_steps} reaches into wsd's cooldown, the last "
                 f"{self.cooldown:.0%} of {end} updates, where the rate would jump; lower either"
             )
         if self.cautious_decay and not self.weight_decay:
-            raise ValueError(
+            raise Mistake(
                 "optim.cautious_decay=true decays nothing with optim.weight_decay=0, which is "
                 "Muon's default; set --optim.weight_decay too"
             )

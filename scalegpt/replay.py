@@ -18,11 +18,15 @@ from tqdm import tqdm
 from scalegpt import sharding, tokenizer
 from scalegpt.checkpoint import open_checkpoints
 from scalegpt.config import Config
-from scalegpt.data import Dataset
-from scalegpt.feed import batches_from, windows_of
+from scalegpt.datasets import windows_of
+from scalegpt.errors import Mistake
+from scalegpt.feed import batches_from
+from scalegpt.loss import row_losses
 from scalegpt.phases import Phases
 from scalegpt.resume import check_same_run, initial_state
-from scalegpt.step import State, Steps, dropout_key, row_losses
+from scalegpt.step import Steps
+from scalegpt.token_files import Dataset
+from scalegpt.update import State, dropout_key
 
 SHOWN = 10
 
@@ -92,7 +96,7 @@ def _state_before(
 ) -> tuple[State, int]:
     """The state after the last checkpoint before update `done`, and its step."""
     if done > config.optim.steps:
-        raise ValueError(f"run.replay={done} is beyond the run's end, optim.steps="
+        raise Mistake(f"run.replay={done} is beyond the run's end, optim.steps="
                          f"{config.optim.steps}")  # fmt: skip
     checkpoints = open_checkpoints(config.run.out_dir)
     start = max((step for step in checkpoints.steps if step < done), default=0)

@@ -10,19 +10,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from scalegpt import generate, run_folder, tokenizer
-from scalegpt.agreement import Deadline, gather
+from scalegpt import run_folder
 from scalegpt.checkpoint import Checkpoints
 from scalegpt.config import Config
-from scalegpt.data import Dataset
-from scalegpt.decode import decoder
-from scalegpt.feed import windows_of
-from scalegpt.flops import parameter_count
+from scalegpt.datasets import windows_of
 from scalegpt.metrics import Metrics
 from scalegpt.recipe import muons
-from scalegpt.sampling import Sampler
 from scalegpt.saving import Failure
 from scalegpt.step import Steps
+from scalegpt.token_files import Dataset
 
 
 def describe(config: Config, datasets: list[Dataset], steps: Steps) -> str:
@@ -37,7 +33,7 @@ def describe(config: Config, datasets: list[Dataset], steps: Steps) -> str:
     return "\n".join(
         [
             *recipe,
-            f"model    {parameter_count(config.model):,} parameters, {steps.model.dtype} products,"
+            f"model    {steps.parameters:,} parameters, {steps.model.dtype} products,"
             f" attention {steps.model.attention}",
             f"data     {text}",
             f"devices  {len(devices)} x {devices[0].device_kind}, {mesh}, {config.run.backend}",
@@ -73,40 +69,16 @@ def muon_line(config: Config) -> str:
 
 
 def finish(
-    config: Config,
-    steps: Steps,
-    checkpoints: Checkpoints,
-    meta: dict[str, Any],
-    params: Any,
-    metrics: Metrics,
+    config: Config, checkpoints: Checkpoints, best_loss: float, metrics: Metrics
 ) -> None:
-    """The end of a run: a sample, where things are, what to type next."""
-    metrics.say(_sample(config, steps, meta["tokenizer"], params))
+    """Say at the end of a run where its results are and what to type next."""
     best, out_dir = checkpoints.find("best"), shlex.quote(config.run.out_dir)
     metrics.say(
-        f"done: best val loss {meta['best_loss']:.4f} at step {best}; metrics in "
+        f"done: best val loss {best_loss:.4f} at step {best}; metrics in "
         f"{out_dir}/metrics.jsonl\nnext:\n"
         f'  python -m scalegpt.generate --run {out_dir} --prompt "..."\n'
         f"  python -m scalegpt.evaluate --run {out_dir}"
     )
-
-
-def _sample(config: Config, steps: Steps, spec: Any, params: Any) -> str:
-    """A text from nothing, or why there is none: a tokenizer may want a network or a package."""
-    problem = None
-    try:
-        codec = tokenizer.load(spec)
-        start = codec.encode("\n") if codec.eot is None else np.array([codec.eot])
-    except ValueError as error:
-        problem = str(error)
-    # They write together, so that all do or none does.
-    problems = gather("sample", problem, Deadline(config.run.deadline_evaluation))
-    if why := next(filter(None, problems), None):
-        return f"no sample: {why}"
-    write = decoder(steps, params, Sampler(), codec.vocab_size)
-    longest = min(200, config.model.block_size)
-    text = generate.continuations(write, codec, [start], max_new_tokens=longest)[0].text
-    return f"--- a sample ---\n{text}\n----------------"
 
 
 def bad_update(

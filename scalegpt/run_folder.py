@@ -11,6 +11,7 @@ import posixpath
 from pathlib import Path
 
 from scalegpt import storage, user_cache
+from scalegpt.errors import Mistake
 
 FOLDER = "checkpoints"
 BAD_UPDATES = "bad_updates.jsonl"
@@ -21,13 +22,13 @@ _LOGS = "tensorboard"
 def is_run(folder: str | Path) -> bool:
     """Whether it is the folder of a run, or of imported weights, and not of Hugging Face's kind."""
     if storage.is_url(folder):
-        return bool((storage.folder(folder) / FOLDER).names())
+        return bool((storage.open_folder(folder) / FOLDER).names())
     return Path(folder, FOLDER).expanduser().is_dir()
 
 
 def has_imported_weights(out_dir: str | Path) -> bool:
     """Whether it has a step 0, which no run saves."""
-    return bool((storage.folder(out_dir) / FOLDER / "0").names())
+    return bool((storage.open_folder(out_dir) / FOLDER / "0").names())
 
 
 def local(out_dir: str) -> Path:
@@ -36,7 +37,7 @@ def local(out_dir: str) -> Path:
         return Path(out_dir).expanduser()
     url = out_dir.rstrip("/")
     name = f"{posixpath.basename(url)}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
-    return user_cache.folder("runs", name)
+    return user_cache.cache_folder("runs", name)
 
 
 def fetch(out_dir: str, is_main: bool = True) -> Path:
@@ -48,7 +49,7 @@ def fetch(out_dir: str, is_main: bool = True) -> Path:
     here = local(out_dir)
     if not storage.is_url(out_dir):
         return here
-    remote = storage.folder(out_dir)
+    remote = storage.open_folder(out_dir)
     try:
         here.mkdir(parents=True, exist_ok=True)
         names = [name for name in _FILES if remote.has(name)]
@@ -61,7 +62,7 @@ def fetch(out_dir: str, is_main: bool = True) -> Path:
         for name in [*names, *logs] if is_main else _FILES[:1]:
             _fetch_file(remote, here, name)
     except Exception as error:  # each file system has its own
-        raise ValueError(f"cannot read run.out_dir={out_dir}: {_said(error)}") from error
+        raise Mistake(f"cannot read run.out_dir={out_dir}: {_said(error)}") from error
     return here
 
 
@@ -90,7 +91,7 @@ def push(out_dir: str) -> None:
     """Copy the files to the URL, as they are now; by the main process. Raises what goes wrong."""
     if not storage.is_url(out_dir):
         return
-    here, remote = local(out_dir), storage.folder(out_dir)
+    here, remote = local(out_dir), storage.open_folder(out_dir)
     for name in _FILES:
         if (here / name).exists():
             data = (here / name).read_bytes()
@@ -108,7 +109,7 @@ def push_or_explain(out_dir: str) -> None:
     try:
         push(out_dir)
     except Exception as error:
-        raise ValueError(f"cannot write to run.out_dir={out_dir}: {_said(error)}") from error
+        raise Mistake(f"cannot write to run.out_dir={out_dir}: {_said(error)}") from error
 
 
 def _said(error: Exception) -> str:

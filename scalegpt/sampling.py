@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from scalegpt.errors import Mistake
+
 
 @dataclass(frozen=True)
 class Sampler:
@@ -31,7 +33,7 @@ class Sampler:
             good, why = allowed[field.name]
             if not good:
                 name, value = field.name.replace("_", "-"), getattr(self, field.name)
-                raise ValueError(f"--{name}={value} must be {why}")
+                raise Mistake(f"--{name}={value} must be {why}")
 
 
 def sample_token(scores: Array, key: Array, sampler: Sampler, seen: Array | None = None) -> Array:

@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from scalegpt.config import BatchConfig, Config, MeshConfig
+from scalegpt.errors import Mistake
 from scalegpt.value_types import divisors
 
 AXES = ("replica", "data", "fsdp", "tensor")
@@ -54,7 +55,7 @@ def mesh_shape(config: MeshConfig, devices: int, what: str) -> tuple[int, ...]:
     fixed = prod(size for size in sizes.values() if size != -1)
     shown = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
     if devices % fixed or (-1 not in sizes.values() and fixed != devices):
-        raise ValueError(
+        raise Mistake(
             f"mesh {shown} does not fit {devices} {what} device(s): "
             f"the sizes must multiply to {devices}; one of them may be -1"
         )
@@ -71,7 +72,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     if slices == 1:
         return jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
     if shape[0] % slices:
-        raise ValueError(f"mesh.replica={shape[0]} must be a multiple of the {slices} slices")
+        raise Mistake(f"mesh.replica={shape[0]} must be a multiple of the {slices} slices")
     inside = (shape[0] // slices, *shape[1:])
     grid = mesh_utils.create_hybrid_device_mesh(
         inside, (slices, 1, 1, 1), devices, allow_split_physical_axes=True
@@ -96,14 +97,14 @@ def batch_layout(
     per_shard, rest = divmod(batch.sequences, shards)
     if rest:
         near = round(batch.sequences / shards) * shards or shards
-        raise ValueError(
+        raise Mistake(
             f"batch.sequences={batch.sequences} does not divide over {shards} shards of rows "
             f"(replica x data x fsdp); the nearest that does is {near}"
         )
     microbatch = batch.microbatch or max(d for d in divisors(per_shard) if d <= (most or per_shard))
     if per_shard % microbatch:
         fits = map(str, divisors(per_shard))
-        raise ValueError(
+        raise Mistake(
             f"batch.microbatch={microbatch} does not divide the {per_shard} sequences that each "
             f"shard has of batch.sequences={batch.sequences}; it could be {', '.join(fits)}"
         )
@@ -114,17 +115,17 @@ def check_divisible(config: Config, mesh: Mesh | AbstractMesh) -> None:
     """Raises ValueError when an axis of the model does not divide over its mesh axes."""
     model, fsdp, tensor = config.model, mesh.shape["fsdp"], mesh.shape["tensor"]
     if model.n_head % tensor:
-        raise ValueError(
+        raise Mistake(
             f"model.n_head={model.n_head} does not divide over mesh.tensor={tensor}; "
             "use a tensor size that divides the heads"
         )
     if model.n_embd % fsdp:
-        raise ValueError(
+        raise Mistake(
             f"model.n_embd={model.n_embd} does not divide over mesh.fsdp={fsdp}; "
             "use a smaller fsdp, and data for the rest"
         )
     if model.padded_vocab % (fsdp * tensor):
-        raise ValueError(
+        raise Mistake(
             f"the padded vocabulary of {model.padded_vocab} does not divide over fsdp x tensor = "
             f"{fsdp * tensor}; set model.vocab_multiple={lcm(model.vocab_multiple, fsdp * tensor)}"
         )
@@ -135,7 +136,7 @@ def specs(boxed: Any, rules: dict[str, Any]) -> Any:
 
     def spec(names: P) -> P:
         if unknown := [name for name in names if name is not None and name not in rules]:
-            raise ValueError(f"logical axis {unknown[0]!r} has no rule in sharding.RULES")
+            raise Mistake(f"logical axis {unknown[0]!r} has no rule in sharding.RULES")
         return P(*(rules[name] if name is not None else None for name in names))
 
     return jax.tree.map(spec, nn.get_partition_spec(boxed), is_leaf=lambda x: isinstance(x, P))

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from scalegpt import storage, user_cache
+from scalegpt import user_cache
+from scalegpt.errors import Mistake
+from scalegpt.lock import hold
 
 CHUNK = 1 << 24  # bytes per read: large enough to run at disk speed, small in memory
 
@@ -27,20 +29,20 @@ def stage(url: str, files: Sequence[str], cache_dir: str | None = None) -> Path:
     try:
         fs, root = fsspec.core.url_to_fs(url)
     except OSError as error:  # some connect at once
-        raise ValueError(f"cannot read {url}: {error}; is the network up?") from error
+        raise Mistake(f"cannot read {url}: {error}; is the network up?") from error
     except (ImportError, ValueError) as error:
         extra = '"scalegpt[tpu]"' if protocol in ("gs", "gcs") else "the package it names"
-        raise ValueError(f"cannot read {url}: {error}. Fix: pip install {extra}") from error
+        raise Mistake(f"cannot read {url}: {error}. Fix: pip install {extra}") from error
     name = f"{posixpath.basename(url)}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
-    folder = Path(cache_dir or user_cache.folder(), name)
+    folder = Path(cache_dir or user_cache.cache_folder(), name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Eight processes of one machine must not fill its disk with eight copies.
-        with storage.hold(folder / "lock"):
+        with hold(folder / "lock"):
             for file in files:
                 _stage_file(fs, posixpath.join(root, file), folder / file)
     except OSError as error:  # of the network or of the disk
-        raise ValueError(
+        raise Mistake(
             f"cannot copy {url} to {folder}: {error}; try again, choose another data.cache_dir, or "
             "copy it yourself and give that folder"
         ) from error
@@ -62,7 +64,7 @@ def _stage_file(fs, source: str, target: Path) -> None:
             return
     free = shutil.disk_usage(target.parent).free
     if size and size > free:
-        raise ValueError(
+        raise Mistake(
             f"{source} has {size:,} bytes, and {target.parent} has room for {free:,}; free some, "
             "or choose another cache folder"
         )
@@ -74,7 +76,7 @@ def _stage_file(fs, source: str, target: Path) -> None:
                 writer.write(chunk)
                 bar.update(len(chunk))
         if size is not None and partial.stat().st_size != size:
-            raise ValueError(
+            raise Mistake(
                 f"{source}: {partial.stat().st_size} of {size} bytes arrived; start again"
             )
         # The stamp goes last and the file appears whole: a kill in between costs a download.

@@ -4,164 +4,26 @@ Shapes: A microbatches, M sequences of a microbatch over all devices, T position
 Token arrays are [A, M, T+1] int32: inputs are [..., :-1], targets [..., 1:]; -1 is masked.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import optax
-from flax import struct
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from scalegpt import attention, health, sharding
-from scalegpt.config import BatchConfig, Config, ModelConfig
-from scalegpt.gradients import logsumexp
-from scalegpt.layers import constrain
-from scalegpt.model import GPT, head_table, logits
-from scalegpt.optim import optimizer, schedule, swap_average
+from scalegpt import attention, health, sharding, update
+from scalegpt.config import BatchConfig, Config
+from scalegpt.flops import parameter_count
+from scalegpt.loss import row_losses
+from scalegpt.model import GPT
+from scalegpt.optim import optimizer
+from scalegpt.update import State
 
 # Of a microbatch on a CPU, about: what the backward pass needs of a layer is then still in a cache.
 CPU_TOKENS = 1024
-
-
-@struct.dataclass
-class State:
-    """What an update changes. `step`: updates made so far."""
-
-    step: Array
-    params: Any
-    opt_state: Any
-    health: health.Health
-
-    def swapped(self) -> "State":
-        """As checkpoints hold it: with the weights to evaluate and to use, which optim.average may
-        have averaged, in `params`. Twice is as before."""
-        params, opt_state = swap_average(self.params, self.opt_state)
-        return self.replace(params=params, opt_state=opt_state)
-
-
-def token_losses(hidden: Array, table: Array, targets: Array, config: ModelConfig) -> Array:
-    """Sum of the cross-entropies of each row, [B] float32, from hidden [B, T, D].
-
-    Logits exist for `loss_chunk` positions at a time and are computed again for the gradient, so
-    that [B, T, V] never does. Masked targets (-1) count nothing.
-    """
-
-    @partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names("logsumexp"))
-    def part(hidden: Array, targets: Array) -> Array:
-        scores = logits(hidden, table, config)
-        scores = constrain(scores, "batch", "position", "act_vocab")
-        # Not a gather: XLA cannot split one over a vocabulary sharded inside manual axes.
-        is_target = jnp.arange(scores.shape[-1]) == targets[..., None]
-        right = jnp.where(is_target, scores, 0).sum(-1)
-        return jnp.where(targets >= 0, logsumexp(scores) - right, 0).sum(-1)
-
-    (b, t, d), chunk = hidden.shape, config.loss_chunk
-    if t <= chunk:
-        return part(hidden, targets)
-    pad = -t % chunk
-    hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
-    targets = jnp.pad(targets, ((0, 0), (0, pad)), constant_values=-1)
-    hidden = hidden.reshape(b, -1, chunk, d).swapaxes(0, 1)
-    targets = targets.reshape(b, -1, chunk).swapaxes(0, 1)
-    first = part(hidden[0], targets[0])
-    return jax.lax.scan(lambda c, x: (c + part(*x), None), first, (hidden[1:], targets[1:]))[0]
-
-
-def row_losses(model: GPT, params: Any, tokens: Array, dropout_keys: Array | None) -> Array:
-    """Sum of the cross-entropies of each row of tokens [B, T+1]: [B] float32."""
-    inputs, targets = jnp.maximum(tokens[:, :-1], 0), tokens[:, 1:]
-    hidden = model.apply({"params": params}, inputs, dropout_keys)
-    table = head_table(params)
-    losses = partial(token_losses, config=model.config)
-    mesh = jax.sharding.get_abstract_mesh()
-    split = {a for a in sharding.ROWS if mesh.shape.get(a, 1) > 1} - set(mesh.manual_axes)
-    if split != {"fsdp"}:
-        return losses(hidden, table, targets)
-
-    # The compiler would reduce the table's gradient over fsdp in every chunk. So each shard of the
-    # rows gets the copy that it has anyway as one of its own, and they are summed once.
-    shards = mesh.shape["fsdp"]
-    copies = jnp.broadcast_to(table, (shards, *table.shape))
-    copies = jax.lax.with_sharding_constraint(copies, P("fsdp", sharding.RULES["act_vocab"]))
-    hidden, targets = (x.reshape(shards, -1, *x.shape[1:]) for x in (hidden, targets))
-    with nn.logical_axis_rules(tuple(sharding.rules_within(sharding.ROWS).items())):
-        return jax.vmap(losses)(hidden, copies, targets).reshape(-1)
-
-
-def accumulate(loss: Callable, params: Any, tokens: Array, rows: Array) -> tuple[Array, Any]:
-    """Sums of loss and gradient over the microbatches of tokens [A, M, T+1]; nothing is divided.
-
-    loss: (params, tokens [M, T+1], rows [M]) -> scalar. rows: [A, M] global row numbers.
-    """
-    gradient = jax.value_and_grad(loss)
-    if tokens.shape[0] == 1:
-        return gradient(params, tokens[0], rows[0])
-
-    def add(total: Any, microbatch: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, gradient(params, *microbatch)), None
-
-    # From the rows, so that the zero varies over the same manual mesh axes as the gradients; from
-    # a parameter, it would gather that parameter.
-    zero = jnp.float32(0) * rows[0, 0]
-    return jax.lax.scan(add, (zero, jax.tree.map(jnp.zeros_like, params)), (tokens, rows))[0]
-
-
-def sums(
-    config: Config, model: GPT, params: Any, tokens: Array, rows: Array, key: Array
-) -> tuple[Array, Any]:
-    """`accumulate` for a run: key is the update's, from which each row's dropout key follows."""
-
-    def loss(params: Any, tokens: Array, rows: Array) -> Array:
-        keys = None
-        if config.model.dropout > 0:
-            keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
-        return row_losses(model, params, tokens, keys).sum()
-
-    return accumulate(loss, params, tokens, rows)
-
-
-def target_count(tokens: Array) -> Array:
-    """Targets of tokens [..., T+1] that count; float32, to be reduced together with gradients."""
-    return (tokens[..., 1:] >= 0).sum(dtype=jnp.float32)
-
-
-def dropout_key(config: Config, step: Array) -> Array:
-    """Of all rows of update `step`."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(config.run.seed), 1), step)
-
-
-def update(
-    config: Config, dtype: Any, state: State, total: Array, grads: Any, count: Array
-) -> tuple[State, dict[str, Array]]:
-    """The optimizer's part, from the sums of loss and gradient over `count` tokens. dtype: of
-    matrix products.
-
-    The update is not applied where `health.judge` says so; the step counts all the same.
-    """
-    share = 1 / jnp.maximum(count, 1)  # divisions would not be fused into their uses
-    grads = jax.tree.map(lambda g: g * share, grads)
-    tx = optimizer(config.optim, dtype)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    loss, norm = total * share, optax.tree.norm(grads)
-    apply, deviation, after = health.judge(config.run, state.health, loss, norm)
-    metrics = {
-        "train/loss": loss,
-        "train/lr": schedule(config.optim)(state.step),
-        "train/grad_norm": norm,
-        "train/spike": deviation,
-        "train/skipped": after.nonfinite + after.spikes,
-        "nonfinite": after.nonfinite,
-        "norms": health.layer_norms(grads),
-    }
-    new = optax.apply_updates(state.params, updates), opt_state
-    params, opt_state = health.choose(apply, new, (state.params, state.opt_state))
-    return State(state.step + 1, params, opt_state, after), metrics
 
 
 @dataclass(frozen=True)
@@ -182,6 +44,11 @@ class Steps:
     jit_init: Any
     jit_train: Any
     jit_evaluate: Any
+
+    @property
+    def parameters(self) -> int:
+        """How many parameters the model has, each counted once."""
+        return parameter_count(self.model.config)
 
     def init(self) -> State:
         with jax.set_mesh(self.mesh):
@@ -239,8 +106,8 @@ def build(config: Config, mesh: Mesh, dtype: str, implementation: str) -> Steps:
         """Runs on each (replica, data) part with its own rows; one reduction after the scan."""
         params, key = jax.lax.pcast((params, key), manual, to="varying")
         with nn.logical_axis_rules(tuple(sharding.rules_within(manual).items())):
-            total, grads = sums(config, model, params, tokens, rows, key)
-        return jax.lax.psum((total, grads, target_count(tokens)), manual)
+            total, grads = update.gradient_sums(config, model, params, tokens, rows, key)
+        return jax.lax.psum((total, grads, update.target_count(tokens)), manual)
 
     # Plain jit would reduce every layer's gradient in every microbatch, over the slow links too.
     # Axes of size 1 stay out: XLA fails on a manual reduction over nothing beside automatic axes.
@@ -254,8 +121,9 @@ def build(config: Config, mesh: Mesh, dtype: str, implementation: str) -> Steps:
 
     def train(state: State, tokens: Array) -> tuple[State, dict[str, Array]]:
         rows = jnp.arange(layout[0] * layout[1], dtype=jnp.uint32).reshape(layout)
-        key = dropout_key(config, state.step)
-        return update(config, model.dtype, state, *gradients(state.params, tokens, rows, key))
+        key = update.dropout_key(config, state.step)
+        sums = gradients(state.params, tokens, rows, key)
+        return update.apply_gradients(config, model.dtype, state, *sums)
 
     def evaluate(params: Any, tokens: Array) -> tuple[Array, Array]:
         with nn.logical_axis_rules(tuple(sharding.RULES.items())):

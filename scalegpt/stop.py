@@ -8,7 +8,7 @@ import time
 import urllib.request
 
 from scalegpt import peers
-from scalegpt.ending import STOPPED, say
+from scalegpt.ending import Exit, say
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _METADATA = "http://{}/computeMetadata/v1/instance/{}"
@@ -62,7 +62,7 @@ class StopRequest:
     def ask(self, why: str) -> None:
         """Ask the run to stop, from any thread."""
         if not self.saves:
-            peers.leave(STOPPED, f"{why}: stopped before there was anything to save")
+            peers.leave(Exit.STOPPED, f"{why}: stopped before there was anything to save")
         say(f"\n{why}: saving after this step; once more to leave at once")
         if peers.line:
             peers.line.ask_to_stop(why)

@@ -12,7 +12,9 @@ import os
 import posixpath
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
+
+from scalegpt.errors import Mistake
 
 try:
     import fcntl
@@ -127,27 +129,7 @@ def local_path(text: str) -> Path:
     return Path(text).expanduser()
 
 
-def hold(path: Path, wait: bool = True) -> TextIO:
-    """The lock file `path`, held until it is closed or this process ends; its holder may remove it.
-
-    Raises BlockingIOError where another process has it and this shall not wait, and OSError.
-    """
-    while True:
-        file = open(path, "w")
-        try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                return file
-        except FileNotFoundError:  # whoever had it has removed it: who comes now makes another
-            pass
-        except BaseException:
-            file.close()
-            raise
-        file.close()
-
-
-def folder(path: str | Path) -> Folder:
+def open_folder(path: str | Path) -> Folder:
     """Whether it is there or not. Raises ValueError for a URL that nothing here can open."""
     import fsspec
 
@@ -156,7 +138,7 @@ def folder(path: str | Path) -> Folder:
         return Folder(path, fsspec.filesystem("file"), path)
     path = str(path).rstrip("/")
     if not path.startswith(("gs://", "s3://")):  # else Orbax would make a local folder "x:"
-        raise ValueError(f"{path}: checkpoints can be in a local folder, gs:// or s3://")
+        raise Mistake(f"{path}: checkpoints can be in a local folder, gs:// or s3://")
     # It logs each request that fails, with a traceback; we say once what could not be done.
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL + 1)
     try:
@@ -164,5 +146,5 @@ def folder(path: str | Path) -> Folder:
         fs, root = fsspec.core.url_to_fs(path, use_listings_cache=False)
     except (ImportError, ValueError) as error:
         extra = '"scalegpt[tpu]"' if path.startswith("gs:") else "the package it names"
-        raise ValueError(f"cannot open {path}: {error}. Fix: pip install {extra}") from error
+        raise Mistake(f"cannot open {path}: {error}. Fix: pip install {extra}") from error
     return Folder(path, fs, root.rstrip("/"))

@@ -16,14 +16,13 @@ from typing import Any
 import numpy as np
 
 from scalegpt import json_files, tokenizer
+from scalegpt.batching import Figures
 from scalegpt.config import EvalConfig
+from scalegpt.errors import Mistake
 from scalegpt.likelihood import Row, Scorer, scorer
 from scalegpt.packed import read_text
 from scalegpt.step import Steps
 from scalegpt.tokenizer import Tokenizer
-
-# Name -> (value, standard error).
-Figures = dict[str, tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -54,14 +53,14 @@ def open_task(
             # The harness joins context and choice by a space, its default "target_delimiter".
             rows = [encode_pair(codec, context, f" {c}", block_size) for c in choices]
         except ValueError as error:  # of JSON too
-            raise ValueError(f"{path}, line {number}, is no example of {name}: {error}") from None
+            raise Mistake(f"{path}, line {number}, is no example of {name}: {error}") from None
         task.gold.append(gold)
         task.lengths.append([len(c) for c in choices])
         task.rows.extend(rows)
         if len(task.gold) == limit:
             break
     if not task.gold:
-        raise ValueError(f"{path} is empty")
+        raise Mistake(f"{path} is empty")
     return task
 
 
@@ -78,11 +77,11 @@ def encode_pair(codec: Tokenizer, context: str, continuation: str, block_size: i
         before = codec.encode(context)
         after = codec.encode(context + continuation)[len(before) :]
     elif codec.eot is None:
-        raise ValueError(f"the context is empty, and tokenizer {codec.name} has no mark for that")
+        raise Mistake(f"the context is empty, and tokenizer {codec.name} has no mark for that")
     else:
         before, after = np.array([codec.eot], np.int32), codec.encode(continuation)
     if not 0 < len(after) <= block_size:
-        raise ValueError(f"{continuation[:40]!r} has {len(after)} tokens, the model room for "
+        raise Mistake(f"{continuation[:40]!r} has {len(after)} tokens, the model room for "
                          f"{block_size}")  # fmt: skip
     return Row(np.concatenate([before, after])[-(block_size + 1) :], len(after))
 
@@ -147,7 +146,7 @@ def _value(line: str) -> Any:
     try:
         return json_files.parse(line)
     except ValueError as error:
-        raise ValueError(f"not JSON: {error}") from None
+        raise Mistake(f"not JSON: {error}") from None
 
 
 class _Fields:
@@ -155,7 +154,7 @@ class _Fields:
 
     def __init__(self, row: Any) -> None:
         if not isinstance(row, dict):
-            raise ValueError(f"it holds a {type(row).__name__}, not an object")
+            raise Mistake(f"it holds a {type(row).__name__}, not an object")
         self._row = row
 
     def __contains__(self, name: str) -> bool:
@@ -164,7 +163,7 @@ class _Fields:
     def text(self, *names: str) -> str:
         name, value = self._find(names)
         if not isinstance(value, str):
-            raise ValueError(f"{name} is {value!r}, not a text")
+            raise Mistake(f"{name} is {value!r}, not a text")
         return value
 
     def texts(self, name: str) -> list[str]:
@@ -172,14 +171,14 @@ class _Fields:
         if not isinstance(value, list) or len(value) < 2 or not all(
             isinstance(text, str) for text in value
         ):  # fmt: skip
-            raise ValueError(f"{name} is {value!r}, not a list of two texts or more")
+            raise Mistake(f"{name} is {value!r}, not a list of two texts or more")
         return value
 
     def index(self, choices: list[str], *names: str) -> int:
         name, value = self._find(names)
         number = int(value) if isinstance(value, str) and value.strip().isdigit() else value
         if type(number) is not int or not 0 <= number < len(choices):
-            raise ValueError(f"{name} is {value!r}, not the index of one of {len(choices)} choices")
+            raise Mistake(f"{name} is {value!r}, not the index of one of {len(choices)} choices")
         return number
 
     def _find(self, names: tuple[str, ...]) -> tuple[str, Any]:
@@ -187,7 +186,7 @@ class _Fields:
             if name in self._row:
                 return name, self._row[name]
         found = ", ".join(map(repr, self._row)) or "nothing"
-        raise ValueError(f"it has no {' or '.join(map(repr, names))}, only {found}")
+        raise Mistake(f"it has no {' or '.join(map(repr, names))}, only {found}")
 
 
 Example = tuple[str, list[str], int]  # context, choices, which is right
@@ -210,7 +209,7 @@ def _lambada(row: _Fields) -> Example:
     if "continuation" in row:
         context, word = row.text("context"), row.text("continuation").removeprefix(" ")
     elif "text" not in row:
-        raise ValueError("it has neither 'text' nor 'context' and 'continuation'")
+        raise Mistake("it has neither 'text' nor 'context' and 'continuation'")
     else:
         context, _, word = row.text("text").rpartition(" ")
     return context, _not_empty([word]), 0
@@ -223,7 +222,7 @@ def _multiple_choice(row: _Fields) -> Example:
 
 def _not_empty(choices: list[str]) -> list[str]:
     if not all(choices):
-        raise ValueError("a choice is empty")
+        raise Mistake("a choice is empty")
     return choices
 
 

@@ -7,6 +7,7 @@ import ml_dtypes  # noqa: F401 - makes bfloat16 a NumPy dtype, which safetensors
 import numpy as np
 import safetensors
 
+from scalegpt.errors import Mistake
 from scalegpt.json_files import read_object
 
 SAFE, INDEX, TORCH = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
@@ -30,10 +31,10 @@ def open_tensors(folder: Path) -> tuple[Shapes, Read]:
     elif (folder / TORCH).is_file():
         shapes, read = _torch(folder / TORCH)
     else:
-        raise ValueError(f"{folder} has no {SAFE}, no {INDEX} and no {TORCH}")
+        raise Mistake(f"{folder} has no {SAFE}, no {INDEX} and no {TORCH}")
     names = {name.removeprefix(_PREFIX): name for name in shapes}
     if len(names) < len(shapes):
-        raise ValueError(f"{folder} has tensors both with and without the prefix {_PREFIX}")
+        raise Mistake(f"{folder} has tensors both with and without the prefix {_PREFIX}")
     return {name: shapes[stored] for name, stored in names.items()}, lambda name: read(names[name])
 
 
@@ -41,10 +42,10 @@ def _shards(index: Path) -> list[str]:
     """Names of the files beside an index. Raises ValueError for a name that leads elsewhere."""
     names = read_object(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise ValueError(f"{index} has no weight_map from tensors to files; download it again")
+        raise Mistake(f"{index} has no weight_map from tensors to files; download it again")
     for name in names.values():
         if not name.endswith(".safetensors") or set(name) & set("/\\\0"):
-            raise ValueError(
+            raise Mistake(
                 f"{index}: weight_map names {name!r}, which is no .safetensors file beside it; "
                 "download it again"
             )
@@ -58,7 +59,7 @@ def _safetensors(paths: list[Path]) -> tuple[Shapes, Read]:
             # Mapped into memory, every page once read would count as ours until the file closes.
             file = safetensors.safe_open(path, framework="np", backend="pread")
         except (OSError, safetensors.SafetensorError) as error:
-            raise ValueError(f"cannot read {path}: {error}") from None
+            raise Mistake(f"cannot read {path}: {error}") from None
         for name in file.keys():
             part = file.get_slice(name)
             _check_dtype(path, name, part.get_dtype())
@@ -70,7 +71,7 @@ def _torch(path: Path) -> tuple[Shapes, Read]:
     try:
         import torch
     except ImportError as error:
-        raise ValueError(
+        raise Mistake(
             f"{path} is PyTorch's own format, which needs a package that is not installed: "
             f"pip install torch, or put {SAFE} beside it"
         ) from error
@@ -78,12 +79,12 @@ def _torch(path: Path) -> tuple[Shapes, Read]:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # it raises a dozen kinds for a file that is not its own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"cannot read {path}: {reason}") from None
+        raise Mistake(f"cannot read {path}: {reason}") from None
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor)
         for name, tensor in tensors.items()
     ):
-        raise ValueError(f"{path} holds no named tensors, as torch.save(model.state_dict()) writes")
+        raise Mistake(f"{path} holds no named tensors, as torch.save(model.state_dict()) writes")
     for name, tensor in tensors.items():
         _check_dtype(path, name, str(tensor.dtype).removeprefix("torch."))
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -94,4 +95,4 @@ def _torch(path: Path) -> tuple[Shapes, Read]:
 def _check_dtype(path: Path, name: str, dtype: str) -> None:
     # The masks among GPT-2's buffers are bytes, and nobody reads them.
     if dtype not in _FLOATS and not name.endswith("attn.bias"):
-        raise ValueError(f"{path}: {name} is stored as {dtype}; only 16 and 32 bit floats are read")
+        raise Mistake(f"{path}: {name} is stored as {dtype}; only 16 and 32 bit floats are read")

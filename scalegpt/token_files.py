@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from scalegpt import tokenizer
+from scalegpt.errors import Mistake
 from scalegpt.json_files import read_object
 from scalegpt.staging import stage
 from scalegpt.value_types import LARGEST
@@ -104,13 +105,13 @@ def open_split(path: str | Path, split: str, cache_dir: str | None = None) -> Sp
 def _locate(path: str, needed: tuple[str, ...], cache_dir: str | None) -> tuple[str, Path]:
     """The dataset's name and its folder on this machine, which has the needed files."""
     if not path:
-        raise ValueError("data.path is empty; name a folder with train.bin and val.bin")
+        raise Mistake("data.path is empty; name a folder with train.bin and val.bin")
     remote = "://" in path
     folder = Path(path).expanduser().resolve()
     if remote:
         folder = stage(path, (*META, *needed), cache_dir)
     if not folder.is_dir():
-        raise ValueError(
+        raise Mistake(
             f"data.path: there is no folder {folder}. Run one of data/*/prepare.py with "
             f"--out {folder}, or point data.path at a folder with train.bin and val.bin"
         )
@@ -119,7 +120,7 @@ def _locate(path: str, needed: tuple[str, ...], cache_dir: str | None) -> tuple[
             fix = "data.path must hold train.bin and val.bin, as data/*/prepare.py writes them"
             if (folder / "prepare.py").is_file():
                 fix = f"make it with: python {folder / 'prepare.py'}"
-            raise ValueError(f"{path} has no {file}; {fix}")
+            raise Mistake(f"{path} has no {file}; {fix}")
     return posixpath.basename(path.rstrip("/")) if remote else folder.name, folder
 
 
@@ -128,7 +129,7 @@ def _open_tokens(file: Path, meta: dict, stated: bool) -> np.memmap:
     try:
         tokens = _map_tokens(file, dtype, facts.get("tokens"))
     except OSError as error:
-        raise ValueError(f"cannot read {file}: {error.strerror}; is its disk there?") from None
+        raise Mistake(f"cannot read {file}: {error.strerror}; is its disk there?") from None
     if not stated:
         _refuse_other_files(file, tokens)
     if not 0 <= facts.get("max_id", vocab_size) < vocab_size:
@@ -147,7 +148,7 @@ def check_tokens(dataset: Dataset, block_size: int) -> None:
     """Raise ValueError unless both splits hold one whole window of block_size + 1 tokens."""
     for split, tokens in (("train", dataset.train), ("val", dataset.val)):
         if len(tokens) < block_size + 1:
-            raise ValueError(
+            raise Mistake(
                 f"{dataset.name}/{split}.bin has {len(tokens)} tokens; model.block_size="
                 f"{block_size} needs at least {block_size + 1}. Lower model.block_size or use "
                 "more text"
@@ -162,7 +163,7 @@ def read_meta(folder: Path) -> tuple[dict, bool]:
     if os.path.lexists(folder / "meta.pkl"):
         return _read_meta_pkl(folder / "meta.pkl"), True
     if (folder / "meta.json.partial").exists():  # else bytes would be trained on as GPT-2 ids
-        raise ValueError(f"{folder}: preparing it was interrupted; run prepare.py again")
+        raise Mistake(f"{folder}: preparing it was interrupted; run prepare.py again")
     return {"tokenizer": "gpt2", "vocab_size": 50257, "dtype": "uint16"}, False
 
 
@@ -170,24 +171,24 @@ def _read_meta_json(file: Path) -> dict:
     again = "run prepare.py again to rewrite it"
     meta = read_object(file, f"; {again}")
     if meta.get("format", 1) != 1:
-        raise ValueError(f"{file}: format {meta['format']!r} is unknown, only 1; update scalegpt")
+        raise Mistake(f"{file}: format {meta['format']!r} is unknown, only 1; update scalegpt")
     parts = {"": meta, "train.": meta.get("train"), "val.": meta.get("val")}
     needed = {"": ("format", "tokenizer", "vocab_size", "dtype", "train", "val")}
     for prefix, part in parts.items():
         keys = needed.get(prefix, ("tokens",))
         missing = [prefix + k for k in keys if not isinstance(part, dict) or k not in part]
         if missing:
-            raise ValueError(f"{file} lacks {', '.join(missing)}; {again}")
+            raise Mistake(f"{file} lacks {', '.join(missing)}; {again}")
         for key in {"vocab_size", "tokens", "max_id", "bytes"} & part.keys():
             most = LARGEST if key == "vocab_size" else 2**63 - 1
             if type(part[key]) is not int or not 0 <= part[key] <= most:
-                raise ValueError(f"{file}: {prefix}{key} is {part[key]!r}, not a count; {again}")
+                raise Mistake(f"{file}: {prefix}{key} is {part[key]!r}, not a count; {again}")
     if meta["dtype"] not in (*DTYPES,):
-        raise ValueError(f"{file}: dtype {meta['dtype']!r} is not one of {', '.join(DTYPES)}")
+        raise Mistake(f"{file}: dtype {meta['dtype']!r} is not one of {', '.join(DTYPES)}")
     try:
         tokenizer.check(meta["tokenizer"])
     except ValueError as error:  # else a run would find out at its end
-        raise ValueError(f"{file}: {error}; {again}") from None
+        raise Mistake(f"{file}: {error}; {again}") from None
     return meta
 
 
@@ -207,7 +208,7 @@ def _read_meta_pkl(file: Path) -> dict:
         chars = [itos[i] for i in range(size)]
         assert size and all(isinstance(c, str) and len(c) == 1 for c in chars)
     except Exception as error:  # a damaged pickle can raise nearly anything
-        raise ValueError(
+        raise Mistake(
             f"{file} is not nanoGPT's character table, a pickle of plain vocab_size, itos and "
             f"stoi ({type(error).__name__}: {error}); write a meta.json instead"
         ) from error
@@ -218,17 +219,17 @@ def _read_meta_pkl(file: Path) -> dict:
 def _map_tokens(file: Path, dtype: np.dtype, expected: int | None) -> np.memmap:
     size = file.stat().st_size
     if size == 0:
-        raise ValueError(f"{file} is empty; run prepare.py again")
+        raise Mistake(f"{file} is empty; run prepare.py again")
     if size % dtype.itemsize:
         with file.open("rb") as stream:
             kind = _foreign(stream.read(FOREIGN_HEAD)) or "truncated or of another dtype"
-        raise ValueError(
+        raise Mistake(
             f"{file} has {size} bytes, not a multiple of {dtype.itemsize} ({dtype.name}): it is "
             f"{kind}; run prepare.py again"
         )
     if expected is not None and size != expected * dtype.itemsize:
         kind = "truncated" if size < expected * dtype.itemsize else "longer than it should be"
-        raise ValueError(
+        raise Mistake(
             f"{file} has {size} bytes but meta.json says {expected} tokens of {dtype.name}, "
             f"{expected * dtype.itemsize} bytes: it is {kind}; copy it or run prepare.py again"
         )
@@ -247,7 +248,7 @@ def _check_hash(file: Path, expected: str) -> None:
     with file.open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != expected:
-        raise ValueError(
+        raise Mistake(
             f"{file} is not the file that meta.json beside it describes (sha256 {found[:8]}..., "
             f"not {expected[:8]}...); run its prepare.py again, or remove meta.json if the ids are "
             "nanoGPT's"
@@ -259,12 +260,12 @@ def _refuse_other_files(file: Path, tokens: np.ndarray) -> None:
     id check, and so would uint32, to train on text with an id 0 after every token."""
     head = tokens[: 1 << 16]
     if kind := _foreign(head.tobytes()[:FOREIGN_HEAD]):
-        raise ValueError(
+        raise Mistake(
             f"{file} is {kind}, no file of token ids; make those with data/text/prepare.py, or "
             "say what they are in a meta.json"
         )
     if len(head) >= 64 and not head[1::2].any():
-        raise ValueError(
+        raise Mistake(
             f"{file}: every second value is 0, which looks like uint32 read as uint16; say "
             '"dtype": "uint32" in a meta.json'
         )
@@ -278,7 +279,7 @@ def _check_ids(file: Path, tokens: np.ndarray, vocab_size: int) -> None:
             chunk = tokens[begin : begin + CHUNK]
             if chunk.max() >= vocab_size:
                 at = begin + int(np.argmax(chunk >= vocab_size))
-                raise ValueError(
+                raise Mistake(
                     f"{file}: token {at} is {tokens[at]}, outside the vocabulary of {vocab_size}; "
                     f"run prepare.py again with the right tokenizer{_dtype_hint(tokens)}"
                 )

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from scalegpt.errors import Mistake
+
 END_OF_TEXT = "<|endoftext|>"  # in a prompt, whatever the tokenizer calls its mark
 _EOT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>")
 
@@ -50,7 +52,7 @@ class Tokenizer:
         ids = np.asarray(ids, np.int64).ravel()
         bad = ids[(ids < 0) | (ids >= self.vocab_size)]
         if bad.size:
-            raise ValueError(f"token id {bad[0]} is outside {self.name}'s 0..{self.vocab_size - 1}")
+            raise Mistake(f"token id {bad[0]} is outside {self.name}'s 0..{self.vocab_size - 1}")
         return self._decode(ids)
 
     def within(self, vocab_size: int) -> "Tokenizer":
@@ -61,7 +63,7 @@ class Tokenizer:
         def encode(text: str) -> np.ndarray:
             ids = self.encode(text)
             if ids.size and ids.max() >= vocab_size:
-                raise ValueError(
+                raise Mistake(
                     f"tokenizer {self.name} gives id {ids.max()} for {text[:20]!r}, but the model "
                     f"has only {vocab_size}: it was made for another tokenizer"
                 )
@@ -112,13 +114,13 @@ def check(spec: Any) -> None:
             return
         case {"kind": "char", "chars": str(chars)}:
             if not chars or len(set(chars)) != len(chars):
-                raise ValueError(
+                raise Mistake(
                     f"a char tokenizer needs distinct characters, at least one; got {chars!r}"
                 )
             return
         case {"kind": "tokenizer.json", "name": str(), "json": dict()}:
             return
-    raise ValueError(f"no tokenizer {str(spec)[:60]!r}: there are gpt2, byte, and specs of others")
+    raise Mistake(f"no tokenizer {str(spec)[:60]!r}: there are gpt2, byte, and specs of others")
 
 
 def named(name: str) -> Tokenizer:
@@ -128,11 +130,11 @@ def named(name: str) -> Tokenizer:
     try:
         return _hugging_face(Path(name).name, Path(name).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(
+        raise Mistake(
             f"no tokenizer {name!r} ({error.strerror}): say gpt2, byte or a tokenizer.json's path"
         ) from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not a Hugging Face tokenizer.json: {error}") from None
+        raise Mistake(f"{name} is not a Hugging Face tokenizer.json: {error}") from None
 
 
 def char_tokenizer(text_chunks: Iterable[str]) -> Tokenizer:
@@ -154,7 +156,7 @@ def _char(chars: str) -> Tokenizer:
         ids = table[np.minimum(text_codes, unknown)]
         if (ids < 0).any():
             first = text[int(np.argmax(ids < 0))]
-            raise ValueError(f"char tokenizer has no {first!r} (U+{ord(first):04X}); byte has all")
+            raise Mistake(f"char tokenizer has no {first!r} (U+{ord(first):04X}); byte has all")
         return ids
 
     def decode(ids: np.ndarray) -> str:
@@ -181,7 +183,7 @@ def _gpt2() -> Tokenizer:
     try:
         bpe = tiktoken.get_encoding("gpt2")
     except OSError as error:  # requests' errors are OSErrors too
-        raise ValueError(
+        raise Mistake(
             f"no gpt2 files for tiktoken ({type(error).__name__}): without a network set "
             "TIKTOKEN_CACHE_DIR to a cache filled on a machine with one, or use the tokenizer byte"
         ) from error
@@ -195,16 +197,16 @@ def _hugging_face(name: str, text: str) -> Tokenizer:
 
         bpe = tokenizers.Tokenizer.from_str(text)
     except ImportError as error:
-        raise ValueError(f"{name} needs `tokenizers`: pip install 'scalegpt[data]'") from error
+        raise Mistake(f"{name} needs `tokenizers`: pip install 'scalegpt[data]'") from error
     except Exception as error:  # the package raises nothing narrower for a file it cannot use
-        raise ValueError(f"{name} is not a Hugging Face tokenizer.json: {error}") from error
+        raise Mistake(f"{name} is not a Hugging Face tokenizer.json: {error}") from error
     content = json.loads(text)
     bpe.no_truncation()
     bpe.no_padding()
     bpe.encode_special_tokens = True  # spelt in the text, a special token is only text
     size = max(bpe.get_vocab(with_added_tokens=True).values(), default=-1) + 1  # may have gaps
     if not size:
-        raise ValueError(f"{name} is not a Hugging Face tokenizer.json: its vocabulary is empty")
+        raise Mistake(f"{name} is not a Hugging Face tokenizer.json: its vocabulary is empty")
     marks = {t["content"]: t["id"] for t in content.get("added_tokens", []) if t["special"]}
     eot = next((marks[mark] for mark in _EOT_NAMES if mark in marks), None)
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 
 from scalegpt import (
     checkpoint,
@@ -31,13 +32,18 @@ from scalegpt import (
     reports,
     run_folder,
     sharding,
+    tokenizer,
     user_cache,
 )
+from scalegpt.agreement import Deadline, gather
 from scalegpt.ahead_of_time import compile_only, memory_advice
+from scalegpt.command import fail, run_command
 from scalegpt.config import Config
-from scalegpt.data import Dataset
-from scalegpt.evaluate import validation
-from scalegpt.feed import batches_from, open_datasets
+from scalegpt.continuation import continuations
+from scalegpt.datasets import open_datasets
+from scalegpt.decode import decoder
+from scalegpt.ending import Exit
+from scalegpt.feed import batches_from
 from scalegpt.flops import mfu_meter
 from scalegpt.metrics import Metrics, Throughput, check_packages
 from scalegpt.phases import Phases
@@ -50,8 +56,12 @@ from scalegpt.resume import (
     stored_config,
     write_config,
 )
-from scalegpt.step import State, Steps
+from scalegpt.sampling import Sampler
+from scalegpt.step import Steps
 from scalegpt.stop import Interrupted, StopRequest
+from scalegpt.token_files import Dataset
+from scalegpt.update import State
+from scalegpt.validation import validation
 from scalegpt.watch import Watch
 
 FLAGS = {
@@ -64,20 +74,19 @@ FLAGS = {
         "v5e:4x4, ... (needs the package libtpu)",
     },
 }
-DONE, STOPPED, NOT_FINITE, NOT_SAVED = 0, 3, 4, 5
 
 
 def main(argv: list[str]) -> int:
     config, flags = command_line.parse(argv, "scalegpt.train", FLAGS)
     if flags.print_config:
         print(config.to_yaml(), end="")
-        return DONE
+        return Exit.DONE
     if flags.compile_only:
         cpu_devices.choose(config)
         if config.model.vocab_size is None:
             config = config.with_vocab(max(d.vocab_size for d in open_datasets(config)))
         compile_only(config, flags.compile_only)
-        return DONE
+        return Exit.DONE
     check_packages(config.log)
     user_cache.keep_compiled()
     stop, phases = StopRequest(), Phases(config.run)
@@ -165,7 +174,7 @@ def train(config: Config, phases: Phases, stop: StopRequest) -> int:
         with memory_advice():
             return loop(run, state, start)
     except BaseException as error:
-        command_line.fail(error)  # the clean-up would wait for processes that wait for this one
+        fail(error)  # the clean-up would wait for processes that wait for this one
         raise
     finally:
         metrics.close()
@@ -217,17 +226,17 @@ def loop(run: Run, state: State, start: int) -> int:
         with phases("save"):
             failure = run.checkpoints.wait()
         run.stop.saves = False
-        if code == NOT_FINITE:
+        if code == Exit.NOT_FINITE:
             reports.not_finite(done, config.run.skip_nonfinite, run.checkpoints, metrics)
-        elif failure or code == NOT_SAVED:
+        elif failure or code == Exit.FAILED:
             reports.not_saved(failure, run.checkpoints, metrics)
-            code = NOT_SAVED
-        elif code == STOPPED:
+            code = Exit.FAILED
+        elif code == Exit.STOPPED:
             metrics.say(f"stopped on request after update {done}; the same command continues")
         else:
             with phases("sample"):
-                weights = state.swapped().params
-                reports.finish(config, run.steps, run.checkpoints, meta, weights, metrics)
+                metrics.say(sample(run, state.swapped().params))
+                reports.finish(config, run.checkpoints, meta["best_loss"], metrics)
         if start < total:
             metrics.ledger(done, stall)
             metrics.summary()
@@ -255,18 +264,18 @@ def loop(run: Run, state: State, start: int) -> int:
             with phases("wait for data"):
                 batch = next(batches)
         if pending and not report(*pending):
-            return leave(pending[0], NOT_FINITE)
+            return leave(pending[0], Exit.NOT_FINITE)
         pending = (done, values)
         if (failure := run.checkpoints.failing) and failure.over:
             report(*pending)
-            return leave(done, NOT_SAVED, stall)
+            return leave(done, Exit.FAILED, stall)
         leaving = run.stop.reached(done)
         last = done == total or leaving
         evaluate_now = done == total or _due(done, config.eval.every)
         save_now = last or _due(done, config.checkpoint.every)
         if done == start + 1 or evaluate_now or save_now:
             if not report(*pending):
-                return leave(done, NOT_FINITE)
+                return leave(done, Exit.NOT_FINITE)
             pending = None
         if done == start + 1:
             phases.begin("step", done)
@@ -281,15 +290,36 @@ def loop(run: Run, state: State, start: int) -> int:
             except Interrupted:
                 leaving = last = save_now = meta["evaluation_due"] = True
         if loss is not None and not math.isfinite(loss):
-            return leave(done, NOT_FINITE)
+            return leave(done, Exit.NOT_FINITE)
         if save_now or (loss is not None and loss < best):
             with phases("save"):
                 stall = run.checkpoints.save(state.swapped(), done, meta, loss)
             if not last:
                 metrics.ledger(done, stall)
         if meta["evaluation_due"] or (leaving and done < total):
-            return leave(done, STOPPED, stall)
-    return leave(total, DONE, stall)
+            return leave(done, Exit.STOPPED, stall)
+    return leave(total, Exit.DONE, stall)
+
+
+def sample(run: Run, params: Any) -> str:
+    """A text that the model writes from nothing, or why it cannot be had.
+
+    A tokenizer may want a network or a package that only some processes have. All processes write
+    together, so that either all of them do or none does.
+    """
+    problem = None
+    try:
+        codec = tokenizer.load(run.meta["tokenizer"])
+        start = codec.encode("\n") if codec.eot is None else np.array([codec.eot])
+    except ValueError as error:
+        problem = str(error)
+    problems = gather("sample", problem, Deadline(run.config.run.deadline_evaluation))
+    if why := next(filter(None, problems), None):
+        return f"no sample: {why}"
+    write = decoder(run.steps, params, Sampler(), codec.vocab_size)
+    longest = min(200, run.config.model.block_size)
+    text = continuations(write, codec, [start], max_new_tokens=longest)[0].text
+    return f"--- a sample ---\n{text}\n----------------"
 
 
 def _due(done: int, every: int) -> bool:
@@ -297,4 +327,4 @@ def _due(done: int, every: int) -> bool:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    run_command(main)

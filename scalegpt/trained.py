@@ -6,10 +6,12 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from scalegpt import distributed, hf, tokenizer, user_cache, value_types
+from scalegpt import hf, tokenizer, value_types
 from scalegpt.checkpoint import PARAMS, open_checkpoints
-from scalegpt.command_line import validate
-from scalegpt.config import Config, DistributedConfig, MeshConfig, ModelConfig
+from scalegpt.config import Config, DistributedConfig, MeshConfig
+from scalegpt.errors import Mistake
+from scalegpt.loading import validate
+from scalegpt.recipe import ModelConfig
 from scalegpt.run_folder import is_run
 from scalegpt.sharding import make_mesh
 from scalegpt.step import Steps, build_for_use
@@ -36,7 +38,7 @@ class Trained:
     def codec(self) -> Tokenizer:
         """Its tokenizer. Raises ValueError when it came without one."""
         if self.tokenizer is None:
-            raise ValueError(
+            raise Mistake(
                 f"{self.name} came without a tokenizer, so it knows no text; if it is of Hugging "
                 "Face's format, put its tokenizer.json into the folder (and import it again)"
             )
@@ -71,17 +73,15 @@ def check_checkpoint(which: str | None) -> None:
         try:
             value_types.checkpoint(which)
         except ValueError as error:
-            raise ValueError(f"--checkpoint={which[:40]} {error}") from None
+            raise Mistake(f"--checkpoint={which[:40]} {error}") from None
 
 
-def load(flags: argparse.Namespace, microbatch: int, config: Config | None = None) -> Trained:
-    """The model that the flags name; starts JAX, among several processes too. Raises ValueError.
+def machine(flags: argparse.Namespace, config: Config | None = None) -> Config:
+    """Return the mesh and the processes that the flags, else `config`, ask for; touches no device.
 
-    microbatch: sequences that each device works on at a time. config: a run's, whose run.init_from
-    is loaded where no flag names a model; its mesh and dtype hold where no flag gives another.
+    Raises ValueError for them, and for what --checkpoint cannot be.
     """
     check_checkpoint(flags.checkpoint)
-    user_cache.keep_compiled()
     stated = config.model_dump(include={"mesh", "distributed"}) if config else {}
     sections = {
         name: {**stated.get(name, {}), **{k: v for k in keys.model_fields
@@ -89,7 +89,15 @@ def load(flags: argparse.Namespace, microbatch: int, config: Config | None = Non
         for name, keys in _SECTIONS.items()
     }  # fmt: skip
     rest = {"data": {"path": ""}, "run": {"out_dir": "none"}}
-    asked = validate({**sections, **rest}, "this command line")
+    return validate({**sections, **rest}, "this command line")
+
+
+def load(flags: argparse.Namespace, microbatch: int, config: Config | None = None) -> Trained:
+    """Load the model that the flags name; the processes have been started. Raises ValueError.
+
+    microbatch: sequences that each device works on at a time. config: a run's, whose run.init_from
+    is loaded where no flag names a model; its mesh and dtype hold where no flag gives another.
+    """
     which, dtype, run, name = flags.checkpoint, flags.dtype, flags.run, flags.hf
     if config and not (run or name):
         source = config.run.init_from
@@ -97,9 +105,8 @@ def load(flags: argparse.Namespace, microbatch: int, config: Config | None = Non
         dtype = dtype or config.model.dtype
         which = which or (config.run.init_checkpoint if run else None)
     if name and which:
-        raise ValueError(f"--checkpoint={which} is of a run, and {name} is none")
-    distributed.start(asked.distributed)
-    mesh = make_mesh(asked.mesh)
+        raise Mistake(f"--checkpoint={which} is of a run, and {name} is none")
+    mesh = make_mesh(machine(flags, config).mesh)
     if name:
         return from_hugging_face(name, mesh, microbatch, dtype)
     return from_run(run, which or "best", mesh, microbatch, dtype)

@@ -6,7 +6,7 @@ import platform
 from pathlib import Path
 
 
-def folder(*parts: str) -> Path:
+def cache_folder(*parts: str) -> Path:
     """`$XDG_CACHE_HOME/scalegpt`, else `~/.cache/scalegpt`, and what is below; it makes nothing."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(home, "scalegpt", *parts)
@@ -22,7 +22,7 @@ def keep_compiled() -> None:
 
     if jax.config.jax_compilation_cache_dir is None:
         kind = hashlib.sha256(_cpu().encode()).hexdigest()[:12]
-        jax.config.update("jax_compilation_cache_dir", str(folder("compiled", kind)))
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder("compiled", kind)))
         # JAX's second leaves out most of a small run's programs, which are seconds together.
         ours = {"jax_compilation_cache_max_size": 4 * 2**30,
                 "jax_persistent_cache_min_compile_time_secs": 0.1}  # fmt: skip

@@ -4,8 +4,7 @@ import threading
 import time
 
 from scalegpt import peers
-from scalegpt.ending import key_of, say
-from scalegpt.line import FAILED
+from scalegpt.ending import Exit, key_of, say
 from scalegpt.phases import PHASES, Phase, Phases
 
 _TICK = 0.5
@@ -55,4 +54,4 @@ class Watch:
                 f"{phase.deadline:g}; raise that if it is slow and does not hang")  # fmt: skip
         if peers.line:
             text += f"\n{peers.line.others()}"
-        peers.leave(FAILED, text, dump=True)
+        peers.leave(Exit.FAILED, text, dump=True)

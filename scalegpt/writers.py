@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from scalegpt import ledger
+from scalegpt import json_files
+from scalegpt.errors import Mistake
 
 Row = dict[str, Any]
 Say = Callable[[str], None]
@@ -29,16 +30,16 @@ class JsonlWriter:
         self, path: str | Path, resume_step: int | None = None, say: Say = lambda text: None
     ) -> None:
         if "://" in str(path):  # Path() would quietly make a local folder named "gs:"
-            raise ValueError(f"run.out_dir holds files that grow, so it must be local: {path}")
+            raise Mistake(f"run.out_dir holds files that grow, so it must be local: {path}")
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         self.earlier: list[Row] = []
         if path.is_dir():
-            raise ValueError(f"{path} is a folder; rows go to a file of that name: move it away")
+            raise Mistake(f"{path} is a folder; rows go to a file of that name: move it away")
         if resume_step and resume_step > 0 and not path.exists():
             say(f"warning: {path} is not there: the rows that this run has written are lost")
         if path.exists() and resume_step is not None:
-            self.earlier = ledger.parsed(path.read_text(errors="replace").splitlines())
+            self.earlier = json_files.complete_rows(path.read_text(errors="replace").splitlines())
             kept = [row for row in self.earlier
                     if row["step"] < resume_step + ("time/step" not in row)]  # fmt: skip
             # Written beside it and renamed: killed at any point, the file is the old or the new.
@@ -46,7 +47,7 @@ class JsonlWriter:
             beside.write_text("".join(json.dumps(row) + "\n" for row in kept))
             beside.replace(path)
         elif path.exists() and path.stat().st_size:
-            raise ValueError(f"{path} is another run's: choose a new run.out_dir, or move it away")
+            raise Mistake(f"{path} is another run's: choose a new run.out_dir, or move it away")
         # Unbuffered: what the disk did not take is known to the byte.
         self._file, self._held, self._say = path.open("ab", buffering=0), b"", say
         self._warned = False

@@ -24,7 +24,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import tiny_run  # noqa: E402
 
-from scalegpt import step  # noqa: E402
+from scalegpt import step, update  # noqa: E402
 
 # A shell starts what runs in its background deaf to Ctrl-C, and its children are, too.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -54,7 +54,7 @@ def built_once():
     elsewhere = {"data": True, "eval": True, "checkpoint": True, "log": True, "run": {"out_dir"}}
 
     def remembered(config, mesh, *rest):
-        parts = step.update, step.accumulate, step.CPU_TOKENS  # which tests replace
+        parts = update.apply_gradients, update.accumulate, step.CPU_TOKENS  # which tests replace
         key = config.model_dump_json(exclude=elsewhere), mesh, rest, parts
         if key not in made:
             made[key] = build(config, mesh, *rest)

@@ -1,7 +1,7 @@
 """What a user can get wrong, through the real commands: each is one message and changes nothing.
 
 A row is a name, a command line, words that the message must hold, and the files it is given.
-Commands run in this process through `command_line.exit_code`, which is all that `command_line.run`
+Commands run in this process through `exit_code`, which is all that `run_command`
 adds to a main; at the end a few real processes show that it is.
 """
 
@@ -29,7 +29,9 @@ import yaml
 from conftest import ROOT
 from safetensors import SafetensorError
 
-from scalegpt import command_line, export, hf, manifest, prepare
+from scalegpt import export, hf, manifest, prepare
+from scalegpt.command import exit_code
+from scalegpt.errors import Mistake
 
 TINY = "--model.n_layer=1 --model.n_head=2 --model.n_embd=32 --model.block_size=16".split()
 BATCH = "--batch.sequences=8 --optim.steps=2 --optim.warmup_steps=0 --log.tensorboard=false".split()
@@ -82,7 +84,7 @@ def run(command: str, argv: list[str], capsys: Any) -> tuple[int, str, str]:
     capsys.readouterr()
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
-        code = command_line.exit_code(main_of(command), argv)
+        code = exit_code(main_of(command), argv)
     except SystemExit as end:
         code = end.code
     finally:
@@ -920,9 +922,9 @@ def test_a_configuration_is_printed_and_the_later_of_a_key_counts(capsys):
 
 def test_a_message_is_of_bounded_size_whatever_it_quotes(capsys):
     def main(argv: list[str]) -> int:
-        raise ValueError("\n".join(["x" * 10_000] * 1000))
+        raise Mistake("\n".join(["x" * 10_000] * 1000))
 
-    assert command_line.exit_code(main, []) == 2
+    assert exit_code(main, []) == 2
     err = capsys.readouterr().err
     assert len(err.splitlines()) < 40 and len(err) < 40_000 and "965 more lines" in err
 
@@ -932,7 +934,7 @@ def test_a_fault_of_ours_keeps_its_traceback():
     for fault in (lambda argv: json.loads("{"), lambda argv: {}["x"], lambda argv: 1 / 0,
                   lambda argv: open("/nowhere/at/all")):  # fmt: skip
         with pytest.raises((ValueError, KeyError, ArithmeticError, OSError)):
-            command_line.exit_code(fault, [])
+            exit_code(fault, [])
 
 
 # --- the real commands

@@ -18,6 +18,7 @@ from conftest import ROOT
 from jax.profiler import ProfileData
 
 from scalegpt import command_line
+from scalegpt.command import exit_code
 
 L, H, D, T, VOCAB, ROWS = 2, 2, 32, 16, 50, 16
 ARGV = [
@@ -260,7 +261,7 @@ def test_adamw_decays_what_nanogpts_does():
 
 def refused(capsys, *argv: str) -> str:
     capsys.readouterr()
-    assert command_line.exit_code(bench.main, [*ARGV, *argv]) == 2
+    assert exit_code(bench.main, [*ARGV, *argv]) == 2
     out, err = capsys.readouterr()
     assert not out and err.startswith("error: ") and len(err.splitlines()) == 1
     return err

@@ -55,7 +55,7 @@ def test_a_recreated_machine_continues_a_run_in_a_bucket(bottles, bucket, monkey
     url = f"{URL}/x"
     monkeypatch.setattr(StopRequest, "reached", lambda self, step=None: step == 3)
     assert train.main(arguments(bottles, url)) == 3
-    here, remote = run_folder.local(url), storage.folder(url)
+    here, remote = run_folder.local(url), storage.open_folder(url)
     assert here.name.startswith("x-") and (here / "metrics.jsonl").is_file()
     assert {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints"} <= set(remote.names())
     shutil.rmtree(here)
@@ -73,7 +73,7 @@ def test_a_recreated_machine_continues_a_run_in_a_bucket(bottles, bucket, monkey
 
 def test_local_files_count_where_they_continue_the_buckets(bucket):
     url = f"{URL}/y"
-    remote, here = storage.folder(url), run_folder.local(url)
+    remote, here = storage.open_folder(url), run_folder.local(url)
     assert run_folder.fetch(url) == here and not list(here.iterdir())
     (here / "config.yaml").write_text("a: 1")
     (here / "metrics.jsonl").write_text('{"step": 1}\n{"st')
@@ -100,7 +100,7 @@ def test_damage_in_a_bucket_is_left_out_and_moved_aside(bucket):
     for at in (1, 2, 3):
         checkpoints.save(state(at), at, {}, None)
         assert checkpoints.wait() is None
-    folder = storage.folder(checkpoints.folder)
+    folder = storage.open_folder(checkpoints.folder)
     assert folder.names() == ["2", "3"] and not said
     name = next(n for n in folder.files() if n.startswith("3/params/d/"))
     data = bytearray(folder.read(name))

@@ -20,7 +20,7 @@ import pytest
 from scalegpt import manifest, one_save, storage
 from scalegpt.checkpoint import Checkpoints, open_checkpoints
 from scalegpt.health import initial
-from scalegpt.step import State
+from scalegpt.update import State
 
 
 def state(at: int) -> State:
@@ -226,7 +226,7 @@ def test_a_manifest_cannot_name_files_outside_its_folder(run, name):
     content["sha256"] = manifest._digest(content)
     (step / "manifest.json").write_text(json.dumps(content))
     with pytest.raises(manifest.Damaged, match="names a file outside its folder"):
-        manifest.read(storage.folder(step), 2)
+        manifest.read(storage.open_folder(step), 2)
 
 
 def test_another_shape_or_dtype_is_an_error_and_not_a_cast(run):
@@ -386,7 +386,7 @@ def test_killed_while_an_old_one_is_removed_it_is_no_damaged_checkpoint(run, mon
     with monkeypatch.context() as patch:
         patch.setattr(storage.Folder, call, killed)
         with pytest.raises(KeyboardInterrupt):
-            one_save.retire(storage.folder(run / "checkpoints" / "1"))
+            one_save.retire(storage.open_folder(run / "checkpoints" / "1"))
     said = []
     checkpoints = Checkpoints(run, keep=1, say=said.append)
     assert checkpoints.continue_from() == 2 and not said

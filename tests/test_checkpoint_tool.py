@@ -12,7 +12,7 @@ from test_checkpoint_faults import arrays_of, contents, flip, state
 from scalegpt import resume
 from scalegpt.checkpoint import Checkpoints
 from scalegpt.config import Config
-from scalegpt.step import State
+from scalegpt.update import State
 
 LOSSES = {10: 3.0, 20: 1.5, 30: 2.0, 40: None, 50: 2.5}
 

@@ -13,11 +13,12 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from scalegpt import command_line
-from scalegpt.config import Config, DataConfig, ModelConfig
+from scalegpt import command_line, loading
+from scalegpt.config import Config, DataConfig
+from scalegpt.differences import curve_diff
 from scalegpt.flops import parameter_count
+from scalegpt.recipe import ModelConfig
 from scalegpt.reports import muon_line
-from scalegpt.resume import curve_diff
 from scalegpt.train import FLAGS
 
 GIVEN = ["--data.path=text", "--run.out_dir=out/x"]
@@ -350,7 +351,7 @@ def test_missing_config_names_the_nearest(tmp_path, monkeypatch):
 def test_environment_changes_nothing(monkeypatch):
     for name in ("OPTIM", "optim", "RUN", "optim.lr", "OPTIM__LR", "LR"):
         monkeypatch.setenv(name, '{"lr": 1}' if name.lower() == "optim" else "1")
-    assert parse(*GIVEN) == command_line.validate(MINIMAL, "here")
+    assert parse(*GIVEN) == loading.validate(MINIMAL, "here")
 
 
 # --- the real command line
@@ -391,7 +392,8 @@ def test_mistake_exits_2_with_one_message_and_makes_nothing(tmp_path, arguments,
     [("raise KeyboardInterrupt", 130, "\ninterrupted\n"), ("print('x' * 10**6)", 141, "")],
 )
 def test_ctrl_c_and_a_closed_pipe_end_a_command_without_a_traceback(body, code, said):
-    program = f"def main(argv):\n    {body}\nfrom scalegpt.command_line import run\nrun(main)"
+    program = f"def main(argv):\n    {body}\n"
+    program += "from scalegpt.command import run_command\nrun_command(main)"
     process = subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -423,7 +425,7 @@ def test_print_config_prints_yaml_of_the_same_run(tmp_path):
             "--data.path={a: 1, b: 2}", f"--run.out_dir={out}"]  # fmt: skip
     result = command(tmp_path, *argv, "--print-config")
     assert result.returncode == 0, result.stderr
-    assert command_line.validate(yaml.safe_load(result.stdout), "printed") == parse(*argv)
+    assert loading.validate(yaml.safe_load(result.stdout), "printed") == parse(*argv)
     assert not out.exists()
 
 
@@ -443,7 +445,7 @@ def test_resolved_config_round_trip(tmp_path, argv):
     config = parse(*argv).with_vocab(50257)
     path = tmp_path / "config.yaml"
     path.write_text(config.to_yaml(), encoding="utf-8")
-    assert command_line.validate(command_line.load(path), str(path)) == config
+    assert loading.validate(loading.load(path), str(path)) == config
     assert parse(f"--config={path}") == config
     assert curve_diff(parse(f"--config={path}"), config) == []
 
@@ -478,7 +480,7 @@ OTHER = {  # a value that differs from the default, where adding one will not do
 
 
 def test_curve_diff_names_each_key_that_changes_the_curve_and_no_other():
-    base = command_line.validate(MINIMAL, "here")
+    base = loading.validate(MINIMAL, "here")
     seen = set()
     for key, default in leaves(base).items():
         value = OTHER.get(key)
@@ -497,7 +499,7 @@ def test_curve_diff_names_each_key_that_changes_the_curve_and_no_other():
 
 def test_curve_diff_minds_the_weights_of_a_mixture_but_not_where_it_lies():
     def config(path):
-        return command_line.validate({**MINIMAL, "data": {"path": path}}, "here")
+        return loading.validate({**MINIMAL, "data": {"path": path}}, "here")
 
     stored = config({"a": 1, "b": 3})
     assert curve_diff(stored, config({"/mnt/a": 10, "/mnt/b": 30})) == []
@@ -578,7 +580,7 @@ def test_what_is_given_stays_and_the_rest_follows_from_it(in_yaml):
     assert half.optim.weight_decay == pytest.approx(0.1, rel=5e-3)
     assert not parse("--model.depth=4", "--optim.weight_decay=0", *GIVEN).optim.cautious_decay
     # A run that is stored continues with the numbers it began with.
-    assert command_line.validate(c.model_dump(), "stored") == c
+    assert loading.validate(c.model_dump(), "stored") == c
 
 
 # --- configs/

@@ -22,8 +22,8 @@ from fsspec.registry import _registry
 from grain.experimental import index_shuffle
 
 from scalegpt import data, staging, token_files
-from scalegpt.data import EvalBatches, TrainBatches, TrainOrder, open_dataset, train_iterator
-from scalegpt.token_files import check_tokens
+from scalegpt.data import EvalBatches, TrainBatches, TrainOrder, train_iterator
+from scalegpt.token_files import check_tokens, open_dataset
 
 # ---------------------------------------------------------------- the order of training windows
 

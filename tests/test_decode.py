@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from scalegpt import sharding, step
-from scalegpt.command_line import validate
 from scalegpt.decode import decoder
+from scalegpt.loading import validate
 from scalegpt.model import Cache, head_table, logits, separate_layers
 from scalegpt.sampling import Sampler
 

@@ -44,7 +44,8 @@ train.open_datasets = lambda *a: (time.sleep(int(ours.get("late", 0))), opened(*
 check = distributed.self_check
 distributed.self_check = lambda facts: (fault("check"), check(facts))
 TrainBatches.__init__, TrainBatches.__getitem__ = recorded, faulty
-command_line.run(train.main)
+from scalegpt.command import run_command
+run_command(train.main)
 """
 
 

@@ -8,14 +8,14 @@ import processes
 import tiny_run
 
 from scalegpt.command_line import parse
-from scalegpt.feed import open_datasets, train_batches
+from scalegpt.datasets import open_datasets, train_batches
 
 # Notes what each step is given, over all processes, and asks to stop after a step.
 PROGRAM = """
 import hashlib, json, sys
 import jax, numpy as np
 from jax.experimental import multihost_utils
-from scalegpt import command_line, step, stop, train
+from scalegpt import step, stop, train
 seen, file, last = {}, sys.argv.pop(1), int(sys.argv.pop(1))
 update = step.Steps.train
 def noted(self, state, tokens):
@@ -30,7 +30,8 @@ def main(argv):
     if jax.process_index() == 0:
         json.dump(seen, open(file, "w"))
     return code
-command_line.run(main)
+from scalegpt.command import run_command
+run_command(main)
 """
 LIVES = [  # processes, devices of each, mesh, last update
     (1, 8, {"data": 8}, 4),

@@ -13,11 +13,19 @@ import numpy as np
 import processes
 import pytest
 
-from scalegpt import generate, sharding, step, tokenizer, trained
+from scalegpt import (
+    continuation,
+    generate,
+    sharding,
+    step,
+    tokenizer,
+    trained,
+    update,
+)
 from scalegpt.checkpoint import Checkpoints
-from scalegpt.command_line import validate
+from scalegpt.continuation import Continuation
 from scalegpt.decode import decoder
-from scalegpt.generate import Continuation
+from scalegpt.loading import validate
 from scalegpt.sampling import Sampler
 
 BYTE = tokenizer.load({"kind": "byte"})
@@ -157,7 +165,7 @@ def run(model, tmp_path_factory) -> Path:
     meta = {"config": model.config.model_dump(), "tokenizer": model.tokenizer}
     for at, sign in ((1, 1.0), (2, -1.0)):
         params = jax.tree.map(lambda x, sign=sign: sign * x, model.params)
-        state = step.State(jnp.int32(at), params, {}, {})
+        state = update.State(jnp.int32(at), params, {}, {})
         checkpoints.save(state, at, meta, val_loss=float(at))
     checkpoints.wait()
     checkpoints.close()
@@ -176,7 +184,7 @@ def test_fault_02_the_checkpoint_asked_for_is_the_one_that_writes(run, model, ca
     for sign, want in ((1.0, best), (-1.0, latest)):
         params = jax.tree.map(lambda x, sign=sign: sign * x, model.params)
         greedy = decoder(model.steps, params, Sampler(temperature=0.0), 256)
-        (done,) = generate.continuations(greedy, BYTE, [BYTE.encode("x")], max_new_tokens=20)
+        (done,) = continuation.continuations(greedy, BYTE, [BYTE.encode("x")], max_new_tokens=20)
         assert want == f"x{done.text}\n"
     assert text("--checkpoint=best") == text("--checkpoint=1") == best != latest
     assert text("--checkpoint=2", "--mesh.data=2", "--mesh.fsdp=2", "--mesh.tensor=2") == latest
@@ -231,7 +239,7 @@ def test_at_a_terminal_one_prompt_after_the_other_is_asked_for(command, monkeypa
     out = command(*common)[0]  # Ctrl-C at the prompt leaves
     assert out == "".join(command(f"--prompt={p}", *common)[0] for p in ("AB", "C")) + "\n"
     interrupted = iter([True, False])
-    real = generate.continuations
+    real = continuation.continuations
 
     def once(*args, **kwargs):
         if next(interrupted):
@@ -275,11 +283,11 @@ def test_a_prompt_that_is_no_text_and_a_model_that_knows_none_are_told(command, 
     smaller = model.config.model.model_copy(update={"vocab_size": 80})
     smaller = replace(model, config=model.config.model_copy(update={"model": smaller}))
     with pytest.raises(ValueError, match="gives id 120 for 'x', but the model has only 80"):
-        generate.prompt_ids(smaller.codec(), "x")
+        continuation.prompt_ids(smaller.codec(), "x")
 
 
 def test_an_empty_prompt_needs_a_mark_to_start_from():
     codec = tokenizer.load({"kind": "char", "chars": "ab"})
     with pytest.raises(ValueError, match="the prompt is empty"):
-        generate.prompt_ids(codec, "")
-    assert generate.prompt_ids(BYTE, "").tolist() == [0]
+        continuation.prompt_ids(codec, "")
+    assert continuation.prompt_ids(BYTE, "").tolist() == [0]

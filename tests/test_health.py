@@ -10,11 +10,11 @@ import pytest
 import tiny_run
 from tiny_run import ROWS, T, arguments, rows
 
-from scalegpt import health, replay, resume, sharding, step, train
+from scalegpt import health, optim, replay, resume, sharding, step, train, update
 from scalegpt.checkpoint import open_checkpoints
 from scalegpt.command_line import parse
 from scalegpt.config import RunConfig
-from scalegpt.feed import open_datasets, windows_of
+from scalegpt.datasets import open_datasets, windows_of
 from scalegpt.pmap_step import build as build_pmap
 
 pytestmark = pytest.mark.usefixtures("signals_as_they_were")
@@ -23,14 +23,14 @@ BAD = 7
 
 def poison(monkeypatch, at: int, by: float) -> None:
     """Loss and gradient of update `at` come out `by` times as large."""
-    update = step.update
+    apply_gradients = update.apply_gradients
 
     def poisoned(config, dtype, state, total, grads, count):
         factor = jnp.where(state.step == at - 1, by, 1.0)
         grads = jax.tree.map(lambda g: g * factor, grads)
-        return update(config, dtype, state, total * factor, grads, count)
+        return apply_gradients(config, dtype, state, total * factor, grads, count)
 
-    monkeypatch.setattr(step, "update", poisoned)
+    monkeypatch.setattr(update, "apply_gradients", poisoned)
 
 
 @pytest.mark.parametrize("by", [math.nan, math.inf])
@@ -59,7 +59,7 @@ def test_the_run_ends_with_4_and_names_step_windows_norms_and_checkpoint(
 def test_windows_of_an_update_are_what_the_step_was_given(plays, tmp_path):
     config = parse(arguments(plays, tmp_path / "run"), "test", {})[0]
     datasets = open_datasets(config)
-    from scalegpt.feed import train_batches
+    from scalegpt.datasets import train_batches
 
     batch = train_batches(config, datasets, 2, np.arange(ROWS // 2))[BAD - 1]
     expected = [datasets[0].train[s : s + T + 1] for _, s in windows_of(config, datasets, BAD)]
@@ -93,7 +93,7 @@ def test_a_bad_update_changes_no_weight_and_no_moment_on_any_mesh(plays, monkeyp
     # The schedule counts the update all the same: the next has the rate of the third.
     assert int(state.opt_state[3].count) == 2
     lr = float(steps.train(state, tokens)[1]["train/lr"])
-    assert lr == float(step.schedule(config.optim)(2))
+    assert lr == float(optim.schedule(config.optim)(2))
 
 
 def test_bad_updates_are_left_out_up_to_so_many(plays, tmp_path, monkeypatch, capsys):

@@ -20,11 +20,13 @@ from safetensors.numpy import load_file, save_file
 from scalegpt import export, hf, resume, sharding, step, tokenizer, train, trained
 from scalegpt.checkpoint import Checkpoints, open_checkpoints
 from scalegpt.command_line import parse
-from scalegpt.config import MeshConfig, ModelConfig
+from scalegpt.config import MeshConfig
 from scalegpt.evaluate import main as evaluate
 from scalegpt.model import head_table, logits
-from scalegpt.step import State, build_for_use
+from scalegpt.recipe import ModelConfig
+from scalegpt.step import build_for_use
 from scalegpt.tokenizer_files import tokenizer_files
+from scalegpt.update import State
 
 ODD = {"n_layer": 3, "n_head": 3, "n_embd": 51, "vocab_size": 101, "n_positions": 37}
 # The real widths and head counts; depth and vocabulary only repeat.

@@ -11,8 +11,8 @@ from scalegpt import ledger, phases, sharding, step
 from scalegpt.checkpoint import Checkpoints
 from scalegpt.command_line import parse
 from scalegpt.config import RunConfig
-from scalegpt.evaluate import validation
-from scalegpt.feed import open_datasets
+from scalegpt.datasets import open_datasets
+from scalegpt.validation import validation
 
 RUN = RunConfig(out_dir="x")
 

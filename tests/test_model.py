@@ -17,11 +17,12 @@ from jax.extend.core import jaxprs_in_params
 
 from scalegpt import model as model_module
 from scalegpt import sharding, step
-from scalegpt.command_line import validate
-from scalegpt.config import ModelConfig
 from scalegpt.flops import parameter_count
 from scalegpt.layers import constrain, dropout, rotary_tables, rotate
+from scalegpt.loading import validate
+from scalegpt.loss import row_losses, token_losses
 from scalegpt.model import GPT, logits
+from scalegpt.recipe import ModelConfig
 
 TINY = dict(n_layer=2, n_head=3, n_embd=12, block_size=10, vocab_size=50, vocab_multiple=16)
 
@@ -338,7 +339,7 @@ def test_fault_25_initialisation_is_gpt2s():
 def test_initial_loss_is_that_of_guessing():
     model = gpt(n_head=4, n_embd=64, block_size=64, vocab_size=997, vocab_multiple=128)
     tokens = some_tokens(8, 65, 997)
-    loss = jit(lambda p: step.row_losses(model, p, tokens, None))(initial(model)).sum() / 512
+    loss = jit(lambda p: row_losses(model, p, tokens, None))(initial(model)).sum() / 512
     # Logits of std s = 0.02 sqrt(D) = 0.16 cost s^2 / 2 = 0.013 nats above ln V.
     assert float(loss) == pytest.approx(math.log(997) + 0.013, abs=0.03)
 
@@ -388,8 +389,8 @@ def test_fault_04_logits_are_float32_under_bfloat16():
 def test_fault_04_loss_is_float32_under_bfloat16():
     model = gpt("bfloat16")
     params, tokens = random_params(model), some_tokens(16, 11)
-    losses = jit(lambda p: step.row_losses(model, p, tokens, None))(params)
-    exact = jit(lambda p: step.row_losses(gpt(), p, tokens, None))(params)
+    losses = jit(lambda p: row_losses(model, p, tokens, None))(params)
+    exact = jit(lambda p: row_losses(gpt(), p, tokens, None))(params)
     assert losses.dtype == jnp.float32
     rounded = losses.astype(jnp.bfloat16).astype(jnp.float32)
     assert (losses != rounded).sum() >= 14  # one in 2^16 would be, by chance
@@ -400,7 +401,7 @@ def test_fault_04_loss_is_float32_under_bfloat16():
 def test_trap_5_under_bfloat16_everything_delicate_is_float32():
     model = gpt("bfloat16", bias=True, position="rope")
     params, tokens = shapes(model), some_tokens(3, 11)
-    jaxpr = jax.make_jaxpr(lambda p: step.row_losses(model, p, tokens, None))(params).jaxpr
+    jaxpr = jax.make_jaxpr(lambda p: row_losses(model, p, tokens, None))(params).jaxpr
     seen = []
     for eqn in equations(jaxpr):
         kinds = {str(v.aval.dtype) for v in eqn.invars}
@@ -418,7 +419,7 @@ def test_fault_16_no_complex_and_no_float64():
 
     def kinds(rate):
         model = gpt("bfloat16", bias=True, position="rope", dropout=rate)
-        loss = lambda p: step.row_losses(  # noqa: E731
+        loss = lambda p: row_losses(  # noqa: E731
             model, p, jnp.asarray(tokens), keys if rate else None
         ).sum()
         jaxpr = jax.make_jaxpr(jax.grad(loss))(shapes(model)).jaxpr
@@ -452,7 +453,7 @@ def test_trap_6_padding_changes_neither_loss_nor_gradient():
     tokens = some_tokens(3, 11)
 
     def value(model, params):
-        return jax.value_and_grad(lambda p: step.row_losses(model, p, tokens, None).sum())(params)
+        return jax.value_and_grad(lambda p: row_losses(model, p, tokens, None).sum())(params)
 
     loss, grads = jit(lambda p: value(padded, p))(params)
     cut = {**params, "wte": params["wte"][:50]}
@@ -489,7 +490,7 @@ def test_chunked_loss_and_gradients_match_numpy(chunk):
 
     def losses(hidden, table):
         config = ModelConfig(vocab_size=11, loss_chunk=chunk)
-        rows = step.token_losses(hidden, table, targets, config)
+        rows = token_losses(hidden, table, targets, config)
         return rows.sum(), rows
 
     grad = jit(jax.value_and_grad(losses, argnums=(0, 1), has_aux=True))
@@ -508,7 +509,7 @@ def test_masked_inputs_and_targets_count_nothing():
     tokens = some_tokens(2, 11)
     masked = tokens.copy()
     masked[0, 6:] = -1
-    row = lambda x: jit(lambda p: step.row_losses(model, p, x, None))(params)  # noqa: E731
+    row = lambda x: jit(lambda p: row_losses(model, p, x, None))(params)  # noqa: E731
     scores = jnp.asarray(numpy_gpt(model.config, params, tokens[:, :-1]))
     each = -jnp.take_along_axis(jax.nn.log_softmax(scores), tokens[:, 1:, None], -1)[..., 0]
     np.testing.assert_allclose(row(tokens), each.sum(1), rtol=1e-5)
@@ -524,7 +525,7 @@ def test_logits_of_the_whole_sequence_are_never_held():
                     vocab_multiple=128, loss_chunk=chunk, scan_layers=scan)  # fmt: skip
         params = shapes(model)
         tokens = jax.ShapeDtypeStruct((B, T + 1), jnp.int32)
-        loss = lambda p, x: step.row_losses(model, p, x, None).sum()  # noqa: E731
+        loss = lambda p, x: row_losses(model, p, x, None).sum()  # noqa: E731
         jaxpr = jax.make_jaxpr(jax.value_and_grad(loss))(params, tokens).jaxpr
         return max(
             v.aval.size for eqn in equations(jaxpr) for v in eqn.outvars if hasattr(v.aval, "size")
@@ -549,7 +550,7 @@ def test_scan_and_remat_change_neither_loss_nor_gradient():
                 continue  # says no more than the other five, and compiling is slow
             model = gpt(bias=True, scan_layers=scan, remat=remat, dropout=0.2)
             assert jax.tree.map(jnp.shape, shapes(model)) == jax.tree.map(jnp.shape, params)
-            loss = lambda p, model=model: step.row_losses(model, p, tokens, keys).sum()  # noqa: E731
+            loss = lambda p, model=model: row_losses(model, p, tokens, keys).sum()  # noqa: E731
             results[scan, remat] = jit(jax.value_and_grad(loss))(params)
     value, grads = results.pop((False, "none"))
     for which, (other, other_grads) in results.items():
@@ -566,7 +567,7 @@ def test_remat_recomputes_and_scan_loops():
         model = gpt(n_layer=3, **keys)
         params = shapes(model)
         tokens = jnp.zeros((1, 11), jnp.int32)
-        loss = lambda p: step.row_losses(model, p, tokens, None).sum()  # noqa: E731
+        loss = lambda p: row_losses(model, p, tokens, None).sum()  # noqa: E731
         jaxpr = jax.make_jaxpr(jax.grad(loss))(params).jaxpr
         return sum(eqn.primitive.name == name for eqn in equations(jaxpr))
 
@@ -682,7 +683,7 @@ def test_fault_08_dropout_is_off_in_evaluation_and_on_in_training():
     assert count.tolist() == [6] * 8
     for rate in (0.5, 0.9):
         model = GPT(ModelConfig(**{**TINY, **SMALL, "dropout": rate}), jnp.dtype("float32"), "xla")
-        loss = lambda p, model=model: step.row_losses(model, p, tokens, keys)  # noqa: E731
+        loss = lambda p, model=model: row_losses(model, p, tokens, keys)  # noqa: E731
         trained = jit(loss)(params)
         assert np.isfinite(trained).all() and (np.abs(trained - want) > 1e-3).all()
 

@@ -12,8 +12,9 @@ from flax.traverse_util import flatten_dict
 from hlo_traffic import collectives
 
 from scalegpt import muon, pmap_step, sharding, step
-from scalegpt.config import Config, OptimConfig
+from scalegpt.config import Config
 from scalegpt.optim import cautious_decay, group, optimizer, schedule
+from scalegpt.recipe import OptimConfig
 
 LAYERS, D, T, VOCAB, ROWS, UPDATES = 3, 32, 16, 65, 16, 8
 ONE, DATA8 = {"data": 1}, {"data": 8}

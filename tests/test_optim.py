@@ -9,9 +9,10 @@ import optax
 import pytest
 
 from scalegpt import sharding, step
-from scalegpt.command_line import parse, validate
-from scalegpt.config import OptimConfig
+from scalegpt.command_line import parse
+from scalegpt.loading import validate
 from scalegpt.optim import decay_mask, optimizer, schedule, swap_average
+from scalegpt.recipe import OptimConfig
 
 
 def rate(config: OptimConfig, i: int) -> float:

@@ -12,7 +12,7 @@ import parity
 import pytest
 from conftest import ROOT
 
-from scalegpt import step
+from scalegpt import update
 
 T = 16
 
@@ -62,13 +62,13 @@ def test_every_row_agrees_on_a_tiny_model(argv, tmp_path):
 
 def test_a_gradient_of_the_wrong_size_fails_though_adamw_hides_it(argv, monkeypatch, capsys):
     """As when a reduction means where it should sum; here it depends on the accumulation."""
-    accumulate = step.accumulate
+    accumulate = update.accumulate
 
     def broken(loss, params, tokens, rows):
         total, grads = accumulate(loss, params, tokens, rows)
         return total, jax.tree.map(lambda g: g / tokens.shape[0], grads)
 
-    monkeypatch.setattr(step, "accumulate", broken)
+    monkeypatch.setattr(update, "accumulate", broken)
     names = ("jit, 1 device", "pmap 8, accumulation 4")
     code, found = in_this_process(monkeypatch, capsys, argv, *names)
     assert code == 1 and not found["ok"]

@@ -17,7 +17,7 @@ from hlo_traffic import collectives
 from scalegpt import checkpoint, evaluate, pmap_step, sharding, stop, train
 from scalegpt.command_line import parse
 from scalegpt.config import Config
-from scalegpt.data import open_dataset
+from scalegpt.token_files import open_dataset
 
 ROWS, T, VOCAB, UPDATES = 32, 16, 65, 8
 DATA8, SLICES = (("data", 8),), (("replica", 2), ("data", 4))

@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scalegpt import prepare, storage
+from scalegpt import prepare
+from scalegpt.lock import hold
 from scalegpt.prepare import Corpus, write_dataset
 from scalegpt.tokenizer import char_tokenizer, load
 
@@ -492,11 +493,11 @@ def test_fault_24_a_killed_preparation_leaves_nothing_whole_and_no_workers(tmp_p
 
 def test_who_waits_for_a_lock_that_is_removed_makes_it_anew(tmp_path, monkeypatch):
     path, got, opened, flock = tmp_path / "lock", [], threading.Event(), fcntl.flock
-    first = storage.hold(path)
+    first = hold(path)
     with pytest.raises(BlockingIOError):
-        storage.hold(path, wait=False)
+        hold(path, wait=False)
     monkeypatch.setattr(fcntl, "flock", lambda *a: (opened.set(), flock(*a)))
-    waiting = threading.Thread(target=lambda: got.append(storage.hold(path)))
+    waiting = threading.Thread(target=lambda: got.append(hold(path)))
     waiting.start()
     assert opened.wait(10)  # the file that is removed now
     path.unlink()
@@ -504,5 +505,5 @@ def test_who_waits_for_a_lock_that_is_removed_makes_it_anew(tmp_path, monkeypatc
     waiting.join(10)
     assert os.path.samestat(os.fstat(got[0].fileno()), path.stat())
     with pytest.raises(BlockingIOError):
-        storage.hold(path, wait=False)
+        hold(path, wait=False)
     got[0].close()

@@ -16,7 +16,8 @@ from annotated_types import Ge, Gt, Le, Lt
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from scalegpt import command_line, json_files, tokenizer, yaml_files
+from scalegpt import command_line, json_files, loading, tokenizer
+from scalegpt.command import exit_code
 from scalegpt.config import Config
 from scalegpt.data import TrainBatches, TrainOrder, mixture_index
 from scalegpt.token_files import read_meta
@@ -107,13 +108,13 @@ def configurations(draw: Any) -> Config:
         if name not in ("model.n_head", "model.n_embd", "model.position", "model.depth",
                         "optim.name", "optim.weight_decay"):  # fmt: skip
             values.setdefault(section, {})[key] = draw(KEYS[name])
-    return command_line.validate(values, "here")
+    return loading.validate(values, "here")
 
 
 @few
 @given(configurations())
 def test_any_configuration_survives_its_yaml(config):
-    again = command_line.validate(yaml_files.parse(config.to_yaml()), "there")
+    again = loading.validate(loading.parse_yaml(config.to_yaml()), "there")
     assert again == config and again.to_yaml() == config.to_yaml()
 
 
@@ -123,7 +124,7 @@ def test_any_configuration_survives_its_yaml(config):
 def test_any_value_of_the_right_type_is_accepted_and_lands(name, data):
     section, key = name.split(".")
     value = data.draw(KEYS[name].filter(lambda value: value is not None))
-    expected = getattr(getattr(command_line.validate(with_key(name, value), "here"), section), key)
+    expected = getattr(getattr(loading.validate(with_key(name, value), "here"), section), key)
     base = [f"--{s}.{k}={v}" for s, keys in BASE.items() for k, v in keys.items()]
     text = json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else str(value)
     config, _ = command_line.parse([*base, f"--{name}={text}"], "test", {})
@@ -139,7 +140,7 @@ def only_messages(argv: list[str], capsys: Any) -> None:
         return 0
 
     try:
-        code = command_line.exit_code(main, argv)
+        code = exit_code(main, argv)
     except SystemExit as end:
         code = end.code
     err = capsys.readouterr().err
@@ -199,7 +200,7 @@ def test_no_meta_file_gives_a_traceback(tmp_path, capsys, content, name):
         tokenizer.check(read_meta(tmp_path)[0]["tokenizer"])
         return 0
 
-    assert command_line.exit_code(main, []) in (0, 2)
+    assert exit_code(main, []) in (0, 2)
 
 
 @few

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scalegpt.config import ModelConfig
 from scalegpt.model import logits
+from scalegpt.recipe import ModelConfig
 from scalegpt.sampling import Sampler, sample_token
 
 DRAWS = 20_000

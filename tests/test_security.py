@@ -13,7 +13,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from scalegpt import tensor_files, token_files, tokenizer, yaml_files
+from scalegpt import loading, tensor_files, token_files, tokenizer
 from scalegpt.tokenizer_files import tokenizer_files
 
 SOURCES = sorted(p for f in ("scalegpt", "tools", "data") for p in (ROOT / f).rglob("*.py"))
@@ -24,7 +24,7 @@ FORBIDDEN = {
     "shutil.unpack_archive", "np.load", "torch.load", "pickle.Unpickler",
 }  # fmt: skip
 ALLOWED = {  # (file, call) -> keywords that make it harmless
-    ("yaml_files.py", "yaml.load"): {"Loader": "_Loader"},
+    ("loading.py", "yaml.load"): {"Loader": "_Loader"},
     ("tensor_files.py", "torch.load"): {"weights_only": "True"},
     ("parity.py", "np.load"): {},  # what the tool's own process wrote; arrays only, by default
 }
@@ -64,12 +64,12 @@ def test_no_source_executes_what_it_reads(path):
      "pickle.loads(x)", "torch.load(x)", "np.load(x, allow_pickle=True)", "archive.extractall()"],
 )  # fmt: skip
 def test_the_search_finds_each_of_them(line):
-    assert faults(Path("yaml_files.py"), line)
+    assert faults(Path("loading.py"), line)
 
 
 def test_the_only_loaders_are_the_safe_ones():
-    assert issubclass(yaml_files._Loader, yaml.SafeLoader)
-    assert yaml_files._Loader.yaml_constructors == yaml.SafeLoader.yaml_constructors
+    assert issubclass(loading._Loader, yaml.SafeLoader)
+    assert loading._Loader.yaml_constructors == yaml.SafeLoader.yaml_constructors
     users = [p.name for p in SOURCES if "import pickle" in p.read_text(encoding="utf-8")]
     assert users == ["token_files.py"]
 
@@ -154,5 +154,5 @@ def test_a_spec_is_never_a_path_and_a_name_that_is_typed_is(tmp_path):
 def test_yaml_makes_plain_values_only(tmp_path, monkeypatch, text):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="could not determine a constructor"):
-        yaml_files.parse(text)
+        loading.parse_yaml(text)
     assert not list(tmp_path.iterdir())

@@ -13,7 +13,7 @@ import fake_gcloud
 import pytest
 import tpu
 
-from scalegpt import command_line
+from scalegpt.command import run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = ["--config", "configs/demo.yaml", "--data.path=gs://b/owt", "--run.out_dir=gs://b/demo"]
@@ -311,7 +311,7 @@ def test_without_gcloud_it_says_so_and_ends_with_2(monkeypatch, capsys):
     monkeypatch.setenv("PATH", "/nonexistent")
     monkeypatch.setattr(sys, "argv", [str(ROOT / "tools" / "tpu.py"), "down", "me"])
     with pytest.raises(SystemExit) as ended:
-        command_line.run(tpu.main)
+        run_command(tpu.main)
     assert ended.value.code == 2
     assert "gcloud is not on PATH" in capsys.readouterr().err
 

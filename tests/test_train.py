@@ -5,13 +5,14 @@ import math
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from tiny_run import ROWS, STEPS, TEXT, T, arguments, rows, start, wait_for_step, write_data
 
-from scalegpt import checkpoint, evaluate, generate, one_save, reports, resume, step, stop, train
+from scalegpt import checkpoint, evaluate, generate, one_save, resume, step, stop, train
 from scalegpt.command_line import parse
 from scalegpt.config import LogConfig, RunConfig
 from scalegpt.metrics import Metrics
@@ -320,7 +321,8 @@ def test_the_folder_holds_config_metrics_best_and_latest(data, unbroken, capsys)
 
 def test_without_a_tokenizer_that_can_begin_a_text_a_run_ends_without_a_sample(data, tmp_path):
     config = parse(arguments(data, tmp_path / "run"), "test", {})[0]
-    said = reports._sample(config, None, {"kind": "char", "chars": "ACGT"}, None)
+    run = SimpleNamespace(config=config, meta={"tokenizer": {"kind": "char", "chars": "ACGT"}})
+    said = train.sample(run, None)
     assert said == "no sample: char tokenizer has no '\\n' (U+000A); byte has all"
 
 

@@ -44,8 +44,9 @@ from ablation_record import Record, existing, finished, measure
 from ablation_report import markdown, summarise, table
 
 from scalegpt import command_line
-from scalegpt.ending import STOPPED
-from scalegpt.line import USERS_MISTAKE
+from scalegpt.command import run_command
+from scalegpt.ending import Exit
+from scalegpt.errors import Mistake
 
 DONE, FAILED = 0, 1
 FILES = ("markdown", "record", "plot")
@@ -58,13 +59,13 @@ def main(argv: list[str]) -> int:
         return DONE
     plan = ablation_plan.read(flags.file, flags.out, overrides)
     if unknown := [arm for arm in flags.arms or () if arm not in plan.arms]:
-        raise ValueError(f"--arms {unknown[0]} is none of the arms {', '.join(plan.arms)}")
+        raise Mistake(f"--arms {unknown[0]} is none of the arms {', '.join(plan.arms)}")
     measure(plan)  # refuses what is another run's, or damaged, before any begins
     chosen = [run for run in plan.runs if run.arm in (flags.arms or plan.arms)]
     todo = [run for run in chosen if not finished(run)]
     for run in () if flags.report else todo:
         if not os.access(there := existing(run.folder), os.W_OK | os.X_OK):
-            raise ValueError(f"{there} may not be written to; give another --out")
+            raise Mistake(f"{there} may not be written to; give another --out")
     if flags.dry_run:
         print("\n".join(shlex.join(run.command) for run in todo) or "all runs are done")
         return DONE
@@ -102,16 +103,16 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
             parser.error(f"unrecognized arguments: {word}")
     if flags.recorded:
         if flags.file or flags.out or flags.arms or flags.dry_run or overrides:
-            raise ValueError("--from reports a record alone: leave out FILE, --out and all of runs")
+            raise Mistake("--from reports a record alone: leave out FILE, --out and all of runs")
     elif flags.arms and not flags.file:
-        raise ValueError(f"--arms takes all words after it for arms: {' '.join(flags.arms)}; "
+        raise Mistake(f"--arms takes all words after it for arms: {' '.join(flags.arms)}; "
                          "give the file of the arms first, before any flag")  # fmt: skip
     elif not flags.file or not flags.out:
-        raise ValueError("give the file of the arms and --out DIR, or --from RECORD; see --help")
+        raise Mistake("give the file of the arms and --out DIR, or --from RECORD; see --help")
     elif "://" in flags.out:
-        raise ValueError(f"--out={flags.out} must be a local folder")
+        raise Mistake(f"--out={flags.out} must be a local folder")
     elif flags.report and not Path(flags.out).is_dir():
-        raise ValueError(f"--report: there is no folder --out={flags.out}; give that of the runs")
+        raise Mistake(f"--report: there is no folder --out={flags.out}; give that of the runs")
     check_files(flags)
     if flags.plot:
         isoflop_plot.check_file(flags.plot)
@@ -128,14 +129,14 @@ def check_files(flags: argparse.Namespace) -> None:
             continue
         path = Path(os.path.realpath(file))
         if not path.parent.is_dir():
-            raise ValueError(f"--{name}={file}: there is no folder {Path(file).parent}")
+            raise Mistake(f"--{name}={file}: there is no folder {Path(file).parent}")
         if what := taken.get(str(path)):
-            raise ValueError(f"--{name}={file} is {what}, too; give another file")
+            raise Mistake(f"--{name}={file} is {what}, too; give another file")
         if path.exists() and not path.is_file():  # os.replace would take a device away
             kind = "a folder" if path.is_dir() else "no ordinary file"
-            raise ValueError(f"--{name}={file} is {kind}; give a file")
+            raise Mistake(f"--{name}={file} is {kind}; give a file")
         if not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise ValueError(f"--{name}={file} may not be written; give another file")
+            raise Mistake(f"--{name}={file} may not be written; give another file")
         taken[str(path)] = f"--{name}"
 
 
@@ -159,7 +160,7 @@ class Children:
     def run(self, command: list[str], output: Any) -> int:
         """Returns the exit code; after a signal nothing begins, as if it had stopped at once."""
         if self.stopped:
-            return STOPPED
+            return Exit.STOPPED
         # A group of its own: else it would have Ctrl-C from the terminal and from here, and of two
         # signals the second ends a run without saving.
         self._process = subprocess.Popen(command, stdout=output, process_group=0)
@@ -186,13 +187,13 @@ def train(runs: list[Run], plan: Plan, output: Any) -> int:
                 say(f"\n{table(summarise(measure(plan)))}")
             say(f"\n=== {run.arm}, seed {run.seed} (run {i + 1} of {len(runs)})")
             left = children.run(run.command, output)
-            if children.stopped or left == STOPPED:
+            if children.stopped or left == Exit.STOPPED:
                 say("\nstopped; the same command continues")
-                return STOPPED
-            if left == USERS_MISTAKE:
+                return Exit.STOPPED
+            if left == Exit.MISTAKE:
                 say(f"\n{run.arm}, seed {run.seed} failed with exit code {left}, for the reason "
                     "given above; the same command goes on once that is mended")  # fmt: skip
-                return USERS_MISTAKE
+                return Exit.MISTAKE
             if left:
                 say(f"\n{run.arm}, seed {run.seed} failed with exit code {left}; going on")
                 code = FAILED
@@ -215,7 +216,7 @@ def publish(record: Record, flags: argparse.Namespace) -> None:
     for name in FILES:
         if file := getattr(flags, name):
             if not record.evaluated:
-                raise ValueError(f"--{name}={file} is not written: no run has an evaluation yet; "
+                raise Mistake(f"--{name}={file} is not written: no run has an evaluation yet; "
                                  "train first, or give the --out of runs that have")  # fmt: skip
             target = os.path.realpath(file)  # what a link names, not the link
             # In the same folder, so that it can take the target's place; plots go by the ending.
@@ -224,10 +225,10 @@ def publish(record: Record, flags: argparse.Namespace) -> None:
                 writers[name](str(beside))
                 os.replace(beside, target)
             except OSError as error:
-                raise ValueError(f"cannot write --{name}={file}: {error.strerror}") from None
+                raise Mistake(f"cannot write --{name}={file}: {error.strerror}") from None
             finally:
                 beside.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    run_command(main)

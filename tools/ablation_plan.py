@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from scalegpt import command_line
+from scalegpt import command_line, loading
 from scalegpt.config import Config
+from scalegpt.errors import Mistake
 
 KEYS = ("config", "arms", "seeds", "reference")
 OURS = {"run.seed": "seeds", "run.out_dir": "--out"}  # key -> what sets it
@@ -47,17 +48,17 @@ def read(file: str, out: str, overrides: list[str]) -> Plan:
     What later wins: the file that `config` names, the file's own sections, those of the arm,
     overrides. Every run is validated. Raises ValueError, which names the arm.
     """
-    values = command_line.load(file)
+    values = loading.load(file)
     if unknown := [name for name in values if name not in {*KEYS, *Config.model_fields}]:
         known = ", ".join((*KEYS, *Config.model_fields))
-        raise ValueError(f"{file}: unknown key {unknown[0]!r}; there are {known}")
+        raise Mistake(f"{file}: unknown key {unknown[0]!r}; there are {known}")
     arms, seeds = _arms(file, values.get("arms")), _seeds(file, values.get("seeds"))
     reference = values.get("reference", next(iter(arms)))
     if not isinstance(reference, str) or reference not in arms:
-        raise ValueError(f"{file}: reference {reference!r} is none of the arms {', '.join(arms)}")
+        raise Mistake(f"{file}: reference {reference!r} is none of the arms {', '.join(arms)}")
     base = values.get("config")
     if not isinstance(base, str | None):
-        raise ValueError(f"{file}: config={base!r} must be the name of a file")
+        raise Mistake(f"{file}: config={base!r} must be the name of a file")
     common = _keys(file, {s: values[s] for s in values if s not in KEYS})
     keys = {name: _keys(f"{file}: arm {name}", sections) for name, sections in arms.items()}
     _check_overrides(overrides, keys)
@@ -70,7 +71,7 @@ def read(file: str, out: str, overrides: list[str]) -> Plan:
         try:
             config, _ = command_line.parse(argv, "tools/ablation.py", {})
         except ValueError as error:
-            raise ValueError(f"arm {arm}: {error}") from None
+            raise Mistake(f"arm {arm}: {error}") from None
         return Run(arm, seed, argv, config)
 
     runs = [run(arm, seed) for seed in seeds for arm in arms]
@@ -79,10 +80,10 @@ def read(file: str, out: str, overrides: list[str]) -> Plan:
 
 def _arms(file: str, arms: Any) -> dict[str, Any]:
     if not isinstance(arms, dict) or not arms:
-        raise ValueError(f"{file} has no arms; {EXAMPLE}")
+        raise Mistake(f"{file} has no arms; {EXAMPLE}")
     for name in arms:  # it is a folder's, too; YAML takes `no` for False and 1 for a number
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w.+-]*", name):
-            raise ValueError(
+            raise Mistake(
                 f"{file}: arm {name!r} needs another name, of letters, digits and . + - _ "
                 "(in quotes where YAML takes it for something else)"
             )
@@ -92,18 +93,18 @@ def _arms(file: str, arms: Any) -> dict[str, Any]:
 def _seeds(file: str, seeds: Any) -> list[int]:
     numbers = isinstance(seeds, list) and all(type(seed) is int for seed in seeds)
     if not numbers or not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"{file}: seeds={seeds!r} must be different numbers: seeds: [1, 2, 3]")
+        raise Mistake(f"{file}: seeds={seeds!r} must be different numbers: seeds: [1, 2, 3]")
     return seeds
 
 
 def _keys(where: str, sections: Any) -> dict[str, Any]:
     """section.key -> value."""
     if not isinstance(sections, dict | None):
-        raise ValueError(f"{where} holds {sections!r}, not sections of keys; {EXAMPLE}")
+        raise Mistake(f"{where} holds {sections!r}, not sections of keys; {EXAMPLE}")
     found: dict[str, Any] = {}
     for section, keys in (sections or {}).items():
         if not isinstance(keys, dict | None):
-            raise ValueError(f"{where}: {section}={keys!r} is not a section of keys; {EXAMPLE}")
+            raise Mistake(f"{where}: {section}={keys!r} is not a section of keys; {EXAMPLE}")
         found |= {f"{section}.{key}": value for key, value in (keys or {}).items()}
     _refuse_ours(where, found)
     return found
@@ -111,7 +112,7 @@ def _keys(where: str, sections: Any) -> dict[str, Any]:
 
 def _refuse_ours(where: str, keys: Any) -> None:
     for key in OURS.keys() & keys:
-        raise ValueError(f"{where} sets {key}, which {OURS[key]} sets for each run; leave it out")
+        raise Mistake(f"{where} sets {key}, which {OURS[key]} sets for each run; leave it out")
 
 
 def _check_overrides(overrides: list[str], arms: dict[str, dict[str, Any]]) -> None:
@@ -119,7 +120,7 @@ def _check_overrides(overrides: list[str], arms: dict[str, dict[str, Any]]) -> N
     _refuse_ours("the command line", given)
     for arm, keys in arms.items():
         if both := [key for key in given if key in keys]:
-            raise ValueError(f"--{both[0]} is for all arms, but arm {arm} is about it: change the "
+            raise Mistake(f"--{both[0]} is for all arms, but arm {arm} is about it: change the "
                              "file, or leave it out")  # fmt: skip
 
 

@@ -13,9 +13,10 @@ import numpy as np
 from ablation_plan import Plan, Run
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from scalegpt import command_line, flops, json_files, ledger, manifest
+from scalegpt import flops, json_files, loading, manifest
 from scalegpt.config import Config
-from scalegpt.resume import curve_diff
+from scalegpt.differences import curve_diff
+from scalegpt.errors import Mistake
 from scalegpt.run_folder import FOLDER
 
 DONE = "done"
@@ -48,11 +49,11 @@ class Curve(_Part):
     def _check(self) -> "Curve":
         for name in ("val_loss", "seconds", "bits_per_byte"):
             if (values := getattr(self, name)) is not None and len(values) != len(self.step):
-                raise ValueError(f"{len(values)} {name} of {len(self.step)} steps")
+                raise Mistake(f"{len(values)} {name} of {len(self.step)} steps")
         if any(a >= b for a, b in pairwise(self.step)):
-            raise ValueError("steps are not ascending")
+            raise Mistake("steps are not ascending")
         if self.state == DONE and not self.step:
-            raise ValueError("a run that is done has evaluations")
+            raise Mistake("a run that is done has evaluations")
         return self
 
 
@@ -77,7 +78,7 @@ class Record(_Part):
     @model_validator(mode="after")
     def _check(self) -> "Record":
         if self.reference not in self.arms:
-            raise ValueError(f"the reference {self.reference} is none of the arms")
+            raise Mistake(f"the reference {self.reference} is none of the arms")
         return self
 
     @property
@@ -112,12 +113,12 @@ def stored_config(run: Run) -> Config | None:
     Raises ValueError where that is not what the plan asks for, or it cannot be a folder.
     """
     if not (there := existing(run.folder)).is_dir():
-        raise ValueError(f"{there} is no folder, so no run can be in {run.folder}; "
+        raise Mistake(f"{there} is no folder, so no run can be in {run.folder}; "
                          "give another --out")  # fmt: skip
     path = run.folder / "config.yaml"
     if not path.exists():
         return None
-    stored, asked = command_line.validate(command_line.load(path), str(path)), run.config
+    stored, asked = loading.validate(loading.load(path), str(path)), run.config
     if asked.model.vocab_size is None:
         asked = asked.with_vocab(stored.model.vocab_size)
     changes = curve_diff(stored, asked)
@@ -129,7 +130,7 @@ def stored_config(run: Run) -> Config | None:
     if changes:
         first = f"arm {run.arm}: {run.folder} holds a run that differs:"
         last = "give another --out, or move that folder away"
-        raise ValueError("\n  ".join([first, *changes]) + f"\n{last}")
+        raise Mistake("\n  ".join([first, *changes]) + f"\n{last}")
     return stored
 
 
@@ -152,14 +153,14 @@ def rows_of(run: Run) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        rows = ledger.parsed(path.read_text(errors="replace").splitlines())
+        rows = json_files.complete_rows(path.read_text(errors="replace").splitlines())
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}; move it away") from None
+        raise Mistake(f"cannot read {path}: {error.strerror}; move it away") from None
     for row in rows:
         wrong = [key for key in _NUMBERS if not _is_number(row.get(key, 0))]
         if type(row["step"]) is not int or wrong:
             key = wrong[0] if wrong else "step"
-            raise ValueError(f"{path}: {key}={row[key]!r} at step {row['step']} is no number that "
+            raise Mistake(f"{path}: {key}={row[key]!r} at step {row['step']} is no number that "
                              "a run writes; mend that line, or move the folder away")  # fmt: skip
     return rows
 
@@ -218,7 +219,7 @@ def read(file: str) -> Record:
     except ValidationError as error:
         where = ".".join(map(str, error.errors()[0]["loc"]))
         what = f"{where}: {error.errors()[0]['msg']}"
-        raise ValueError(f"{file} is no record of tools/ablation.py: {what}") from None
+        raise Mistake(f"{file} is no record of tools/ablation.py: {what}") from None
 
 
 def write(record: Record, file: str) -> None:

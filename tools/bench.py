@@ -44,10 +44,13 @@ import numpy as np
 from sizing import DEFAULTS, with_vocabulary
 
 from scalegpt import command_line, cpu_devices, flops, pmap_step, sharding
+from scalegpt.command import run_command
 from scalegpt.config import Config
-from scalegpt.data import Dataset
-from scalegpt.feed import batches_from, open_datasets
+from scalegpt.datasets import open_datasets
+from scalegpt.errors import Mistake
+from scalegpt.feed import batches_from
 from scalegpt.step import Steps, build_for_use
+from scalegpt.token_files import Dataset
 
 FLAGS = {
     "--against": {
@@ -73,13 +76,13 @@ def main(argv: list[str]) -> int:
     flags.steps = (128 if flags.decode else 10) if flags.steps is None else flags.steps
     for name in ("rounds", "steps", "decode", "their_microbatch"):
         if (value := getattr(flags, name)) is not None and np.min(value) < 1:
-            raise ValueError(f"--{name.replace('_', '-')}={value} must be at least 1")
+            raise Mistake(f"--{name.replace('_', '-')}={value} must be at least 1")
     names = ("their_mode", "their_microbatch", "their_dtype", "profile", "real_data")
     for name in (name for name in names if getattr(flags, name) not in (None, False)):
         if name.startswith("their") and not flags.against:
-            raise ValueError(f"--{name.replace('_', '-')} is for a trainer of --against")
+            raise Mistake(f"--{name.replace('_', '-')} is for a trainer of --against")
         if flags.decode and name != "their_dtype":
-            raise ValueError(f"--decode does not go with --{name.replace('_', '-')}")
+            raise Mistake(f"--decode does not go with --{name.replace('_', '-')}")
     for what in flags.against:
         bench_torch.check(what, config.model)
     jax.config.update("jax_enable_compilation_cache", False)
@@ -176,14 +179,14 @@ def theirs(config: Config, flags: Namespace, steps: Steps) -> list[dict[str, Any
     mesh, model, optim = steps.mesh, config.model, config.optim
     platform = mesh.devices.flat[0].platform
     if platform == "tpu" or (platform != "cpu" and mesh.size > 1):
-        raise ValueError(
+        raise Mistake(
             f"--against runs on a CPU or on one GPU, not on {mesh.size} x {platform}; "
             "CUDA_VISIBLE_DEVICES=0 leaves one"
         )
     sequences = config.batch.sequences
     rows = flags.their_microbatch or config.batch.microbatch or sequences
     if sequences % rows:
-        raise ValueError(f"--their-microbatch={rows} does not divide batch.sequences={sequences}")
+        raise Mistake(f"--their-microbatch={rows} does not divide batch.sequences={sequences}")
     ours_dtype = "float32" if platform == "cpu" else str(steps.model.dtype)
     shape = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout", "bias")
     common = {
@@ -297,4 +300,4 @@ def tables(report: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    run_command(main)

@@ -20,6 +20,7 @@ from flax.traverse_util import flatten_dict
 
 from scalegpt.config import Config
 from scalegpt.decode import decoder
+from scalegpt.errors import Mistake
 from scalegpt.sampling import Sampler
 from scalegpt.sharding import make_mesh, row_shards
 from scalegpt.step import build_for_use
@@ -83,7 +84,7 @@ def measure(
     """
     tokens = flags.steps
     if PROMPT + tokens > config.model.block_size:
-        raise ValueError(
+        raise Mistake(
             f"--steps={tokens} after a prompt of {PROMPT} tokens is more than "
             f"model.block_size={config.model.block_size}, past which nothing is cached; "
             f"{config.model.block_size - PROMPT} would do"

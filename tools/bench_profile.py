@@ -9,6 +9,8 @@ from typing import Any
 import jax
 from jax.profiler import ProfileData
 
+from scalegpt.errors import Mistake
+
 COSTLIEST = 10
 
 
@@ -17,11 +19,11 @@ def check(folder: str) -> None:
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"cannot write --profile={folder}: {error.strerror}") from None
+        raise Mistake(f"cannot write --profile={folder}: {error.strerror}") from None
     no_tpu = jax.default_backend() != "tpu" and not jax.config.jax_platforms
     if no_tpu and importlib.util.find_spec("libtpu"):
         platform = jax.default_backend().replace("gpu", "cuda")
-        raise ValueError(
+        raise Mistake(
             "--profile: JAX's profiler crashes where libtpu is installed and no TPU is here; "
             f"run it with JAX_PLATFORMS={platform}"
         )

@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from scalegpt.errors import Mistake
+
 MODES = ("eager", "compiled")
 
 
@@ -52,7 +54,7 @@ class Child:
             return json.loads(answer)
         self._words.seek(0)
         words = self._words.read().strip().splitlines() or ["it said nothing"]
-        raise ValueError(f"{self.name} failed: {words[-1]}")
+        raise Mistake(f"{self.name} failed: {words[-1]}")
 
 
 class Trainer:
@@ -233,12 +235,12 @@ def check(what: str, model: Any) -> None:
     """
     trainer, equals, folder = what.partition("=")
     if trainer not in ("nanogpt", "transformers") or (trainer == "nanogpt") != bool(equals):
-        raise ValueError(f"--against={what} is neither nanogpt=DIR nor transformers")
+        raise Mistake(f"--against={what} is neither nanogpt=DIR nor transformers")
     for package in ("torch", *{"transformers"} & {trainer}):
         if importlib.util.find_spec(package) is None:
-            raise ValueError(f"--against={what} needs {package}: pip install {package}")
+            raise Mistake(f"--against={what} needs {package}: pip install {package}")
     if trainer == "nanogpt" and not Path(folder, "model.py").is_file():
-        raise ValueError(
+        raise Mistake(
             f"--against={what}: there is no model.py in {folder}; for a checkout, "
             "git clone https://github.com/karpathy/nanoGPT"
         )
@@ -249,7 +251,7 @@ def check(what: str, model: Any) -> None:
     }  # fmt: skip
     for key, values in wanted.items():
         if (found := getattr(model, key)) not in values:
-            raise ValueError(f"--against={what}: {trainer} has no model.{key}={found}")
+            raise Mistake(f"--against={what}: {trainer} has no model.{key}={found}")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from scalegpt import command_line, manifest, storage
+from scalegpt import command_line, loading, manifest, storage
 from scalegpt.checkpoint import open_checkpoints
+from scalegpt.command import run_command
+from scalegpt.errors import Mistake
 from scalegpt.one_save import retire
 from scalegpt.resume import lock
 from scalegpt.run_folder import FOLDER, is_run
@@ -57,8 +59,8 @@ def main(argv: list[str]) -> int:
 
 def folder_of(run: str) -> storage.Folder:
     if not is_run(run):
-        raise ValueError(f"{run} is not the folder of a run: it has no {FOLDER}/")
-    return storage.folder(run) / FOLDER
+        raise Mistake(f"{run} is not the folder of a run: it has no {FOLDER}/")
+    return storage.open_folder(run) / FOLDER
 
 
 def losses_of(found: dict[int, Any]) -> dict[int, float | None]:
@@ -113,10 +115,10 @@ def verify(flags: argparse.Namespace) -> int:
     if flags.step is not None:
         if flags.step not in found:
             there = ", ".join(map(str, found)) or "none"
-            raise ValueError(f"there is no step {flags.step} in {folder}; there are {there}")
+            raise Mistake(f"there is no step {flags.step} in {folder}; there are {there}")
         found = {flags.step: found[flags.step]}
     if not found:
-        raise ValueError(f"there is no checkpoint in {folder}")
+        raise Mistake(f"there is no checkpoint in {folder}")
     code = 0
     for step, content in found.items():
         wrong = [content] if isinstance(content, str) else problems(folder / str(step), content)
@@ -182,12 +184,12 @@ def look_up(source: str) -> tuple[dict[str, Any], dict[str, str], dict[str, dict
 
 def prune(flags: argparse.Namespace) -> int:
     if flags.keep < 1 or flags.keep_every < 0:
-        raise ValueError(
+        raise Mistake(
             f"--keep={flags.keep} must be at least 1, --keep-every={flags.keep_every} at least 0"
         )
     folder = folder_of(flags.run)
     run = {"data": {"path": ""}, "run": {"out_dir": flags.run}}
-    with lock(command_line.validate(run, "this command line")):
+    with lock(loading.validate(run, "this command line")):
         found = manifest.steps(folder)
         losses = losses_of(found)
         candidates = manifest.removable(losses, flags.keep, flags.keep_every)
@@ -209,4 +211,4 @@ def prune(flags: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    run_command(main)

@@ -23,12 +23,24 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from scalegpt import command_line, export, hf, sharding, storage, tokenizer, trained
+from scalegpt import (
+    command_line,
+    export,
+    hf,
+    loading,
+    sharding,
+    storage,
+    tokenizer,
+    trained,
+)
 from scalegpt.checkpoint import Checkpoints, open_checkpoints
-from scalegpt.config import MeshConfig, ModelConfig
+from scalegpt.command import run_command
+from scalegpt.config import MeshConfig
+from scalegpt.errors import Mistake
 from scalegpt.flops import parameter_count
 from scalegpt.layers import rms_norm, rotary_tables
 from scalegpt.model import GPT, Block, Context, head_table, logits
+from scalegpt.recipe import ModelConfig
 from scalegpt.run_folder import is_run
 from scalegpt.step import build_for_use
 from scalegpt.token_files import open_split
@@ -69,7 +81,7 @@ def main(argv: list[str]) -> int:
     sub.add_argument("--tolerance", type=float, default=2e-4, help="of a logit (default: 2e-4)")
     flags = parser.parse_args(argv)
     if flags.function is check and not 0 <= flags.tolerance < math.inf:
-        raise ValueError(f"--tolerance={flags.tolerance} must be at least 0, and finite")
+        raise Mistake(f"--tolerance={flags.tolerance} must be at least 0, and finite")
     if flags.function is export_:
         trained.check_checkpoint(flags.checkpoint)
     # Converting needs no accelerator, and a TPU would be taken from whatever trains on it.
@@ -86,7 +98,7 @@ def import_(flags: argparse.Namespace) -> int:
     asked = {"block_size": flags.block_size, "vocab_multiple": flags.vocab_multiple,
              "dropout": flags.dropout}  # fmt: skip
     values = model.model_dump() | {key: v for key, v in asked.items() if v is not None}
-    config = command_line.validate(
+    config = loading.validate(
         {"model": values, "data": {"path": ""}, "run": {"out_dir": str(out)}}, "this command line"
     )
     kind = spec["kind"] if spec else "none"
@@ -132,7 +144,7 @@ def check(flags: argparse.Namespace) -> int:
     sources = flags.a, flags.b
     (model_a, spec), (model_b, other) = map(look_up, sources)
     if (a := model_a.vocab_size) != (b := model_b.vocab_size):
-        raise ValueError(f"{flags.a} has {a} tokens, {flags.b} {b}: there is nothing to compare")
+        raise Mistake(f"{flags.a} has {a} tokens, {flags.b} {b}: there is nothing to compare")
     length = min(model_a.block_size, model_b.block_size)
     tokens = tokens_for(flags, spec or other, length, model_a.vocab_size)
     scores = [outputs(source, tokens[None])[-1][0] for source in sources]
@@ -205,16 +217,16 @@ def tokens_for(flags: argparse.Namespace, spec: Any, length: int, vocab: int) ->
     """Ids [T], T at most `length`: of the prompt, of the data, or random ones."""
     if flags.prompt is not None:
         if spec is None:
-            raise ValueError("neither model has a tokenizer for --prompt; use --data, or neither")
+            raise Mistake("neither model has a tokenizer for --prompt; use --data, or neither")
         ids = tokenizer.load(spec).encode_prompt(flags.prompt)
     elif flags.data:
         ids = np.asarray(open_split(flags.data, "val").tokens[:length], np.int32)
     else:
         ids = np.random.default_rng(0).integers(0, vocab, length, np.int32)
     if not len(ids):
-        raise ValueError("there is no token to compare on")
+        raise Mistake("there is no token to compare on")
     if ids.max() >= vocab:
-        raise ValueError(f"token id {ids.max()} is outside the models' vocabulary of {vocab}")
+        raise Mistake(f"token id {ids.max()} is outside the models' vocabulary of {vocab}")
     return ids[:length]
 
 
@@ -230,7 +242,7 @@ def look_up(source: str) -> tuple[ModelConfig, Any]:
     checkpoints = open_checkpoints(source)
     meta = checkpoints.meta(checkpoints.find("best"))
     checkpoints.close()
-    return command_line.validate(meta["config"], source).model, meta["tokenizer"]
+    return loading.validate(meta["config"], source).model, meta["tokenizer"]
 
 
 def describe(model: ModelConfig) -> str:
@@ -250,7 +262,7 @@ def wrote(folder: Path, model: ModelConfig, began: float) -> str:
 
 def refuse_existing(path: Path) -> None:
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise ValueError(f"{path} is there already and is not overwritten; choose another --out")
+        raise Mistake(f"{path} is there already and is not overwritten; choose another --out")
 
 
 @contextmanager
@@ -260,7 +272,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent)
     except OSError as error:
-        raise ValueError(f"cannot write to --out={path}: {error}") from None
+        raise Mistake(f"cannot write to --out={path}: {error}") from None
     with scratch as beside:
         inside = Path(beside, path.name)
         inside.mkdir()
@@ -269,4 +281,4 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    run_command(main)

@@ -27,7 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from scalegpt import command_line
+from scalegpt.command import run_command
 from scalegpt.config import Config
+from scalegpt.errors import Mistake
 
 FLAGS = {
     "--kills": {"type": int, "default": 30, "help": "how many (default 30)"},
@@ -72,17 +74,17 @@ class Kill:
 def main(argv: list[str]) -> int:
     config, flags = command_line.parse(argv, "tools/crash_test.py", FLAGS)
     if flags.kills < 1 or flags.processes < 1 or flags.devices < 1:
-        raise ValueError("--kills, --processes and --devices are 1 or more")
+        raise Mistake("--kills, --processes and --devices are 1 or more")
     if flags.hours is not None and not 0 < flags.hours < 1000:
-        raise ValueError(f"--hours={flags.hours} must be above 0 and below 1000")
+        raise Mistake(f"--hours={flags.hours} must be above 0 and below 1000")
     folder = Path(config.run.out_dir)
     if folder.exists() and (folder.is_file() or any(folder.iterdir())):
-        raise ValueError(f"run.out_dir={folder} is not empty; give a folder of its own")
+        raise Mistake(f"run.out_dir={folder} is not empty; give a folder of its own")
     folder.mkdir(parents=True, exist_ok=True)
     command, began = write_command(config, folder, flags), time.time()
     print("the unbroken run ...", flush=True)
     if fault := finish(command.start(folder / "unbroken"), folder / "unbroken"):
-        raise ValueError(f"the run itself fails: {fault}")
+        raise Mistake(f"the run itself fails: {fault}")
     expected, kills, rounds = rows(folder / "unbroken"), [], 0
     faults: list[str] = []
     rng = random.Random(flags.random_seed)
@@ -250,7 +252,7 @@ def rows(out_dir: Path) -> dict[tuple[int, str], Any]:
         row = json.loads(line)
         for key in row.keys() - {"step", "time"}:
             if (row["step"], key) in found:
-                raise ValueError(f"{key} of step {row['step']} is there twice")
+                raise Mistake(f"{key} of step {row['step']} is there twice")
             found[row["step"], key] = row[key]
     return {at: value for at, value in found.items() if at[1] in COMPARED}
 
@@ -269,4 +271,4 @@ def compare(expected: dict[tuple[int, str], Any], out_dir: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    run_command(main)

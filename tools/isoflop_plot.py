@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from scalegpt.errors import Mistake
 from scalegpt.scaling_laws import LAWS
 
 FORMATS = (".png", ".pdf", ".svg")
@@ -16,13 +17,13 @@ REACH = 30  # sizes are drawn from optimum / REACH to optimum * REACH
 def check_file(file: str) -> None:
     """Raises ValueError for a file that `draw` could not write."""
     if Path(file).suffix not in FORMATS:
-        raise ValueError(f"--plot={file} must end in {', '.join(FORMATS)}")
+        raise Mistake(f"--plot={file} must end in {', '.join(FORMATS)}")
     if not Path(file).resolve().parent.is_dir():
-        raise ValueError(f"--plot={file}: there is no folder {Path(file).parent}")
+        raise Mistake(f"--plot={file}: there is no folder {Path(file).parent}")
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise ValueError('--plot needs matplotlib: pip install -e ".[plot]"') from None
+        raise Mistake('--plot needs matplotlib: pip install -e ".[plot]"') from None
 
 
 def draw(scaling: dict[str, Any], file: str) -> None:

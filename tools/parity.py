@@ -42,9 +42,12 @@ import numpy as np
 from hlo_traffic import collectives, table
 
 from scalegpt import command_line, distributed, pmap_step, sharding
+from scalegpt.command import run_command
 from scalegpt.config import Config
-from scalegpt.data import Dataset
-from scalegpt.feed import batches_from, open_datasets
+from scalegpt.datasets import open_datasets
+from scalegpt.errors import Mistake
+from scalegpt.feed import batches_from
+from scalegpt.token_files import Dataset
 
 DEVICES, DIVISOR = 8, 8 * 4  # most of any row; what the batch must divide over: accumulation 4
 FLAGS = {
@@ -101,7 +104,7 @@ def main(argv: list[str]) -> int:
     config, flags = command_line.parse(argv, "tools/parity.py", FLAGS)
     for name, lowest in (("steps", 1), ("tolerance", 0)):
         if not lowest <= (value := getattr(flags, name)) < float("inf"):
-            raise ValueError(f"--{name}={value} must be at least {lowest}, and finite")
+            raise Mistake(f"--{name}={value} must be at least {lowest}, and finite")
     if flags.worker:
         return work(config, Path(flags.worker), flags.steps)
     datasets = open_datasets(config)
@@ -248,7 +251,7 @@ def choose_devices() -> list[Any]:
     devices = jax.devices()
     devices = devices if len(devices) >= DEVICES else jax.devices("cpu")
     if (here := len(devices)) < DEVICES:
-        raise ValueError(f"{here} devices, parity needs {DEVICES}: unset JAX_NUM_CPU_DEVICES")
+        raise Mistake(f"{here} devices, parity needs {DEVICES}: unset JAX_NUM_CPU_DEVICES")
     return devices[:DEVICES]
 
 
@@ -297,4 +300,4 @@ def line(found: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    run_command(main)

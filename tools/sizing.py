@@ -17,7 +17,9 @@ from isoflop_plot import check_file, draw, short
 from jax.sharding import AbstractMesh
 
 from scalegpt import attention, command_line, flops, memory, scaling_laws, sharding
+from scalegpt.command import run_command
 from scalegpt.config import Config
+from scalegpt.errors import Mistake
 from scalegpt.token_files import read_meta
 
 GPT2_VOCABULARY = 50257
@@ -56,7 +58,7 @@ def main(argv: list[str]) -> int:
         try:
             draw(report["scaling"], flags.plot)
         except OSError as error:
-            raise ValueError(f"cannot write --plot={flags.plot}: {error.strerror}") from None
+            raise Mistake(f"cannot write --plot={flags.plot}: {error.strerror}") from None
     print(json.dumps(report, indent=2) if flags.json else tables(report))
     if flags.plot and not flags.json:
         print(f"\nplot in {flags.plot}")
@@ -67,13 +69,13 @@ def check(flags: Namespace) -> None:
     """Raises ValueError for flags that make no sense."""
     if flops.peak_flops(flags.device) is None:
         known = ", ".join(flops.PEAK_TFLOPS)
-        raise ValueError(f"--device={flags.device!r} is none of those known: {known}")
+        raise Mistake(f"--device={flags.device!r} is none of those known: {known}")
     if flags.devices is not None and not 1 <= flags.devices <= 10**6:
-        raise ValueError(f"--devices={flags.devices} must be at least 1 and at most a million")
+        raise Mistake(f"--devices={flags.devices} must be at least 1 and at most a million")
     if not 0 < flags.mfu <= 1:
-        raise ValueError(f"--mfu={flags.mfu} must be above 0 and at most 1; 40 % is 0.4")
+        raise Mistake(f"--mfu={flags.mfu} must be above 0 and at most 1; 40 % is 0.4")
     if flags.budget is not None and not 1 <= flags.budget <= 1e60:
-        raise ValueError(f"--budget={flags.budget} must be a number of FLOPs, such as 1e21")
+        raise Mistake(f"--budget={flags.budget} must be a number of FLOPs, such as 1e21")
     if flags.plot:
         check_file(flags.plot)
 
@@ -297,4 +299,4 @@ def of_scaling(r: dict[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    run_command(main)

@@ -25,6 +25,8 @@ from tpu_job import DONE, GAVE_UP, MISTAKE, NOT_FINITE, STOPPED, Job
 from tpu_machine import Machine, accelerator, note
 
 from scalegpt import command_line
+from scalegpt.command import run_command
+from scalegpt.errors import Mistake
 
 
 def main(argv: list[str]) -> int:
@@ -32,7 +34,7 @@ def main(argv: list[str]) -> int:
     flags = parser().parse_args(argv[:cut])
     flags.arguments, flags.argv = argv[cut + 1 :], argv
     if flags.arguments and flags.function not in (train, run):
-        raise ValueError("only train and run take arguments of scalegpt.train after --")
+        raise Mistake("only train and run take arguments of scalegpt.train after --")
     flags.machine = Machine(flags.name, flags.zone, flags.project, flags.dry_run)
     if flags.dry_run:
         flags.poll = 0
@@ -139,7 +141,7 @@ def to_its_end(flags: argparse.Namespace, job: Job, archive: str, create: list[s
             note(f"{stuck} times in a row it ended without a new update")
             return GAVE_UP
         if last.state == "gone" and not job.in_bucket:
-            raise ValueError(f"{flags.name} is gone, and {job.out} with it; it was on its disk")
+            raise Mistake(f"{flags.name} is gone, and {job.out} with it; it was on its disk")
         note(f"the run {last.why()}; again, from its last checkpoint")
         if last.state != "gone":
             # A worker that still waits for the others would keep its TPU from the restart.
@@ -159,7 +161,7 @@ def run(flags: argparse.Namespace) -> int:
     """Install and start, and do not wait."""
     job = Job(flags)
     if tpu_job.look_at(flags.machine, flags.poll).state == "running":
-        raise ValueError(f"a run is in progress; stop it first: {own(flags, 'stop')}")
+        raise Mistake(f"a run is in progress; stop it first: {own(flags, 'stop')}")
     with job.packed() as archive:
         job.begin(flags.machine, archive)
     note(f"started; its log: {own(flags, 'logs')}")
@@ -214,7 +216,7 @@ def creation(flags: argparse.Namespace) -> tuple[list[str], bool]:
 
 def check_target(to: str | None) -> None:
     if to and Path(to).exists():
-        raise ValueError(f"{to} is there already and is not overwritten; choose another --to")
+        raise Mistake(f"{to} is there already and is not overwritten; choose another --to")
 
 
 def bring(machine: Machine, out_dir: str, to: str) -> None:
@@ -239,4 +241,4 @@ def left_over(flags: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    run_command(main)

@@ -18,6 +18,7 @@ from tpu_machine import Machine, note
 
 from scalegpt import command_line
 from scalegpt.config import Config
+from scalegpt.errors import Mistake
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("scalegpt/**/*.py", "tools/*.py", "configs/*.yaml", "data/*/*.py", "pyproject.toml",
@@ -34,7 +35,7 @@ class Job:
 
     def __init__(self, flags: argparse.Namespace) -> None:
         if not flags.arguments:
-            raise ValueError("say what to train: ... -- --config FILE --run.out_dir=gs://...")
+            raise Mistake("say what to train: ... -- --config FILE --run.out_dir=gs://...")
         self.arguments, self.id = flags.arguments, tpu_shell.run_id(flags.arguments)
         self.config, parsed = command_line.parse(flags.arguments, "scalegpt.train", {})
         self.out = self.config.run.out_dir
@@ -43,12 +44,12 @@ class Job:
         self.files = [relative(file) for file in extra if file and "://" not in file]
         self.data = local_data(self.config)
         if (source := self.config.run.init_from) and Path(source).is_dir():
-            raise ValueError(
+            raise Mistake(
                 f"run.init_from={source} is a folder here, which the machine has not: give a "
                 "bucket's, or a name of Hugging Face"
             )
         if missing := [name for name in flags.env if name not in os.environ]:
-            raise ValueError(f"--env {missing[0]}: there is no such variable here")
+            raise Mistake(f"--env {missing[0]}: there is no such variable here")
         self.env = "".join(f"export {n}={shlex.quote(os.environ[n])}\n" for n in flags.env)
         self.installed_on: int | None = None
         self.archive = f"scalegpt-{flags.name}.tar.gz"
@@ -56,7 +57,7 @@ class Job:
     def check_place(self, several: bool, spot: bool) -> None:
         why = "a spot machine is deleted" if spot else "the hosts of a slice share no disk"
         if (spot or several) and not self.in_bucket:
-            raise ValueError(
+            raise Mistake(
                 f"run.out_dir={self.out} is on the machine, and {why}: "
                 f"give a bucket, --run.out_dir=gs://BUCKET/{Path(self.out).name}"
             )
@@ -83,7 +84,7 @@ class Job:
         """Start the run on a machine that is ready, or find it there; show its log to its end."""
         now, offset = look_at(machine, seconds), -4000
         if now.state == "running" and now.run != self.id:
-            raise ValueError(f"another run is in progress on {machine.name}; stop it first")
+            raise Mistake(f"another run is in progress on {machine.name}; stop it first")
         ended = now.state == "exit" and now.code == DONE and now.run == self.id
         if now.state == "running" or ended:
             note(f"found the run on {machine.name}")
@@ -130,7 +131,7 @@ def local_data(config: Config) -> dict[str, list[str]]:
         files = [f"{relative(path)}/{name}" for name in ("train.bin", "val.bin", "meta.json",
                  "meta.pkl") if Path(path, name).is_file()]  # fmt: skip
         if f"{relative(path)}/train.bin" not in files:
-            raise ValueError(
+            raise Mistake(
                 f"data.path={path}: there is no {path}/train.bin here to copy to the machine; "
                 f"prepare it, or give a bucket's --data.path=gs://BUCKET/{Path(path).name}"
             )
@@ -142,7 +143,7 @@ def relative(path: str) -> str:
     """The path, which must mean the same on the machine; free of what scp's shell would read."""
     clean = Path(path).as_posix()
     if Path(path).is_absolute() or ".." in Path(path).parts or clean != shlex.quote(clean):
-        raise ValueError(f"{path}: give a plain path below this folder, so that the machine can "
+        raise Mistake(f"{path}: give a plain path below this folder, so that the machine can "
                          "have the same")  # fmt: skip
     return clean
 
@@ -155,7 +156,7 @@ def look_at(machine: Machine, seconds: float) -> tpu_shell.Look:
         if found := tpu_shell.read(answer.stdout):
             return found[0]
         time.sleep(seconds)
-    raise ValueError(f"worker 0 of {machine.name} does not answer:\n{answer.stderr.strip()}")
+    raise Mistake(f"worker 0 of {machine.name} does not answer:\n{answer.stderr.strip()}")
 
 
 def watch(machine: Machine, offset: int, seconds: float) -> tpu_shell.Look:

@@ -10,6 +10,8 @@ import subprocess
 import time
 from collections.abc import Iterable
 
+from scalegpt.errors import Mistake
+
 # What Google's page "TPU software versions" recommends for JAX.
 RUNTIMES = {"v2": "tpu-ubuntu2204-base", "v3": "tpu-ubuntu2204-base", "v4": "tpu-ubuntu2204-base",
             "v5litepod": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5",
@@ -33,7 +35,7 @@ def accelerator(name: str) -> tuple[str, str, bool]:
     name = re.sub("^v5e-", "v5litepod-", name)
     generation, _, size = name.partition("-")
     if generation not in RUNTIMES or not size.isdigit():
-        raise ValueError(
+        raise Mistake(
             f"--type={name} is none of {', '.join(f'{g}-N' for g in RUNTIMES)}; N is cores up to "
             "v5p (v3-8, v4-32), chips of v5litepod and v6e"
         )
@@ -45,9 +47,9 @@ class Machine:
 
     def __init__(self, name: str, zone: str | None, project: str | None, dry_run: bool) -> None:
         if not re.fullmatch("[a-z]([-a-z0-9]{0,60}[a-z0-9])?", name):
-            raise ValueError(f"NAME={name!r}: lower-case letters, digits and -, a letter first")
+            raise Mistake(f"NAME={name!r}: lower-case letters, digits and -, a letter first")
         if not dry_run and not shutil.which("gcloud"):
-            raise ValueError("gcloud is not on PATH; see https://cloud.google.com/sdk/docs/install")
+            raise Mistake("gcloud is not on PATH; see https://cloud.google.com/sdk/docs/install")
         self.name, self.dry_run = name, dry_run
         self._where = [f"--{k}={v}" for k, v in (("zone", zone), ("project", project)) if v]
         self._printed: set[str] = set()
@@ -74,7 +76,7 @@ class Machine:
         """Run with gcloud's own output in sight. Raises ValueError if it fails."""
         if code := self.call(argv).returncode:
             see = f"see above; {hint}" if hint else "see above"
-            raise ValueError(f"{what} failed: gcloud ended with {code}, {see}")
+            raise Mistake(f"{what} failed: gcloud ended with {code}, {see}")
 
     def _tpus(self, group: str, verb: str, *flags: str) -> list[str]:
         return ["gcloud", "compute", "tpus", group, verb, self.name, *flags, *self._where]
@@ -104,7 +106,7 @@ class Machine:
         if answer.returncode and "NOT_FOUND" in answer.stderr:
             return "ABSENT"
         if answer.returncode:
-            raise ValueError(f"gcloud does not say how {self.name} is:\n{answer.stderr.strip()}")
+            raise Mistake(f"gcloud does not say how {self.name} is:\n{answer.stderr.strip()}")
         return answer.stdout.strip() or "UNKNOWN"
 
     def up(self, create: Iterable[str], seconds: float) -> None:
@@ -130,7 +132,7 @@ class Machine:
             dead = is_dead(state) and state not in {"ABSENT", *ON_THE_WAY}
             if dead and made == CREATIONS:
                 self.call(self._tpus("queued-resources", "describe", "--format=yaml(state)"))
-                raise ValueError(f"{self.name} was created {made} times, and is {state} again")
+                raise Mistake(f"{self.name} was created {made} times, and is {state} again")
             if dead:
                 self.down()
             if dead or state == "ABSENT":

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from scalegpt import command_line
+from scalegpt.command import run_command
+from scalegpt.errors import Mistake
 from scalegpt.prepare import Corpus, check_disk, script_parser, write_dataset
 from scalegpt.tokenizer import Tokenizer, named
 
@@ -26,7 +27,7 @@ def load_text(pattern: str | None, out: Path) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise ValueError("this needs datasets: pip install 'scalegpt[data]'") from error
+        raise Mistake("this needs datasets: pip install 'scalegpt[data]'") from error
     if pattern is None:
         return _download(datasets, out)
     root = Path(pattern)
@@ -37,12 +38,12 @@ def load_text(pattern: str | None, out: Path) -> Any:
             by_builder.setdefault(builder, []).append(name)
     if len(by_builder) != 1:
         found = ", ".join(by_builder) or "none"
-        raise ValueError(f"--input {pattern}: files of one of {[*BUILDERS]} needed, found: {found}")
+        raise Mistake(f"--input {pattern}: files of one of {[*BUILDERS]} needed, found: {found}")
     ((builder, files),) = by_builder.items()
     options = {"sample_by": "document"} if builder == "text" else {}
     dataset = datasets.load_dataset(builder, data_files=files, split="train", **options)
     if "text" not in dataset.column_names:
-        raise ValueError(f"--input {pattern}: no column 'text' among {dataset.column_names}")
+        raise Mistake(f"--input {pattern}: no column 'text' among {dataset.column_names}")
     return dataset
 
 
@@ -56,7 +57,7 @@ def _download(datasets: Any, out: Path) -> Any:
     try:
         return datasets.load_dataset(REPOSITORY, split="train", num_proc=processes)
     except OSError as error:  # every network error of datasets and the hub is one
-        raise ValueError(f"cannot load {REPOSITORY}: {error}; for local files, --input") from error
+        raise Mistake(f"cannot load {REPOSITORY}: {error}; for local files, --input") from error
 
 
 def corpus(tokenizer: Tokenizer, dataset: Any) -> Corpus:
@@ -91,4 +92,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    run_command(main)

@@ -9,7 +9,8 @@ import sysconfig
 import tokenize
 from pathlib import Path
 
-from scalegpt import command_line
+from scalegpt.command import run_command
+from scalegpt.errors import Mistake
 from scalegpt.prepare import Corpus, script_parser, stable_fraction, write_dataset
 from scalegpt.tokenizer import load
 
@@ -57,10 +58,10 @@ def main(argv: list[str]) -> int:
     parser = script_parser(__doc__, __file__)
     args = parser.parse_args(argv)
     if args.input:
-        raise ValueError("--input is not for this set; for your own text see data/text/prepare.py")
+        raise Mistake("--input is not for this set; for your own text see data/text/prepare.py")
     prepare(args.out, args.workers, args.force)
     return 0
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    run_command(main)

@@ -8,7 +8,8 @@ import os
 import urllib.request
 from pathlib import Path
 
-from scalegpt import command_line
+from scalegpt.command import run_command
+from scalegpt.errors import Mistake
 from scalegpt.packed import read_text
 from scalegpt.prepare import Corpus, script_parser, write_dataset
 from scalegpt.tokenizer import char_tokenizer, load
@@ -28,10 +29,10 @@ def download(path: Path) -> bytes:
             with urllib.request.urlopen(URL, timeout=60) as reply:
                 content = reply.read()
         except OSError as error:
-            raise ValueError(f"cannot get {URL}: {error}; pass a copy with --input") from error
+            raise Mistake(f"cannot get {URL}: {error}; pass a copy with --input") from error
         partial.write_bytes(content)
     if (found := hashlib.sha256(content).hexdigest()) != SHA256:
-        raise ValueError(f"{path} has sha256 {found}, not {SHA256}; delete it and try again")
+        raise Mistake(f"{path} has sha256 {found}, not {SHA256}; delete it and try again")
     if partial.exists():
         os.replace(partial, path)
     return content
@@ -56,4 +57,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    run_command(main)

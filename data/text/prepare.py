@@ -12,7 +12,9 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from scalegpt import command_line, json_files
+from scalegpt import json_files
+from scalegpt.command import run_command
+from scalegpt.errors import Mistake
 from scalegpt.packed import PACKED, blocks
 from scalegpt.prepare import (
     Corpus,
@@ -36,7 +38,7 @@ def find_files(pattern: str) -> list[Path]:
         matches = [path] if path.is_file() else map(Path, glob.glob(pattern, recursive=True))
         files = [p for p in matches if p.is_file()]
     if not files:
-        raise ValueError(f"no file, folder or pattern of files {pattern!r}: check --input")
+        raise Mistake(f"no file, folder or pattern of files {pattern!r}: check --input")
     return sorted(files, key=lambda p: p.as_posix())
 
 
@@ -63,7 +65,7 @@ def split_documents(
     document is cut instead, its last `val_fraction` of characters being "val".
     """
     if not 0 < val_fraction < 1:
-        raise ValueError(f"--val-fraction must be between 0 and 1, got {val_fraction}")
+        raise Mistake(f"--val-fraction must be between 0 and 1, got {val_fraction}")
     read = partial(read_documents, files, key, errors)
     few = [document for _, document in zip(range(2), read(), strict=False)]
     if len(few) == 1:
@@ -98,7 +100,7 @@ def _decoded(path: Path, errors: str) -> Iterator[str]:
         try:
             text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
-            raise ValueError(
+            raise Mistake(
                 f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset "
                 f"{start + error.start}; --errors replace reads on"
             ) from error
@@ -114,14 +116,14 @@ def _json_texts(path: Path, chunks: Iterator[str], key: str, errors: str) -> Ite
         try:
             row = json_files.parse(line)
         except ValueError as error:
-            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+            raise Mistake(f"{path}, line {number} is not JSON: {error}") from error
         if not isinstance(row, dict) or not isinstance(row.get(key), str):
             found = sorted(row) if isinstance(row, dict) else type(row).__name__
-            raise ValueError(f"{path}, line {number}: no text under --key {key!r} in {found}")
+            raise Mistake(f"{path}, line {number}: no text under --key {key!r} in {found}")
         try:  # JSON can spell half a surrogate pair, which UTF-8 cannot
             yield row[key].encode("utf-16", "surrogatepass").decode("utf-16", errors)
         except UnicodeDecodeError as error:
-            raise ValueError(
+            raise Mistake(
                 f"{path}, line {number}: {error.reason}; --errors replace reads on"
             ) from error
 
@@ -145,18 +147,18 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--errors", choices=("strict", "replace"), default="strict")
     args = parser.parse_args(argv)
     if args.input is None:
-        raise ValueError("--input is missing: a file, a folder or a pattern of text files")
+        raise Mistake("--input is missing: a file, a folder or a pattern of text files")
     files = {"train": find_files(args.input)}
     if args.val_input:
         files["val"] = find_files(args.val_input)
     all_files = [path for group in files.values() for path in group]
     if any(args.out.resolve() in path.resolve().parents for path in all_files):
-        raise ValueError(f"--out {args.out} holds input files: choose another folder")
+        raise Mistake(f"--out {args.out} holds input files: choose another folder")
 
     def corpus() -> Corpus:
         read = partial(read_documents, key=args.key, errors=args.errors)
         if next(read(all_files), None) is None:
-            raise ValueError(f"no text in {args.input}")
+            raise Mistake(f"no text in {args.input}")
         if args.tokenizer == "char":
             tokenizer = char_tokenizer(chunk for text in read(all_files) for chunk in text)
         else:
@@ -177,4 +179,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    run_command(main)
