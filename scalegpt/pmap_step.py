@@ -25,7 +25,7 @@ AXIS = "device"  # pmap's only one: all devices of the mesh in a row
 
 def build_for_training(config: Config, mesh: Mesh) -> Steps:
     """The functions of a run by the backend it asks for."""
-    backend = build if config.run.backend == "pmap" else step.build
+    backend = build_steps if config.run.backend == "pmap" else step.build_steps
     return backend(config, mesh, *step.resolve(config, mesh))
 
 
@@ -45,8 +45,8 @@ class PmapSteps(Steps):
         return self.jit_train.lower(self.abstract, self.jit_split.eval_shape(self.abstract_tokens))
 
 
-def build(config: Config, mesh: Mesh, dtype: str, implementation: str) -> PmapSteps:
-    """As `step.build`. Raises ValueError also for a mesh that splits the model."""
+def build_steps(config: Config, mesh: Mesh, dtype: str, implementation: str) -> PmapSteps:
+    """As `step.build_steps`. Raises ValueError also for a mesh that splits the model."""
     for axis in ("fsdp", "tensor"):
         if mesh.shape[axis] > 1:
             raise Mistake(
@@ -58,7 +58,7 @@ def build(config: Config, mesh: Mesh, dtype: str, implementation: str) -> PmapSt
     devices = sorted(mesh.devices.flat, key=lambda device: device.process_index)
     grid = np.array(devices).reshape(mesh.devices.shape)
     mesh = Mesh(grid, mesh.axis_names, axis_types=mesh.axis_types)
-    steps = step.build(config, mesh, dtype, implementation)
+    steps = step.build_steps(config, mesh, dtype, implementation)
     accumulation, microbatch = steps.layout
     mine = microbatch // mesh.size  # sequences of a microbatch on one device
 

@@ -74,7 +74,7 @@ class Steps:
             return self.jit_train.lower(self.abstract, self.abstract_tokens)
 
 
-def build(config: Config, mesh: Mesh, dtype: str, implementation: str) -> Steps:
+def build_steps(config: Config, mesh: Mesh, dtype: str, implementation: str) -> Steps:
     """Make the functions of a run; nothing is compiled or put on a device yet.
 
     dtype and attention implementation: as `resolve` gives them. Raises ValueError when model or
@@ -164,4 +164,4 @@ def build_for_use(config: Config, mesh: Mesh, microbatch: int) -> Steps:
     # The dropout rate decides which kernels can train, and nothing here trains.
     model = config.model.model_copy(update={"attention": "auto", "dropout": 0.0})
     config = config.model_copy(update={"batch": batch, "model": model})
-    return build(config, mesh, *resolve(config, mesh))
+    return build_steps(config, mesh, *resolve(config, mesh))

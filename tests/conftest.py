@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def built_once():
     """Runs of one configuration share their programs: tracing one is most of a tiny run's time."""
-    made, build = {}, step.build
+    made, build = {}, step.build_steps
     elsewhere = {"data": True, "eval": True, "checkpoint": True, "log": True, "run": {"out_dir"}}
 
     def remembered(config, mesh, *rest):
@@ -60,9 +60,9 @@ def built_once():
             made[key] = build(config, mesh, *rest)
         return made[key]
 
-    step.build = remembered
+    step.build_steps = remembered
     yield
-    step.build = build
+    step.build_steps = build
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ def build(**mesh) -> step.Steps:
         optim=dict(lr=1e-2, steps=10, warmup_steps=0),
         run=dict(out_dir="unused"),
     )
-    return step.build(config, sharding.make_mesh(config.mesh, devices), "float32", "xla")
+    return step.build_steps(config, sharding.make_mesh(config.mesh, devices), "float32", "xla")
 
 
 @pytest.fixture(scope="module")

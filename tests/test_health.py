@@ -15,7 +15,7 @@ from scalegpt.checkpoint import open_checkpoints
 from scalegpt.command_line import parse
 from scalegpt.config import RunConfig
 from scalegpt.datasets import open_datasets, windows_of
-from scalegpt.pmap_step import build as build_pmap
+from scalegpt.pmap_step import build_steps as build_pmap
 
 pytestmark = pytest.mark.usefixtures("signals_as_they_were")
 BAD = 7
@@ -76,7 +76,7 @@ def test_a_bad_update_changes_no_weight_and_no_moment_on_any_mesh(plays, monkeyp
     else:
         argv += [f"--mesh.{axis}={size}" for axis, size in mesh.items()]
         config = parse(argv, "test", {})[0]
-        steps = step.build(config, sharding.make_mesh(config.mesh), "float32", "xla")
+        steps = step.build_steps(config, sharding.make_mesh(config.mesh), "float32", "xla")
     accumulation, microbatch = steps.layout
     tokens = jax.random.randint(jax.random.key(0), (accumulation, microbatch, T + 1), 0, 40)
     tokens = jax.device_put(tokens, steps.batch_sharding)
@@ -189,7 +189,7 @@ def test_replay_shows_the_batch_as_the_run_saw_it_and_writes_nothing(plays, tmp_
 def test_the_examples_losses_are_the_updates(plays, tmp_path):
     assert train.main(arguments(plays, tmp_path / "run", checkpoint__keep=9)) == 0
     config = parse([f"--config={tmp_path}/run/config.yaml"], "test", {})[0]
-    steps = step.build(config, sharding.make_mesh(config.mesh), "float32", "xla")
+    steps = step.build_steps(config, sharding.make_mesh(config.mesh), "float32", "xla")
     checkpoints = open_checkpoints(tmp_path / "run")
     state = resume.initial_state(config, steps, checkpoints, 8, print)
     checkpoints.close()

@@ -651,7 +651,7 @@ def test_training_starts_from_a_hugging_face_model_or_an_imported_one(tmp_path, 
         config = parse(arguments("none", **changes), "test", {})[0].with_vocab(256)
         assert resume.stored_config(config) is None
         mesh = sharding.make_mesh(config.mesh)
-        steps = step.build(config, mesh, *step.resolve(config, mesh))
+        steps = step.build_steps(config, mesh, *step.resolve(config, mesh))
         return leaves(resume.initial_state(config, steps, None, 0, print).params)
 
     expected = leaves(read(source).params)

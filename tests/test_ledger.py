@@ -97,7 +97,7 @@ def test_200_saves_and_evaluations_do_not_grow_the_memory(plays, tmp_path):
     config = parse([*arguments(plays, tmp_path / "run"), "--eval.windows=8"], "test", {})[0]
     datasets = open_datasets(config)
     config = config.with_vocab(datasets[0].vocab_size)
-    steps = step.build(config, sharding.make_mesh(config.mesh), "float32", "xla")
+    steps = step.build_steps(config, sharding.make_mesh(config.mesh), "float32", "xla")
     evaluate, state = validation(config, datasets, steps), steps.init()
     saves = Checkpoints(tmp_path, 1)
     process, seen = psutil.Process(), []

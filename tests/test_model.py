@@ -670,7 +670,7 @@ def run_config(**sections):
 def build(devices, **sections):
     config = run_config(**sections)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
-    return step.build(config, mesh, "float32", "xla")
+    return step.build_steps(config, mesh, "float32", "xla")
 
 
 def test_fault_08_dropout_is_off_in_evaluation_and_on_in_training():

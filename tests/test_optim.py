@@ -108,7 +108,7 @@ def run_config(**sections):
 
 def build(config, devices=2):
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
-    return step.build(config, mesh, "float32", "xla")
+    return step.build_steps(config, mesh, "float32", "xla")
 
 
 def counts(opt_state) -> list[int]:
@@ -352,7 +352,7 @@ def test_fault_19_stacked_scales_and_biases_do_not_shrink():
 def test_optimizer_state_is_float32_whatever_the_products_are():
     config = run_config()
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    abstract = step.build(config, mesh, "bfloat16", "xla").abstract
+    abstract = step.build_steps(config, mesh, "bfloat16", "xla").abstract
     for tree in (abstract.params, abstract.opt_state):
         dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(tree)}
         assert dtypes <= {"float32", "int32"} and "float32" in dtypes

@@ -43,7 +43,7 @@ def make_config(mesh: tuple, accumulation: int = 1, dropout: float = 0.0, **mode
 def build(*args, **keywords) -> step.Steps:
     config = make_config(*args, **keywords)
     devices = jax.devices()[: int(np.prod([n for _, n in args[0]]))]
-    return step.build(config, sharding.make_mesh(config.mesh, devices), "float32", "xla")
+    return step.build_steps(config, sharding.make_mesh(config.mesh, devices), "float32", "xla")
 
 
 @cache
@@ -239,7 +239,7 @@ def test_a_cpu_accumulates_over_microbatches_that_its_cache_holds(monkeypatch):
         model=dict(n_layer=1, n_head=1, n_embd=8, block_size=512, vocab_size=8),
         batch=dict(sequences=96), data=dict(path=""), run=dict(out_dir="none"),
     )  # fmt: skip
-    assert step.build(config, mesh_of(), "float32", "xla").layout == (6, 16)
+    assert step.build_steps(config, mesh_of(), "float32", "xla").layout == (6, 16)
     assert 16 // 8 * 512 == step.CPU_TOKENS
 
 

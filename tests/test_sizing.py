@@ -57,7 +57,7 @@ def test_checkpoints_kept_for_good_take_room_too(capsys):
 
 def build(c: Config, devices: list) -> step.Steps:
     mesh = sharding.make_mesh(c.mesh, devices)
-    return step.build(c, mesh, c.model.dtype, "xla")
+    return step.build_steps(c, mesh, c.model.dtype, "xla")
 
 
 def estimate(c: Config, mesh, itemsize: int, fused: bool) -> dict[str, int]:

@@ -92,7 +92,7 @@ def test_muon_and_averaged_weights_continue_bitwise_and_are_what_a_checkpoint_ho
 def saved_state(out_dir: Path):
     """Everything in the latest checkpoint, in NumPy."""
     config = parse([f"--config={out_dir}/config.yaml"], "test", {})[0]
-    steps = step.build(config, make_mesh(config.mesh), "float32", "xla")
+    steps = step.build_steps(config, make_mesh(config.mesh), "float32", "xla")
     checkpoints = checkpoint.open_checkpoints(out_dir)
     state = checkpoints.restore(checkpoints.steps[-1], steps.abstract)
     checkpoints.close()
@@ -223,8 +223,8 @@ def test_the_finished_run_started_again_changes_nothing(data, unbroken, tmp_path
 
 def test_the_training_step_is_compiled_once_also_after_resuming(data, tmp_path, monkeypatch):
     built = []
-    build = step.build
-    monkeypatch.setattr(step, "build", lambda *a: built.append(build(*a)) or built[-1])
+    build = step.build_steps
+    monkeypatch.setattr(step, "build_steps", lambda *a: built.append(build(*a)) or built[-1])
     stop_after(monkeypatch, 3)
     assert train.main(arguments(data, tmp_path / "run")) == 3
     stop_after(monkeypatch)
