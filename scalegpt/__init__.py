@@ -8,4 +8,7 @@ _devices = os.environ.get("JAX_NUM_CPU_DEVICES", "1")
 if _devices.isdigit() and int(_devices) > 1 and "NPROC" not in os.environ:
     os.environ.setdefault("PJRT_NPROC", str(8 * int(_devices)))
 
+from scalegpt.errors import Mistake  # noqa: E402
+
+__all__ = ["Mistake"]
 __version__ = "0.1.0"

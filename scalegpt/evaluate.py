@@ -12,23 +12,19 @@ from typing import Any
 
 import jax
 
-from scalegpt import (
-    command_line,
-    distributed,
-    loading,
-    tasks,
-    tokenizer,
-    trained,
-    user_cache,
-)
-from scalegpt.batching import Figures
-from scalegpt.command import run_command
-from scalegpt.config import Config, DataConfig
-from scalegpt.differences import NOT_SHAPING
+from scalegpt.config import Config, DataConfig, command_line, loading
+from scalegpt.config.differences import NOT_SHAPING
+from scalegpt.data import tokenizer
+from scalegpt.data.token_files import Split, open_split
 from scalegpt.errors import Mistake
-from scalegpt.likelihood import scorer
-from scalegpt.losses import losses, text_split
-from scalegpt.token_files import Split, open_split
+from scalegpt.files.cache import keep_compiled
+from scalegpt.inference import tasks
+from scalegpt.inference.batching import Figures
+from scalegpt.inference.likelihood import scorer
+from scalegpt.inference.text_loss import losses, text_split
+from scalegpt.processes import startup
+from scalegpt.processes.command import run_command
+from scalegpt.weights import trained
 
 
 def main(argv: list[str]) -> int:
@@ -48,8 +44,8 @@ def main(argv: list[str]) -> int:
     microbatch = flags.microbatch or (config and config.batch.microbatch) or 8
     # Before the weights are read, maybe downloaded; of a run's own data only they can tell.
     splits, weights = _splits(flags, config.data) if config else ([], [])
-    user_cache.keep_compiled()
-    distributed.start(trained.machine(flags, config).distributed)
+    keep_compiled()
+    startup.start(trained.machine(flags, config).distributed)
     loaded = trained.load(flags, microbatch, config)
     model, steps = loaded.config.model, loaded.steps
     if config:

@@ -13,13 +13,16 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from scalegpt import command_line, distributed, trained, user_cache
-from scalegpt.command import run_command
-from scalegpt.continuation import Continuation, continuations, prompt_ids
-from scalegpt.decode import Decoder, decoder
+from scalegpt.config import command_line
+from scalegpt.data.tokenizer import Tokenizer
 from scalegpt.errors import Mistake
-from scalegpt.sampling import Sampler
-from scalegpt.tokenizer import Tokenizer
+from scalegpt.files.cache import keep_compiled
+from scalegpt.inference.continuation import Continuation, continuations, prompt_ids
+from scalegpt.inference.decode import Decoder, decoder
+from scalegpt.inference.sampling import Sampler
+from scalegpt.processes import startup
+from scalegpt.processes.command import run_command
+from scalegpt.weights import trained
 
 _HELP = {
     "temperature": "0: always the likeliest token",
@@ -67,8 +70,8 @@ def main(argv: list[str]) -> int:
         raise Mistake("--stop='' would end every text before it begins; give some text")
     sampler = Sampler(**{option.name: getattr(flags, option.name) for option in fields(Sampler)})
     prompts, interactive = _prompts(flags)
-    user_cache.keep_compiled()
-    distributed.start(trained.machine(flags).distributed)
+    keep_compiled()
+    startup.start(trained.machine(flags).distributed)
     model = trained.load(flags, microbatch=1)
     if flags.prompt is None and flags.prompt_file is None and jax.process_count() > 1:
         raise Mistake("several processes need --prompt or --prompt-file: each has its own input")

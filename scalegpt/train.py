@@ -8,7 +8,7 @@ checkpoint could be written for checkpoint.patience, or the last one.
 if __name__ == "__main__":
     # Until StopRequest listens, which is after JAX is imported: a KeyboardInterrupt in the midst of
     # that may be swallowed, or end in a page of JAX's own.
-    from scalegpt.ending import leave_on_signals
+    from scalegpt.processes.exits import leave_on_signals
 
     leave_on_signals()
 
@@ -22,33 +22,30 @@ from typing import Any
 import jax
 import numpy as np
 
-from scalegpt import (
-    checkpoint,
-    command_line,
-    cpu_devices,
-    distributed,
-    peers,
-    pmap_step,
-    reports,
-    run_folder,
-    sharding,
-    tokenizer,
-    user_cache,
-)
-from scalegpt.agreement import Deadline, gather
-from scalegpt.ahead_of_time import compile_only, memory_advice
-from scalegpt.command import fail, run_command
-from scalegpt.config import Config
-from scalegpt.continuation import continuations
-from scalegpt.datasets import open_datasets
-from scalegpt.decode import decoder
-from scalegpt.ending import Exit
-from scalegpt.feed import batches_from
-from scalegpt.flops import mfu_meter
-from scalegpt.metrics import Metrics, Throughput, check_packages
-from scalegpt.phases import Phases
-from scalegpt.replay import replay
-from scalegpt.resume import (
+from scalegpt.checkpoints.checkpoints import Checkpoints
+from scalegpt.config import Config, command_line
+from scalegpt.data import tokenizer
+from scalegpt.data.datasets import open_datasets
+from scalegpt.data.token_files import Dataset
+from scalegpt.files import run_folder
+from scalegpt.files.cache import keep_compiled
+from scalegpt.inference.continuation import continuations
+from scalegpt.inference.decode import decoder
+from scalegpt.inference.sampling import Sampler
+from scalegpt.inference.validation import validation
+from scalegpt.model.flops import mfu_meter
+from scalegpt.processes import group, startup
+from scalegpt.processes.agreement import Deadline, gather
+from scalegpt.processes.command import fail, run_command
+from scalegpt.processes.deadlines import Watch
+from scalegpt.processes.exits import Exit
+from scalegpt.processes.phases import Phases
+from scalegpt.processes.stop_request import Interrupted, StopRequest
+from scalegpt.run import reports
+from scalegpt.run.feed import batches_from
+from scalegpt.run.metrics import Metrics, Throughput, check_packages
+from scalegpt.run.replay import replay
+from scalegpt.run.resume import (
     check_same_run,
     initial_state,
     lock,
@@ -56,13 +53,10 @@ from scalegpt.resume import (
     stored_config,
     write_config,
 )
-from scalegpt.sampling import Sampler
-from scalegpt.step import Steps
-from scalegpt.stop import Interrupted, StopRequest
-from scalegpt.token_files import Dataset
-from scalegpt.update import State
-from scalegpt.validation import validation
-from scalegpt.watch import Watch
+from scalegpt.step import build_for_training, cpu_devices, sharding
+from scalegpt.step.build import Steps
+from scalegpt.step.compile_only import compile_only, memory_advice
+from scalegpt.step.update import State
 
 FLAGS = {
     "--print-config": {"action": "store_true", "help": "print the resolved configuration, exit"},
@@ -88,13 +82,13 @@ def main(argv: list[str]) -> int:
         compile_only(config, flags.compile_only)
         return Exit.DONE
     check_packages(config.log)
-    user_cache.keep_compiled()
+    keep_compiled()
     stop, phases = StopRequest(), Phases(config.run)
     watch = Watch(phases)
     try:
         with phases("processes"):
-            distributed.start(config.distributed, config.run.deadline_start)
-        if peers.line is None:  # alone
+            startup.start(config.distributed, config.run.deadline_start)
+        if group.line is None:  # alone
             cpu_devices.choose(config)
         return train(config, phases, stop)
     finally:
@@ -110,7 +104,7 @@ class Run:
     datasets: list[Dataset]
     steps: Steps
     evaluate: Callable[[Any], dict[str, float]]
-    checkpoints: checkpoint.Checkpoints
+    checkpoints: Checkpoints
     meta: dict[str, Any]
     metrics: Metrics
     phases: Phases
@@ -126,7 +120,7 @@ def train(config: Config, phases: Phases, stop: StopRequest) -> int:
     with phases("devices"):
         jax.devices()
     with phases("mesh"):
-        steps = pmap_step.build_for_training(config, sharding.make_mesh(config.mesh))
+        steps = build_for_training(config, sharding.make_mesh(config.mesh))
     stored = stored_config(config, datasets[0].tokenizer)
     if config.run.replay:
         return replay(config, datasets, steps, phases)
@@ -143,7 +137,7 @@ def train(config: Config, phases: Phases, stop: StopRequest) -> int:
     with phases("restore"):
         start = checkpoints.continue_from() or 0
     with phases("self-check"):
-        distributed.self_check(distributed.facts(config, meta["data"], start))
+        startup.self_check(startup.facts(config, meta["data"], start))
     if start > 0:
         before = checkpoints.meta(start)
         meta["best_loss"] = check_same_run(config, meta, before)

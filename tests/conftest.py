@@ -24,7 +24,8 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import tiny_run  # noqa: E402
 
-from scalegpt import step, update  # noqa: E402
+from scalegpt.step import build as step  # noqa: E402
+from scalegpt.step import update  # noqa: E402
 
 # A shell starts what runs in its background deaf to Ctrl-C, and its children are, too.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

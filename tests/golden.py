@@ -17,9 +17,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from scalegpt import evaluate, train, trained
+from scalegpt import evaluate, train
 from scalegpt.config import MeshConfig
-from scalegpt.sharding import make_mesh
+from scalegpt.step.sharding import make_mesh
+from scalegpt.weights import trained
 
 FOLDER = Path(__file__).parent / "golden_checkpoint"
 SAVED, STEPS = 4, 6

@@ -11,18 +11,20 @@ import sys
 from pathlib import Path
 
 import ablation
-import ablation_plan
-import ablation_record
 import numpy as np
 import pytest
 import tiny_run
-from ablation_plot import draw
-from ablation_record import training_seconds
-from ablation_report import cost_to_reach, markdown, summarise, table
+from ablations import plan
+from ablations import record as ablation_record
+from ablations.plot import draw
+from ablations.record import training_seconds
+from ablations.report import cost_to_reach, markdown, summarise, table
 from conftest import ROOT
 from tiny_ablation import ARMS, SEEDS, TOKENS, write
 
-from scalegpt import command_line, flops, train
+from scalegpt import train
+from scalegpt.config import command_line
+from scalegpt.model import flops
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +181,7 @@ def test_the_reference_reaches_its_own_loss_with_any_seeds():
 
 def test_markdown_is_the_same_table(finished):
     file, out, _ = finished
-    summary = summarise(ablation_record.measure(ablation_plan.read(str(file), str(out), [])))
+    summary = summarise(ablation_record.measure(plan.read(str(file), str(out), [])))
     lines = markdown(summary).splitlines()
     assert lines[1] == "| --- |" + " ---: |" * 10
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:4]]

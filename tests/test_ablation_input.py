@@ -6,13 +6,13 @@ import subprocess
 import sys
 
 import ablation
-import ablation_plan
 import pytest
-from ablation_record import Curve
+from ablations import plan as ablation_plan
+from ablations.record import Curve
 from conftest import ROOT
 from tiny_ablation import ARMS, write
 
-from scalegpt import command_line
+from scalegpt.config import command_line
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from scalegpt import attention
-from scalegpt.attention import causal_attention, resolve
+from scalegpt.model import attention
+from scalegpt.model.attention import causal_attention, resolve
 
 AXES = ("replica", "data", "fsdp", "tensor")
 ON_CPU = ("xla", "flax", "splash")

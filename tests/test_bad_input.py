@@ -29,9 +29,11 @@ import yaml
 from conftest import ROOT
 from safetensors import SafetensorError
 
-from scalegpt import export, hf, manifest, prepare
-from scalegpt.command import exit_code
+from scalegpt.checkpoints import manifest
+from scalegpt.data import prepare
 from scalegpt.errors import Mistake
+from scalegpt.processes.command import exit_code
+from scalegpt.weights import export, huggingface
 
 TINY = "--model.n_layer=1 --model.n_head=2 --model.n_embd=32 --model.block_size=16".split()
 BATCH = "--batch.sequences=8 --optim.steps=2 --optim.warmup_steps=0 --log.tensorboard=false".split()
@@ -861,7 +863,7 @@ def test_without_a_network_a_model_is_asked_for_in_words_and_soon(
     huggingface_hub = pytest.importorskip("huggingface_hub")
     from huggingface_hub import constants
 
-    monkeypatch.setattr(hf, "HUB_SECONDS", 1)
+    monkeypatch.setattr(huggingface, "HUB_SECONDS", 1)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))

@@ -8,17 +8,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import bench
-import bench_decode
-import bench_profile
-import bench_torch
 import jax
 import numpy as np
 import pytest
+from benchmarks import decoding, profiling, pytorch
 from conftest import ROOT
 from jax.profiler import ProfileData
 
-from scalegpt import command_line
-from scalegpt.command import exit_code
+from scalegpt.config import command_line
+from scalegpt.processes.command import exit_code
 
 L, H, D, T, VOCAB, ROWS = 2, 2, 32, 16, 50, 16
 ARGV = [
@@ -121,7 +119,7 @@ def test_the_figures_of_a_run_are_those_of_its_definition(tmp_path):
     assert any("GPT" in op["place"] for op in operations), operations
     (file,) = tmp_path.rglob("*.xplane.pb")  # where TensorBoard looks
     assert file.relative_to(tmp_path).parts[:2] == ("plugins", "profile")
-    totals = bench_profile.operations(ProfileData.from_file(str(file)))
+    totals = profiling.operations(ProfileData.from_file(str(file)))
     assert {op["name"]: 2 * op["seconds"] for op in operations} == pytest.approx(
         dict(totals.most_common(10))
     )
@@ -196,7 +194,7 @@ def test_it_runs_against_nanogpt_and_transformers(capsys, checkout):
 
 def test_texts_are_written_beside_transformers(capsys, monkeypatch):
     pytest.importorskip("torch")
-    monkeypatch.setattr(bench_decode, "ADDED", 2**20)
+    monkeypatch.setattr(decoding, "ADDED", 2**20)
     argv = ["--decode", "1", "9", "--model.block_size=32", "--steps=8", "--against=transformers"]
     found = report(capsys, *argv)
     assert found["tokens"] == 8 and [row["texts"] for row in found["decoding"]] == [1, 9]
@@ -216,7 +214,7 @@ def test_texts_are_written_beside_transformers(capsys, monkeypatch):
 def test_a_compiled_trainer_makes_the_same_updates(checkout):
     """torch.compile, in the process that the tool starts; its own prints stay out of the pipe."""
     pytest.importorskip("torch")
-    child = bench_torch.Child(settings(trainer=f"nanogpt={checkout}", mode="compiled"))
+    child = pytorch.Child(settings(trainer=f"nanogpt={checkout}", mode="compiled"))
     try:
         block = child.block(2)
         assert child.built["first"] > block["seconds"] > 0, "nothing was compiled"
@@ -229,8 +227,8 @@ def test_an_update_in_pytorch_is_one_of_nanogpts(checkout, monkeypatch, microbat
     """The whole batch's mean loss, its gradient clipped to a norm of 0.5, one optimizer step."""
     torch = pytest.importorskip("torch")
     monkeypatch.syspath_prepend(str(checkout))
-    monkeypatch.delitem(bench_torch.sys.modules, "model", raising=False)
-    trainer = bench_torch.Trainer(
+    monkeypatch.delitem(pytorch.sys.modules, "model", raising=False)
+    trainer = pytorch.Trainer(
         settings(trainer=f"nanogpt={checkout}", microbatches=microbatches, rows=8 // microbatches)
     )
     before = [p.detach().clone().requires_grad_() for p in trainer.parameters]
@@ -250,7 +248,7 @@ def test_an_update_in_pytorch_is_one_of_nanogpts(checkout, monkeypatch, microbat
 def test_adamw_decays_what_nanogpts_does():
     torch = pytest.importorskip("torch")
     model = torch.nn.Linear(3, 3)
-    adamw = bench_torch.adamw(model, settings()["optim"], fused=False)
+    adamw = pytorch.adamw(model, settings()["optim"], fused=False)
     decays = {id(p): g["weight_decay"] for g in adamw.param_groups for p in g["params"]}
     assert decays == {id(model.weight): 0.1, id(model.bias): 0.0}
     assert all(g["lr"] == 0.1 and g["betas"] == (0.9, 0.95) for g in adamw.param_groups)
@@ -294,10 +292,10 @@ def test_mistakes_are_one_line_and_exit_code_2(capsys, argv, message):
 
 
 def test_a_missing_package_is_named(capsys, monkeypatch, checkout):
-    found = bench_torch.importlib.util.find_spec
+    found = pytorch.importlib.util.find_spec
     for package, what in (("torch", f"nanogpt={checkout}"), ("transformers", "transformers")):
         monkeypatch.setattr(
-            bench_torch.importlib.util, "find_spec",
+            pytorch.importlib.util, "find_spec",
             lambda name, missing=package: None if name == missing else found(name),
         )  # fmt: skip
         assert f"needs {package}: pip install {package}" in refused(capsys, f"--against={what}")
@@ -321,10 +319,10 @@ def test_several_gpus_are_no_match_for_one(capsys):
 
 
 def test_a_profile_beside_an_idle_libtpu_is_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr(bench_profile.importlib.util, "find_spec", lambda name: name == "libtpu")
-    bench_profile.check(str(tmp_path))
-    monkeypatch.setattr(bench_profile.jax, "config", SimpleNamespace(jax_platforms=None))
+    monkeypatch.setattr(profiling.importlib.util, "find_spec", lambda name: name == "libtpu")
+    profiling.check(str(tmp_path))
+    monkeypatch.setattr(profiling.jax, "config", SimpleNamespace(jax_platforms=None))
     with pytest.raises(ValueError, match="run it with JAX_PLATFORMS=cpu"):
-        bench_profile.check(str(tmp_path))
+        profiling.check(str(tmp_path))
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    bench_profile.check(str(tmp_path))
+    profiling.check(str(tmp_path))

@@ -12,9 +12,12 @@ import fake_gcs
 import pytest
 from test_checkpoint_faults import ABSTRACT, assert_is, state
 
-from scalegpt import evaluate, one_save, run_folder, storage, train
-from scalegpt.checkpoint import Checkpoints, open_checkpoints
-from scalegpt.stop import StopRequest
+from scalegpt import evaluate, train
+from scalegpt.checkpoints import writing
+from scalegpt.checkpoints.checkpoints import Checkpoints, open_checkpoints
+from scalegpt.files import run_folder
+from scalegpt.files.folder import open_folder
+from scalegpt.processes.stop_request import StopRequest
 
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # it would ask Google about the bucket
 pytest.importorskip("gcsfs")
@@ -55,7 +58,7 @@ def test_a_recreated_machine_continues_a_run_in_a_bucket(bottles, bucket, monkey
     url = f"{URL}/x"
     monkeypatch.setattr(StopRequest, "reached", lambda self, step=None: step == 3)
     assert train.main(arguments(bottles, url)) == 3
-    here, remote = run_folder.local(url), storage.open_folder(url)
+    here, remote = run_folder.local(url), open_folder(url)
     assert here.name.startswith("x-") and (here / "metrics.jsonl").is_file()
     assert {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints"} <= set(remote.names())
     shutil.rmtree(here)
@@ -73,7 +76,7 @@ def test_a_recreated_machine_continues_a_run_in_a_bucket(bottles, bucket, monkey
 
 def test_local_files_count_where_they_continue_the_buckets(bucket):
     url = f"{URL}/y"
-    remote, here = storage.open_folder(url), run_folder.local(url)
+    remote, here = open_folder(url), run_folder.local(url)
     assert run_folder.fetch(url) == here and not list(here.iterdir())
     (here / "config.yaml").write_text("a: 1")
     (here / "metrics.jsonl").write_text('{"step": 1}\n{"st')
@@ -100,7 +103,7 @@ def test_damage_in_a_bucket_is_left_out_and_moved_aside(bucket):
     for at in (1, 2, 3):
         checkpoints.save(state(at), at, {}, None)
         assert checkpoints.wait() is None
-    folder = storage.open_folder(checkpoints.folder)
+    folder = open_folder(checkpoints.folder)
     assert folder.names() == ["2", "3"] and not said
     name = next(n for n in folder.files() if n.startswith("3/params/d/"))
     data = bytearray(folder.read(name))
@@ -128,8 +131,8 @@ def test_a_lost_bucket_does_not_stop_training(bucket, monkeypatch):
     checkpoints.save(state(4), 4, {}, None)
     assert checkpoints.wait() is None and "saving works again" in said[1]
     # Its client tries for minutes: so long is not waited for.
-    monkeypatch.setattr(one_save, "PATIENCE", 0.1)
-    monkeypatch.setattr(one_save, "_is_there_or_make_room", lambda *arguments: time.sleep(5))
+    monkeypatch.setattr(writing, "PATIENCE", 0.1)
+    monkeypatch.setattr(writing, "_is_there_or_make_room", lambda *arguments: time.sleep(5))
     assert checkpoints.save(state(5), 5, {}, None) < 2
     assert "nothing was answered within 0.1 s" in checkpoints.wait().reason
 

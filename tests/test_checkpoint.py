@@ -4,9 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from scalegpt import sharding, step
-from scalegpt.checkpoint import Checkpoints, open_checkpoints
+from scalegpt.checkpoints.checkpoints import Checkpoints, open_checkpoints
 from scalegpt.config import Config
+from scalegpt.step import build as step
+from scalegpt.step import sharding
 
 
 def build(**mesh) -> step.Steps:

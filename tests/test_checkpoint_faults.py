@@ -17,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scalegpt import manifest, one_save, storage
-from scalegpt.checkpoint import Checkpoints, open_checkpoints
-from scalegpt.health import initial
-from scalegpt.update import State
+from scalegpt.checkpoints import manifest, writing
+from scalegpt.checkpoints.checkpoints import Checkpoints, open_checkpoints
+from scalegpt.files.folder import Folder, open_folder
+from scalegpt.step.health import initial
+from scalegpt.step.update import State
 
 
 def state(at: int) -> State:
@@ -226,7 +227,7 @@ def test_a_manifest_cannot_name_files_outside_its_folder(run, name):
     content["sha256"] = manifest._digest(content)
     (step / "manifest.json").write_text(json.dumps(content))
     with pytest.raises(manifest.Damaged, match="names a file outside its folder"):
-        manifest.read(storage.open_folder(step), 2)
+        manifest.read(open_folder(step), 2)
 
 
 def test_another_shape_or_dtype_is_an_error_and_not_a_cast(run):
@@ -256,14 +257,14 @@ class Disk:
 
     def __init__(self, monkeypatch, number: int = errno.ENOSPC) -> None:
         self.full, self.number, self.file = False, number, "manifest.json"
-        write = storage.Folder.write
+        write = Folder.write
 
         def failing_write(folder, name, data):
             if self.full and name == self.file:
                 raise OSError(self.number, os.strerror(self.number))
             write(folder, name, data)
 
-        monkeypatch.setattr(storage.Folder, "write", failing_write)
+        monkeypatch.setattr(Folder, "write", failing_write)
 
 
 def test_a_full_disk_is_said_once_and_saving_goes_on_when_there_is_room(tmp_path, monkeypatch):
@@ -309,7 +310,7 @@ def test_no_fault_of_a_disk_is_raised_into_training(tmp_path, monkeypatch, fault
         folder.write_text("")
         reason = "Not a directory"
     elif fault == "in Orbax":
-        commit = one_save.Save._copy
+        commit = writing.Save._copy
 
         def fails_later(self, name, tree):
             futures = commit(self, name, tree)
@@ -320,10 +321,10 @@ def test_no_fault_of_a_disk_is_raised_into_training(tmp_path, monkeypatch, fault
             def result(self, timeout):
                 raise ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device [x]")
 
-        monkeypatch.setattr(one_save.Save, "_copy", fails_later)
+        monkeypatch.setattr(writing.Save, "_copy", fails_later)
         reason = "No space left on device"
     else:
-        monkeypatch.setattr(one_save.Save, "_copy", lambda *a: 1 / 0)
+        monkeypatch.setattr(writing.Save, "_copy", lambda *a: 1 / 0)
         reason = "ZeroDivisionError"
     checkpoints.save(state(2), 2, {}, None)
     assert reason in checkpoints.wait().reason
@@ -351,8 +352,8 @@ def test_a_disk_that_hangs_is_given_up_after_the_deadline(tmp_path, monkeypatch)
     """And no second copy of the state is made while it hangs."""
     said, release = [], threading.Event()
     checkpoints = save(tmp_path, 1, say=said.append)
-    monkeypatch.setattr(one_save.Save, "_commit", lambda self: release.wait(20) and None)
-    monkeypatch.setattr(one_save.Save, "join", lambda self, seconds=None: (
+    monkeypatch.setattr(writing.Save, "_commit", lambda self: release.wait(20) and None)
+    monkeypatch.setattr(writing.Save, "join", lambda self, seconds=None: (
         self._thread.join(0.2 if seconds is None else seconds), not self._thread.is_alive())[1])
     checkpoints.save(state(2), 2, {}, None)
     for at in (3, 4):
@@ -384,9 +385,9 @@ def test_killed_while_an_old_one_is_removed_it_is_no_damaged_checkpoint(run, mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(storage.Folder, call, killed)
+        patch.setattr(Folder, call, killed)
         with pytest.raises(KeyboardInterrupt):
-            one_save.retire(storage.open_folder(run / "checkpoints" / "1"))
+            writing.retire(open_folder(run / "checkpoints" / "1"))
     said = []
     checkpoints = Checkpoints(run, keep=1, say=said.append)
     assert checkpoints.continue_from() == 2 and not said

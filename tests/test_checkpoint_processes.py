@@ -14,9 +14,11 @@ index, address, out_dir = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 jax.distributed.initialize(address, 2, index)
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
-from scalegpt import health, manifest, one_save
-from scalegpt.checkpoint import Checkpoints
-from scalegpt.step import State
+from scalegpt.step import health
+from scalegpt.checkpoints import manifest
+from scalegpt.checkpoints import writing
+from scalegpt.checkpoints.checkpoints import Checkpoints
+from scalegpt.step.build import State
 mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
 split = NamedSharding(mesh, P("x"))
 
@@ -64,7 +66,7 @@ if index == 0:
     data = bytearray(files[0].read_bytes())
     data[-1] ^= 1
     files[0].write_bytes(data)
-from scalegpt.agreement import Deadline, from_first
+from scalegpt.processes.agreement import Deadline, from_first
 from_first("flipped", 1, Deadline(30))
 checkpoints = Checkpoints(out_dir, keep=9, deadline=60, say=said.append)
 seen["damaged"] = checkpoints.continue_from()
@@ -72,7 +74,7 @@ seen["said"] = said
 began = time.monotonic()
 try:  # the other one never comes
     if index == 0:
-        from scalegpt.agreement import gather
+        from scalegpt.processes.agreement import gather
         gather("alone", 1, Deadline(0.5))
 except TimeoutError as error:
     assert time.monotonic() - began < 5 and "process 1 did not answer within 0.5 s" in str(error)

@@ -9,10 +9,10 @@ import jax
 import pytest
 from test_checkpoint_faults import arrays_of, contents, flip, state
 
-from scalegpt import resume
-from scalegpt.checkpoint import Checkpoints
+from scalegpt.checkpoints.checkpoints import Checkpoints
 from scalegpt.config import Config
-from scalegpt.update import State
+from scalegpt.run import resume
+from scalegpt.step.update import State
 
 LOSSES = {10: 3.0, 20: 1.5, 30: 2.0, 40: None, 50: 2.5}
 

@@ -13,12 +13,11 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from scalegpt import command_line, loading
-from scalegpt.config import Config, DataConfig
-from scalegpt.differences import curve_diff
-from scalegpt.flops import parameter_count
-from scalegpt.recipe import ModelConfig
-from scalegpt.reports import muon_line
+from scalegpt.config import Config, DataConfig, command_line, loading
+from scalegpt.config.differences import curve_diff
+from scalegpt.config.recipe import ModelConfig
+from scalegpt.model.flops import parameter_count
+from scalegpt.run.reports import muon_line
 from scalegpt.train import FLAGS
 
 GIVEN = ["--data.path=text", "--run.out_dir=out/x"]
@@ -393,7 +392,7 @@ def test_mistake_exits_2_with_one_message_and_makes_nothing(tmp_path, arguments,
 )
 def test_ctrl_c_and_a_closed_pipe_end_a_command_without_a_traceback(body, code, said):
     program = f"def main(argv):\n    {body}\n"
-    program += "from scalegpt.command import run_command\nrun_command(main)"
+    program += "from scalegpt.processes.command import run_command\nrun_command(main)"
     process = subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -1,4 +1,4 @@
-"""scalegpt/cpu_devices.py: two devices where nobody asked for another number, and they fit."""
+"""scalegpt/step/cpu_devices.py: two devices where nobody asked for another number, and they fit."""
 
 import os
 import subprocess
@@ -8,8 +8,8 @@ import jax
 import pytest
 import tiny_run
 
-from scalegpt import cpu_devices
 from scalegpt.config import Config
+from scalegpt.step import cpu_devices
 
 
 def make_config(sequences: int = 12, microbatch: int | None = None, **mesh: int) -> Config:

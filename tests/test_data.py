@@ -21,9 +21,11 @@ import pytest
 from fsspec.registry import _registry
 from grain.experimental import index_shuffle
 
-from scalegpt import data, staging, token_files
-from scalegpt.data import EvalBatches, TrainBatches, TrainOrder, train_iterator
-from scalegpt.token_files import check_tokens, open_dataset
+from scalegpt.data import batches as data
+from scalegpt.data import token_files
+from scalegpt.data.batches import EvalBatches, TrainBatches, TrainOrder, train_iterator
+from scalegpt.data.token_files import check_tokens, open_dataset
+from scalegpt.files import staging
 
 # ---------------------------------------------------------------- the order of training windows
 

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scalegpt import sharding, step
-from scalegpt.decode import decoder
-from scalegpt.loading import validate
-from scalegpt.model import Cache, head_table, logits, separate_layers
-from scalegpt.sampling import Sampler
+from scalegpt.config.loading import validate
+from scalegpt.inference.decode import decoder
+from scalegpt.inference.sampling import Sampler
+from scalegpt.model.gpt import Cache, head_table, logits, separate_layers
+from scalegpt.step import build, sharding
 
 VOCAB, BLOCK = 11, 20
 GREEDY = Sampler(temperature=0.0)
@@ -28,7 +28,7 @@ def steps_of(model=None, mesh=None, devices=2):
     }  # fmt: skip
     config = validate(values, "test")
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
-    return step.build_for_use(config, mesh, microbatch=1)
+    return build.build_for_use(config, mesh, microbatch=1)
 
 
 @pytest.fixture(scope="module")

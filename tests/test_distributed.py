@@ -14,8 +14,8 @@ import numpy as np
 import processes
 import pytest
 
-from scalegpt import distributed
 from scalegpt.config import Config, DistributedConfig
+from scalegpt.processes import startup
 
 STEPS = 24
 
@@ -24,8 +24,10 @@ STEPS = 24
 # and which may be late (late=SECONDS).
 PROGRAM = """
 import json, os, signal, sys, time
-from scalegpt import command_line, distributed, train
-from scalegpt.data import TrainBatches
+from scalegpt import train
+from scalegpt.config import command_line
+from scalegpt.processes import startup
+from scalegpt.data.batches import TrainBatches
 ours = dict(a.split("=", 1) for a in sys.argv[1:] if not a.startswith("--"))
 sys.argv[1:] = [a for a in sys.argv[1:] if a.startswith("--")]
 init, read = TrainBatches.__init__, TrainBatches.__getitem__
@@ -44,7 +46,7 @@ train.open_datasets = lambda *a: (time.sleep(int(ours.get("late", 0))), opened(*
 check = distributed.self_check
 distributed.self_check = lambda facts: (fault("check"), check(facts))
 TrainBatches.__init__, TrainBatches.__getitem__ = recorded, faulty
-from scalegpt.command import run_command
+from scalegpt.processes.command import run_command
 run_command(train.main)
 """
 
@@ -233,10 +235,10 @@ def test_what_must_agree_and_what_may_differ():
             section, name = key.split("__")
             values[section] = {**values.get(section, {}), name: value}
         config = Config.model_validate(values)
-        return {"host": "h", **distributed.facts(config, {"one": mark}, latest)}
+        return {"host": "h", **startup.facts(config, {"one": mark}, latest)}
 
     def differ(**changes):
-        return distributed._difference([facts(), facts(), facts(**changes)])
+        return startup._difference([facts(), facts(), facts(**changes)])
 
     assert not differ(
         data__path="another", data__cache_dir="/tmp", run__out_dir="y",
@@ -247,20 +249,20 @@ def test_what_must_agree_and_what_may_differ():
     assert "latest checkpoint: process 0 (h) has none, process 2 (h) has step 5" in differ(latest=5)
     assert "weights of the data" in differ(data__path={"one": 1, "two": 3})
     older = {**facts(), "version of jax": "0.1"}
-    assert f"version of jax: process 0 (h) has {jax.__version__}" in distributed._difference(
+    assert f"version of jax: process 0 (h) has {jax.__version__}" in startup._difference(
         [facts(), older]
     )
 
 
 def test_the_devices_of_one_process_add_up(monkeypatch):
-    distributed.self_check({})
+    startup.self_check({})
     whole = jax.make_array_from_callback
     broken = lambda shape, sharding, data: whole(  # noqa: E731
         shape, sharding, lambda index: data(index) + (index[0].start == 3)
     )
     monkeypatch.setattr(jax, "make_array_from_callback", broken)
     with pytest.raises(RuntimeError, match="add up to 37 instead of 36"):
-        distributed.self_check({})
+        startup.self_check({})
 
 
 @pytest.mark.parametrize(
@@ -277,30 +279,30 @@ def test_the_devices_of_one_process_add_up(monkeypatch):
 )
 def test_distributed_flags_that_do_not_fit_are_refused(given, message):
     with pytest.raises(ValueError, match=message):
-        distributed.start(DistributedConfig(**given))
+        startup.start(DistributedConfig(**given))
 
 
 def test_launchers_are_recognised(monkeypatch):
     """One process does not look for others; of several, Slurm and Open MPI say who is who."""
     met, started = [], []
-    monkeypatch.setattr("scalegpt.peers.join", lambda *a: met.append(a[:4]) or 4321)
+    monkeypatch.setattr("scalegpt.processes.group.join", lambda *a: met.append(a[:4]) or 4321)
     monkeypatch.setattr("jax.distributed.initialize", lambda *a, **k: started.append(a))
     monkeypatch.setattr(jax.config, "update", lambda *a: None)
     for name in [name for name in os.environ if name.startswith(("SLURM", "OMPI"))]:
         monkeypatch.delenv(name)
     for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
         monkeypatch.setenv(name, "1")
-    distributed.start(DistributedConfig())
+    startup.start(DistributedConfig())
     assert not met and not started
     with monkeypatch.context() as slurm:
         for name, value in {"NTASKS": 4, "JOB_ID": 7, "STEP_NODELIST": "node[003-006]",
                             "PROCID": 2, "LOCALID": 0}.items():  # fmt: skip
             slurm.setenv(f"SLURM_{name}", str(value))
-        distributed.start(DistributedConfig())
+        startup.start(DistributedConfig())
     with monkeypatch.context() as ompi:
         for name, value in {"COMM_WORLD_SIZE": 2, "COMM_WORLD_RANK": 1, "COMM_WORLD_LOCAL_RANK": 1,
                             "MCA_orte_hnp_uri": "4096.0;tcp://10.0.0.1:3"}.items():  # fmt: skip
             ompi.setenv(f"OMPI_{name}", str(value))
-        distributed.start(DistributedConfig())
+        startup.start(DistributedConfig())
     assert met == [("node003", 61447, 4, 2), ("10.0.0.1", 61441, 2, 1)]
     assert started == [("node003:4321", 4, 2, [0]), ("10.0.0.1:4321", 2, 1, [1])]

@@ -7,15 +7,17 @@ import numpy as np
 import processes
 import tiny_run
 
-from scalegpt.command_line import parse
-from scalegpt.datasets import open_datasets, train_batches
+from scalegpt.config.command_line import parse
+from scalegpt.data.datasets import open_datasets, train_batches
 
 # Notes what each step is given, over all processes, and asks to stop after a step.
 PROGRAM = """
 import hashlib, json, sys
 import jax, numpy as np
 from jax.experimental import multihost_utils
-from scalegpt import step, stop, train
+from scalegpt import train
+from scalegpt.step import build
+from scalegpt.processes import stop_request
 seen, file, last = {}, sys.argv.pop(1), int(sys.argv.pop(1))
 update = step.Steps.train
 def noted(self, state, tokens):
@@ -30,7 +32,7 @@ def main(argv):
     if jax.process_index() == 0:
         json.dump(seen, open(file, "w"))
     return code
-from scalegpt.command import run_command
+from scalegpt.processes.command import run_command
 run_command(main)
 """
 LIVES = [  # processes, devices of each, mesh, last update

@@ -11,9 +11,13 @@ import pytest
 import tiny_gpt2
 from test_tasks import TINY, placed, tiny_steps, write
 
-from scalegpt import checkpoint, evaluate, losses, sharding, tokenizer
+from scalegpt import evaluate
+from scalegpt.checkpoints.checkpoints import Checkpoints, open_checkpoints
 from scalegpt.config import Config
-from scalegpt.data import EvalBatches
+from scalegpt.data import tokenizer
+from scalegpt.data.batches import EvalBatches
+from scalegpt.inference import text_loss
+from scalegpt.step import sharding
 
 TEXT = "Of what a man has, the half is 他的; naïve, and so on.\n" * 40
 
@@ -92,7 +96,7 @@ def test_loss_does_not_depend_on_mesh_and_microbatch():
         steps = tiny_steps(mesh, microbatch, devices)
         rows = sharding.local_rows(steps.mesh, steps.layout[1])
         batches = EvalBatches(tokens, 64, steps.layout[1], rows)
-        return losses.mean_loss(steps, placed(steps, weights), batches)
+        return text_loss.mean_loss(steps, placed(steps, weights), batches)
 
     want = loss({"data": 1}, 8, jax.devices()[:1])
     for mesh, microbatch in (
@@ -119,7 +123,7 @@ def run(tmp_path_factory):
     config = Config(model=TINY, data={"path": str(data)}, run={"out_dir": str(folder)})
     params = tiny_steps({}, 1).init().params
     params = jax.tree.map(lambda x: x * 3 if x.ndim > 1 else x, params)
-    checkpoints = checkpoint.Checkpoints(folder)
+    checkpoints = Checkpoints(folder)
     meta = {"config": config.model_dump(), "tokenizer": {"kind": "byte"}, "best_loss": 1.0}
     checkpoints.save_weights(params, meta)
     checkpoints.close()
@@ -165,9 +169,9 @@ def test_the_splits_of_a_run_and_the_same_text_as_a_file(run, tmp_path, capsys):
 
 def test_without_a_mark_the_first_token_and_its_bytes_do_not_count(tmp_path):
     (tmp_path / "text").write_text("éaé", encoding="utf-8")
-    split = losses.text_split(str(tmp_path / "text"), tokenizer.char_tokenizer(["aé"]))
+    split = text_loss.text_split(str(tmp_path / "text"), tokenizer.char_tokenizer(["aé"]))
     assert split.tokens.tolist() == [1, 0, 1] and split.bytes_per_token == 3 / 2
-    split = losses.text_split(str(tmp_path / "text"), tokenizer.load("gpt2"))
+    split = text_loss.text_split(str(tmp_path / "text"), tokenizer.load("gpt2"))
     assert split.tokens[0] == 50256 and split.bytes_per_token == 5 / (len(split.tokens) - 1)
 
 
@@ -267,10 +271,10 @@ def test_a_model_of_hugging_face_has_no_data_and_no_checkpoints(tmp_path):
 
 
 def test_broken_weights_are_told(run, tmp_path, capsys):
-    source = checkpoint.open_checkpoints(run)
+    source = open_checkpoints(run)
     steps = tiny_steps({}, 1)
     params = source.restore_params(0, steps.abstract.params)
-    broken = checkpoint.Checkpoints(tmp_path / "run")
+    broken = Checkpoints(tmp_path / "run")
     params = {**params, "wte": params["wte"] * math.nan}
     broken.save_weights(params, source.meta(0))
     broken.close()

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from scalegpt import flops
+from scalegpt.model import flops
 
 
 def gpt(L=12, H=12, D=768, T=1024, V=50257, bias=False, position="learned", tied=True):

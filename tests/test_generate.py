@@ -13,20 +13,16 @@ import numpy as np
 import processes
 import pytest
 
-from scalegpt import (
-    continuation,
-    generate,
-    sharding,
-    step,
-    tokenizer,
-    trained,
-    update,
-)
-from scalegpt.checkpoint import Checkpoints
-from scalegpt.continuation import Continuation
-from scalegpt.decode import decoder
-from scalegpt.loading import validate
-from scalegpt.sampling import Sampler
+from scalegpt import generate
+from scalegpt.checkpoints.checkpoints import Checkpoints
+from scalegpt.config.loading import validate
+from scalegpt.data import tokenizer
+from scalegpt.inference import continuation
+from scalegpt.inference.continuation import Continuation
+from scalegpt.inference.decode import decoder
+from scalegpt.inference.sampling import Sampler
+from scalegpt.step import build, sharding, update
+from scalegpt.weights import trained
 
 BYTE = tokenizer.load({"kind": "byte"})
 BLOCK = 32
@@ -99,7 +95,7 @@ def model():
         "data": {"path": "x"}, "run": {"out_dir": "y"},
     }  # fmt: skip
     config = validate(values, "test")
-    steps = step.build_for_use(config, sharding.make_mesh(config.mesh, jax.devices()[:1]), 1)
+    steps = build.build_for_use(config, sharding.make_mesh(config.mesh, jax.devices()[:1]), 1)
     rng = np.random.default_rng(0)
     params = jax.tree.map(
         lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), steps.abstract.params

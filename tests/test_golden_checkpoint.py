@@ -9,7 +9,7 @@ import golden
 import pytest
 
 from scalegpt import train
-from scalegpt.checkpoint import open_checkpoints
+from scalegpt.checkpoints.checkpoints import open_checkpoints
 
 
 def test_an_earlier_checkpoint_is_read_evaluated_and_continued(tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""scalegpt/gradients.py: on a CPU it computes otherwise, and the same."""
+"""scalegpt/model/custom_gradients.py: on a CPU it computes otherwise, and the same."""
 
 import math
 from functools import partial
@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from scalegpt import gradients
-from scalegpt.layers import gelu, layer_norm
+from scalegpt.model import custom_gradients
+from scalegpt.model.custom_gradients import alone
+from scalegpt.model.layers import gelu, layer_norm
 
 B, T, D, F, H, K = 2, 5, 6, 24, 2, 3
 CPU = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
@@ -34,7 +35,7 @@ def test_gradients_of_a_product_are_those_in_float64(spec, on_cpu):
     x, y, g = (random(axes, i) for i, axes in enumerate((xs, ys, out)))
 
     def gradient(x, y):
-        return jax.vjp(partial(gradients.product, spec), x, y)[1](jnp.asarray(g))
+        return jax.vjp(partial(custom_gradients.product, spec), x, y)[1](jnp.asarray(g))
 
     if on_cpu:
         with jax.set_mesh(CPU):
@@ -59,12 +60,12 @@ def test_bfloat16_on_a_cpu_is_rounded_once_and_keeps_no_stack_of_it(spec):
     x, y, g = (jnp.asarray(random(axes, i), "bfloat16") for i, axes in enumerate((xs, ys, out)))
 
     def both(x, y):
-        z, pullback = jax.vjp(partial(gradients.product, spec), x, y)
+        z, pullback = jax.vjp(partial(custom_gradients.product, spec), x, y)
         return z, *pullback(g)
 
     with jax.set_mesh(CPU):
         found = jax.jit(both)(x, y)
-        kept = jax.tree.leaves(jax.vjp(partial(gradients.product, spec), x, y)[1])
+        kept = jax.tree.leaves(jax.vjp(partial(custom_gradients.product, spec), x, y)[1])
     assert {leaf.dtype.name for leaf in kept} == {"uint16"}
     x, y, g = (np.asarray(a, np.float64) for a in (x, y, g))
     wanted = (np.einsum(spec, x, y), np.einsum(f"{out},{ys}->{xs}", g, y),
@@ -86,7 +87,7 @@ def test_alone_is_the_function_itself_and_its_gradient(function, axes):
         return y, *pullback(jnp.asarray(g))
 
     with jax.set_mesh(CPU):
-        found = jax.jit(partial(both, partial(gradients.alone, function)))(*args)
+        found = jax.jit(partial(both, partial(alone, function)))(*args)
     for mine, want in zip(found, both(function, *args), strict=True):
         np.testing.assert_allclose(mine, want, rtol=1e-5, atol=1e-6)
 
@@ -111,15 +112,15 @@ def test_accelerators_compile_it_as_they_like():
     for kind in ("cpu", "tpu"):
         device = AbstractDevice(kind, None, kind)
         with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=device)):
-            barriers[kind] = program(partial(gradients.alone, jax.nn.gelu), x).count("barrier")
+            barriers[kind] = program(partial(alone, jax.nn.gelu), x).count("barrier")
     assert barriers["cpu"] > barriers["tpu"] == 0
-    assert "barrier" not in program(partial(gradients.alone, jax.nn.gelu), x), "there is no mesh"
+    assert "barrier" not in program(partial(alone, jax.nn.gelu), x), "there is no mesh"
 
 
 def test_the_gradient_of_logsumexp_is_in_float64_and_takes_no_sum_where_it_was_kept():
     x, g = random("btd", 0) * 10, random("bt", 1)
     keep = jax.checkpoint_policies.save_only_these_names("logsumexp")
-    kept = jax.checkpoint(lambda x: gradients.logsumexp(x * 2), policy=keep)
+    kept = jax.checkpoint(lambda x: custom_gradients.logsumexp(x * 2), policy=keep)
     y, pullback = jax.vjp(kept, x)
     wide = np.exp(2 * x.astype(np.float64))
     np.testing.assert_allclose(y, np.log(wide.sum(-1)), rtol=1e-5)

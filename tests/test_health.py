@@ -10,12 +10,14 @@ import pytest
 import tiny_run
 from tiny_run import ROWS, T, arguments, rows
 
-from scalegpt import health, optim, replay, resume, sharding, step, train, update
-from scalegpt.checkpoint import open_checkpoints
-from scalegpt.command_line import parse
+from scalegpt import train
+from scalegpt.checkpoints.checkpoints import open_checkpoints
 from scalegpt.config import RunConfig
-from scalegpt.datasets import open_datasets, windows_of
-from scalegpt.pmap_step import build_steps as build_pmap
+from scalegpt.config.command_line import parse
+from scalegpt.data.datasets import open_datasets, windows_of
+from scalegpt.run import replay, resume
+from scalegpt.step import build, health, optimizer, sharding, update
+from scalegpt.step.pmap import build_steps as build_pmap
 
 pytestmark = pytest.mark.usefixtures("signals_as_they_were")
 BAD = 7
@@ -59,7 +61,7 @@ def test_the_run_ends_with_4_and_names_step_windows_norms_and_checkpoint(
 def test_windows_of_an_update_are_what_the_step_was_given(plays, tmp_path):
     config = parse(arguments(plays, tmp_path / "run"), "test", {})[0]
     datasets = open_datasets(config)
-    from scalegpt.datasets import train_batches
+    from scalegpt.data.datasets import train_batches
 
     batch = train_batches(config, datasets, 2, np.arange(ROWS // 2))[BAD - 1]
     expected = [datasets[0].train[s : s + T + 1] for _, s in windows_of(config, datasets, BAD)]
@@ -76,7 +78,7 @@ def test_a_bad_update_changes_no_weight_and_no_moment_on_any_mesh(plays, monkeyp
     else:
         argv += [f"--mesh.{axis}={size}" for axis, size in mesh.items()]
         config = parse(argv, "test", {})[0]
-        steps = step.build_steps(config, sharding.make_mesh(config.mesh), "float32", "xla")
+        steps = build.build_steps(config, sharding.make_mesh(config.mesh), "float32", "xla")
     accumulation, microbatch = steps.layout
     tokens = jax.random.randint(jax.random.key(0), (accumulation, microbatch, T + 1), 0, 40)
     tokens = jax.device_put(tokens, steps.batch_sharding)
@@ -93,7 +95,7 @@ def test_a_bad_update_changes_no_weight_and_no_moment_on_any_mesh(plays, monkeyp
     # The schedule counts the update all the same: the next has the rate of the third.
     assert int(state.opt_state[3].count) == 2
     lr = float(steps.train(state, tokens)[1]["train/lr"])
-    assert lr == float(optim.schedule(config.optim)(2))
+    assert lr == float(optimizer.schedule(config.optim)(2))
 
 
 def test_bad_updates_are_left_out_up_to_so_many(plays, tmp_path, monkeypatch, capsys):
@@ -189,11 +191,11 @@ def test_replay_shows_the_batch_as_the_run_saw_it_and_writes_nothing(plays, tmp_
 def test_the_examples_losses_are_the_updates(plays, tmp_path):
     assert train.main(arguments(plays, tmp_path / "run", checkpoint__keep=9)) == 0
     config = parse([f"--config={tmp_path}/run/config.yaml"], "test", {})[0]
-    steps = step.build_steps(config, sharding.make_mesh(config.mesh), "float32", "xla")
+    steps = build.build_steps(config, sharding.make_mesh(config.mesh), "float32", "xla")
     checkpoints = open_checkpoints(tmp_path / "run")
     state = resume.initial_state(config, steps, checkpoints, 8, print)
     checkpoints.close()
-    from scalegpt.feed import batches_from
+    from scalegpt.run.feed import batches_from
 
     datasets = open_datasets(config)
     batch = next(batches_from(config, datasets, steps, 8))

@@ -17,16 +17,20 @@ import yaml
 from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 
-from scalegpt import export, hf, resume, sharding, step, tokenizer, train, trained
-from scalegpt.checkpoint import Checkpoints, open_checkpoints
-from scalegpt.command_line import parse
+from scalegpt import train
+from scalegpt.checkpoints.checkpoints import Checkpoints, open_checkpoints
 from scalegpt.config import MeshConfig
+from scalegpt.config.command_line import parse
+from scalegpt.config.recipe import ModelConfig
+from scalegpt.data import tokenizer
 from scalegpt.evaluate import main as evaluate
-from scalegpt.model import head_table, logits
-from scalegpt.recipe import ModelConfig
-from scalegpt.step import build_for_use
-from scalegpt.tokenizer_files import tokenizer_files
-from scalegpt.update import State
+from scalegpt.model.gpt import head_table, logits
+from scalegpt.run import resume
+from scalegpt.step import build, sharding
+from scalegpt.step.build import build_for_use
+from scalegpt.step.update import State
+from scalegpt.weights import export, huggingface, trained
+from scalegpt.weights.tokenizer_files import tokenizer_files
 
 ODD = {"n_layer": 3, "n_head": 3, "n_embd": 51, "vocab_size": 101, "n_positions": 37}
 # The real widths and head counts; depth and vocabulary only repeat.
@@ -63,7 +67,7 @@ def weights(model: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
         name if name == "lm_head.weight" else f"transformer.{name}":
         (0.1 * rng.standard_normal(place.shape) + name.endswith(("ln_f.weight", "1.weight")))
         .astype(np.float32)
-        for name, place in hf.gpt2_places(model).items()
+        for name, place in huggingface.gpt2_places(model).items()
     }  # fmt: skip
 
 
@@ -203,7 +207,7 @@ def test_hugging_face_to_scalegpt_and_back_is_bitwise(tmp_path, tied):
     convert("import", tmp_path / "c", "--out", tmp_path / "d")
     convert("export", "--run", tmp_path / "d", "--out", tmp_path / "e")
     assert_same_tensors(*(load_file(tmp_path / x / "model.safetensors") for x in "ae"))
-    assert hf.describe(tmp_path / "c")[0].vocab_multiple == 8
+    assert huggingface.describe(tmp_path / "c")[0].vocab_multiple == 8
     # Another padding is another matrix product, and rounds otherwise.
     assert convert("check", tmp_path / "a", tmp_path / "c", "--tolerance", "1e-5") == 0
 
@@ -351,7 +355,7 @@ def test_every_mesh_gets_the_same_values(tmp_path):
     alone = read(folder)
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
     abstract = build_for_use(alone.config, mesh, 1).abstract.params
-    spread = hf.load_params(folder, alone.config.model, abstract)
+    spread = huggingface.load_params(folder, alone.config.model, abstract)
     assert_same_tensors(leaves(alone.params), leaves(spread))
     jax.tree.map(lambda x, place: x.sharding == place.sharding or pytest.fail(), spread, abstract)
     kernel = spread["h"]["attn"]["qkv_kernel"]
@@ -408,24 +412,24 @@ def test_a_vocabulary_is_gpt2s_only_if_it_is(shared_data, tmp_path):
     """There are GPT-2s of other languages with 50257 tokens too."""
     content = tokenizer_files("gpt2", 64)["tokenizer.json"]
     folder = write(tmp_path / "hf")
-    assert hf.describe(folder)[1] is None
+    assert huggingface.describe(folder)[1] is None
     write(folder, vocab_size=50257, tensors={})
-    assert hf.describe(folder)[1] == {"kind": "gpt2"}, "nothing but weights was put there"
+    assert huggingface.describe(folder)[1] == {"kind": "gpt2"}, "nothing but weights was put there"
     for file, value in (("tokenizer.json", content), ("vocab.json", content["model"]["vocab"])):
         (folder / file).write_text(json.dumps(value))
-        assert hf.describe(folder)[1] == {"kind": "gpt2"}
+        assert huggingface.describe(folder)[1] == {"kind": "gpt2"}
         (folder / file).unlink()
     pad = {"id": 50257, "content": "<pad>"}
     more = {**content, "added_tokens": [*content["added_tokens"], pad]}
     (folder / "tokenizer.json").write_text(json.dumps(more))
-    assert hf.describe(folder)[1]["json"] == more
+    assert huggingface.describe(folder)[1]["json"] == more
     (folder / "tokenizer.json").unlink()
     vocab = content["model"]["vocab"]
     vocab["the"], vocab["of"] = vocab["of"], vocab["the"]
     (folder / "vocab.json").write_text(json.dumps(vocab))
-    assert hf.describe(folder)[1] is None
+    assert huggingface.describe(folder)[1] is None
     (folder / "tokenizer.json").write_text(json.dumps(content))
-    spec = hf.describe(folder)[1]
+    spec = huggingface.describe(folder)[1]
     assert spec == {"kind": "tokenizer.json", "name": "tokenizer.json", "json": content}
     (tmp_path / "out").mkdir()
     files = tokenizer_files(spec, 64)
@@ -505,7 +509,7 @@ def test_folders_that_are_no_model_are_told_apart(tmp_path, make_run):
         read(make_run("run"))
     for wrong in (f"{tmp_path}/none", "./gpt2", "a/b/c", "", "gpt 2", "C:\\gpt2"):
         with pytest.raises(ValueError, match="is not a folder with config.json"):
-            hf.locate(wrong)
+            huggingface.locate(wrong)
     write(tmp_path / "hf")
     (tmp_path / "hf" / "model.safetensors").write_bytes(b"\x10")
     with pytest.raises(ValueError, match="cannot read .*model.safetensors"):
@@ -543,10 +547,10 @@ def test_a_download_takes_what_is_needed_and_nothing_else(tmp_path, monkeypatch)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, name, timeout: None)
-    assert hf.locate("owner/model") == tmp_path / "snapshot"
+    assert huggingface.locate("owner/model") == tmp_path / "snapshot"
     assert len(asked) == 1 and "pytorch_model.bin" not in asked[0]
     asked.clear()
-    hf.locate("old/model")
+    huggingface.locate("old/model")
     assert "pytorch_model.bin" in asked[1]
 
 
@@ -630,7 +634,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
 
 
 def test_training_starts_from_a_hugging_face_model_or_an_imported_one(tmp_path, capsys):
-    text = np.frombuffer(Path(hf.__file__).read_bytes()[:6000], np.uint8).astype("<u2")
+    text = np.frombuffer(Path(huggingface.__file__).read_bytes()[:6000], np.uint8).astype("<u2")
     data = tmp_path / "bytes"
     write_data(data, text[:5000], text[5000:], {"kind": "byte"}, 256)
     sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": 256}
@@ -651,7 +655,7 @@ def test_training_starts_from_a_hugging_face_model_or_an_imported_one(tmp_path, 
         config = parse(arguments("none", **changes), "test", {})[0].with_vocab(256)
         assert resume.stored_config(config) is None
         mesh = sharding.make_mesh(config.mesh)
-        steps = step.build_steps(config, mesh, *step.resolve(config, mesh))
+        steps = build.build_steps(config, mesh, *build.resolve(config, mesh))
         return leaves(resume.initial_state(config, steps, None, 0, print).params)
 
     expected = leaves(read(source).params)

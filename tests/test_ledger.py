@@ -7,12 +7,14 @@ import psutil
 import pytest
 from tiny_run import arguments, rows, start, wait_for_step
 
-from scalegpt import ledger, phases, sharding, step
-from scalegpt.checkpoint import Checkpoints
-from scalegpt.command_line import parse
+from scalegpt.checkpoints.checkpoints import Checkpoints
 from scalegpt.config import RunConfig
-from scalegpt.datasets import open_datasets
-from scalegpt.validation import validation
+from scalegpt.config.command_line import parse
+from scalegpt.data.datasets import open_datasets
+from scalegpt.inference.validation import validation
+from scalegpt.processes import phases
+from scalegpt.run import ledger
+from scalegpt.step import build, sharding
 
 RUN = RunConfig(out_dir="x")
 
@@ -97,7 +99,7 @@ def test_200_saves_and_evaluations_do_not_grow_the_memory(plays, tmp_path):
     config = parse([*arguments(plays, tmp_path / "run"), "--eval.windows=8"], "test", {})[0]
     datasets = open_datasets(config)
     config = config.with_vocab(datasets[0].vocab_size)
-    steps = step.build_steps(config, sharding.make_mesh(config.mesh), "float32", "xla")
+    steps = build.build_steps(config, sharding.make_mesh(config.mesh), "float32", "xla")
     evaluate, state = validation(config, datasets, steps), steps.init()
     saves = Checkpoints(tmp_path, 1)
     process, seen = psutil.Process(), []

@@ -17,11 +17,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from scalegpt import flops
 from scalegpt.config import RunConfig
-from scalegpt.metrics import EVAL_KEYS, TRAIN_KEYS, Console, Metrics, Throughput, check_packages
-from scalegpt.phases import Phases
-from scalegpt.writers import JsonlWriter, TensorBoardWriter, WandbWriter
+from scalegpt.model import flops
+from scalegpt.processes.phases import Phases
+from scalegpt.run.metrics import EVAL_KEYS, TRAIN_KEYS, Console, Metrics, Throughput, check_packages
+from scalegpt.run.writers import JsonlWriter, TensorBoardWriter, WandbWriter
 
 PHASES = Phases(RunConfig(out_dir="x"))
 ROOT = Path(__file__).resolve().parents[1]
@@ -185,7 +185,7 @@ def test_a_run_imports_no_torch_and_leaves_it_importable(tmp_path):
     pytest.importorskip("torch")
     code = f"""
         import sys, scalegpt.train
-        from scalegpt.writers import TensorBoardWriter
+        from scalegpt.run.writers import TensorBoardWriter
         TensorBoardWriter({str(tmp_path)!r}).close()
         print(sorted({{"torch", "transformers", "wandb", "matplotlib"}} & set(sys.modules)))
         import torch
@@ -225,7 +225,7 @@ def wandb_records(path):
 WANDB = """
     import sys
     from pathlib import Path
-    from scalegpt.writers import WandbWriter
+    from scalegpt.run.writers import WandbWriter
     for life, resume in ((1, False), (2, True)):
         writer = WandbWriter({"lr": 0.125}, sys.argv[1], "proj", "nick", resume)
         for step in (2 * life, 2 * life + 1):
@@ -287,7 +287,7 @@ def test_wandb_without_an_account_goes_offline_and_never_waits(tmp_path):
 def test_wandb_with_a_bad_key_is_one_warning(tmp_path):
     code = """
         import sys
-        from scalegpt.writers import WandbWriter
+        from scalegpt.run.writers import WandbWriter
         said = []
         writer = WandbWriter({}, sys.argv[1], "p", say=said.append)
         writer.write({"step": 1})

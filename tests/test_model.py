@@ -15,14 +15,15 @@ import pytest
 from conftest import ROOT
 from jax.extend.core import jaxprs_in_params
 
-from scalegpt import model as model_module
-from scalegpt import sharding, step
-from scalegpt.flops import parameter_count
-from scalegpt.layers import constrain, dropout, rotary_tables, rotate
-from scalegpt.loading import validate
-from scalegpt.loss import row_losses, token_losses
-from scalegpt.model import GPT, logits
-from scalegpt.recipe import ModelConfig
+from scalegpt.config.loading import validate
+from scalegpt.config.recipe import ModelConfig
+from scalegpt.model import gpt as model_module
+from scalegpt.model.flops import parameter_count
+from scalegpt.model.gpt import GPT, logits
+from scalegpt.model.layers import constrain, dropout, rotary_tables, rotate
+from scalegpt.step import build as step
+from scalegpt.step import sharding
+from scalegpt.step.loss import row_losses, token_losses
 
 TINY = dict(n_layer=2, n_head=3, n_embd=12, block_size=10, vocab_size=50, vocab_multiple=16)
 

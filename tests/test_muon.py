@@ -11,10 +11,11 @@ import tiny_run
 from flax.traverse_util import flatten_dict
 from hlo_traffic import collectives
 
-from scalegpt import muon, pmap_step, sharding, step
 from scalegpt.config import Config
-from scalegpt.optim import cautious_decay, group, optimizer, schedule
-from scalegpt.recipe import OptimConfig
+from scalegpt.config.recipe import OptimConfig
+from scalegpt.step import build as step
+from scalegpt.step import build_for_training, muon, sharding
+from scalegpt.step.optimizer import cautious_decay, group, optimizer, schedule
 
 LAYERS, D, T, VOCAB, ROWS, UPDATES = 3, 32, 16, 65, 16, 8
 ONE, DATA8 = {"data": 1}, {"data": 8}
@@ -85,7 +86,7 @@ def make_config(mesh: dict[str, int], backend: str = "jit", **model) -> Config:
 
 def build(config: Config) -> step.Steps:
     devices = jax.devices()[: int(np.prod(list(config.mesh.model_dump().values())))]
-    return pmap_step.build_for_training(config, sharding.make_mesh(config.mesh, devices))
+    return build_for_training(config, sharding.make_mesh(config.mesh, devices))
 
 
 def losses(config: Config) -> list[float]:

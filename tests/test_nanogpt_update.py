@@ -17,8 +17,8 @@ import jax
 import numpy as np
 import pytest
 
-from scalegpt import pmap_step, sharding
 from scalegpt.config import Config
+from scalegpt.step import build_for_training, sharding
 
 L, H, D, T, VOCAB = 2, 3, 48, 32, 128
 ROWS, ACCUMULATION, UPDATES = 16, 2, 3
@@ -51,7 +51,7 @@ def batches() -> np.ndarray:
 def ours(bias: bool, backend: str) -> SimpleNamespace:
     """Parameters, metrics and Adam's first moment, after each update."""
     config = make_config(bias, backend)
-    steps = pmap_step.build_for_training(config, sharding.make_mesh(config.mesh))
+    steps = build_for_training(config, sharding.make_mesh(config.mesh))
     assert steps.layout == (ACCUMULATION, ROWS // ACCUMULATION)
     state, found = steps.init(), []
     first = jax.tree.map(np.asarray, state.params)

@@ -8,11 +8,12 @@ import numpy as np
 import optax
 import pytest
 
-from scalegpt import sharding, step
-from scalegpt.command_line import parse
-from scalegpt.loading import validate
-from scalegpt.optim import decay_mask, optimizer, schedule, swap_average
-from scalegpt.recipe import OptimConfig
+from scalegpt.config.command_line import parse
+from scalegpt.config.loading import validate
+from scalegpt.config.recipe import OptimConfig
+from scalegpt.step import build as step
+from scalegpt.step import sharding
+from scalegpt.step.optimizer import decay_mask, optimizer, schedule, swap_average
 
 
 def rate(config: OptimConfig, i: int) -> float:

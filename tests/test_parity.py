@@ -12,7 +12,7 @@ import parity
 import pytest
 from conftest import ROOT
 
-from scalegpt import update
+from scalegpt.step import update
 
 T = 16
 

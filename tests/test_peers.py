@@ -13,17 +13,18 @@ from types import SimpleNamespace
 import processes
 import pytest
 
-from scalegpt import stop
-from scalegpt.phases import PHASES, Phases
-from scalegpt.stop import StopRequest
+from scalegpt.processes import stop_request
+from scalegpt.processes.phases import PHASES, Phases
+from scalegpt.processes.stop_request import StopRequest
 
 # Joins the others, then does what the test wants: `index`, `phases` and `stopping` are there.
 PROGRAM = """
 import os, signal, sys, threading, time
-from scalegpt import peers, watch
+from scalegpt.processes import group
+from scalegpt.processes import deadlines
 from scalegpt.config import RunConfig
-from scalegpt.phases import Phases
-from scalegpt.stop import StopRequest
+from scalegpt.processes.phases import Phases
+from scalegpt.processes.stop_request import StopRequest
 watch._STOPPED = 1.0
 port, count, index, seconds = map(int, sys.argv[1:5])
 limits = {f"deadline_{key}": 1.0 for key in ("start", "save")}
@@ -190,22 +191,22 @@ time.sleep(max(0, end - time.monotonic()))
 
 
 def test_what_takes_long_is_announced(capfd):
-    from scalegpt import peers, watch
+    from scalegpt.processes import deadlines, group
 
     phases = SimpleNamespace(current=SimpleNamespace(
         name="restore", step=0, since=time.monotonic() - 6, deadline=3600.0))  # fmt: skip
-    watching = watch.Watch(phases)
+    watching = deadlines.Watch(phases)
     try:
         time.sleep(1.3)
     finally:
         watching.close()
-        peers._phases = None
+        group._phases = None
     assert re.findall("still in restore after [67] s, deadline 3600 s", capfd.readouterr().err)
 
 
 def test_every_phase_has_a_deadline(tmp_path):
     from scalegpt.config import RunConfig
-    from scalegpt.ending import key_of
+    from scalegpt.processes.exits import key_of
 
     run = RunConfig(out_dir=str(tmp_path))
     for name in PHASES:
@@ -306,7 +307,7 @@ def test_the_clouds_notice_of_an_end_is_a_request_to_stop(event, monkeypatch, ca
     server = HTTPServer(("localhost", 0), Metadata)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("GCE_METADATA_HOST", f"localhost:{server.server_port}")
-    monkeypatch.setattr(stop, "_POLL", 0.02)
+    monkeypatch.setattr(stop_request, "_POLL", 0.02)
     request = StopRequest()
     try:
         request.saves = True

@@ -14,10 +14,14 @@ import yaml
 from conftest import ROOT
 from hlo_traffic import collectives
 
-from scalegpt import checkpoint, evaluate, pmap_step, sharding, stop, train
-from scalegpt.command_line import parse
+from scalegpt import evaluate, train
+from scalegpt.checkpoints.checkpoints import open_checkpoints
 from scalegpt.config import Config
-from scalegpt.token_files import open_dataset
+from scalegpt.config.command_line import parse
+from scalegpt.data.token_files import open_dataset
+from scalegpt.processes import stop_request
+from scalegpt.step import build_for_training, sharding
+from scalegpt.step import pmap as pmap_step
 
 ROWS, T, VOCAB, UPDATES = 32, 16, 65, 8
 DATA8, SLICES = (("data", 8),), (("replica", 2), ("data", 4))
@@ -38,7 +42,7 @@ def make_config(backend: str, mesh: tuple, accumulation: int) -> Config:
 @cache
 def build(*case) -> pmap_step.Steps:
     config = make_config(*case)
-    return pmap_step.build_for_training(config, sharding.make_mesh(config.mesh))
+    return build_for_training(config, sharding.make_mesh(config.mesh))
 
 
 @cache
@@ -135,8 +139,8 @@ def rows(out_dir: Path, key: str = "train/loss") -> dict[int, float]:
 def state_of(data: Path, out_dir: Path):
     argv = arguments(data, out_dir, "jit")
     config = parse(argv, "test", {})[0].with_vocab(open_dataset(str(data)).vocab_size)
-    steps = pmap_step.build_for_training(config, sharding.make_mesh(config.mesh))
-    checkpoints = checkpoint.open_checkpoints(out_dir)
+    steps = build_for_training(config, sharding.make_mesh(config.mesh))
+    checkpoints = open_checkpoints(out_dir)
     state = checkpoints.restore(checkpoints.steps[-1], steps.abstract)
     checkpoints.close()
     return jax.tree.map(np.asarray, state)
@@ -159,9 +163,9 @@ def close(ours: dict, theirs: dict) -> None:
 def test_a_run_of_one_backend_continues_under_the_other(
     data, unbroken, tmp_path, monkeypatch, capsys, first, then
 ):
-    monkeypatch.setattr(stop.StopRequest, "reached", lambda self, step=None: step == 3)
+    monkeypatch.setattr(stop_request.StopRequest, "reached", lambda self, step=None: step == 3)
     assert train.main(arguments(data, tmp_path / "run", first)) == 3
-    monkeypatch.setattr(stop.StopRequest, "reached", lambda self, step=None: False)
+    monkeypatch.setattr(stop_request.StopRequest, "reached", lambda self, step=None: False)
     assert train.main(arguments(data, tmp_path / "run", then)) == 0
     printed = capsys.readouterr().out
     assert "continuing from step 3" in printed and f"data 8, {then}" in printed

@@ -20,10 +20,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scalegpt import prepare
-from scalegpt.lock import hold
-from scalegpt.prepare import Corpus, write_dataset
-from scalegpt.tokenizer import char_tokenizer, load
+from scalegpt.data import prepare
+from scalegpt.data.prepare import Corpus, write_dataset
+from scalegpt.data.tokenizer import char_tokenizer, load
+from scalegpt.files.lock import hold
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 
@@ -450,8 +450,8 @@ def test_too_little_disk_is_told_before_anything_is_written(tmp_path, monkeypatc
 KILLED = """
 import multiprocessing, sys, time
 from pathlib import Path
-from scalegpt.prepare import Corpus, write_dataset
-from scalegpt.tokenizer import load
+from scalegpt.data.prepare import Corpus, write_dataset
+from scalegpt.data.tokenizer import load
 
 def documents():
     for i in range(1000):

@@ -16,14 +16,15 @@ from annotated_types import Ge, Gt, Le, Lt
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from scalegpt import command_line, json_files, loading, tokenizer
-from scalegpt.command import exit_code
-from scalegpt.config import Config
-from scalegpt.data import TrainBatches, TrainOrder, mixture_index
-from scalegpt.token_files import read_meta
-from scalegpt.tokenizer_files import tokenizer_files
+from scalegpt.config import Config, command_line, loading
+from scalegpt.config.types import Name, Place, Text, Which, divisors
+from scalegpt.data import tokenizer
+from scalegpt.data.batches import TrainBatches, TrainOrder, mixture_index
+from scalegpt.data.token_files import read_meta
+from scalegpt.files import json_files
+from scalegpt.processes.command import exit_code
 from scalegpt.train import FLAGS
-from scalegpt.value_types import Name, Place, Text, Which, divisors
+from scalegpt.weights.tokenizer_files import tokenizer_files
 
 few = settings(
     max_examples=60, deadline=None, derandomize=True,

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scalegpt.model import logits
-from scalegpt.recipe import ModelConfig
-from scalegpt.sampling import Sampler, sample_token
+from scalegpt.config.recipe import ModelConfig
+from scalegpt.inference.sampling import Sampler, sample_token
+from scalegpt.model.gpt import logits
 
 DRAWS = 20_000
 # 6 ids, the sums of whose likeliest are nowhere near a top_p of the tests.

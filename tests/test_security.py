@@ -13,8 +13,10 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from scalegpt import loading, tensor_files, token_files, tokenizer
-from scalegpt.tokenizer_files import tokenizer_files
+from scalegpt.config import loading
+from scalegpt.data import token_files, tokenizer
+from scalegpt.weights import tensor_files
+from scalegpt.weights.tokenizer_files import tokenizer_files
 
 SOURCES = sorted(p for f in ("scalegpt", "tools", "data") for p in (ROOT / f).rglob("*.py"))
 FORBIDDEN = {

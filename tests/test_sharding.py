@@ -12,8 +12,9 @@ from hlo_traffic import collectives, table
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from scalegpt import health, sharding, step
 from scalegpt.config import BatchConfig, Config, MeshConfig
+from scalegpt.step import build as step
+from scalegpt.step import health, sharding
 
 LAYERS, D, T, CHUNK, VOCAB, ROWS, UPDATES = 2, 64, 32, 8, 65, 32, 30
 ONE = (("data", 1),)

@@ -11,10 +11,12 @@ import jax
 import numpy as np
 import pytest
 import sizing
+from planning import scaling_laws
+from planning.scaling_laws import LAWS
 
-from scalegpt import ahead_of_time, health, memory, scaling_laws, sharding, step
 from scalegpt.config import Config
-from scalegpt.scaling_laws import LAWS
+from scalegpt.step import build as step
+from scalegpt.step import compile_only, health, memory, sharding
 
 ROOT = Path(__file__).resolve().parents[1]
 ONE = {"data": 1}
@@ -154,7 +156,7 @@ def test_memory_is_what_the_tpu_compiler_says_within_20_percent(monkeypatch):
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     c = config({"data": 8}, 8, n_embd=256, block_size=512, dtype="bfloat16")
     # Later chips would hold activations as few as these outside of the memory that is counted.
-    steps = build(c, ahead_of_time.tpu_devices("v3-8"))
+    steps = build(c, compile_only.tpu_devices("v3-8"))
     compiled = steps.lower().compile().memory_analysis()
     total = compiled.argument_size_in_bytes + compiled.temp_size_in_bytes
     parts = estimate(c, steps.mesh, 2, fused=True)

@@ -11,11 +11,16 @@ import numpy as np
 import pytest
 import tiny_gpt2
 
-from scalegpt import evaluate, likelihood, resume, step, tasks, tokenizer, train, trained
-from scalegpt.command_line import parse
+from scalegpt import evaluate, train
 from scalegpt.config import BatchConfig, Config, MeshConfig
-from scalegpt.likelihood import Row
-from scalegpt.sharding import make_mesh
+from scalegpt.config.command_line import parse
+from scalegpt.data import tokenizer
+from scalegpt.inference import likelihood, tasks
+from scalegpt.inference.likelihood import Row
+from scalegpt.run import resume
+from scalegpt.step import build
+from scalegpt.step.sharding import make_mesh
+from scalegpt.weights import trained
 
 BYTES = tokenizer.load("byte")
 
@@ -146,7 +151,7 @@ TINY = {"n_layer": 1, "n_head": 4, "n_embd": 32, "block_size": 64, "vocab_size":
 
 def tiny_steps(mesh, microbatch, devices=None):
     config = Config(model=TINY, data={"path": ""}, run={"out_dir": "none"}, batch=BatchConfig())
-    return step.build_for_use(config, make_mesh(MeshConfig(**mesh), devices), microbatch)
+    return build.build_for_use(config, make_mesh(MeshConfig(**mesh), devices), microbatch)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from scalegpt.tokenizer import char_tokenizer, load, named
+from scalegpt.data.tokenizer import char_tokenizer, load, named
 
 UNICODE = (
     "naïve façade — Ελλάδα 漢字かな 🙂👩‍👩‍👧 e\u0301\r\n\t  x  \u00a0\u3000 y<|endoftext|>z\n\n\n"
@@ -176,7 +176,8 @@ def test_a_missing_package_names_the_extra(tmp_path, monkeypatch):
 
 def test_gpt2_without_cache_or_network_says_what_to_do(tmp_path):
     code = (
-        "from scalegpt.tokenizer import load\ntry: load('gpt2')\nexcept ValueError as e: print(e)"
+        "from scalegpt.data.tokenizer import load\n"
+        "try: load('gpt2')\nexcept ValueError as e: print(e)"
     )
     nowhere = {"TIKTOKEN_CACHE_DIR": str(tmp_path), "HTTPS_PROXY": "http://127.0.0.1:9"}
     run = subprocess.run(

@@ -13,7 +13,7 @@ import fake_gcloud
 import pytest
 import tpu
 
-from scalegpt.command import run_command
+from scalegpt.processes.command import run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = ["--config", "configs/demo.yaml", "--data.path=gs://b/owt", "--run.out_dir=gs://b/demo"]

@@ -12,12 +12,17 @@ import numpy as np
 import pytest
 from tiny_run import ROWS, STEPS, TEXT, T, arguments, rows, start, wait_for_step, write_data
 
-from scalegpt import checkpoint, evaluate, generate, one_save, resume, step, stop, train
-from scalegpt.command_line import parse
+from scalegpt import evaluate, generate, train
+from scalegpt.checkpoints import writing
+from scalegpt.checkpoints.checkpoints import Checkpoints, open_checkpoints
 from scalegpt.config import LogConfig, RunConfig
-from scalegpt.metrics import Metrics
-from scalegpt.phases import Phases
-from scalegpt.sharding import make_mesh
+from scalegpt.config.command_line import parse
+from scalegpt.processes import stop_request
+from scalegpt.processes.phases import Phases
+from scalegpt.run import resume
+from scalegpt.run.metrics import Metrics
+from scalegpt.step import build as step
+from scalegpt.step.sharding import make_mesh
 
 pytestmark = pytest.mark.usefixtures("signals_as_they_were")
 
@@ -28,7 +33,7 @@ def data(plays) -> Path:
 
 
 def stop_after(monkeypatch, *at: int) -> None:
-    monkeypatch.setattr(stop.StopRequest, "reached", lambda self, step=None: step in at)
+    monkeypatch.setattr(stop_request.StopRequest, "reached", lambda self, step=None: step in at)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +98,7 @@ def saved_state(out_dir: Path):
     """Everything in the latest checkpoint, in NumPy."""
     config = parse([f"--config={out_dir}/config.yaml"], "test", {})[0]
     steps = step.build_steps(config, make_mesh(config.mesh), "float32", "xla")
-    checkpoints = checkpoint.open_checkpoints(out_dir)
+    checkpoints = open_checkpoints(out_dir)
     state = checkpoints.restore(checkpoints.steps[-1], steps.abstract)
     checkpoints.close()
     return jax.tree.map(np.asarray, state)
@@ -121,15 +126,15 @@ def test_a_request_during_an_evaluation_cuts_it_short_and_it_comes_first_on_cont
         return len(batches) >= 4  # the second of update 5's
 
     out_dir = tmp_path / "run"
-    monkeypatch.setattr(stop.StopRequest, "reached", reached)
+    monkeypatch.setattr(stop_request.StopRequest, "reached", reached)
     assert train.main(arguments(data, out_dir)) == 3
     assert "stopped on request after update 5" in capsys.readouterr().out
-    assert list(rows(out_dir, "val/loss")) == [0] and checkpoint.open_checkpoints(out_dir).steps
+    assert list(rows(out_dir, "val/loss")) == [0] and open_checkpoints(out_dir).steps
     stop_after(monkeypatch, 6)
     assert train.main(arguments(data, out_dir)) == 3
     # The loss that was found later counts as if it had been saved along.
-    assert checkpoint.open_checkpoints(out_dir).find("best") == 5
-    assert not checkpoint.open_checkpoints(out_dir).verify(5)
+    assert open_checkpoints(out_dir).find("best") == 5
+    assert not open_checkpoints(out_dir).verify(5)
     stop_after(monkeypatch)
     assert train.main(arguments(data, out_dir)) == 0
     for key in ("train/loss", "val/loss", "val/best_loss"):
@@ -200,7 +205,7 @@ def test_a_lost_config_comes_from_the_checkpoint(data, unbroken, tmp_path, left)
 def test_a_reader_outlives_the_checkpoint_that_it_had_found(data, unbroken, tmp_path, monkeypatch):
     """The run has saved anew meanwhile, and removed it."""
     out_dir = shutil.copytree(unbroken, tmp_path / "run")
-    find = checkpoint.Checkpoints.find
+    find = Checkpoints.find
 
     def slow(self, which, items=()):
         step = find(self, which, items)
@@ -209,7 +214,7 @@ def test_a_reader_outlives_the_checkpoint_that_it_had_found(data, unbroken, tmp_
             shutil.rmtree(older)
         return step
 
-    monkeypatch.setattr(checkpoint.Checkpoints, "find", slow)
+    monkeypatch.setattr(Checkpoints, "find", slow)
     argv = ["--run", str(out_dir), "--checkpoint", "latest", "--windows", "4"]
     assert evaluate.main(argv) == 0
 
@@ -311,7 +316,7 @@ def test_the_folder_holds_config_metrics_best_and_latest(data, unbroken, capsys)
     stored = parse([f"--config={unbroken}/config.yaml"], "test", {})[0]
     asked = parse(arguments(data, unbroken), "test", {})[0]
     assert stored == asked.with_vocab(stored.model.vocab_size)
-    checkpoints = checkpoint.open_checkpoints(unbroken)
+    checkpoints = open_checkpoints(unbroken)
     losses = rows(unbroken, "val/loss")
     best = min(list(losses)[1:], key=losses.get)
     assert checkpoints.find("best") == best and checkpoints.find("latest") == STEPS
@@ -411,7 +416,7 @@ def test_the_last_good_checkpoint_is_named_and_a_bad_evaluation_saves_none(
     changes |= {"run.allow_config_change": "true", "eval.every": 1, "checkpoint.every": 1}
     assert train.main(arguments(data, out_dir, **changes)) == 4
     assert f"last good checkpoint is step {STEPS} in" in capsys.readouterr().out
-    checkpoints = checkpoint.open_checkpoints(out_dir)
+    checkpoints = open_checkpoints(out_dir)
     assert checkpoints.steps[-1] == STEPS
     checkpoints.close()
 
@@ -515,8 +520,8 @@ def test_a_run_that_cannot_save_goes_on_and_then_says_so_by_its_exit_code(
             raise OSError(28, "No space left on device")
         return copy(self, name, tree)
 
-    copy = one_save.Save._copy
-    monkeypatch.setattr(one_save.Save, "_copy", full)
+    copy = writing.Save._copy
+    monkeypatch.setattr(writing.Save, "_copy", full)
     argv = arguments(data, tmp_path / "run", **{"checkpoint.patience": patience, "eval.every": 0})
     assert train.main(argv) == 5
     printed = capsys.readouterr().out

@@ -9,7 +9,7 @@ import jax
 import pytest
 import tiny_run
 
-from scalegpt import user_cache
+from scalegpt.files import cache
 
 
 def run(data: Path, out_dir: Path, **environment: str) -> dict[int, float]:
@@ -57,7 +57,7 @@ def test_programs_of_a_tenth_of_a_second_are_kept_if_nobody_said_otherwise(
     try:
         for key, value in values.items():
             jax.config.update(key, value)
-        user_cache.keep_compiled()
+        cache.keep_compiled()
         assert jax.config.jax_persistent_cache_min_compile_time_secs == kept_from
         assert jax.config.jax_compilation_cache_max_size == (-1 if said else 4 * 2**30)
     finally:
@@ -70,8 +70,8 @@ def test_each_kind_of_cpu_has_a_folder_of_its_own(monkeypatch):
     before, found = {key: getattr(jax.config, key) for key in keys}, []
     for kind in ("flags: sse", "flags: avx512"):
         jax.config.update("jax_compilation_cache_dir", None)
-        monkeypatch.setattr(user_cache, "_cpu", lambda kind=kind: kind)
-        user_cache.keep_compiled()
+        monkeypatch.setattr(cache, "_cpu", lambda kind=kind: kind)
+        cache.keep_compiled()
         found.append(jax.config.jax_compilation_cache_dir)
     for key, value in before.items():
         jax.config.update(key, value)

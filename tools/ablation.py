@@ -35,18 +35,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ablation_plan
-import ablation_record
-import isoflop_plot
-from ablation_plan import Plan, Run
-from ablation_plot import draw
-from ablation_record import Record, existing, finished, measure
-from ablation_report import markdown, summarise, table
+from ablations import plan as ablation_plan
+from ablations import record
+from ablations.plan import Plan, Run
+from ablations.plot import draw
+from ablations.record import Record, existing, finished, measure
+from ablations.report import markdown, summarise, table
+from planning import isoflop_plot
 
-from scalegpt import command_line
-from scalegpt.command import run_command
-from scalegpt.ending import Exit
+from scalegpt.config import command_line
 from scalegpt.errors import Mistake
+from scalegpt.processes.command import run_command
+from scalegpt.processes.exits import Exit
 
 DONE, FAILED = 0, 1
 FILES = ("markdown", "record", "plot")
@@ -55,7 +55,7 @@ FILES = ("markdown", "record", "plot")
 def main(argv: list[str]) -> int:
     flags, overrides = parse(argv)
     if flags.recorded:
-        publish(ablation_record.read(flags.recorded), flags)
+        publish(record.read(flags.recorded), flags)
         return DONE
     plan = ablation_plan.read(flags.file, flags.out, overrides)
     if unknown := [arm for arm in flags.arms or () if arm not in plan.arms]:
@@ -210,7 +210,7 @@ def publish(record: Record, flags: argparse.Namespace) -> None:
     print(json.dumps(summary, indent=2) if flags.json else f"\n{table(summary)}", flush=True)
     writers = {
         "markdown": lambda file: Path(file).write_text(markdown(summary), encoding="utf-8"),
-        "record": lambda file: ablation_record.write(record, file),
+        "record": lambda file: record.write(record, file),
         "plot": lambda file: draw(record, file),
     }
     for name in FILES:

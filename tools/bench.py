@@ -36,28 +36,27 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import bench_decode
-import bench_profile
-import bench_torch
 import jax
 import numpy as np
+from benchmarks import decoding, profiling, pytorch
 from sizing import DEFAULTS, with_vocabulary
 
-from scalegpt import command_line, cpu_devices, flops, pmap_step, sharding
-from scalegpt.command import run_command
-from scalegpt.config import Config
-from scalegpt.datasets import open_datasets
+from scalegpt.config import Config, command_line
+from scalegpt.data.datasets import open_datasets
+from scalegpt.data.token_files import Dataset
 from scalegpt.errors import Mistake
-from scalegpt.feed import batches_from
-from scalegpt.step import Steps, build_for_use
-from scalegpt.token_files import Dataset
+from scalegpt.model import flops
+from scalegpt.processes.command import run_command
+from scalegpt.run.feed import batches_from
+from scalegpt.step import build_for_training, cpu_devices, sharding
+from scalegpt.step.build import Steps, build_for_use
 
 FLAGS = {
     "--against": {
         "action": "append", "default": [], "metavar": "WHAT",
         "help": "nanogpt=DIR, a checkout of karpathy/nanoGPT, or transformers; may be repeated",
     },
-    "--their-mode": {"choices": bench_torch.MODES, "help": "default: both"},
+    "--their-mode": {"choices": pytorch.MODES, "help": "default: both"},
     "--their-microbatch": {"type": int, "metavar": "N", "help": "sequences they hold at a time"},
     "--their-dtype": {"choices": ("float32", "bfloat16"), "help": "of their autocast"},
     "--rounds": {"type": int, "default": 5, "help": "turns of each trainer (default 5)"},
@@ -84,14 +83,14 @@ def main(argv: list[str]) -> int:
         if flags.decode and name != "their_dtype":
             raise Mistake(f"--decode does not go with --{name.replace('_', '-')}")
     for what in flags.against:
-        bench_torch.check(what, config.model)
+        pytorch.check(what, config.model)
     jax.config.update("jax_enable_compilation_cache", False)
     # JAX would take most of a GPU's memory at once, and leave none to torch.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if not flags.decode:
         cpu_devices.choose(config)
     if flags.profile:
-        bench_profile.check(flags.profile)
+        profiling.check(flags.profile)
     if flags.real_data:
         datasets = open_datasets(config)
         config = config.with_vocab(max(d.vocab_size for d in datasets))
@@ -101,19 +100,19 @@ def main(argv: list[str]) -> int:
     load = os.getloadavg()[0]  # before there is any of ours
     if flags.decode:
         steps = build_for_use(config, sharding.make_mesh(config.mesh), 1)
-        found = bench_decode.measure(config, flags, theirs(config, flags, steps), turns)
+        found = decoding.measure(config, flags, theirs(config, flags, steps), turns)
         report = {"load_average": load, **about(config, steps), **found}
-        return show(report, flags, bench_decode.table)
-    steps = pmap_step.build_for_training(config, sharding.make_mesh(config.mesh))
+        return show(report, flags, decoding.table)
+    steps = build_for_training(config, sharding.make_mesh(config.mesh))
     trainers: list[Any] = []
     try:
         for settings in theirs(config, flags, steps):
-            trainers.append(bench_torch.Child(settings))
+            trainers.append(pytorch.Child(settings))
         trainers.insert(0, Ours(steps, batches_from(config, datasets, steps, 0)))
         blocks = turns(trainers, flags.rounds, flags.steps)
         report = {"load_average": load, **summary(config, trainers, blocks)}
         if flags.profile:
-            report["operations"] = bench_profile.trace(trainers[0], flags.steps, flags.profile)
+            report["operations"] = profiling.trace(trainers[0], flags.steps, flags.profile)
     finally:
         for trainer in trainers:
             trainer.close()
@@ -167,7 +166,7 @@ class Ours:
         float(pending)
         seconds = time.perf_counter() - began
         stats = [d.memory_stats() for d in self.steps.mesh.local_devices]
-        peak = max(s["peak_bytes_in_use"] for s in stats) if all(stats) else bench_torch.rss()
+        peak = max(s["peak_bytes_in_use"] for s in stats) if all(stats) else pytorch.rss()
         times = {"seconds": seconds, "dispatch": dispatch, "data": data}
         return {key: value / updates for key, value in times.items()} | {"memory": peak}
 
@@ -200,7 +199,7 @@ def theirs(config: Config, flags: Namespace, steps: Steps) -> list[dict[str, Any
         },
     }  # fmt: skip
     mode = "eager" if flags.decode else flags.their_mode
-    modes = [mode] if mode else bench_torch.MODES
+    modes = [mode] if mode else pytorch.MODES
     return [{**common, "trainer": what, "mode": mode} for what in flags.against for mode in modes]
 
 

@@ -16,13 +16,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from scalegpt import command_line, loading, manifest, storage
-from scalegpt.checkpoint import open_checkpoints
-from scalegpt.command import run_command
+from scalegpt.checkpoints import manifest
+from scalegpt.checkpoints.checkpoints import open_checkpoints
+from scalegpt.checkpoints.writing import retire
+from scalegpt.config import command_line, loading
 from scalegpt.errors import Mistake
-from scalegpt.one_save import retire
-from scalegpt.resume import lock
-from scalegpt.run_folder import FOLDER, is_run
+from scalegpt.files.folder import Folder, open_folder
+from scalegpt.files.run_folder import FOLDER, is_run
+from scalegpt.processes.command import run_command
+from scalegpt.run.resume import lock
 
 
 def main(argv: list[str]) -> int:
@@ -57,10 +59,10 @@ def main(argv: list[str]) -> int:
     return flags.function(flags)
 
 
-def folder_of(run: str) -> storage.Folder:
+def folder_of(run: str) -> Folder:
     if not is_run(run):
         raise Mistake(f"{run} is not the folder of a run: it has no {FOLDER}/")
-    return storage.open_folder(run) / FOLDER
+    return open_folder(run) / FOLDER
 
 
 def losses_of(found: dict[int, Any]) -> dict[int, float | None]:
@@ -105,7 +107,7 @@ def state_of(problem: str) -> str:
     return "unfinished" if problem == manifest.NEVER_FINISHED else f"damaged: {problem}"
 
 
-def problems(folder: storage.Folder, content: manifest.Manifest) -> list[str]:
+def problems(folder: Folder, content: manifest.Manifest) -> list[str]:
     return manifest.problems(folder, content, manifest.files_of(content, None))
 
 

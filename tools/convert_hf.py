@@ -23,27 +23,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from scalegpt import (
-    command_line,
-    export,
-    hf,
-    loading,
-    sharding,
-    storage,
-    tokenizer,
-    trained,
-)
-from scalegpt.checkpoint import Checkpoints, open_checkpoints
-from scalegpt.command import run_command
-from scalegpt.config import MeshConfig
+from scalegpt.checkpoints.checkpoints import Checkpoints, open_checkpoints
+from scalegpt.config import MeshConfig, command_line, loading
+from scalegpt.config.recipe import ModelConfig
+from scalegpt.data import tokenizer
+from scalegpt.data.token_files import open_split
 from scalegpt.errors import Mistake
-from scalegpt.flops import parameter_count
-from scalegpt.layers import rms_norm, rotary_tables
-from scalegpt.model import GPT, Block, Context, head_table, logits
-from scalegpt.recipe import ModelConfig
-from scalegpt.run_folder import is_run
-from scalegpt.step import build_for_use
-from scalegpt.token_files import open_split
+from scalegpt.files.folder import local_path
+from scalegpt.files.run_folder import is_run
+from scalegpt.model.flops import parameter_count
+from scalegpt.model.gpt import GPT, Block, Context, head_table, logits
+from scalegpt.model.layers import rms_norm, rotary_tables
+from scalegpt.processes.command import run_command
+from scalegpt.step import sharding
+from scalegpt.step.build import build_for_use
+from scalegpt.weights import export, huggingface, trained
 
 
 def main(argv: list[str]) -> int:
@@ -58,7 +52,7 @@ def main(argv: list[str]) -> int:
     sub = command("import", import_, "make a run folder from a model of Hugging Face")
     sub.add_argument("source", metavar="SOURCE", help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, "
                      "another repository, or a folder with config.json and weights")  # fmt: skip
-    sub.add_argument("--out", required=True, type=storage.local_path,
+    sub.add_argument("--out", required=True, type=local_path,
                      help="run folder to make, such as out/gpt2")  # fmt: skip
     sub.add_argument("--block-size", type=int, help="keep only so many positions")
     sub.add_argument("--dropout", type=float, default=0.0, help="for training (default: 0)")
@@ -67,7 +61,7 @@ def main(argv: list[str]) -> int:
     sub = command("export", export_, "make a folder for transformers from a run")
     sub.add_argument("--run", required=True, help="out_dir of a run")
     sub.add_argument("--checkpoint", default="best", help="best (default), latest or a step")
-    sub.add_argument("--out", required=True, type=storage.local_path, help="folder to make")
+    sub.add_argument("--out", required=True, type=local_path, help="folder to make")
     sub.add_argument("--format", choices=("hf", "scalegpt"), default="hf",
                      help="hf: GPT-2's, for transformers; scalegpt: any model")  # fmt: skip
 
@@ -93,8 +87,8 @@ def import_(flags: argparse.Namespace) -> int:
     """A run's folder with the weights of a model of Hugging Face; nothing to continue."""
     began, out = time.perf_counter(), flags.out
     refuse_existing(out)
-    folder = hf.locate(flags.source)
-    model, spec = hf.describe(folder)
+    folder = huggingface.locate(flags.source)
+    model, spec = huggingface.describe(folder)
     asked = {"block_size": flags.block_size, "vocab_multiple": flags.vocab_multiple,
              "dropout": flags.dropout}  # fmt: skip
     values = model.model_dump() | {key: v for key, v in asked.items() if v is not None}
@@ -104,7 +98,7 @@ def import_(flags: argparse.Namespace) -> int:
     kind = spec["kind"] if spec else "none"
     print(f"reading {folder}: {describe(config.model)}, tokenizer: {kind}", flush=True)
     steps = build_for_use(config, one_device(), 1)
-    params = hf.load_params(folder, config.model, steps.abstract.params)
+    params = huggingface.load_params(folder, config.model, steps.abstract.params)
     meta = {"config": config.model_dump(), "tokenizer": spec, "data": {}, "best_loss": math.inf}
     with new_folder(out) as scratch:
         checkpoints = Checkpoints(scratch)
@@ -238,7 +232,7 @@ def one_device() -> Mesh:
 def look_up(source: str) -> tuple[ModelConfig, Any]:
     """(model, tokenizer spec) of either kind, without the weights."""
     if not is_run(source):
-        return hf.describe(hf.locate(source))
+        return huggingface.describe(huggingface.locate(source))
     checkpoints = open_checkpoints(source)
     meta = checkpoints.meta(checkpoints.find("best"))
     checkpoints.close()

@@ -26,10 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scalegpt import command_line
-from scalegpt.command import run_command
-from scalegpt.config import Config
+from scalegpt.config import Config, command_line
 from scalegpt.errors import Mistake
+from scalegpt.processes.command import run_command
 
 FLAGS = {
     "--kills": {"type": int, "default": 30, "help": "how many (default 30)"},

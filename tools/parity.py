@@ -41,13 +41,14 @@ import jax
 import numpy as np
 from hlo_traffic import collectives, table
 
-from scalegpt import command_line, distributed, pmap_step, sharding
-from scalegpt.command import run_command
-from scalegpt.config import Config
-from scalegpt.datasets import open_datasets
+from scalegpt.config import Config, command_line
+from scalegpt.data.datasets import open_datasets
+from scalegpt.data.token_files import Dataset
 from scalegpt.errors import Mistake
-from scalegpt.feed import batches_from
-from scalegpt.token_files import Dataset
+from scalegpt.processes import startup
+from scalegpt.processes.command import run_command
+from scalegpt.run.feed import batches_from
+from scalegpt.step import build_for_training, sharding
 
 DEVICES, DIVISOR = 8, 8 * 4  # most of any row; what the batch must divide over: accumulation 4
 FLAGS = {
@@ -172,7 +173,7 @@ def obstacle(row: Row, config: Config, devices: list[Any]) -> str | None:
 
 def updates(config: Config, datasets: list[Dataset], devices: list[Any], count: int) -> Result:
     """The first `count` updates of a run on these devices."""
-    steps = pmap_step.build_for_training(config, sharding.make_mesh(config.mesh, devices))
+    steps = build_for_training(config, sharding.make_mesh(config.mesh, devices))
     moved = None
     if jax.process_count() == 1:
         program = steps.lower().compile().as_text()
@@ -238,7 +239,7 @@ def in_processes(row: Row, config: Config, count: int, folder: Path) -> Result:
 
 def work(config: Config, folder: Path, count: int) -> int:
     """One process of several: the same updates; the first writes what it found."""
-    distributed.start(config.distributed)
+    startup.start(config.distributed)
     result = updates(config, open_datasets(config), jax.devices(), count)
     if jax.process_index() == 0:
         (folder / "result.json").write_text(json.dumps({**vars(result), "params": {}}))

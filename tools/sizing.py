@@ -4,7 +4,8 @@
     python tools/sizing.py --model.preset=gpt2-xl --budget 1e21 --plot optimum.png
 
 nanoGPT's notebooks transformer_sizing and scaling_laws as one command. It needs no data, no
-accelerator and no out_dir. The arithmetic is in scalegpt/flops.py, memory.py and scaling_laws.py.
+accelerator and no out_dir. The arithmetic is in scalegpt/model/flops.py,
+scalegpt/step/memory.py and tools/planning/scaling_laws.py.
 """
 
 import json
@@ -13,14 +14,16 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from isoflop_plot import check_file, draw, short
 from jax.sharding import AbstractMesh
+from planning import scaling_laws
+from planning.isoflop_plot import check_file, draw, short
 
-from scalegpt import attention, command_line, flops, memory, scaling_laws, sharding
-from scalegpt.command import run_command
-from scalegpt.config import Config
+from scalegpt.config import Config, command_line
+from scalegpt.data.token_files import read_meta
 from scalegpt.errors import Mistake
-from scalegpt.token_files import read_meta
+from scalegpt.model import attention, flops
+from scalegpt.processes.command import run_command
+from scalegpt.step import memory, sharding
 
 GPT2_VOCABULARY = 50257
 # A run without one of these cannot train, but can be sized.

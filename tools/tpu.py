@@ -19,14 +19,13 @@ import sys
 import time
 from pathlib import Path
 
-import tpu_job
-import tpu_shell
-from tpu_job import DONE, GAVE_UP, MISTAKE, NOT_FINITE, STOPPED, Job
-from tpu_machine import Machine, accelerator, note
+from tpus import worker_shell
+from tpus.job import DONE, GAVE_UP, MISTAKE, NOT_FINITE, STOPPED, Job
+from tpus.machine import Machine, accelerator, note
 
-from scalegpt import command_line
-from scalegpt.command import run_command
+from scalegpt.config import command_line
 from scalegpt.errors import Mistake
+from scalegpt.processes.command import run_command
 
 
 def main(argv: list[str]) -> int:
@@ -125,14 +124,14 @@ def to_its_end(flags: argparse.Namespace, job: Job, archive: str, create: list[s
     while True:
         machine.up(create, flags.poll)
         last = job.go_on(machine, archive, flags.poll)
-        code = tpu_job.verdict(machine, last)
+        code = job.verdict(machine, last)
         if code == DONE:
             return DONE
         if last.state == "stopped":
             note("stopped on request, state saved")
             return STOPPED
         if code in (MISTAKE, NOT_FINITE):
-            machine.ssh(tpu_shell.tail(30), "all")
+            machine.ssh(worker_shell.tail(30), "all")
             note(f"the run ended with {code}, see above, and would again")
             return code
         stuck = 0 if last.step > reached else stuck + 1
@@ -145,7 +144,7 @@ def to_its_end(flags: argparse.Namespace, job: Job, archive: str, create: list[s
         note(f"the run {last.why()}; again, from its last checkpoint")
         if last.state != "gone":
             # A worker that still waits for the others would keep its TPU from the restart.
-            machine.ssh(tpu_shell.stop(60, asked=False), "all", capture=True)
+            machine.ssh(worker_shell.stop(60, asked=False), "all", capture=True)
         if last.state == "silent" or (stuck > 1 and last.state != "gone"):
             if job.in_bucket:  # perhaps a fault of this very machine
                 machine.down()
@@ -160,7 +159,7 @@ def up(flags: argparse.Namespace) -> int:
 def run(flags: argparse.Namespace) -> int:
     """Install and start, and do not wait."""
     job = Job(flags)
-    if tpu_job.look_at(flags.machine, flags.poll).state == "running":
+    if job.look_at(flags.machine, flags.poll).state == "running":
         raise Mistake(f"a run is in progress; stop it first: {own(flags, 'stop')}")
     with job.packed() as archive:
         job.begin(flags.machine, archive)
@@ -171,22 +170,22 @@ def run(flags: argparse.Namespace) -> int:
 
 
 def logs(flags: argparse.Namespace) -> int:
-    return flags.machine.ssh(tpu_shell.follow()).returncode
+    return flags.machine.ssh(worker_shell.follow()).returncode
 
 
 def status(flags: argparse.Namespace) -> int:
     state = flags.machine.state()
     note(f"{flags.name}: {state}")
     if state == "ACTIVE, node READY":
-        answer = flags.machine.ssh(tpu_shell.look(), "all", capture=True)
-        for found in tpu_shell.read(answer.stdout):
+        answer = flags.machine.ssh(worker_shell.look(), "all", capture=True)
+        for found in worker_shell.read(answer.stdout):
             code = "" if found.code is None else f" {found.code}"
             note(f"{found.worker}: {found.state}{code}, log of {found.size:,} bytes")
     return DONE
 
 
 def stop(flags: argparse.Namespace) -> int:
-    flags.machine.must_ssh(tpu_shell.stop(600, asked=True), "stopping the run")
+    flags.machine.must_ssh(worker_shell.stop(600, asked=True), "stopping the run")
     return DONE
 
 
@@ -224,7 +223,7 @@ def bring(machine: Machine, out_dir: str, to: str) -> None:
     if "://" not in out_dir:
         if not machine.dry_run:
             Path(to).parent.mkdir(parents=True, exist_ok=True)
-        folder = out_dir if out_dir.startswith("/") else f"{tpu_shell.FOLDER}/{out_dir}"
+        folder = out_dir if out_dir.startswith("/") else f"{worker_shell.FOLDER}/{out_dir}"
         return machine.fetch(folder, to)
     if not machine.dry_run:
         Path(to).mkdir(parents=True)

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from scalegpt.command import run_command
+from scalegpt.data.prepare import Corpus, check_disk, script_parser, write_dataset
+from scalegpt.data.tokenizer import Tokenizer, named
 from scalegpt.errors import Mistake
-from scalegpt.prepare import Corpus, check_disk, script_parser, write_dataset
-from scalegpt.tokenizer import Tokenizer, named
+from scalegpt.processes.command import run_command
 
 REPOSITORY = "Skylion007/openwebtext"
 TOKENS = {"train": 9_035_582_198, "val": 4_434_897}  # nanoGPT's, with gpt2

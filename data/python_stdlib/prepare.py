@@ -9,10 +9,10 @@ import sysconfig
 import tokenize
 from pathlib import Path
 
-from scalegpt.command import run_command
+from scalegpt.data.prepare import Corpus, script_parser, stable_fraction, write_dataset
+from scalegpt.data.tokenizer import load
 from scalegpt.errors import Mistake
-from scalegpt.prepare import Corpus, script_parser, stable_fraction, write_dataset
-from scalegpt.tokenizer import load
+from scalegpt.processes.command import run_command
 
 # Not the library's own source: tests, what pip and Linux distributions add, what the build wrote.
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}

@@ -8,11 +8,11 @@ import os
 import urllib.request
 from pathlib import Path
 
-from scalegpt.command import run_command
+from scalegpt.data.prepare import Corpus, script_parser, write_dataset
+from scalegpt.data.tokenizer import char_tokenizer, load
 from scalegpt.errors import Mistake
-from scalegpt.packed import read_text
-from scalegpt.prepare import Corpus, script_parser, write_dataset
-from scalegpt.tokenizer import char_tokenizer, load
+from scalegpt.files.compressed import read_text
+from scalegpt.processes.command import run_command
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"

@@ -12,18 +12,18 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from scalegpt import json_files
-from scalegpt.command import run_command
-from scalegpt.errors import Mistake
-from scalegpt.packed import PACKED, blocks
-from scalegpt.prepare import (
+from scalegpt.data.prepare import (
     Corpus,
     Document,
     script_parser,
     stable_fraction,
     write_dataset,
 )
-from scalegpt.tokenizer import char_tokenizer, named
+from scalegpt.data.tokenizer import char_tokenizer, named
+from scalegpt.errors import Mistake
+from scalegpt.files import json_files
+from scalegpt.files.compressed import PACKED, blocks
+from scalegpt.processes.command import run_command
 
 HASHED = 1 << 16  # characters of a document that decide its split
 

@@ -1,0 +1,1 @@
+"""What a run keeps, and whether every byte of it is whole."""

@@ -1,0 +1,298 @@
+"""Checkpoints: what a run needs to continue bitwise, and weights alone for everybody else.
+
+A step's folder holds two items of Orbax, `params` and `optimizer` (its state and the step), and the
+manifest with the rest: config, tokenizer, the data's fingerprint, the best loss so far, and
+checksums of every file. There is no position in the data: the batch of a step follows from seed and
+step. Step 0, weights that were imported, has no `optimizer`.
+"""
+
+import itertools
+import logging
+import math
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from scalegpt.checkpoints import manifest
+from scalegpt.checkpoints.saving import Failure, Saver
+from scalegpt.checkpoints.writing import reason
+from scalegpt.errors import Mistake
+from scalegpt.files.folder import open_folder
+from scalegpt.files.run_folder import FOLDER, is_run
+from scalegpt.processes.agreement import Deadline, from_first, gather
+
+PARAMS, WHOLE = ("params",), ("params", "optimizer")
+_count = itertools.count()
+
+
+def warn(text: str) -> None:
+    if jax.process_index() == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+class Checkpoints:
+    """The checkpoints of a run: the last `keep`, the best by validation loss, each keep_every-th.
+
+    Saving returns as soon as the state is copied; the rest happens while training goes on. Where it
+    fails it says so once, and `failing` for how long; `patience` and `deadline`, of one save, are
+    in seconds. `before_commit` is called in process 0 before a checkpoint counts. With several
+    processes each makes every call, and all get the same answers.
+    """
+
+    def __init__(
+        self,
+        out_dir: str | Path,
+        keep: int = 1,
+        keep_every: int = 0,
+        patience: float = math.inf,
+        deadline: float = 1800.0,
+        say: Callable[[str], None] = warn,
+        before_commit: Callable[[], None] = lambda: None,
+        read_only: bool = False,
+    ) -> None:
+        # Orbax reports each phase of each save to the root logger; a user has asked for none.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        self.say, self._seconds = say, deadline
+        self._folder = open_folder(out_dir) / FOLDER
+        self.folder = self._folder.path
+        self._damaged: set[int] = set()  # and said so
+        self._verified: set[tuple[int, str]] = set()
+        self._saver = Saver(
+            self._folder, keep, keep_every, patience, deadline, lambda text: self.say(text),
+            before_commit, self._damaged,
+        )  # fmt: skip
+        if not read_only:
+            try:
+                self._folder.make(parents=True)
+            except OSError as error:
+                raise Mistake(f"cannot write to run.out_dir={out_dir}: {error}") from None
+
+    # --- saving
+
+    def save(self, state: Any, step: int, meta: dict[str, Any], val_loss: float | None) -> float:
+        """Save `step`, once; val_loss: of an evaluation at just this step, makes it a candidate.
+
+        Returns for how many seconds it held training up. Raises nothing: see `failing`.
+        """
+        items = {"params": state.params, "optimizer": _rest(state)}
+        self._verified -= {(step, item) for item in items}
+        return self._saver.begin(step, items, meta, val_loss)
+
+    def save_weights(self, params: Any, meta: dict[str, Any]) -> None:
+        """Weights alone, as step 0, which no run has: something to start from, not to continue.
+
+        Raises ValueError when they could not be written.
+        """
+        self._saver.begin(0, {"params": params}, meta, None)
+        if failure := self.wait():
+            raise Mistake(f"cannot write to {self.folder}: {failure.reason}")
+
+    def evaluated(self, step: int, meta: dict[str, Any], val_loss: float) -> None:
+        """Make `step`, which was saved without an evaluation, a candidate for the best."""
+        if jax.process_index() == 0:
+            try:
+                manifest.amend(self._folder / str(step), step, meta, val_loss)
+            except Exception as error:  # as with a save: no reason to stop training
+                self.say(f"warning: step {step} is saved without its loss: {reason(error)}")
+
+    @property
+    def failing(self) -> Failure | None:
+        """Set from a save that failed until one succeeds. Cheap: to be asked at every update.
+
+        With several processes it changes within `save` and `wait` only, so that all of them see
+        the same at the same update.
+        """
+        return self._saver.failing()
+
+    def wait(self) -> Failure | None:
+        """Until everything asked for is on disk; why it is not, if it is not."""
+        self._saver.settle()
+        return self._saver.failure
+
+    def close(self) -> None:
+        self._saver.close()
+
+    def last_good(self) -> str:
+        """For messages: which checkpoint there is."""
+        return self._saver.last_good()
+
+    # --- finding
+
+    def find(self, which: str, items: Iterable[str] = ()) -> int:
+        """best, latest or a number -> the step. Raises ValueError naming those that there are.
+
+        items: what will be read; then the files are verified, and of the best and the latest those
+        that are damaged are left out, aloud. Of weights that were imported, which nobody has
+        evaluated, the best are those.
+        """
+        good, broken = self._list()
+        number = int(which) if re.fullmatch("[0-9]{1,10}", which) else None
+        if number in broken:
+            raise Mistake(f"step {which} in {self.folder} is damaged: {broken[number]}")
+        losses = {step: loss for step, loss in good.items() if loss is not None}
+        candidates = {
+            "latest": sorted(good, reverse=True),
+            "best": sorted(losses, key=lambda s: (losses[s], -s)) if set(good) != {0} else [0],
+        }.get(which, [number] if number in good else [])
+        if not candidates:
+            self._report(broken)
+            listed = ", ".join(map(str, good))
+            raise Mistake(
+                f"no checkpoint {which!r} in {self.folder}; there are steps {listed}"
+                if good else f"there is no checkpoint in {self.folder}"
+            )  # fmt: skip
+        if items and which == "latest":
+            self._report({s: why for s, why in broken.items() if s > candidates[0]})
+        for step in candidates:
+            if not items or not (wrong := self.verify(step, items)):
+                return step
+            if number is not None:
+                raise Mistake(f"step {which} in {self.folder} is damaged: {'; '.join(wrong)}")
+            self._report({step: "; ".join(wrong[:3] + ["..."] * (len(wrong) > 3))})
+        raise Mistake(
+            f"no checkpoint in {self.folder} is whole, see above; to start anew, move it away"
+        )
+
+    def _list(self) -> tuple[dict[int, float | None], dict[int, str]]:
+        """Those with a manifest and their val_loss; those without one, and what is wrong."""
+        answer: list[Any] = [[], [], None]
+        if jax.process_index() == 0:
+            try:
+                for step, found in manifest.steps(self._folder).items():
+                    bad = isinstance(found, str)
+                    answer[bad].append([step, found if bad else found["val_loss"]])
+            except Exception as error:
+                answer[2] = reason(error)
+        name = f"scalegpt/list/{next(_count)}"
+        good, broken, problem = from_first(name, answer, Deadline(self._seconds))
+        if problem:
+            raise Mistake(f"cannot read {self.folder}: {problem}")
+        return dict(good), {s: why for s, why in broken if why != manifest.NEVER_FINISHED}
+
+    def _report(self, broken: dict[int, str]) -> None:
+        for step, why in broken.items():
+            if step not in self._damaged:
+                self._damaged.add(step)
+                self.say(f"warning: checkpoint {self.folder}/{step} is damaged and left out: {why}")
+
+    def verify(self, step: int, items: Iterable[str] | None = None) -> list[str]:
+        """What is wrong with the files of a step, or of some of its items; nothing: all is well.
+
+        Every byte is read, each process reading its share. Raises ValueError when it cannot.
+        """
+        wrong, unreadable, folder = list[str](), None, self._folder / str(step)
+        try:
+            content = manifest.read(folder, step)
+            names = manifest.files_of(content, items)
+            wrong += [f"it has no {item}" for item in items or ()
+                      if not manifest.files_of(content, [item])]  # fmt: skip
+            mine = names[jax.process_index() :: jax.process_count()]
+            wrong += manifest.problems(folder, content, mine)
+        except manifest.Damaged as error:
+            wrong.append(str(error))
+        except Exception as error:  # no damage: a network that is down, say
+            unreadable = reason(error)
+        name = f"scalegpt/verify/{next(_count)}"
+        answers = gather(name, [wrong, unreadable], Deadline(self._seconds))
+        if failed := [why for _, why in answers if why]:
+            raise Mistake(f"cannot read {folder}: {failed[0]}")
+        wrong = list(dict.fromkeys(line for lines, _ in answers for line in lines))
+        if not wrong:
+            self._verified |= {(step, item) for item in items or WHOLE}
+        return wrong
+
+    def continue_from(self) -> int | None:
+        """The last good step, verified; None for a new run. Those after it are named aloud.
+
+        Raises ValueError when there are checkpoints and none is good.
+        """
+        good, broken = self._list()
+        if not set(good) - {0} and all(why == manifest.EMPTY for why in broken.values()):
+            self._report(broken)
+            return None
+        self._report(broken if not good else {s: w for s, w in broken.items() if s > max(good)})
+        if not good:
+            raise Mistake(
+                f"no checkpoint in {self.folder} is whole, see above; to start anew, move it away"
+            )
+        self._saver.latest = self.find("latest", WHOLE)
+        return self._saver.latest
+
+    @property
+    def steps(self) -> list[int]:
+        """Those that have a manifest, in order."""
+        return sorted(self._list()[0])
+
+    # --- reading
+
+    def meta(self, step: int) -> dict[str, Any]:
+        return self._manifest(step)["meta"]
+
+    def _manifest(self, step: int) -> manifest.Manifest:  # raises ValueError where it is damaged
+        try:
+            return manifest.read(self._folder / str(step), step)
+        except manifest.Damaged as error:
+            raise Mistake(f"step {step} in {self.folder} is damaged: {error}") from None
+
+    def restore(self, step: int, abstract: Any) -> Any:
+        """The whole state, in the shardings of `abstract`, whatever mesh has written it.
+
+        Raises ValueError where a file is damaged, or the arrays are others.
+        """
+        items = {"params": abstract.params, "optimizer": _rest(abstract)}
+        params, rest = self._read(step, items)
+        return abstract.replace(
+            step=rest["step"], params=params, opt_state=rest["opt"], health=rest["health"]
+        )
+
+    def restore_params(self, step: int, abstract_params: Any) -> Any:
+        """Weights only; the optimizer's two thirds of the bytes are not read. Raises ValueError."""
+        return self._read(step, {"params": abstract_params})[0]
+
+    def read_item(self, step: int, item: str) -> Any:
+        """An item whose arrays nobody has described: as it is stored, in NumPy, unverified."""
+        folder = epath.Path(f"{self.folder}/{step}/{item}")
+        handler = ocp.PyTreeCheckpointHandler()
+        tree = handler.metadata(folder).tree
+        numpy = jax.tree.map(lambda x: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        return handler.restore(folder, args=ocp.args.PyTreeRestore(restore_args=numpy))
+
+    def _read(self, step: int, items: dict[str, Any]) -> Sequence[Any]:
+        if not self._verified >= {(step, item) for item in items}:
+            self.find(str(step), items)
+        stored = self._manifest(step)["tree"]
+        stored = {name: x for name, x in stored.items() if name.split("/")[0] in items}
+        asked = manifest.describe_tree(items)
+        # Orbax would cast another dtype without a word, and explain another shape at length.
+        if differ := [n for n in {**stored, **asked} if stored.get(n) != asked.get(n)]:
+            name = differ[0]
+            raise Mistake(
+                f"step {step} in {self.folder} holds other arrays: {name} is {stored.get(name)}, "
+                f"not {asked.get(name)}" + (f" (and {len(differ) - 1} more)" if differ[1:] else "")
+            )
+        return [
+            ocp.StandardCheckpointHandler().restore(
+                epath.Path(f"{self.folder}/{step}/{item}"), args=ocp.args.StandardRestore(tree)
+            )
+            for item, tree in items.items()
+        ]
+
+
+def _rest(state: Any) -> dict[str, Any]:
+    """What only a run that continues needs."""
+    return {"opt": state.opt_state, "step": state.step, "health": state.health}
+
+
+def open_checkpoints(out_dir: str | Path) -> Checkpoints:
+    """To read from a run, finished or not. Raises ValueError when there is none."""
+    if not is_run(out_dir):
+        raise Mistake(f"{out_dir} is not the folder of a run: it has no {FOLDER}/; "
+                         "give the run.out_dir of a training run")  # fmt: skip
+    return Checkpoints(out_dir, read_only=True)

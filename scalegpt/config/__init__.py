@@ -1,0 +1,28 @@
+"""A run on paper: typed keys, YAML, the command line, and what may differ. No JAX."""
+
+from scalegpt.config.recipe import ModelConfig, OptimConfig
+from scalegpt.config.schema import (
+    BatchConfig,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    DistributedConfig,
+    EvalConfig,
+    LogConfig,
+    MeshConfig,
+    RunConfig,
+)
+
+__all__ = [
+    "BatchConfig",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "DistributedConfig",
+    "EvalConfig",
+    "LogConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "RunConfig",
+]

@@ -1,0 +1,105 @@
+"""One dial: `model.depth` sets the whole recipe, by rules measured elsewhere; no JAX here.
+
+At depth 12 it is the tuned recipe for a model of GPT-2's size (`recipe.MUON`, batches of 2^19
+tokens); other depths follow from it: width 64 a layer, heads of 128, 12 tokens for each weight of
+the layers and the head (Chinchilla, arXiv:2203.15556, has 20), the batch growing as the 0.383th
+power of the tokens (arXiv:2505.13738), learning rates with the square root of the batch, AdamW's
+falling with the square root of the width, weight decay such that its time scale stays the same
+share of the run. nanochat scales by the same rules.
+"""
+
+import math
+from typing import Any
+
+from scalegpt.config.recipe import GPT2_SIZES, MUON, muons
+from scalegpt.errors import Mistake
+
+TOKENS_PER_WEIGHT = 12
+BATCH, DEPTH = 2**19, 12  # tokens of an update at the depth that was tuned
+WEIGHT_DECAY = 0.05
+VOCABULARY = 50257  # GPT-2's, where model.vocab_size is not given: data are opened later
+
+
+def derived(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """section -> key -> value, of all that `model.depth` sets and `values`, a run's sections as
+    they were given, do not. A width, context or batch that is given is what the rest follows from;
+    null is not given.
+
+    Raises ValueError for a depth that is no number from 1 to 1000, or not the given n_layer.
+    """
+    given = {name: {k: v for k, v in values.get(name, {}).items() if v is not None}
+             for name in ("model", "batch", "optim")}  # fmt: skip
+    model, batch, optim = ({**keys} for keys in given.values())
+    depth = _whole("model.depth", model["depth"])
+    if not 1 <= depth <= 1000:
+        raise Mistake(f"model.depth={depth} must be 1 to 1000 layers")
+
+    model.setdefault("preset", "modern")
+    model.setdefault("n_layer", depth)
+    model.setdefault("n_embd", width(depth))
+    model.setdefault("block_size", 1024)
+    layers = _whole("model.n_layer", model["n_layer"])
+    # "gpt2" is an architecture of any size as well; the others are sizes.
+    preset = str(model["preset"])
+    is_size = preset in GPT2_SIZES and preset != "gpt2" and "n_layer" not in given["model"]
+    if depth != (GPT2_SIZES[preset][0] if is_size else layers):
+        other = f"preset={preset}" if is_size else f"n_layer={layers}"
+        raise Mistake(
+            f"model.depth={depth} and model.{other} both set the number of layers; leave one out: "
+            f"--model.{other.partition('=')[0]}=null, or --model.depth=null"
+        )
+    embd = _whole("model.n_embd", model["n_embd"])
+    model.setdefault("n_head", max(1, embd // 128))
+    vocabulary = _whole("model.vocab_size", model.get("vocab_size") or VOCABULARY)
+    length = _whole("model.block_size", model["block_size"])
+
+    tokens = TOKENS_PER_WEIGHT * weights(layers, embd, vocabulary)
+    tuned = TOKENS_PER_WEIGHT * weights(DEPTH, width(DEPTH), VOCABULARY)
+    size = 2 ** round(math.log2(BATCH * (tokens / tuned) ** 0.383))
+    batch.setdefault("sequences", max(1, size // length))
+    size = _whole("batch.sequences", batch["sequences"]) * length
+    by_batch = math.sqrt(size / BATCH)
+    adam = by_batch * math.sqrt(width(DEPTH) / embd)
+
+    optim.setdefault("name", "muon")
+    optim.setdefault("steps", max(1, round(tokens / size)))
+    steps = _whole("optim.steps", optim["steps"])
+    if optim["name"] != "muon":
+        optim.setdefault("warmup_steps", steps // 20)
+    else:
+        optim.setdefault("lr", _round(MUON["lr"] * by_batch))
+        for key in ("embedding_lr", "head_lr", "scalar_lr"):
+            optim.setdefault(key, _round(muons(model)[key] * adam))
+        optim.setdefault("weight_decay", _round(WEIGHT_DECAY * by_batch * tuned / (steps * size)))
+        optim.setdefault("cautious_decay", str(optim["weight_decay"]) not in ("0", "0.0"))
+        optim.setdefault("momentum_warmup", min(300, steps // 10))
+    full = {"model": model, "batch": batch, "optim": optim}
+    return {
+        section: {k: v for k, v in keys.items() if k not in given[section]}
+        for section, keys in full.items()
+    }
+
+
+def width(depth: int) -> int:
+    """64 a layer, rounded up to whole heads of 128."""
+    return -(-64 * depth // 128) * 128
+
+
+def weights(layers: int, embd: int, vocabulary: int) -> int:
+    """Of the layers' matrices and the head: what tokens are counted against."""
+    return 12 * layers * embd**2 + vocabulary * embd
+
+
+def _whole(key: str, value: Any) -> int:
+    """A number that pydantic has not seen yet. Raises ValueError."""
+    try:
+        number = int(value)
+    except (TypeError, ValueError, OverflowError):
+        number = 0
+    if number < 1 or isinstance(value, bool):
+        raise Mistake(f"{key}={value!r} must be a whole number, 1 or more")
+    return number
+
+
+def _round(x: float) -> float:
+    return float(f"{x:.3g}")

@@ -1,0 +1,228 @@
+"""What decides the loss curve: the model and the optimizer, with their presets; no JAX here."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from scalegpt.config.types import (
+    Amount,
+    Positive,
+    Rate,
+    Section,
+    Share,
+    Whole,
+    Width,
+    divisors_near,
+)
+from scalegpt.errors import Mistake
+
+# n_layer, n_head, n_embd of the GPT-2 paper's table 2; the rest is common to all four.
+GPT2_SIZES = {
+    "gpt2": (12, 12, 768),
+    "gpt2-medium": (24, 16, 1024),
+    "gpt2-large": (36, 20, 1280),
+    "gpt2-xl": (48, 25, 1600),
+}
+# What modded-nanogpt and nanochat agree on, without what only pays with kernels of its own.
+MODERN = {
+    "position": "rope", "norm": "rmsnorm", "qk_norm": True, "activation": "relu2",
+    "init": "zero_out", "tie_word_embeddings": False, "embedding_norm": True,
+    "logit_softcap": 15.0, "bias": False,
+}  # fmt: skip
+# Muon's defaults where AdamW's would be wrong: its steps are all of one size, so that the learning
+# rate is the schedule, and what it does not train wants rates of its own.
+MUON = {
+    "lr": 0.02, "min_lr": 0.0, "schedule": "wsd", "cooldown": 0.7, "warmup_steps": 0,
+    "beta1": 0.8, "eps": 1e-10, "weight_decay": 0.0, "grad_clip": 0.0,
+    "decay": "no_embeddings",
+    "embedding_lr": 0.3, "head_lr": 0.008, "scalar_lr": 0.015,
+}  # fmt: skip
+
+
+# Tried on tinyshakespeare, 400 updates: 0.3 ends at 2.05, 0.02 at 1.89, 0.008 and 0.004 at 1.91.
+TIED_EMBEDDING_LR = 0.02
+
+
+def muons(model: dict[str, Any]) -> dict[str, Any]:
+    """Muon's defaults for a model's section, validated or not. A tied table is the head, too, and
+    starts fifty times smaller than a modern one: steps for that would wreck it."""
+    tied = model.get("tie_word_embeddings")
+    tied = model.get("preset") != "modern" if tied is None else str(tied).lower() not in _FALSE
+    return MUON | ({"embedding_lr": TIED_EMBEDDING_LR} if tied else {})
+
+
+_FALSE = ("false", "0", "off", "no", "f", "n")  # as pydantic reads a command line
+
+
+class ModelConfig(Section):
+    """The GPT. Defaults are nanoGPT's 124M model; `preset` gives the GPT-2 sizes."""
+
+    preset: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "modern"] | None = None
+    """gpt2*: its n_layer, n_head, n_embd, block_size 1024, bias; modern: an architecture that needs
+    fewer tokens, of any size; keys that are given override it"""
+    depth: Annotated[int, Field(ge=1, le=1000)] | None = None
+    """one dial: layers, from which width, heads, batch, optimizer, rates and updates follow by the
+    rules of `scalegpt.depth`; what is given stays"""
+    n_layer: Annotated[int, Field(ge=1, le=10_000)] = 12
+    n_head: Width = 12
+    n_embd: Width = 768
+    """width of the residual stream"""
+    block_size: Positive = 1024
+    """context length, in tokens"""
+    vocab_size: Positive | None = None
+    """number of token ids; taken from the data set when not given"""
+    vocab_multiple: Width = 128
+    """the embedding table is padded to a multiple of this (50257 -> 50304); the tail is masked"""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    bias: bool = False
+    """biases in linear layers and LayerNorms (GPT-2: true, nanoGPT: false)"""
+    tie_word_embeddings: bool = True
+    """the head is the embedding table itself (GPT-2, nanoGPT); false: a table of its own"""
+    position: Literal["learned", "rope"] = "learned"
+    rope_base: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10000.0
+    activation: Literal["gelu_tanh", "gelu", "relu2"] = "gelu_tanh"
+    """GPT-2's tanh approximation, the exact GELU of nanoGPT, or the square of ReLU"""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """rmsnorm divides by the root mean square and has no parameters"""
+    qk_norm: bool = False
+    """queries and keys are normalised (rmsnorm) in each head, before rotation"""
+    embedding_norm: bool = False
+    """what enters the first layer is normalised (rmsnorm)"""
+    init: Literal["gpt2", "zero_out"] = "gpt2"
+    """gpt2: N(0, 0.02), less into the residual stream; zero_out: 0 into the residual stream and for
+    a head of its own, embeddings N(0, 1), other matrices N(0, 0.25 / rows)"""
+    logit_softcap: Amount = 0.0
+    """logits z become c z / sqrt(z^2 + c^2), which stays below c; 0: none"""
+    residual_scalars: bool = False
+    """each layer reads a x + b x0, x0 being what enters the first; learned, from a = 1 and b = 0"""
+    value_embeddings: bool = False
+    """each layer adds to its values an embedding of the token, of a table of its own"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of matrix products; auto: bfloat16 on accelerators, float32 on CPU"""
+    attention: Literal["auto", "xla", "flax", "cudnn", "splash"] = "auto"
+    scan_layers: bool = False
+    """compile one layer and loop over it (fast compile), or unroll (fast step on CPU and TPU)"""
+    remat: Literal["none", "dots", "full"] = "none"
+    """what the backward pass recomputes: little, all but matrix products, whole layers"""
+    loss_chunk: Positive = 128
+    """positions whose logits are held at a time, in each sequence"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        if values.get("preset") == "modern":
+            return {**MODERN, **values}
+        if (name := values.get("preset")) in GPT2_SIZES:
+            size = dict(zip(("n_layer", "n_head", "n_embd"), GPT2_SIZES[name], strict=True))
+            values = {**size, "block_size": 1024, "bias": True, **values}
+        return values
+
+    @model_validator(mode="after")
+    def _check(self) -> "ModelConfig":
+        if self.n_embd % self.n_head:
+            raise Mistake(
+                f"model.n_embd={self.n_embd} is not divisible by model.n_head={self.n_head}; "
+                f"n_head could be {divisors_near(self.n_embd, self.n_head)}"
+            )
+        if self.position == "rope" and self.head_dim % 2:
+            raise Mistake(
+                f"model.position=rope needs an even head size, n_embd/n_head={self.head_dim}"
+            )
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the embedding table."""
+        assert self.vocab_size is not None, "the vocabulary is known once the data is open"
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+
+class OptimConfig(Section):
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the matrices of the layers, AdamW for the rest, and defaults of its own for
+    lr, min_lr, schedule, cooldown, warmup_steps, beta1, eps, weight_decay, decay and grad_clip"""
+    lr: Share = 6e-4
+    """peak learning rate; with muon: of the matrices"""
+    embedding_lr: Share | None = None
+    """with muon: AdamW's peak learning rate for embeddings, by the same schedule"""
+    head_lr: Share | None = None
+    """with muon: for a head of its own"""
+    scalar_lr: Share | None = None
+    """with muon: for norms, biases and scalars"""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """with muon: of its Nesterov momentum"""
+    momentum_warmup: Whole = 0
+    """with muon: updates in which the momentum rises from 0.85"""
+    ns_steps: Annotated[int, Field(ge=1, le=20)] = 5
+    """with muon: Newton-Schulz iterations of an update"""
+    average: Rate = 0.0
+    """share of the updates, the last ones, the mean of whose weights is evaluated and kept for use;
+    0: the last weights"""
+    cautious_decay: bool = False
+    """weight decay only where the update shrinks the weight, too"""
+    min_lr: Amount = 6e-5
+    """learning rate at the end of the decay"""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """after the warm-up; wsd stays at lr, then falls linearly in the last part"""
+    steps: Positive = 600_000
+    """optimizer updates of the whole run"""
+    warmup_steps: Whole = 2000
+    decay_steps: Positive | None = None
+    """update at which min_lr is reached; default: steps"""
+    cooldown: Rate = 0.2
+    """share of decay_steps in which wsd falls"""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    eps: Share = 1e-8
+    weight_decay: Amount = 0.1
+    decay: Literal["matrices", "no_embeddings", "all"] = "matrices"
+    """what decays: matrices and embeddings (nanoGPT), matrices only, every parameter"""
+    grad_clip: Amount = 1.0
+    """largest global gradient norm; 0: no clipping"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_muon(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("name") == "muon":
+            # A rate of null, as AdamW's are stored, is not given.
+            given = {k: v for k, v in values.items() if v is not None or k not in MUON}
+            return {**MUON, **given}
+        return values
+
+    @model_validator(mode="after")
+    def _check(self) -> "OptimConfig":
+        end = self.decay_steps or self.steps
+        if self.schedule != "constant" and self.min_lr > self.lr:
+            raise Mistake(
+                f"optim.min_lr={self.min_lr} is above optim.lr={self.lr}; set --optim.min_lr too"
+            )
+        unread = {"embedding_lr", "head_lr", "scalar_lr", "momentum", "momentum_warmup", "ns_steps"}
+        if self.name == "adamw" and (given := sorted(
+            key for key in unread if getattr(self, key) != OptimConfig.model_fields[key].default
+        )):
+            raise Mistake(
+                f"optim.{given[0]}={getattr(self, given[0])} is Muon's, and optim.name=adamw has "
+                "one learning rate for all; leave it out, or set --optim.name=muon"
+            )
+        if self.warmup_steps > end:
+            raise Mistake(
+                f"optim.warmup_steps={self.warmup_steps} is beyond the end of the decay, "
+                f"update {end}; lower it or raise optim.steps"
+            )
+        if self.schedule == "wsd" and end - round(self.cooldown * end) < self.warmup_steps < end:
+            raise Mistake(
+                f"optim.warmup_steps={self.warmup_steps} reaches into wsd's cooldown, the last "
+                f"{self.cooldown:.0%} of {end} updates, where the rate would jump; lower either"
+            )
+        if self.cautious_decay and not self.weight_decay:
+            raise Mistake(
+                "optim.cautious_decay=true decays nothing with optim.weight_decay=0, which is "
+                "Muon's default; set --optim.weight_decay too"
+            )
+        return self

@@ -1,0 +1,200 @@
+"""What a run is: a frozen, typed configuration in sections; no JAX here."""
+
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, model_validator
+
+from scalegpt.config.depth import derived
+from scalegpt.config.recipe import ModelConfig, OptimConfig, muons
+from scalegpt.config.types import (
+    MeshAxis,
+    Name,
+    Place,
+    Positive,
+    Seconds,
+    Section,
+    Share,
+    Text,
+    Which,
+    Whole,
+)
+from scalegpt.errors import Mistake
+
+
+class MeshConfig(Section):
+    """Sizes of the mesh axes; one of them may be -1: all devices that are left."""
+
+    replica: MeshAxis = 1
+    """whole copies across slices, over the data-centre network"""
+    data: MeshAxis = -1
+    """copies of the model, each with its own rows"""
+    fsdp: MeshAxis = 1
+    """shards of parameters and optimizer state, each with its own rows"""
+    tensor: MeshAxis = 1
+    """shards of heads, MLP width and vocabulary; they share rows"""
+
+    @model_validator(mode="after")
+    def _check(self) -> "MeshConfig":
+        sizes = self.model_dump()
+        if zero := [name for name, size in sizes.items() if size == 0]:
+            raise Mistake(f"mesh.{zero[0]}=0: a size is 1 or more, or -1 for what is left")
+        if len(free := [name for name, size in sizes.items() if size == -1]) > 1:
+            raise Mistake(f"only one mesh axis can be -1, got {', '.join(free)}")
+        return self
+
+
+class BatchConfig(Section):
+    sequences: Positive = 480
+    """of an optimizer update, over all devices: the run's batch, whatever the machine"""
+    microbatch: Positive | None = None
+    """sequences a device holds at a time; accumulation follows from it. Default: all at once, on a
+    CPU about 1024 tokens"""
+
+
+class DataConfig(Section):
+    path: Text | Annotated[dict[Name, Share], Field(min_length=1)]
+    """folder or URL with train.bin, val.bin, meta.json; or a mixture {path: weight, ...}"""
+    prepare: bool = False
+    """run the folder's prepare.py first when its token files are missing"""
+    prefetch: Annotated[int, Field(ge=1, le=1000)] = 2
+    """batches read ahead"""
+    cache_dir: Place | None = None
+    """where files of a URL are staged; default: the user's cache folder"""
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Data set -> share of the rows."""
+        if isinstance(self.path, str):
+            return {self.path: 1.0}
+        return {name: w / sum(self.path.values()) for name, w in self.path.items()}
+
+
+class EvalConfig(Section):
+    every: Whole = 1000
+    """updates between evaluations; 0: only at the start and the end"""
+    windows: Positive | None = None
+    """evaluate on the first so many windows of val.bin; default: the whole file"""
+    tasks: dict[Literal["hellaswag", "lambada", "multiple_choice"], Name] = {}
+    """also score these, {task: jsonl file}; see `python -m scalegpt.evaluate --help`"""
+    task_examples: Positive | None = None
+    """of each task the first so many examples; default: all"""
+
+
+class CheckpointConfig(Section):
+    every: Whole = 1000
+    """updates between checkpoints; 0: only at the end. The best one is kept besides"""
+    keep: Positive = 2
+    """how many of the latest are kept"""
+    keep_every: Whole = 0
+    """those of every so many updates are kept for good, a multiple of `every`; 0: none"""
+    patience: Seconds = 3600.0
+    """seconds that training goes on while no checkpoint can be written; then exit code 5"""
+
+    @model_validator(mode="after")
+    def _check(self) -> "CheckpointConfig":
+        if self.keep_every and (not self.every or self.keep_every % self.every):
+            raise Mistake(
+                f"checkpoint.keep_every={self.keep_every} must be a multiple of "
+                f"checkpoint.every={self.every}"
+            )
+        return self
+
+
+class LogConfig(Section):
+    every: Positive = 10
+    """updates between rows of metrics.jsonl"""
+    tensorboard: bool = True
+    wandb: bool = False
+    wandb_project: Name = "scalegpt"
+    wandb_entity: Name | None = None
+    wandb_name: Name | None = None
+    """default: the name of out_dir"""
+
+
+class RunConfig(Section):
+    out_dir: Place
+    """the run's folder; a second start with the same folder continues the run"""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1337
+    backend: Literal["jit", "pmap"] = "jit"
+    """what runs the update; pmap: copies of the whole model, to compare with"""
+    init_from: Place | None = None
+    """start from the weights of another run (its out_dir), or of Hugging Face: gpt2-xl, a folder"""
+    init_checkpoint: Which = "best"
+    """which of its checkpoints: best, latest or a step"""
+    allow_config_change: bool = False
+    """continue although model, batch, data or optimizer differ from the stored run"""
+    skip_nonfinite: Whole = 0
+    """updates whose loss or gradient is not finite that are left out before the run stops"""
+    skip_spikes: bool = False
+    """leave out an update whose loss is a spike; otherwise it is only warned of"""
+    spike: Share = 10.0
+    """a loss so many deviations above the median of the last 128 updates is a spike"""
+    replay: Positive | None = None
+    """run this update's batch again for a post-mortem: the loss of each example; writes nothing"""
+    deadline_start: Seconds = 900.0
+    """seconds for each phase of the start: processes, devices, mesh"""
+    deadline_data: Seconds = 7200.0
+    """of opening the data, maybe copied from a URL; and of waiting for the hosts that still do"""
+    deadline_restore: Seconds = 3600.0
+    deadline_compile: Seconds = 3600.0
+    """of the first update"""
+    deadline_step: Seconds = 1800.0
+    """of any other, and of its data"""
+    deadline_evaluation: Seconds = 7200.0
+    deadline_save: Seconds = 1800.0
+
+
+class DistributedConfig(Section):
+    """Where the other processes are; found by itself on TPU pods, Slurm and Open MPI."""
+
+    coordinator: Name | None = None
+    """HOST:PORT of process 0"""
+    num_processes: Positive | None = None
+    process_id: Whole | None = None
+
+
+class Config(Section):
+    """A run."""
+
+    model: ModelConfig = ModelConfig()
+    mesh: MeshConfig = MeshConfig()
+    batch: BatchConfig = BatchConfig()
+    data: DataConfig
+    optim: OptimConfig = OptimConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    run: RunConfig
+    distributed: DistributedConfig = DistributedConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, values: Any) -> Any:
+        """What follows from another section: all that model.depth sets, and a rate of Muon's."""
+        if not isinstance(values, dict):
+            return values
+        given = {s: values.get(s) for s in ("model", "batch", "optim") if s in values}
+        if not all(isinstance(keys, dict) for keys in given.values()):
+            return values  # an error is to come
+        model = given.get("model", {})
+        if model.get("depth") is not None:
+            given = {s: {**given.get(s, {}), **keys} for s, keys in derived(given).items()}
+        optim = given.get("optim", {})
+        if optim.get("name") == "muon" and optim.get("embedding_lr") is None:
+            given["optim"] = {**optim, "embedding_lr": muons(model)["embedding_lr"]}
+        return {**values, **given}
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+    def with_vocab(self, vocab_size: int) -> "Config":
+        """The same run with the vocabulary of its data filled in; an explicit larger one stays."""
+        asked = self.model.vocab_size
+        if asked is not None and asked < vocab_size:
+            raise Mistake(
+                f"model.vocab_size={asked} is smaller than the data's {vocab_size} token ids; "
+                "leave it out to take the data's"
+            )
+        model = self.model.model_copy(update={"vocab_size": asked or vocab_size})
+        return self.model_copy(update={"model": model})

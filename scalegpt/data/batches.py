@@ -1,0 +1,242 @@
+"""Which tokens a step sees: a pure function of (seed, step), fed through Grain to this host.
+
+Nothing here keeps state, so a run resumes at any step, on any number of hosts, with the batches
+it would have had. Letters: A accumulation, B sequences of a step, R rows of a batch, T block size.
+"""
+
+import functools
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+
+import grain
+import numpy as np
+from grain.experimental import index_shuffle
+
+from scalegpt.data.token_files import Dataset, check_tokens, open_dataset
+from scalegpt.errors import Mistake
+
+__all__ = ["Dataset", "EvalBatches", "TrainBatches", "TrainOrder", "check_tokens", "mixture_index",
+           "open_dataset", "train_iterator"]  # fmt: skip
+
+# Of index_shuffle. With the customary 4, neighbours stay correlated at some sizes (by 0.45 among
+# 1.0M windows), so that a batch clusters in the file; 8 leave up to 0.05 there, 12 nothing.
+ROUNDS = 12
+TABLE = 4096  # most windows for which an epoch's whole permutation is kept
+STEPS = 1 << 40  # the length of a source that never ends; STEPS * B still fits int64
+
+
+class TrainOrder:
+    """The endless order of training windows over one token file, by random access.
+
+    Each epoch is a random permutation of all `n_windows` windows, none twice: Grain's global
+    shuffle, seeded anew. An epoch also shifts the grid of windows by a random phase, so that
+    epochs cut the text at other places. `stream` separates the datasets of a mixture.
+    """
+
+    def __init__(self, length: int, block_size: int, seed: int, stream: int = 0):
+        if length < block_size + 1:
+            raise Mistake(f"{length} tokens hold no window of block_size {block_size} + 1")
+        self.block_size, self.seed, self.stream = block_size, seed, stream
+        self.n_windows = max(1, (length - block_size) // block_size)
+        self.phases = min(block_size, length - self.n_windows * block_size)
+
+    def window(self, rows: np.ndarray) -> np.ndarray:
+        """First tokens, int64 [n], of the windows numbered `rows`, int64 [n], counting from 0
+        over all epochs. Window s is tokens s to s + T inclusive, and always within the file."""
+        epochs, index = np.divmod(np.asarray(rows, np.int64), self.n_windows)
+        starts = np.empty_like(index)
+        for epoch in np.unique(epochs).tolist():
+            mine = epochs == epoch
+            # By hash, not np.random: the order may not change with NumPy's version.
+            name = f"scalegpt/{self.seed}/{self.stream}/{epoch}"
+            digest = hashlib.blake2b(name.encode(), digest_size=12).digest()
+            phase = int.from_bytes(digest[:8], "little") % self.phases
+            seed = int.from_bytes(digest[8:], "little")
+            starts[mine] = phase + _shuffle(index[mine], self.n_windows, seed) * self.block_size
+        return starts
+
+
+def _shuffle(index: np.ndarray, n: int, seed: int) -> np.ndarray:
+    """Where the permutation of [0, n) with this uint32 seed sends each index, int64."""
+    if n <= TABLE:
+        return _table(n, seed)[index]
+    shuffled = [index_shuffle(i, max_index=n - 1, seed=seed, rounds=ROUNDS) for i in index.tolist()]
+    return np.array(shuffled, np.int64)
+
+
+@functools.lru_cache(maxsize=64)  # of 32 KiB at most: an epoch or two of each small dataset
+def _table(n: int, seed: int) -> np.ndarray:
+    """The whole permutation of a small n: the ranks of n shuffled numbers out of 65,536.
+
+    index_shuffle draws from at least that many until one is below n: 5 ms an index at n = 10.
+    """
+    keys = [index_shuffle(i, max_index=0xFFFF, seed=seed, rounds=ROUNDS) for i in range(n)]
+    return np.argsort(keys)
+
+
+def mixture_index(rows: np.ndarray, parts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Deal `rows` out to datasets: (dataset, row within that dataset), both int64 [n].
+
+    Of every sum(parts) rows in line, dataset d gets exactly parts[d], spread evenly; so the
+    counts of any prefix are right to within a few rows, and each dataset's rows are 0, 1, 2...
+    """
+    rows = np.asarray(rows, np.int64)
+    dataset, within = np.zeros_like(rows), np.zeros_like(rows)
+    left, this, after = sum(parts), rows, rows + 1  # rows of the datasets not yet served
+    open_ = np.ones(len(rows), bool)
+    for d, part in enumerate(parts):
+        # floor(k * (left - part) / left) of the first k rows go on to the later datasets; in two
+        # parts, since the product would overflow int64 late in a long run.
+        onward = [k // left * (left - part) + k % left * (left - part) // left
+                  for k in (this, after)]  # fmt: skip
+        mine = open_ & (onward[0] == onward[1])
+        dataset[mine], within[mine] = d, (this - onward[0])[mine]
+        open_ &= ~mine
+        (this, after), left = onward, max(1, left - part)
+    return dataset, within
+
+
+def _whole_parts(weights: Sequence[float]) -> list[int]:
+    """Weights as whole numbers: [0.7, 0.3] is [7, 3] and [1/3, 2/3] is [1, 2], exactly; shares
+    that are no ratio of numbers up to a million are kept to nine digits."""
+    for weight in weights:
+        if not (math.isfinite(weight) and weight > 0):
+            raise Mistake(
+                f"data weight {weight} must be above 0; leave that dataset out instead"
+            )
+    total = sum(map(Fraction, weights))
+    shares = [Fraction(weight) / total for weight in weights]
+    ratios = [share.limit_denominator(10**6) for share in shares]
+    scale = math.lcm(*(ratio.denominator for ratio in ratios))
+    if scale > 10**9 or any(abs(r - s) > 1e-9 for r, s in zip(ratios, shares, strict=True)):
+        ratios, scale = shares, 10**9
+    parts = [max(1, round(ratio * scale)) for ratio in ratios]
+    return [part // math.gcd(*parts) for part in parts]
+
+
+class TrainBatches:
+    """Training batches by step, a source for Grain: [step] is int32 [A, len(rows), T + 1].
+
+    Row m of microbatch a is row a * (B // A) + m of the step's B; only the m in `rows`, this
+    host's, are read. Neither A nor the split over hosts changes which B windows a step has.
+
+    datasets: token arrays, 1-D. weights: each dataset's share of the rows, of any sum.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[np.ndarray],
+        weights: Sequence[float],
+        block_size: int,
+        seed: int,
+        sequences: int,
+        accumulation: int,
+        rows: np.ndarray,
+    ):
+        if len(weights) != len(datasets):
+            raise Mistake(f"{len(weights)} weights for {len(datasets)} datasets: give one each")
+        rows = np.asarray(rows, np.int64)
+        per_micro = sequences // accumulation
+        assert sequences == per_micro * accumulation, (sequences, accumulation)
+        assert rows.size and 0 <= rows.min() and rows.max() < per_micro, (rows, per_micro)
+        # Plain array views: slicing a memmap object costs more than copying the row.
+        self.tokens = [np.asarray(tokens) for tokens in datasets]
+        self.orders = [TrainOrder(len(t), block_size, seed, i) for i, t in enumerate(datasets)]
+        self.parts = _whole_parts(weights)
+        self.block_size, self.sequences = block_size, sequences
+        self.rows = (np.arange(accumulation)[:, None] * per_micro + rows).reshape(-1)
+        self.shape = (accumulation, len(rows), block_size + 1)
+
+    def __len__(self) -> int:
+        return STEPS
+
+    def __getitem__(self, step: int) -> np.ndarray:
+        if not 0 <= step < STEPS:
+            raise IndexError(f"step {step}")
+        dataset, starts = self.windows(step)
+        batch = np.empty((len(starts), self.block_size + 1), np.int32)
+        if len(self.tokens) == 1:
+            _read(self.tokens[0], starts, batch)
+            return batch.reshape(self.shape)
+        for d in np.unique(dataset).tolist():
+            mine = np.flatnonzero(dataset == d)
+            _read(self.tokens[d], starts[mine], batch, mine)
+        return batch.reshape(self.shape)
+
+    def windows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where this host's rows of `step` lie: (dataset, first token), both int64 [A * R]."""
+        rows = step * self.sequences + self.rows
+        if len(self.tokens) == 1:
+            return np.zeros_like(rows), self.orders[0].window(rows)
+        dataset, within = mixture_index(rows, self.parts)
+        starts = np.empty_like(rows)
+        for d in np.unique(dataset).tolist():
+            mine = dataset == d
+            starts[mine] = self.orders[d].window(within[mine])
+        return dataset, starts
+
+
+def _read(tokens: np.ndarray, starts: np.ndarray, batch: np.ndarray, rows=None) -> None:
+    """Copy windows into rows of `batch`; a slice a row reads faster than a gather by index."""
+    width = batch.shape[1]
+    rows = range(len(batch)) if rows is None else rows.tolist()
+    for row, start in zip(rows, starts.tolist(), strict=True):
+        batch[row] = tokens[start : start + width]
+
+
+class EvalBatches:
+    """Fixed windows of a validation file, in order: [i] is int32 [len(rows), T + 1].
+
+    Window j is tokens j*T to j*T + T, so the whole file's windows predict every token but the
+    first exactly once. Past the end of the file, or of the first `windows` if given, ids are -1:
+    targets to mask. Batch i is windows i*R to i*R + R - 1, of which this host reads `rows`.
+    `tokens` counts the targets not masked, over all batches and hosts.
+    """
+
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        block_size: int,
+        rows_per_batch: int,
+        rows: np.ndarray,
+        windows: int | None = None,
+    ):
+        if len(tokens) < 2:
+            raise Mistake(f"a validation file of {len(tokens)} tokens has nothing to predict")
+        if windows is not None and windows < 1:
+            raise Mistake(f"eval.windows={windows} must be at least 1, or null for all")
+        self.array, self.block_size = np.asarray(tokens), block_size
+        self.rows_per_batch, self.rows = rows_per_batch, np.asarray(rows, np.int64)
+        targets = len(tokens) - 1
+        self.windows = -(-targets // block_size)
+        if windows is not None:
+            self.windows = min(windows, self.windows)
+        self.tokens = min(self.windows * block_size, targets)
+
+    def __len__(self) -> int:
+        return -(-self.windows // self.rows_per_batch)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        if not 0 <= i < len(self):  # IndexError is what ends a `for batch in batches`
+            raise IndexError(f"batch {i} of {len(self)}")
+        batch = np.full((len(self.rows), self.block_size + 1), -1, np.int32)
+        for row, window in enumerate((i * self.rows_per_batch + self.rows).tolist()):
+            if window < self.windows:
+                start = window * self.block_size
+                values = self.array[start : start + self.block_size + 1]
+                batch[row, : len(values)] = values
+        return batch
+
+
+def train_iterator(source: TrainBatches, start_step: int, prefetch: int = 2) -> Iterator:
+    """Batches of `source` from `start_step` on, `prefetch` of them read ahead by one thread.
+
+    An error while reading is raised by `next`. Returns Grain's iterator, which has `close()`.
+    """
+    # One thread: Grain's default of 16 takes the trainer's cores and reads no faster.
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
+    iterator = iter(grain.MapDataset.source(source).to_iter_dataset(options))
+    iterator.set_state({"next_index": start_step})
+    return iterator

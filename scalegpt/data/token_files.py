@@ -1,0 +1,297 @@
+"""Token files: find them, bring them to local disk, and refuse the wrong ones before training.
+
+A dataset is a folder, or a URL of one, with `train.bin` and `val.bin`: headerless little-endian
+uint16 or uint32 ids. What they mean is said by `meta.json` (written by `data/*/prepare.py`), by
+nanoGPT's `meta.pkl`, or by nothing at all, which means nanoGPT's GPT-2 ids in uint16.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import posixpath
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from scalegpt.config.types import LARGEST
+from scalegpt.data import tokenizer
+from scalegpt.errors import Mistake
+from scalegpt.files.json_files import read_object
+from scalegpt.files.staging import stage
+
+DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+META = ("meta.json", "meta.pkl")
+CHUNK = 1 << 24  # ids per check: large enough to run at disk speed, small in memory
+FOREIGN_HEAD = 4096  # bytes that tell what else a file is
+_FOREIGN = {
+    b"\x1f\x8b\x08": "gzip", b"PK\x03\x04": "zip", b"BZh9": "bzip2", b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd", b"\xff\xd8\xff": "a JPEG image", b"\x89PNG": "a PNG image",
+    b"%PDF": "a PDF", b"\x93NUMPY": "a NumPy .npy file", b"PAR1": "Parquet",
+}  # fmt: skip
+SLOW = 1 << 28  # files above this many bytes get a progress bar
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """An opened dataset; `train` and `val` are read-only memory maps of ids, shape [tokens]."""
+
+    name: str
+    tokenizer: dict | str
+    vocab_size: int
+    train: np.memmap
+    val: np.memmap
+    val_bytes_per_token: float | None  # UTF-8 bytes of the text a validation token stands for
+    fingerprint: str  # changes with the tokens; a run continued on other data can be refused
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """One opened file of a dataset; `tokens` and `bytes_per_token` as in Dataset."""
+
+    name: str
+    tokenizer: dict | str
+    vocab_size: int
+    tokens: np.ndarray
+    bytes_per_token: float | None
+
+
+def open_dataset(path: str | Path, cache_dir: str | None = None) -> Dataset:
+    """Open and check the dataset at `path`, a folder or an fsspec URL (gs://, s3://, memory://).
+
+    A URL is first copied to the local disk, as `staging.stage` does. Raises ValueError, saying
+    what to do, for a folder or file that is missing, empty, truncated, of unknown format, or that
+    holds an id outside its vocabulary.
+    """
+    name, folder = _locate(str(path), ("train.bin", "val.bin"), cache_dir)
+    meta, stated = read_meta(folder)
+    splits, hashed = {}, [meta["dtype"], meta["vocab_size"]]
+    for split in ("train", "val"):
+        tokens = splits[split] = _open_tokens(folder / f"{split}.bin", meta, stated)
+        # Both ends tell other data of equal size apart, whatever meta.json says of it.
+        ends = tokens[: 1 << 16].tobytes() + tokens[-(1 << 16) :].tobytes()
+        said = meta.get(split, {}).get("sha256")
+        hashed += [len(tokens), said, hashlib.sha256(ends).hexdigest()]
+    return Dataset(
+        name=name,
+        tokenizer=meta["tokenizer"],
+        vocab_size=meta["vocab_size"],
+        train=splits["train"],
+        val=splits["val"],
+        val_bytes_per_token=_bytes_per_token(meta, "val", splits["val"]),
+        fingerprint=hashlib.sha256(json.dumps(hashed).encode()).hexdigest()[:16],
+    )
+
+
+def open_split(path: str | Path, split: str, cache_dir: str | None = None) -> Split:
+    """"train" or "val" of the dataset at `path` alone; or `path` itself, if it is a local file.
+
+    Copies and raises as `open_dataset`.
+    """
+    file = Path(path).expanduser().resolve()
+    if file.is_file():
+        name, folder, split = file.name, file.parent, file.stem
+    else:
+        name, folder = _locate(str(path), (f"{split}.bin",), cache_dir)
+        file = folder / f"{split}.bin"
+    meta, stated = read_meta(folder)
+    tokens = _open_tokens(file, meta, stated)
+    rate = _bytes_per_token(meta, split, tokens)
+    return Split(name, meta["tokenizer"], meta["vocab_size"], tokens, rate)
+
+
+def _locate(path: str, needed: tuple[str, ...], cache_dir: str | None) -> tuple[str, Path]:
+    """The dataset's name and its folder on this machine, which has the needed files."""
+    if not path:
+        raise Mistake("data.path is empty; name a folder with train.bin and val.bin")
+    remote = "://" in path
+    folder = Path(path).expanduser().resolve()
+    if remote:
+        folder = stage(path, (*META, *needed), cache_dir)
+    if not folder.is_dir():
+        raise Mistake(
+            f"data.path: there is no folder {folder}. Run one of data/*/prepare.py with "
+            f"--out {folder}, or point data.path at a folder with train.bin and val.bin"
+        )
+    for file in needed:
+        if not (folder / file).is_file():
+            fix = "data.path must hold train.bin and val.bin, as data/*/prepare.py writes them"
+            if (folder / "prepare.py").is_file():
+                fix = f"make it with: python {folder / 'prepare.py'}"
+            raise Mistake(f"{path} has no {file}; {fix}")
+    return posixpath.basename(path.rstrip("/")) if remote else folder.name, folder
+
+
+def _open_tokens(file: Path, meta: dict, stated: bool) -> np.memmap:
+    dtype, vocab_size, facts = DTYPES[meta["dtype"]], meta["vocab_size"], meta.get(file.stem, {})
+    try:
+        tokens = _map_tokens(file, dtype, facts.get("tokens"))
+    except OSError as error:
+        raise Mistake(f"cannot read {file}: {error.strerror}; is its disk there?") from None
+    if not stated:
+        _refuse_other_files(file, tokens)
+    if not 0 <= facts.get("max_id", vocab_size) < vocab_size:
+        _check_ids(file, tokens, vocab_size)
+    if "sha256" in facts and tokens.nbytes <= SLOW:  # a larger one takes too long to read
+        _check_hash(file, facts["sha256"])
+    return tokens
+
+
+def _bytes_per_token(meta: dict, split: str, tokens: np.memmap) -> float | None:
+    size = meta.get(split, {}).get("bytes")
+    return size / len(tokens) if size else None
+
+
+def check_tokens(dataset: Dataset, block_size: int) -> None:
+    """Raise ValueError unless both splits hold one whole window of block_size + 1 tokens."""
+    for split, tokens in (("train", dataset.train), ("val", dataset.val)):
+        if len(tokens) < block_size + 1:
+            raise Mistake(
+                f"{dataset.name}/{split}.bin has {len(tokens)} tokens; model.block_size="
+                f"{block_size} needs at least {block_size + 1}. Lower model.block_size or use "
+                "more text"
+            )
+
+
+def read_meta(folder: Path) -> tuple[dict, bool]:
+    """What the ids mean, as meta.json's dict, and whether a file says so or it is assumed."""
+    # A link to nothing is there too: without it the ids would be taken for GPT-2's.
+    if os.path.lexists(folder / "meta.json"):
+        return _read_meta_json(folder / "meta.json"), True
+    if os.path.lexists(folder / "meta.pkl"):
+        return _read_meta_pkl(folder / "meta.pkl"), True
+    if (folder / "meta.json.partial").exists():  # else bytes would be trained on as GPT-2 ids
+        raise Mistake(f"{folder}: preparing it was interrupted; run prepare.py again")
+    return {"tokenizer": "gpt2", "vocab_size": 50257, "dtype": "uint16"}, False
+
+
+def _read_meta_json(file: Path) -> dict:
+    again = "run prepare.py again to rewrite it"
+    meta = read_object(file, f"; {again}")
+    if meta.get("format", 1) != 1:
+        raise Mistake(f"{file}: format {meta['format']!r} is unknown, only 1; update scalegpt")
+    parts = {"": meta, "train.": meta.get("train"), "val.": meta.get("val")}
+    needed = {"": ("format", "tokenizer", "vocab_size", "dtype", "train", "val")}
+    for prefix, part in parts.items():
+        keys = needed.get(prefix, ("tokens",))
+        missing = [prefix + k for k in keys if not isinstance(part, dict) or k not in part]
+        if missing:
+            raise Mistake(f"{file} lacks {', '.join(missing)}; {again}")
+        for key in {"vocab_size", "tokens", "max_id", "bytes"} & part.keys():
+            most = LARGEST if key == "vocab_size" else 2**63 - 1
+            if type(part[key]) is not int or not 0 <= part[key] <= most:
+                raise Mistake(f"{file}: {prefix}{key} is {part[key]!r}, not a count; {again}")
+    if meta["dtype"] not in (*DTYPES,):
+        raise Mistake(f"{file}: dtype {meta['dtype']!r} is not one of {', '.join(DTYPES)}")
+    try:
+        tokenizer.check(meta["tokenizer"])
+    except ValueError as error:  # else a run would find out at its end
+        raise Mistake(f"{file}: {error}; {again}") from None
+    return meta
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Builds containers, strings and numbers only: every other object, and so every call a
+    pickle could make, has to come through find_class."""
+
+    def find_class(self, module: str, name: str):
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def _read_meta_pkl(file: Path) -> dict:
+    try:
+        with open(file, "rb") as stream:
+            meta = _PlainUnpickler(stream).load()
+        size, itos = meta["vocab_size"], meta["itos"]
+        chars = [itos[i] for i in range(size)]
+        assert size and all(isinstance(c, str) and len(c) == 1 for c in chars)
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        raise Mistake(
+            f"{file} is not nanoGPT's character table, a pickle of plain vocab_size, itos and "
+            f"stoi ({type(error).__name__}: {error}); write a meta.json instead"
+        ) from error
+    tokenizer = {"kind": "char", "chars": "".join(chars)}
+    return {"tokenizer": tokenizer, "vocab_size": size, "dtype": "uint16"}
+
+
+def _map_tokens(file: Path, dtype: np.dtype, expected: int | None) -> np.memmap:
+    size = file.stat().st_size
+    if size == 0:
+        raise Mistake(f"{file} is empty; run prepare.py again")
+    if size % dtype.itemsize:
+        with file.open("rb") as stream:
+            kind = _foreign(stream.read(FOREIGN_HEAD)) or "truncated or of another dtype"
+        raise Mistake(
+            f"{file} has {size} bytes, not a multiple of {dtype.itemsize} ({dtype.name}): it is "
+            f"{kind}; run prepare.py again"
+        )
+    if expected is not None and size != expected * dtype.itemsize:
+        kind = "truncated" if size < expected * dtype.itemsize else "longer than it should be"
+        raise Mistake(
+            f"{file} has {size} bytes but meta.json says {expected} tokens of {dtype.name}, "
+            f"{expected * dtype.itemsize} bytes: it is {kind}; copy it or run prepare.py again"
+        )
+    return np.memmap(file, dtype=dtype, mode="r")
+
+
+def _foreign(head: bytes) -> str:
+    """What a file is that begins so, "" if it may hold ids: those have zero bytes all over."""
+    if kind := [name for magic, name in _FOREIGN.items() if head.startswith(magic)]:
+        return kind[0]
+    control = {*range(9), *range(14, 27), *range(28, 32)}
+    return "plain text" if len(head) >= 64 and control.isdisjoint(head) else ""
+
+
+def _check_hash(file: Path, expected: str) -> None:
+    with file.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != expected:
+        raise Mistake(
+            f"{file} is not the file that meta.json beside it describes (sha256 {found[:8]}..., "
+            f"not {expected[:8]}...); run its prepare.py again, or remove meta.json if the ids are "
+            "nanoGPT's"
+        )
+
+
+def _refuse_other_files(file: Path, tokens: np.ndarray) -> None:
+    """Without a meta file the dtype is a guess. Plain text and .npy read as uint16 would pass the
+    id check, and so would uint32, to train on text with an id 0 after every token."""
+    head = tokens[: 1 << 16]
+    if kind := _foreign(head.tobytes()[:FOREIGN_HEAD]):
+        raise Mistake(
+            f"{file} is {kind}, no file of token ids; make those with data/text/prepare.py, or "
+            "say what they are in a meta.json"
+        )
+    if len(head) >= 64 and not head[1::2].any():
+        raise Mistake(
+            f"{file}: every second value is 0, which looks like uint32 read as uint16; say "
+            '"dtype": "uint32" in a meta.json'
+        )
+
+
+def _check_ids(file: Path, tokens: np.ndarray, vocab_size: int) -> None:
+    bar = tqdm(total=len(tokens), desc=f"checking {file.name}", unit="tok", unit_scale=True,
+               disable=tokens.nbytes <= SLOW)  # fmt: skip
+    with bar:
+        for begin in range(0, len(tokens), CHUNK):
+            chunk = tokens[begin : begin + CHUNK]
+            if chunk.max() >= vocab_size:
+                at = begin + int(np.argmax(chunk >= vocab_size))
+                raise Mistake(
+                    f"{file}: token {at} is {tokens[at]}, outside the vocabulary of {vocab_size}; "
+                    f"run prepare.py again with the right tokenizer{_dtype_hint(tokens)}"
+                )
+            bar.update(len(chunk))
+
+
+def _dtype_hint(tokens: np.ndarray) -> str:
+    head = tokens[: 1 << 16]
+    if kind := _foreign(head.tobytes()[:FOREIGN_HEAD]):
+        return f". It looks like {kind}"
+    if tokens.dtype.itemsize == 2 and len(head) >= 8 and head[1::2].max() < 16:
+        return ". It looks like uint32 read as uint16: every second value is nearly 0"
+    if tokens.dtype.itemsize == 4 and (head > 0xFFFF).mean() > 0.5:
+        return ". It looks like uint16 read as uint32: most values are pairs of ids"
+    return ""

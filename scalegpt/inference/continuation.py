@@ -1,0 +1,90 @@
+"""Texts being written after prompts, token by token."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from scalegpt.data.tokenizer import Tokenizer
+from scalegpt.errors import Mistake
+from scalegpt.inference.decode import Decoder
+
+
+@dataclass
+class Continuation:
+    """What has been written after one prompt. text: what is certain of it so far.
+
+    finish: why it ended, None while it has not: end_of_text, stop (a stop string, which is not part
+    of the text) or length.
+    """
+
+    codec: Tokenizer
+    stops: Sequence[str] = ()
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+    finish: str | None = None
+
+    def add(self, token: int) -> None:
+        """One more token; it is ignored when the text has ended."""
+        if self.finish:
+            return
+        if token == self.codec.eot:
+            self.end("end_of_text")
+            return
+        self.ids.append(token)
+        text = self._decoded()
+        if found := [at for stop in self.stops if (at := text.find(stop)) >= 0]:
+            self.text, self.finish = text[: min(found)], "stop"
+            return
+        # Not yet certain: half a UTF-8 character, and what may become a stop string.
+        text = text.rstrip("\ufffd")
+        held = [n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
+        self.text = text[: len(text) - max(held, default=0)]
+
+    def end(self, finish: str) -> None:
+        if self.finish is None:
+            self.text, self.finish = self._decoded(), finish
+
+    def _decoded(self) -> str:
+        return self.codec.decode(np.array(self.ids, np.int64))
+
+
+def continuations(
+    write: Decoder,
+    codec: Tokenizer,
+    prompts: Sequence[np.ndarray],
+    *,
+    max_new_tokens: int,
+    seed: int = 1337,
+    stops: Sequence[str] = (),
+    watch: Callable[[list[Continuation]], None] = lambda texts: None,
+) -> list[Continuation]:
+    """Continue each prompt until end of text, a stop string or max_new_tokens.
+
+    watch: called after each token, with all texts. Every process must call this together.
+    """
+    texts = [Continuation(codec, stops) for _ in prompts]
+    for ids in write.ids(prompts, max_new_tokens, seed):
+        for text, token in zip(texts, ids.tolist(), strict=True):
+            text.add(token)
+        watch(texts)
+        if all(text.finish for text in texts):
+            break
+    for text in texts:
+        text.end("length")
+    watch(texts)
+    return texts
+
+
+def prompt_ids(codec: Tokenizer, text: str) -> np.ndarray:
+    """An empty prompt is the start of a new text. Raises ValueError for what is no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # bytes of a command line or a pipe that Python could not decode
+        raise Mistake(f"the prompt {text[:20]!r} is not UTF-8 text") from None
+    ids = codec.encode_prompt(text)
+    if len(ids):
+        return ids
+    if codec.eot is None:
+        raise Mistake("the prompt is empty, and this tokenizer has no mark to start from")
+    return np.array([codec.eot])

@@ -1,0 +1,233 @@
+"""HellaSwag, LAMBADA and multiple choice by log-likelihood, as EleutherAI's harness defines them.
+
+A task is a file with one JSON object a line, plain or packed as .xz, .gz, .bz2 or .zst:
+hellaswag        activity_label, ctx_a, ctx_b, endings and label, as published
+lambada          text, whose last word is to be guessed, or context and continuation
+multiple_choice  context (or query), choices, and label (or gold), the right one's index from 0
+"""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scalegpt.config import EvalConfig
+from scalegpt.data import tokenizer
+from scalegpt.data.tokenizer import Tokenizer
+from scalegpt.errors import Mistake
+from scalegpt.files import json_files
+from scalegpt.files.compressed import read_text
+from scalegpt.inference.batching import Figures
+from scalegpt.inference.likelihood import Row, Scorer, scorer
+from scalegpt.step.build import Steps
+
+
+@dataclass(frozen=True)
+class Task:
+    """An encoded task. Each example has a row for each of its choices, `lengths` characters long;
+    `gold` is the index of the right one."""
+
+    name: str
+    gold: list[int]
+    lengths: list[list[int]]
+    rows: list[Row]
+
+
+def open_task(
+    name: str, path: str | Path, codec: Tokenizer, block_size: int, limit: int | None = None
+) -> Task:
+    """Read and encode a task, or its first `limit` examples.
+
+    Raises ValueError naming the file and line of what is no example of this task, and of a choice
+    that the model has no room for.
+    """
+    task = Task(name, [], [], [])
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            context, choices, gold = _PARSERS[name](_Fields(_value(line)))
+            # The harness joins context and choice by a space, its default "target_delimiter".
+            rows = [encode_pair(codec, context, f" {c}", block_size) for c in choices]
+        except ValueError as error:  # of JSON too
+            raise Mistake(f"{path}, line {number}, is no example of {name}: {error}") from None
+        task.gold.append(gold)
+        task.lengths.append([len(c) for c in choices])
+        task.rows.extend(rows)
+        if len(task.gold) == limit:
+            break
+    if not task.gold:
+        raise Mistake(f"{path} is empty")
+    return task
+
+
+def encode_pair(codec: Tokenizer, context: str, continuation: str, block_size: int) -> Row:
+    """Context and continuation as ids, as the harness's `TemplateLM._encode_pair` does it.
+
+    Space at the end of the context goes to the continuation, whose ids are those of the whole
+    text beyond as many as the context has alone. An empty context is the end-of-text mark. What
+    is too long loses its beginning. Raises ValueError where nothing of the context would be left.
+    """
+    kept = context.rstrip()
+    continuation, context = context[len(kept) :] + continuation, kept
+    if context:
+        before = codec.encode(context)
+        after = codec.encode(context + continuation)[len(before) :]
+    elif codec.eot is None:
+        raise Mistake(f"the context is empty, and tokenizer {codec.name} has no mark for that")
+    else:
+        before, after = np.array([codec.eot], np.int32), codec.encode(continuation)
+    if not 0 < len(after) <= block_size:
+        raise Mistake(f"{continuation[:40]!r} has {len(after)} tokens, the model room for "
+                         f"{block_size}")  # fmt: skip
+    return Row(np.concatenate([before, after])[-(block_size + 1) :], len(after))
+
+
+def figures(task: Task, sums: np.ndarray, greedy: np.ndarray) -> Figures:
+    """The task's figures from its rows' log-likelihoods, examples being the samples of the errors.
+
+    Choices: acc, the likeliest is right; acc_norm, the likeliest for its length in characters is.
+    LAMBADA: acc, greedy decoding gives the word; perplexity, of whole words; its error is the
+    delta method's, where the harness resamples.
+    """
+    if task.name == "lambada":
+        mean, error = _mean(sums)
+        perplexity = math.exp(min(-mean, 700))
+        return {"acc": _mean(greedy), "perplexity": (perplexity, perplexity * error)}
+    right, right_norm = [], []
+    ends = np.cumsum([len(lengths) for lengths in task.lengths])
+    parts = np.split(sums, ends[:-1])
+    for gold, lengths, scores in zip(task.gold, task.lengths, parts, strict=True):
+        right.append(np.argmax(scores) == gold)  # the first of equals, as the harness
+        right_norm.append(np.argmax(scores / np.array(lengths)) == gold)
+    return {"acc": _mean(right), "acc_norm": _mean(right_norm)}
+
+
+def _mean(samples: Any) -> tuple[float, float]:
+    """Mean and its standard error, 0 of a single sample."""
+    x = np.asarray(samples, np.float64)
+    spread = x.std(ddof=1) if len(x) > 1 else 0.0
+    return float(x.mean()), float(spread / math.sqrt(len(x)))
+
+
+def run(task: Task, score: Scorer, params: Any, shown: bool = False) -> Figures:
+    """The task's figures for these weights; shown: with a progress bar."""
+    return figures(task, *score(params, task.rows, task.name if shown else ""))
+
+
+def in_training(
+    config: EvalConfig, tokenizer_spec: Any, steps: Steps, between: Callable[[], None]
+) -> Callable[[Any], dict[str, float]]:
+    """params -> TASK/acc and its like, of eval.tasks; every mistake in them is raised here.
+    between: called before each batch."""
+    if not config.tasks:
+        return lambda params: {}
+    codec, block_size = tokenizer.load(tokenizer_spec), steps.model.config.block_size
+    opened = [
+        open_task(name, path, codec, block_size, config.task_examples)
+        for name, path in config.tasks.items()
+    ]
+    score = scorer(steps, between)
+
+    def evaluate(params: Any) -> dict[str, float]:
+        row = {}
+        for task in opened:
+            found = run(task, score, params)
+            row |= {f"{task.name}/{key}": value for key, (value, _) in found.items()}
+        return row
+
+    return evaluate
+
+
+def _value(line: str) -> Any:
+    try:
+        return json_files.parse(line)
+    except ValueError as error:
+        raise Mistake(f"not JSON: {error}") from None
+
+
+class _Fields:
+    """A line's object; a field that is not there, or of another type, is a ValueError."""
+
+    def __init__(self, row: Any) -> None:
+        if not isinstance(row, dict):
+            raise Mistake(f"it holds a {type(row).__name__}, not an object")
+        self._row = row
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._row
+
+    def text(self, *names: str) -> str:
+        name, value = self._find(names)
+        if not isinstance(value, str):
+            raise Mistake(f"{name} is {value!r}, not a text")
+        return value
+
+    def texts(self, name: str) -> list[str]:
+        value = self._find((name,))[1]
+        if not isinstance(value, list) or len(value) < 2 or not all(
+            isinstance(text, str) for text in value
+        ):  # fmt: skip
+            raise Mistake(f"{name} is {value!r}, not a list of two texts or more")
+        return value
+
+    def index(self, choices: list[str], *names: str) -> int:
+        name, value = self._find(names)
+        number = int(value) if isinstance(value, str) and value.strip().isdigit() else value
+        if type(number) is not int or not 0 <= number < len(choices):
+            raise Mistake(f"{name} is {value!r}, not the index of one of {len(choices)} choices")
+        return number
+
+    def _find(self, names: tuple[str, ...]) -> tuple[str, Any]:
+        for name in names:
+            if name in self._row:
+                return name, self._row[name]
+        found = ", ".join(map(repr, self._row)) or "nothing"
+        raise Mistake(f"it has no {' or '.join(map(repr, names))}, only {found}")
+
+
+Example = tuple[str, list[str], int]  # context, choices, which is right
+
+
+def _hellaswag(row: _Fields) -> Example:
+    context = row.text("ctx_a") + " " + row.text("ctx_b").capitalize()
+    choices = [_clean(ending) for ending in row.texts("endings")]
+    context = _clean(row.text("activity_label") + ": " + context)
+    return context, _not_empty(choices), row.index(choices, "label")
+
+
+def _clean(text: str) -> str:
+    """Without the marks that are left of WikiHow's pages."""
+    text = text.strip().replace(" [title]", ". ")
+    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+
+
+def _lambada(row: _Fields) -> Example:
+    if "continuation" in row:
+        context, word = row.text("context"), row.text("continuation").removeprefix(" ")
+    elif "text" not in row:
+        raise Mistake("it has neither 'text' nor 'context' and 'continuation'")
+    else:
+        context, _, word = row.text("text").rpartition(" ")
+    return context, _not_empty([word]), 0
+
+
+def _multiple_choice(row: _Fields) -> Example:
+    choices = _not_empty(row.texts("choices"))
+    return row.text("context", "query"), choices, row.index(choices, "label", "gold")
+
+
+def _not_empty(choices: list[str]) -> list[str]:
+    if not all(choices):
+        raise Mistake("a choice is empty")
+    return choices
+
+
+_PARSERS: dict[str, Callable[[_Fields], Example]] = {
+    "hellaswag": _hellaswag, "lambada": _lambada, "multiple_choice": _multiple_choice,
+}  # fmt: skip
+NAMES = tuple(_PARSERS)

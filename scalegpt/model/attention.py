@@ -1,0 +1,293 @@
+"""Causal attention behind one function: XLA, Flax's own, cuDNN flash and TPU splash attention.
+
+`resolve` picks the implementation once, at start, so that it can be printed; `causal_attention`
+then runs exactly that one. Shapes: B batch, T time, H heads, K head dim.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AxisType, PartitionSpec
+
+from scalegpt.errors import Mistake
+from scalegpt.model.custom_gradients import on_cpu, product
+
+IMPLEMENTATIONS = ("xla", "flax", "cudnn", "splash")
+PLATFORMS = ("cpu", "gpu", "cuda", "rocm", "tpu")
+# The mesh axes over which the caller's batch and heads lie: only splash has to be told.
+BATCH_AXES = ("replica", "data", "fsdp")
+HEAD_AXES = ("tensor",)
+# Of "xla": more or smaller blocks spare little more and compile longer.
+QUERY_BLOCKS, LEAST_BLOCK = 4, 64
+
+
+def resolve(
+    implementation: str, platform: str, block_size: int, dropout: float, dtype: str,
+    head_dim: int = 64, device_kind: str = "",
+) -> str:
+    """The implementation to run, one of IMPLEMENTATIONS; call it once and print the answer.
+
+    platform: what the program is lowered for, one of PLATFORMS ("gpu" means "cuda"); device_kind:
+    JAX's name for the chip, "TPU v3". dropout: the training rate of attention dropout. dtype: the
+    compute dtype. "auto": splash on TPU from 2048 positions on, cuDNN on NVIDIA GPUs in bfloat16,
+    else XLA. Raises ValueError for an unknown name and an explicit choice that cannot work.
+    """
+    if platform not in PLATFORMS:
+        raise Mistake(f"unknown platform {platform!r}: use one of {', '.join(PLATFORMS)}")
+    tests = {
+        "cudnn": (
+            (platform not in ("gpu", "cuda"), f"needs an NVIDIA GPU, not {platform!r}"),
+            (dropout > 0, f"has no dropout by row, got dropout={dropout}"),
+            # The kernel takes float16 too, but nothing here would scale the loss for it.
+            (jnp.dtype(dtype) != jnp.bfloat16, f"needs dtype bfloat16, not {dtype}"),
+            # Hopper could do 256; 128 is what every GPU that has the kernel can do.
+            (head_dim % 8 or head_dim > 128, f"needs a head dim of 8, 16 .. 128, not {head_dim}"),
+        ),
+        "splash": (
+            (platform != "tpu", f"needs a TPU, not {platform!r}"),
+            # Pallas compiles no bfloat16 product for these two: its error E2001.
+            (device_kind.startswith(("TPU v2", "TPU v3")) and jnp.dtype(dtype) != jnp.float32,
+             f"needs a TPU v4 or later in {dtype}, not {device_kind!r}"),
+            (dropout > 0, f"has no dropout, got dropout={dropout}"),
+            (block_size % 128, f"needs a block size that 128 divides, not {block_size}"),
+        ),
+    }
+    wrong = {name: "; ".join(why for bad, why in tests[name] if bad) for name in tests}
+    if implementation == "auto":
+        if not wrong["splash"] and block_size >= 2048:
+            return "splash"
+        return "xla" if wrong["cudnn"] else "cudnn"
+    if implementation not in IMPLEMENTATIONS:
+        raise Mistake(f"unknown attention {implementation!r}: use 'auto' or {IMPLEMENTATIONS}")
+    if wrong.get(implementation):
+        raise Mistake(f"attention {implementation!r} {wrong[implementation]}: use auto or xla")
+    return implementation
+
+
+def causal_attention(
+    q: Array, k: Array, v: Array, *,
+    implementation: str, dropout_rate: float = 0.0, dropout_keys: Array | None = None,
+) -> Array:
+    """softmax(q k' / sqrt(K)) v over past and present; q, k, v and the result are [B,T,H,K].
+
+    q, k, v have one dtype, float32 or bfloat16, which is that of the products' operands and of the
+    result; scores and softmax are float32. Position t sees all of 0..t, so a row may be padded on
+    the right only: padding on the left would be attended to.
+    dropout_rate: the chance that a weight is dropped, by "xla" and "flax", which drop the same.
+    dropout_keys: [B] typed PRNG keys, one a row, so that what a row drops depends neither on the
+    mesh nor on its microbatch; needed if dropout_rate > 0.
+    Raises ValueError for what the implementation cannot do. Source: Vaswani et al. 2017, eq. 1.
+    """
+    if not q.shape == k.shape == v.shape or q.ndim != 4 or not q.dtype == k.dtype == v.dtype:
+        got = ", ".join(f"{x.dtype}{list(x.shape)}" for x in (q, k, v))
+        raise Mistake(f"q, k, v must have one dtype and one shape [B,T,H,K], got {got}")
+    if dropout_rate and implementation in ("cudnn", "splash"):
+        raise Mistake(f"{implementation!r} has no dropout, got {dropout_rate}: use 'xla'")
+    drop = _dropout(dropout_rate, dropout_keys, q.shape)
+    if implementation == "xla":
+        return _xla(q, k, v, drop) if dropout_rate or on_cpu() else _recomputed(q, k, v)
+    if implementation == "flax":
+        return _flax(q, k, v, drop)
+    if implementation == "cudnn":
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+    if implementation == "splash":
+        return _splash(q, k, v)
+    raise Mistake(f"unknown attention {implementation!r}: resolve() gives {IMPLEMENTATIONS}")
+
+
+def cached_attention(
+    q: Array, k: Array, v: Array, past: tuple[Array, Array], first: Array, used: Array
+) -> tuple[Array, tuple[Array, Array]]:
+    """Attention of new tokens q, k, v [B,T,H,K] over themselves and the past; `past` with them.
+
+    past: keys and values [B,H,S,K], of which the slots before `used` are filled and T more will
+    be; row b begins at slot first[b], and what is before it is never seen.
+    """
+    past = tuple(
+        jax.lax.dynamic_update_slice_in_dim(old, new.swapaxes(1, 2), used, axis=2)
+        for old, new in zip(past, (k, v), strict=True)
+    )
+    now = used + jnp.arange(q.shape[1])
+
+    def attend(slots: int, q: Array, k: Array, v: Array) -> Array:
+        slot = jnp.arange(slots)
+        seen = (slot <= now[:, None]) & (slot >= first[:, None, None])
+        k, v = k[:, :, :slots], v[:, :, :slots]
+        scores = jnp.einsum("bthk,bhsk->bhts", q, k, preferred_element_type=jnp.float32)
+        scores = scores * q.shape[-1] ** -0.5
+        scores = jnp.where(seen[:, None], scores, jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(scores).astype(v.dtype)
+        return jnp.einsum("bhts,bhsk->bthk", weights, v)
+
+    # Most of the cache is empty most of the time, and reading it would cost as much as the weights.
+    size = past[0].shape[2]
+    sizes = [2**i for i in range(7, size.bit_length()) if 2**i < size] + [size]
+    which = jnp.searchsorted(jnp.array(sizes), used + q.shape[1])
+    return jax.lax.switch(which, [partial(attend, n) for n in sizes], q, *past), past
+
+
+def _dropout(
+    rate: float, keys: Array | None, shape: tuple[int, ...]
+) -> Callable[[Array, slice], Array]:
+    """Drops weights [B,H,t,s] of a slice of queries over the first s keys, and scales the rest up;
+    row b's mask depends on keys[b] alone."""
+    if not rate:
+        return lambda weights, _: weights
+    batch, time, heads, _ = shape
+    if not 0.0 < rate < 1.0:
+        raise Mistake(f"dropout_rate must be in [0, 1), got {rate}")
+    typed = keys is not None and jnp.issubdtype(keys.dtype, jax.dtypes.prng_key)
+    if not typed or keys.shape != (batch,):
+        got = None if keys is None else f"{keys.dtype}{list(keys.shape)}"
+        raise Mistake(f"dropout_rate={rate} needs [{batch}] typed dropout_keys, got {got}")
+    mask = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, (heads, time, time)))(keys)
+
+
+    def drop(weights: Array, queries: slice) -> Array:
+        keep = mask[:, :, queries, : weights.shape[-1]]
+        return jnp.where(keep, weights / (1 - rate), 0.0)
+
+    return drop
+
+
+def _scores(spec: str, q: Array, k: Array) -> Array:
+    return product(spec, q, k, jnp.float32)
+
+
+def _blocks(time: int) -> list[tuple[slice, slice]]:
+    """(some queries, the keys that the last of them sees): most of the scores that no query sees
+    are not computed."""
+    size = max(LEAST_BLOCK, -(-time // QUERY_BLOCKS))
+    starts = range(0, time, size)
+    return [(slice(i, end), slice(end)) for i in starts for end in [min(i + size, time)]]
+
+
+def _past_scores(q: Array, k: Array) -> Array:
+    """Float32 scores [B,H,t,s] of the last t of s positions."""
+    scores = _scores("bthk,bshk->bhts", q, k) * q.shape[-1] ** -0.5
+    t, s = scores.shape[2:]
+    past = jnp.arange(s - t, s)[:, None] >= jnp.arange(s)
+    # The least float, not -inf: then no row and no gradient can hold inf - inf, a NaN.
+    return jnp.where(past, scores, jnp.finfo(jnp.float32).min)
+
+
+def _xla(q: Array, k: Array, v: Array, drop: Callable[[Array, slice], Array]) -> Array:
+    blocks = []
+    for mine, seen in _blocks(q.shape[1]):
+        weights = jax.nn.softmax(_past_scores(q[:, mine], k[:, seen]))
+        weights = drop(weights, mine).astype(v.dtype)
+        blocks.append(product("bhts,bshk->bthk", weights, v[:, seen]))
+    return jnp.concatenate(blocks, axis=1)
+
+
+@jax.custom_vjp
+def _recomputed(q: Array, k: Array, v: Array) -> Array:
+    """`_xla` without dropout, with the gradient of flash attention, which computes the weights
+    again from q, k and the log of each query's sum of exponentials. To keep those of all layers
+    costs an accelerator more, in memory and in time: it is reading and writing that bounds it."""
+    return _recomputed_fwd(q, k, v)[0]
+
+
+def _recomputed_fwd(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
+    blocks, sums = [], []
+    for mine, seen in _blocks(q.shape[1]):
+        scores = _past_scores(q[:, mine], k[:, seen])
+        sums.append(jax.nn.logsumexp(scores, axis=-1, keepdims=True))
+        weights = jnp.exp(scores - sums[-1]).astype(v.dtype)
+        blocks.append(jnp.einsum("bhts,bshk->bthk", weights, v[:, seen]))
+    kept = jnp.concatenate(blocks, axis=1), jnp.concatenate(sums, axis=2)
+    y, sums = checkpoint_name(kept, "project")
+    return y, (q, k, v, y, sums)
+
+
+def _recomputed_bwd(kept: tuple[Array, ...], g: Array) -> tuple[Array, Array, Array]:
+    q, k, v, y, sums = kept
+    # Or else XLA, where layers are unrolled, would keep the scores of the forward pass after all.
+    k, g = jax.lax.optimization_barrier((k, g))
+    mean = (y.astype(jnp.float32) * g).sum(-1).swapaxes(1, 2)[..., None]  # of dweights, weighted
+    dq, dk, dv = [], jnp.zeros_like(k), jnp.zeros_like(v)
+    for mine, seen in _blocks(q.shape[1]):
+        weights = jnp.exp(_past_scores(q[:, mine], k[:, seen]) - sums[:, :, mine]).astype(v.dtype)
+        dweights = _scores("bthk,bshk->bhts", g[:, mine], v[:, seen])
+        dscores = weights * (dweights - mean[:, :, mine]) * q.shape[-1] ** -0.5
+        dscores = dscores.astype(q.dtype)
+        dq.append(jnp.einsum("bhts,bshk->bthk", dscores, k[:, seen]))
+        ahead = ((0, 0), (0, q.shape[1] - seen.stop), (0, 0), (0, 0))
+        dk += jnp.pad(jnp.einsum("bhts,bthk->bshk", dscores, q[:, mine]), ahead)
+        dv += jnp.pad(jnp.einsum("bhts,bthk->bshk", weights, g[:, mine]), ahead)
+    return jnp.concatenate(dq, axis=1), dk, dv
+
+
+_recomputed.defvjp(_recomputed_fwd, _recomputed_bwd)
+
+
+def _flax(q: Array, k: Array, v: Array, drop: Callable[[Array, slice], Array]) -> Array:
+    # Flax alone rounds the scores to bfloat16 before the float32 softmax and draws its dropout
+    # from one key for the whole batch; its hooks for the two products put both right.
+    return nn.dot_product_attention(
+        q, k, v, force_fp32_for_softmax=True,
+        mask=nn.make_causal_mask(jnp.zeros((1, q.shape[1])), dtype=bool),
+        qk_attn_weights_einsum=_scores,
+        attn_weights_value_einsum=lambda spec, w, v: jnp.einsum(
+            spec, drop(w, slice(None)).astype(v.dtype), v
+        ),
+    )
+
+
+def _splash(q: Array, k: Array, v: Array, interpret: bool = False) -> Array:
+    """TPU splash attention, each device on its own rows and heads; interpret runs it anywhere."""
+    mesh = jax.sharding.get_abstract_mesh()
+    # Axes that a caller's shard_map made manual are split already; XLA cannot split a kernel over
+    # the rest, so here they become manual too.
+    free = {a for a, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Auto}
+    rows, heads = (tuple(a for a in axes if a in free) for axes in (BATCH_AXES, HEAD_AXES))
+    for what, size, axes in (("rows", q.shape[0], rows), ("heads", q.shape[2], heads)):
+        if size % (shards := math.prod(mesh.shape[axis] for axis in axes)):
+            raise Mistake(f"'splash' cannot split {size} {what} over {shards} devices: change "
+                             "the mesh, or use 'xla' (as for a model's init with one row)")
+    if q.shape[1] % 128:
+        raise Mistake(f"'splash' needs a T that 128 divides, got {q.shape[1]}: use 'xla'")
+    attend = partial(_splash_kernel, interpret=interpret)
+    if not free:
+        return attend(q, k, v)
+    spec = PartitionSpec(rows, None, heads, None)
+    split = partial(jax.shard_map, in_specs=spec, out_specs=spec, axis_names=free, check_vma=False)
+    attend, forget = split(attend), split(lambda x: x * 1)
+    varying = tuple(jax.typeof(q).manual_axis_type.varying)
+    if not varying:
+        return attend(q, k, v)
+    # A shard_map around us that tracks which values vary over its axes (check_vma=True) marks q, k
+    # and v, but the kernel marks neither result nor gradient, and JAX refuses the mismatch. So drop
+    # the marks, differentiate without, and put them back. A bare pcast would psum the gradient.
+    remember = partial(jax.lax.pcast, axis_name=varying, to="varying")
+
+    def forward(*qkv: Array) -> tuple[Array, Callable]:
+        out, pullback = jax.vjp(attend, *map(forget, qkv))
+        return remember(out), pullback
+
+    marked = jax.custom_vjp(lambda *qkv: forward(*qkv)[0])
+    marked.defvjp(forward, lambda pullback, g: tuple(map(remember, pullback(forget(g)))))
+    return marked(q, k, v)
+
+
+def _splash_kernel(q: Array, k: Array, v: Array, interpret: bool) -> Array:
+    import jax.experimental.pallas.ops.tpu.splash_attention as splash
+
+    _, time, heads, head_dim = q.shape
+    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    block = math.gcd(time, 512)  # it has to divide T
+    sizes = splash.BlockSizes(**{f"block_{name}": block for name in names})
+    mask = splash.MultiHeadMask([splash.CausalMask((time, time))] * heads)
+    kernel = splash.make_splash_mha_single_device(
+        mask=mask, block_sizes=sizes, interpret=interpret, residual_checkpoint_name="project"
+    )
+    # The kernel does not scale. Scaling in float32 rounds q once, and not at all where K is 4^n.
+    q = (q.astype(jnp.float32) * head_dim**-0.5).astype(q.dtype)
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    return jax.vmap(kernel)(q, k, v).swapaxes(1, 2)

@@ -1,0 +1,1 @@
+"""Several processes as one: start, agree, keep deadlines, stop and end together."""

@@ -1,0 +1,26 @@
+"""From a run's configuration to its data sets, and to the batches of each update on the devices."""
+
+from collections.abc import Iterator
+
+import jax
+
+from scalegpt.config import Config
+from scalegpt.data.batches import train_iterator
+from scalegpt.data.datasets import train_batches
+from scalegpt.data.token_files import Dataset
+from scalegpt.step import sharding
+from scalegpt.step.build import Steps
+
+
+def batches_from(
+    config: Config, datasets: list[Dataset], steps: Steps, start: int
+) -> Iterator[jax.Array]:
+    """Yields the global batch [A, M, T+1] of each update from `start` on, already on the devices.
+
+    A process reads the rows of its own devices only.
+    """
+    accumulation, microbatch = steps.layout
+    rows = sharding.local_rows(steps.mesh, microbatch)
+    source = train_batches(config, datasets, accumulation, rows)
+    for batch in train_iterator(source, start, config.data.prefetch):
+        yield sharding.to_global(batch, rows, steps.batch_sharding, microbatch)

@@ -1,0 +1,197 @@
+"""What a run reports: fixed metric keys, the places rows go to, and how fast the steps are.
+
+The same keys go to metrics.jsonl (always), TensorBoard and W&B (optional), and a person sees them
+on the console. Only the main process of a run writes anything.
+"""
+
+import contextlib
+import importlib.util
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+import psutil
+from tqdm import tqdm
+
+from scalegpt.errors import Mistake
+from scalegpt.files import run_folder
+from scalegpt.processes.phases import Phases
+from scalegpt.run import ledger
+from scalegpt.run.writers import JsonlWriter, Row, Say, TensorBoardWriter, WandbWriter
+
+# Scripts read these: a key is never renamed. A step is an optimizer update, a loss is in nats a
+# token, train/tokens counts from step 0 over restarts, train/spike is in deviations
+# (health.deviation), train/skipped counts the updates left out so far, rates are the whole run's,
+# memory is process 0's, time is unix seconds. Absent rather than wrong: perf/* where no step was
+# timed, perf/mfu on a device of unknown peak, val/bits_per_byte where bytes are not known.
+TRAIN_KEYS = ("step", "train/loss", "train/lr", "train/grad_norm", "train/tokens", "train/spike",
+              "train/skipped", "perf/tokens_per_second", "perf/step_seconds", "perf/mfu",
+              "memory/host_gib", "time")
+# A mixture adds val/NAME/loss for each of its data sets, eval.tasks TASK/acc and TASK_KEYS' others.
+EVAL_KEYS = ("step", "val/loss", "val/loss_stderr", "val/perplexity", "val/bits_per_byte",
+             "val/best_loss", "time")
+TASK_KEYS = ("acc", "acc_norm", "perplexity")
+# What the console shows of a row, in this order.
+_SHOWN = {
+    "train/loss": "loss {:.4f}", "train/lr": "lr {:.2e}",
+    "perf/tokens_per_second": "{:,.0f} tok/s", "perf/mfu": "mfu {:.1%}",
+    "val/loss": "val loss {:.4f}", "val/loss_stderr": "± {:.4f}",
+    "val/perplexity": "perplexity {:.2f}", "val/bits_per_byte": "{:.4f} bits/byte",
+    "val/best_loss": "best {:.4f}",
+}
+
+
+class Console:
+    """Progress for a person: a live line on a terminal, a plain line per row anywhere else."""
+
+    def __init__(self, total_steps: int, start_step: int = 0, stream: TextIO | None = None) -> None:
+        self._total, self._stream, self._bar = total_steps, stream or sys.stdout, None
+        if self._stream.isatty():
+            self._bar = tqdm(total=total_steps, initial=start_step, file=self._stream,
+                             bar_format="{desc} |{bar}| {percentage:3.0f}%")
+
+    def say(self, text: str) -> None:
+        """A line that stays; on a terminal, above the live one."""
+        if self._bar is None:
+            with contextlib.suppress(BrokenPipeError):  # `| head` shall not end a run
+                print(text, file=self._stream, flush=True)
+        else:
+            self._bar.write(text, file=self._stream)
+
+    def write(self, row: Row) -> None:
+        if "time/step" in row:  # the ledger's, told once, at the end
+            return
+        parts = [f"step {row['step']}/{self._total}"]
+        parts += [form.format(row[key]) for key, form in _SHOWN.items() if key in row]
+        parts += [f"{key} {row[key]:.4g}" for key in row if _of_task(key)]
+        if "perf/step_seconds" in row:  # of steps alone: evaluations and saves come on top
+            left = (self._total - row["step"]) * row["perf/step_seconds"]
+            parts.append(f"left {tqdm.format_interval(left)}")
+        if self._bar is None or "train/loss" not in row:
+            self.say(" | ".join(parts))
+        else:
+            self._bar.n = row["step"]
+            self._bar.ncols = shutil.get_terminal_size().columns  # 80 where tqdm's way says 0
+            self._bar.set_description_str("  ".join(parts))
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def check_packages(log: Any) -> None:
+    """Raises ValueError where a row could not be written for want of a package; imports nothing."""
+    if log.wandb and importlib.util.find_spec("wandb") is None:
+        raise Mistake("log.wandb=true needs a package that is not installed: "
+                         "pip install 'scalegpt[wandb]', or set log.wandb=false")  # fmt: skip
+
+
+class Metrics:
+    """Sends each row everywhere; does nothing at all where `is_main` is false.
+
+    `log` is the config's log section, `config` the whole of it (for W&B) and `resume_step` the step
+    of the checkpoint that the run continues from. Raises ValueError as the writers do.
+    """
+
+    def __init__(
+        self, out_dir: str, log: Any, *, total_steps: int, phases: Phases,
+        resume_step: int | None = None, is_main: bool = True, config: Row | None = None,
+        stream: TextIO | None = None,
+    ) -> None:
+        self._writers: list[Any] = []
+        self.say: Say = lambda text: None
+        self._ledger: ledger.Ledger | None = None
+        if not is_main:
+            return
+        console = Console(total_steps, resume_step or 0, stream)
+        folder = run_folder.local(out_dir)
+        # Refuses before all others.
+        jsonl = JsonlWriter(folder / "metrics.jsonl", resume_step, console.say)
+        self._ledger = ledger.Ledger(phases, jsonl.earlier, resume_step)
+        self._memory = psutil.Process()
+        self.say, self._writers = console.say, [jsonl, console]
+        if log.tensorboard:
+            self._writers.append(TensorBoardWriter(folder / "tensorboard", resume_step))
+        if log.wandb:
+            self._writers.append(WandbWriter(
+                config or {}, folder, log.wandb_project, log.wandb_name or Path(out_dir).name,
+                resume_step is not None, log.wandb_entity, self.say))
+
+    def train(self, row: Row) -> None:
+        """Write a row of TRAIN_KEYS; `time` and `memory/host_gib` are added. Values: Python, NumPy
+        or JAX scalars."""
+        assert row.keys() <= set(TRAIN_KEYS), row.keys() - set(TRAIN_KEYS)
+        if self._writers:
+            memory = round(self._memory.memory_info().rss / 2**30, 4)
+            self._write({**row, "memory/host_gib": memory})
+
+    def evaluation(self, row: Row) -> None:
+        """Write a row of EVAL_KEYS, val/NAME/loss and those of tasks; `time` is added."""
+        extra = {key for key in row.keys() - set(EVAL_KEYS) if not _of_task(key)}
+        assert all(key.startswith("val/") and key.endswith("/loss") for key in extra), extra
+        self._write(row)
+
+    def ledger(self, step: int, stall: float | None = None) -> None:
+        """Write where the time went, up to now and update `step`, as `ledger.Ledger` has it; stall:
+        the seconds for which a save held training up."""
+        if self._ledger:
+            stalled = {} if stall is None else {"perf/save_stall_seconds": round(stall, 4)}
+            self._write({"step": step, **self._ledger.row(), **stalled})
+
+    def summary(self) -> None:
+        """Say where the time went."""
+        if self._ledger:
+            self.say(self._ledger.summary())
+
+    def _write(self, row: Row) -> None:
+        row = {"time": time.time(), **row}
+        for writer in self._writers:
+            writer.write({k: v.item() if hasattr(v, "item") else v for k, v in row.items()})
+
+    def close(self) -> None:
+        for writer in self._writers:
+            writer.close()
+
+
+def _of_task(key: str) -> bool:
+    task, _, name = key.partition("/")
+    return task != "val" and name in TASK_KEYS
+
+
+class Throughput:
+    """Speed since the last reading, without compilation, evaluations and saves.
+
+    A step is over when its loss is on the host, not when it is dispatched: call each method right
+    after that. `clock` counts the seconds of training alone. `start` ends a process's first step,
+    the one that compiles. `mfu` maps tokens/s to MFU (`flops.mfu_meter`).
+    """
+
+    def __init__(
+        self, clock: Callable[[], float], mfu: Callable[[float], float | None] = lambda rate: None
+    ) -> None:
+        self._mfu, self._clock = mfu, clock
+        self._step: int | None = None
+        self._since = 0.0
+
+    def start(self, step: int) -> None:
+        """`step` has just finished: count from here."""
+        self._step, self._since = step, self._clock()
+
+    def read(self, step: int, tokens_per_step: int) -> dict[str, float]:
+        """The perf/* keys of the steps since `start` or the last reading; {} if there are none.
+
+        `tokens_per_step` is the global batch of an *update*, all its microbatches and devices.
+        """
+        before, since = self._step, self._since
+        self.start(step)
+        if before is None or step <= before:
+            return {}
+        seconds = (self._since - since) / (step - before)
+        rate = tokens_per_step / seconds
+        speed = {"perf/tokens_per_second": rate, "perf/step_seconds": seconds}
+        if (used := self._mfu(rate)) is not None:
+            speed["perf/mfu"] = used
+        return speed

@@ -1,0 +1,143 @@
+"""What a run says to the person at the terminal, besides its rows of metrics."""
+
+import contextlib
+import json
+import math
+import shlex
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from scalegpt.checkpoints.checkpoints import Checkpoints
+from scalegpt.checkpoints.saving import Failure
+from scalegpt.config import Config
+from scalegpt.config.recipe import muons
+from scalegpt.data.datasets import windows_of
+from scalegpt.data.token_files import Dataset
+from scalegpt.files import run_folder
+from scalegpt.run.metrics import Metrics
+from scalegpt.step.build import Steps
+
+
+def describe(config: Config, datasets: list[Dataset], steps: Steps) -> str:
+    """What is about to run."""
+    devices, (accumulation, microbatch) = jax.devices(), steps.layout
+    mesh = " x ".join(f"{a} {n}" for a, n in steps.mesh.shape.items() if n > 1) or "one device"
+    if jax.process_count() > 1:
+        mesh = f"{jax.process_count()} processes, {mesh}"
+    tokens = config.batch.sequences * config.model.block_size
+    text = ", ".join(f"{d.name} ({len(d.train):,} tokens)" for d in datasets)
+    recipe = [f"recipe   {line}" for line in (depth_line(config), muon_line(config)) if line]
+    return "\n".join(
+        [
+            *recipe,
+            f"model    {steps.parameters:,} parameters, {steps.model.dtype} products,"
+            f" attention {steps.model.attention}",
+            f"data     {text}",
+            f"devices  {len(devices)} x {devices[0].device_kind}, {mesh}, {config.run.backend}",
+            f"update   {tokens:,} tokens = {accumulation} x {microbatch} sequences of "
+            f"{config.model.block_size}",
+            f"run      {config.optim.steps:,} updates into {config.run.out_dir}",
+        ]
+    )
+
+
+def depth_line(config: Config) -> str:
+    """What followed from model.depth, or nothing."""
+    c, o = config.model, config.optim
+    if not c.depth:
+        return ""
+    rates = [f"{key} {value:g}" for key in ("lr", "embedding_lr", "head_lr", "scalar_lr")
+             if (value := getattr(o, key)) is not None]  # fmt: skip
+    tokens = o.steps * config.batch.sequences * c.block_size
+    return (f"depth {c.depth}: {c.n_layer} layers, {c.n_embd} wide, {c.n_head} heads; {o.name}, "
+            f"{', '.join(rates)}, weight_decay {o.weight_decay:g}, {o.steps:,} updates of "
+            f"{config.batch.sequences} sequences, {tokens:,} tokens")  # fmt: skip
+
+
+def muon_line(config: Config) -> str:
+    """What a config says otherwise than Muon's defaults, or nothing: AdamW's rates are too low."""
+    optim = config.optim
+    if optim.name != "muon" or config.model.depth:
+        return ""
+    own = muons(config.model.model_dump())
+    given = [f"{key} {getattr(optim, key)} (its own: {value})"
+             for key, value in own.items() if getattr(optim, key) != value]  # fmt: skip
+    return f"muon with {', '.join(given)}; null gives its own" if given else ""
+
+
+def finish(
+    config: Config, checkpoints: Checkpoints, best_loss: float, metrics: Metrics
+) -> None:
+    """Say at the end of a run where its results are and what to type next."""
+    best, out_dir = checkpoints.find("best"), shlex.quote(config.run.out_dir)
+    metrics.say(
+        f"done: best val loss {best_loss:.4f} at step {best}; metrics in "
+        f"{out_dir}/metrics.jsonl\nnext:\n"
+        f'  python -m scalegpt.generate --run {out_dir} --prompt "..."\n'
+        f"  python -m scalegpt.evaluate --run {out_dir}"
+    )
+
+
+def bad_update(
+    config: Config, datasets: list[Dataset], done: int, values: dict[str, Any], metrics: Metrics
+) -> None:
+    """Say of update `done` that its loss or gradient is not finite, or a spike, and note down in
+    the run's folder, for a post-mortem, which windows of text it had seen and its norms."""
+    loss, norm = float(values["train/loss"]), float(values["train/grad_norm"])
+    if math.isfinite(loss) and math.isfinite(norm):
+        what = (f"warning: loss {loss:.4f} of update {done} is {float(values['train/spike']):.1f} "
+                f"deviations above the last ones")  # fmt: skip
+        what += ", the update is left out" if config.run.skip_spikes else ""
+    else:
+        what = (f"warning: update {done} is not finite (loss {loss:.4f}, gradient norm {norm:.4g}),"
+                " it is not applied")  # fmt: skip
+    norms = {name: np.asarray(x).tolist() for name, x in values["norms"].items()}
+    windows = windows_of(config, datasets, done)
+    shown = ", ".join(f"{name}:{start}" for name, start in windows[:4])
+    more = f", and {len(windows) - 4} more" if len(windows) > 4 else ""
+    metrics.say(
+        f"{what}\n  windows (data set:first token) {shown}{more}; gradient norms {_worst(norms)}\n"
+        f"  all in {config.run.out_dir}/{run_folder.BAD_UPDATES}; the loss of each example: the "
+        f"same command with --run.replay={done}"
+    )
+    row = {"step": done, "loss": loss, "grad_norm": norm, "windows": windows, "norms": norms}
+    # A disk that is full is told of elsewhere, and is no reason to end a run.
+    if jax.process_index() == 0:
+        path = run_folder.local(config.run.out_dir) / run_folder.BAD_UPDATES
+        with contextlib.suppress(OSError), open(path, "a") as file:
+            file.write(json.dumps(row) + "\n")  # NaN and Infinity as Python's json has them
+
+
+def _worst(norms: dict[str, Any]) -> str:
+    """The largest gradient norms, or those that are not finite, by parameter and layer."""
+    flat = {}
+    for name, x in norms.items():
+        layers = enumerate(x) if isinstance(x, list) else [(None, x)]
+        flat |= {name.replace("h/", f"h{i}/", 1) if i is not None else name: v for i, v in layers}
+    ordered = sorted(flat.items(), key=lambda x: -x[1] if math.isfinite(x[1]) else -math.inf)
+    bad = sum(not math.isfinite(v) for v in flat.values())
+    more = f" ({bad} of {len(flat)} not finite)" if bad else ""
+    return ", ".join(f"{name} {v:.3g}" for name, v in ordered[:3]) + more
+
+
+def not_finite(done: int, allowed: int, checkpoints: Checkpoints, metrics: Metrics) -> None:
+    """A loss or the gradient of update `done` is NaN or infinite: one more than are allowed."""
+    metrics.say(
+        f"error: loss or gradient of update {done} is not finite; stopped; "
+        f"{checkpoints.last_good()} in {checkpoints.folder}. A lower optim.lr or a longer warm-up "
+        f"may help; to go on without such updates: --run.skip_nonfinite=N leaves out up to N of "
+        f"the whole run ({allowed} now)"
+    )
+
+
+def not_saved(failure: Failure | None, checkpoints: Checkpoints, metrics: Metrics) -> None:
+    """Nothing that was computed here could be kept. failure: None, if the very last save went
+    well after all."""
+    why = f" for {time.time() - failure.since:.0f} s: {failure.reason}" if failure else ""
+    metrics.say(
+        f"error: no checkpoint could be written{why}; stopped; {checkpoints.last_good()} in "
+        f"{checkpoints.folder}, from which the same command continues"
+    )

@@ -1,0 +1,141 @@
+"""What run.out_dir already holds, whether this run may continue it, and with what state."""
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+import jax.numpy as jnp
+
+from scalegpt.checkpoints import manifest
+from scalegpt.checkpoints.checkpoints import Checkpoints
+from scalegpt.config import Config
+from scalegpt.config.differences import curve_diff
+from scalegpt.config.loading import load, validate
+from scalegpt.errors import Mistake
+from scalegpt.files import run_folder
+from scalegpt.files.folder import open_folder
+from scalegpt.files.lock import hold
+from scalegpt.files.run_folder import FOLDER, has_imported_weights
+from scalegpt.step.build import Steps
+from scalegpt.step.update import State
+from scalegpt.weights import init_from
+
+
+def lock(config: Config) -> TextIO:
+    """Keep a second process out of run.out_dir until the file is closed, or this process ends.
+
+    Raises ValueError when another process trains there already.
+    """
+    folder = run_folder.local(config.run.out_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return hold(folder / ".lock", wait=False)
+    except BlockingIOError:
+        raise Mistake(
+            f"another process is training in {folder}; stop it, or choose another run.out_dir"
+        ) from None
+    except OSError as error:
+        raise Mistake(f"cannot write to run.out_dir={folder}: {error}") from None
+
+
+def stored_config(config: Config, tokenizer_spec: Any = None) -> Config | None:
+    """The configuration that run.out_dir was started with, if it was; it makes nothing.
+
+    tokenizer_spec: the data's. Raises ValueError when this run would change the loss curve of the
+    stored one, or cannot start from run.init_from.
+    """
+    out_dir = config.run.out_dir
+    path = run_folder.fetch(out_dir, jax.process_index() == 0) / "config.yaml"
+    stored = None
+    if not path.exists() or not path.stat().st_size:  # gone, or as a power cut may leave it
+        stored = _from_checkpoints(out_dir)
+    if stored is None and path.exists():
+        stored = validate(load(path), str(path))
+    if stored is None:
+        if (rows := path.with_name("metrics.jsonl")).is_file() and rows.stat().st_size:
+            raise Mistake(f"{rows} is another run's: choose a new run.out_dir, or move it away")
+        if config.run.init_from:
+            init_from.check(config, tokenizer_spec)
+        return None
+    if has_imported_weights(out_dir):
+        raise Mistake(
+            f"{out_dir} holds imported weights, which are no run to continue; to start from them: "
+            f"--run.init_from={out_dir} --run.out_dir=another"
+        )
+    refuse_changes(config, curve_diff(stored, config))
+    return stored
+
+
+def _from_checkpoints(out_dir: str) -> Config | None:
+    # Not through Checkpoints, where processes agree: only some may find the folder there already,
+    # which the first has just made, and would ask for an answer that nobody gives.
+    found = manifest.steps(open_folder(out_dir) / FOLDER)
+    good = [content for step, content in found.items() if step and not isinstance(content, str)]
+    return validate(good[-1]["meta"]["config"], out_dir) if good else None
+
+
+def open_to_save(config: Config) -> Checkpoints:
+    """The run's own checkpoints; the small files of its folder go along with each."""
+    section = config.checkpoint
+    return Checkpoints(
+        config.run.out_dir, section.keep, section.keep_every, section.patience,
+        config.run.deadline_save, before_commit=partial(run_folder.push, config.run.out_dir),
+    )  # fmt: skip
+
+
+def check_same_run(config: Config, meta: dict[str, Any], stored: dict[str, Any]) -> float:
+    """Raises ValueError when the checkpoint was trained on other data; gives its best loss."""
+    # In order: a mixture deals its rows out by position, whatever the folders are called now.
+    then = list(stored["data"].values())
+    changes = [f"data {name}: other tokens" for i, (name, now) in enumerate(meta["data"].items())
+               if then[i : i + 1] != [now]]  # fmt: skip
+    refuse_changes(config, changes)
+    return math.inf if stored["best_loss"] is None else stored["best_loss"]
+
+
+def refuse_changes(config: Config, changes: list[str]) -> None:
+    if changes and not config.run.allow_config_change:
+        raise Mistake(
+            "\n  ".join([f"{config.run.out_dir} holds a run that differs:", *changes])
+            + "\nchoose another --run.out_dir, or continue it all the same with "
+            "--run.allow_config_change=true"
+        )
+
+
+def config_path(config: Config) -> Path:
+    return run_folder.local(config.run.out_dir) / "config.yaml"
+
+
+def write_config(config: Config) -> None:
+    path = config_path(config)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        open_folder(path.parent).write(path.name, config.to_yaml().encode())
+    except OSError as error:
+        raise Mistake(f"cannot write to run.out_dir={config.run.out_dir}: {error}") from None
+    run_folder.push_or_explain(config.run.out_dir)
+
+
+def initial_state(
+    config: Config,
+    steps: Steps,
+    checkpoints: Checkpoints,
+    start: int,
+    say: Any,
+) -> State:
+    """Of this run's own checkpoint, else with the weights of run.init_from, else random."""
+    if start:
+        say(f"continuing from step {start} in {checkpoints.folder}")
+        return checkpoints.restore(start, steps.abstract).swapped()
+    state = steps.init()
+    if config.run.init_from is None:
+        return state
+    state = state.replace(params=None)  # else there would be two copies of the model
+    params, name = init_from.weights(config, steps.abstract.params)
+    say(f"weights from {name}")
+    state = state.replace(params=params)
+    if config.optim.average:  # of one set of weights so far, these
+        state = state.swapped().replace(params=jax.tree.map(jnp.copy, params))
+    return state

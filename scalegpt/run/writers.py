@@ -1,0 +1,159 @@
+"""The places that rows of metrics go to: metrics.jsonl always, TensorBoard and W&B if asked for."""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from scalegpt.errors import Mistake
+from scalegpt.files import json_files
+
+Row = dict[str, Any]
+Say = Callable[[str], None]
+
+
+class JsonlWriter:
+    """Appends rows to a JSON-lines file, a whole line each, at once.
+
+    Lines are strict JSON: a NaN or an infinity, which JSON has not, is written as null.
+    Continuing after step s (`resume_step`) first drops what a killed run left behind: rows of
+    later steps, the ledger's of s, which a new one replaces, and a torn last line. So the loop goes
+    on with s + 1 and nothing is there twice. `earlier` keeps the rows that there were.
+    A disk that is full holds lines back until it is not; `say` warns once.
+    Raises ValueError on a new run (`resume_step=None`) whose file exists: runs never overwrite.
+    """
+
+    def __init__(
+        self, path: str | Path, resume_step: int | None = None, say: Say = lambda text: None
+    ) -> None:
+        if "://" in str(path):  # Path() would quietly make a local folder named "gs:"
+            raise Mistake(f"run.out_dir holds files that grow, so it must be local: {path}")
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.earlier: list[Row] = []
+        if path.is_dir():
+            raise Mistake(f"{path} is a folder; rows go to a file of that name: move it away")
+        if resume_step and resume_step > 0 and not path.exists():
+            say(f"warning: {path} is not there: the rows that this run has written are lost")
+        if path.exists() and resume_step is not None:
+            self.earlier = json_files.complete_rows(path.read_text(errors="replace").splitlines())
+            kept = [row for row in self.earlier
+                    if row["step"] < resume_step + ("time/step" not in row)]  # fmt: skip
+            # Written beside it and renamed: killed at any point, the file is the old or the new.
+            beside = path.with_name(path.name + ".tmp")
+            beside.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            beside.replace(path)
+        elif path.exists() and path.stat().st_size:
+            raise Mistake(f"{path} is another run's: choose a new run.out_dir, or move it away")
+        # Unbuffered: what the disk did not take is known to the byte.
+        self._file, self._held, self._say = path.open("ab", buffering=0), b"", say
+        self._warned = False
+
+    def write(self, row: Row) -> None:
+        strict = {k: None if isinstance(v, float) and not math.isfinite(v) else v
+                  for k, v in row.items()}
+        self._held += json.dumps(strict, allow_nan=False).encode() + b"\n"
+        try:
+            if os.fstat(self._file.fileno()).st_nlink == 0:
+                self._say(f"warning: {self._file.name} was deleted while the run goes on; it is "
+                          "made anew, without the rows so far")
+                self._file.close()
+                Path(self._file.name).parent.mkdir(parents=True, exist_ok=True)
+                self._file = open(self._file.name, "ab", buffering=0)
+            while self._held:
+                self._held = self._held[self._file.write(self._held):]
+        except OSError as error:
+            if not self._warned:
+                self._say(f"warning: cannot write {self._file.name} ({error.strerror}); its rows "
+                          "are held back until the disk takes them")
+            self._warned = True
+        else:
+            self._warned = False
+
+    def close(self) -> None:
+        if self._held:
+            rows = self._held.count(b"\n")
+            self._say(f"warning: the last {rows} rows of {self._file.name} are lost")
+        self._file.close()
+
+
+class TensorBoardWriter:
+    """Rows as TensorBoard scalars; on continuing, TensorBoard hides what came after that step."""
+
+    def __init__(self, folder: str | Path, resume_step: int | None = None) -> None:
+        # It would import torch, where there is one, for the name of a type: seconds.
+        without_torch = sys.modules.setdefault("torch", None) is None
+        try:
+            from tensorboardX import SummaryWriter
+            from tensorboardX.proto.summary_pb2 import Summary
+        finally:
+            if without_torch:
+                del sys.modules["torch"]
+
+        purge = None if resume_step is None else resume_step + 1  # it hides this step and later
+        self._writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=10)
+        self._summary, self.close = Summary, self._writer.close
+
+    def write(self, row: Row) -> None:
+        # One event for them all: add_scalar's, one for each, cost a millisecond a row.
+        values = [self._summary.Value(tag=key, simple_value=value)
+                  for key, value in row.items() if key not in ("step", "time")]  # fmt: skip
+        summary = self._summary(value=values)
+        self._writer.file_writer.add_summary(summary, row["step"], row["time"])
+
+
+class WandbWriter:
+    """Rows to Weights & Biases, which may fail in any way without stopping or holding up a run.
+
+    Without credentials: W&B's offline mode. Any other trouble: one warning, and the writer is off.
+    A continued run keeps its W&B id, in out_dir/wandb_id.txt, and W&B ignores the steps that it
+    already has.
+    """
+
+    def __init__(
+        self, config: Row, out_dir: str | Path, project: str, name: str | None = None,
+        resume: bool = False, entity: str | None = None, say: Say = print,
+    ) -> None:
+        self._say, self._run = say, None
+        id_file = Path(out_dir) / "wandb_id.txt"
+
+        def start() -> None:
+            import wandb
+
+            mode = wandb.setup().settings.mode  # from WANDB_MODE or W&B's settings files
+            online = mode not in ("offline", "dryrun", "disabled")
+            # wandb.init would ask for a key and wait; this neither asks nor goes to the network.
+            if online and not wandb.login(prompt=False, verify=False):
+                mode = "offline"
+                say("warning: no W&B credentials, so W&B logs offline; to upload later: "
+                    f"wandb login && wandb sync {out_dir}/wandb/offline-run-*")
+            known = id_file.read_text().strip() if resume and id_file.exists() else None
+            self._run = wandb.init(
+                project=project, name=name, entity=entity, config=config, dir=str(out_dir),
+                mode=mode, id=known, resume="allow" if known else None,
+                # Without it a run whose network died waits for ever at its end.
+                settings=wandb.Settings(finish_timeout=60),
+            )
+            id_file.write_text(self._run.id + "\n")
+
+        self._guard(start)
+
+    def _guard(self, call: Callable[[], Any]) -> None:
+        try:
+            call()
+        except Exception as error:
+            # All of them on purpose: a bad key, a full disk, a fault of W&B's server or client
+            # must not end days of training, whose rows are in metrics.jsonl anyway.
+            self._run = None
+            self._say(f"warning: W&B is off from here on ({type(error).__name__}: {error})")
+
+    def write(self, row: Row) -> None:
+        if run := self._run:
+            self._guard(lambda: run.log(row, step=row["step"]))
+
+    def close(self) -> None:
+        if run := self._run:
+            self._guard(run.finish)

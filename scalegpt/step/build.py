@@ -1,0 +1,168 @@
+"""The heart: loss, accumulation, the jitted update and the jitted evaluation.
+
+Shapes: A microbatches, M sequences of a microbatch over all devices, T positions, D embed, V vocab.
+Token arrays are [A, M, T+1] int32: inputs are [..., :-1], targets [..., 1:]; -1 is masked.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from scalegpt.config import BatchConfig, Config
+from scalegpt.model import attention
+from scalegpt.model.flops import parameter_count
+from scalegpt.model.gpt import GPT
+from scalegpt.step import health, sharding, update
+from scalegpt.step.loss import row_losses
+from scalegpt.step.optimizer import optimizer
+from scalegpt.step.update import State
+
+# Of a microbatch on a CPU, about: what the backward pass needs of a layer is then still in a cache.
+CPU_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The compiled functions of a run on a mesh, and where their arguments lie.
+
+    init() -> State; train(state, tokens [A, M, T+1]) -> (State, metrics), the old state's buffers
+    are reused; evaluate(params, tokens [M, T+1]) -> ([M] sums of cross-entropy, [M] counts).
+    metrics: rows of metrics.jsonl, `nonfinite`, and `norms`, the gradient's by `layer_norms`.
+    """
+
+    mesh: Mesh
+    model: GPT
+    layout: tuple[int, int]
+    abstract: State
+    batch_sharding: NamedSharding
+    eval_sharding: NamedSharding
+    jit_init: Any
+    jit_train: Any
+    jit_evaluate: Any
+
+    @property
+    def parameters(self) -> int:
+        """How many parameters the model has, each counted once."""
+        return parameter_count(self.model.config)
+
+    def init(self) -> State:
+        with jax.set_mesh(self.mesh):
+            return self.jit_init()
+
+    def train(self, state: State, tokens: Array) -> tuple[State, dict[str, Array]]:
+        # jax.set_mesh, not `with mesh`: under the latter sharding constraints silently do nothing.
+        with jax.set_mesh(self.mesh):
+            return self.jit_train(state, tokens)
+
+    def evaluate(self, params: Any, tokens: Array) -> tuple[Array, Array]:
+        with jax.set_mesh(self.mesh):
+            return self.jit_evaluate(params, tokens)
+
+    @property
+    def abstract_tokens(self) -> jax.ShapeDtypeStruct:
+        shape = (*self.layout, self.model.config.block_size + 1)
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.batch_sharding)
+
+    def lower(self) -> Any:
+        """The training step as jax.stages.Lowered, for the machine that the mesh describes."""
+        with jax.set_mesh(self.mesh):
+            return self.jit_train.lower(self.abstract, self.abstract_tokens)
+
+
+def build_steps(config: Config, mesh: Mesh, dtype: str, implementation: str) -> Steps:
+    """Make the functions of a run; nothing is compiled or put on a device yet.
+
+    dtype and attention implementation: as `resolve` gives them. Raises ValueError when model or
+    batch do not fit the mesh.
+    """
+    sharding.check_divisible(config, mesh)
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    most = max(1, CPU_TOKENS // config.model.block_size) if on_cpu else None
+    layout = sharding.batch_layout(config.batch, mesh, most)
+    model = GPT(config.model, jnp.dtype(dtype), implementation)
+
+    def init() -> State:
+        # Attention has no parameters, and kernels refuse a batch of one row.
+        plain = model.clone(attention="xla")
+        root = jax.random.key(config.run.seed)
+        params = plain.init(root, jnp.zeros((1, 1), jnp.int32))["params"]
+        opt_state = optimizer(config.optim).init(params)
+        return State(jnp.zeros((), jnp.int32), params, opt_state, health.initial())
+
+    boxed = jax.eval_shape(init)
+    places = sharding.shardings(sharding.specs(boxed, sharding.RULES), mesh)
+    abstract = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        nn.unbox(boxed),
+        places,
+    )
+
+    def reduced_gradients(params: Any, tokens: Array, rows: Array, key: Array) -> tuple:
+        """Runs on each (replica, data) part with its own rows; one reduction after the scan."""
+        params, key = jax.lax.pcast((params, key), manual, to="varying")
+        with nn.logical_axis_rules(tuple(sharding.rules_within(manual).items())):
+            total, grads = update.gradient_sums(config, model, params, tokens, rows, key)
+        return jax.lax.psum((total, grads, update.target_count(tokens)), manual)
+
+    # Plain jit would reduce every layer's gradient in every microbatch, over the slow links too.
+    # Axes of size 1 stay out: XLA fails on a manual reduction over nothing beside automatic axes.
+    manual = tuple(axis for axis in sharding.REDUCED if mesh.shape[axis] > 1)
+    gradients = reduced_gradients
+    if manual:
+        parts = (P(), P(None, manual), P(None, manual), P())
+        gradients = jax.shard_map(
+            reduced_gradients, mesh=mesh, in_specs=parts, out_specs=P(), axis_names=set(manual)
+        )
+
+    def train(state: State, tokens: Array) -> tuple[State, dict[str, Array]]:
+        rows = jnp.arange(layout[0] * layout[1], dtype=jnp.uint32).reshape(layout)
+        key = update.dropout_key(config, state.step)
+        sums = gradients(state.params, tokens, rows, key)
+        return update.apply_gradients(config, model.dtype, state, *sums)
+
+    def evaluate(params: Any, tokens: Array) -> tuple[Array, Array]:
+        with nn.logical_axis_rules(tuple(sharding.RULES.items())):
+            return row_losses(model, params, tokens, None), (tokens[:, 1:] >= 0).sum(-1)
+
+    replicated = NamedSharding(mesh, P())
+    batches, windows = (sharding.batch_sharding(mesh, accumulated) for accumulated in (True, False))
+    return Steps(
+        mesh, model, layout, abstract, batches, windows,
+        jit_init=jax.jit(lambda: nn.unbox(init()), out_shardings=places),
+        jit_train=jax.jit(
+            train,
+            in_shardings=(places, batches),
+            out_shardings=(places, replicated),
+            donate_argnums=0,
+        ),
+        jit_evaluate=jax.jit(
+            evaluate, in_shardings=(places.params, windows), out_shardings=replicated
+        ),
+    )  # fmt: skip
+
+
+def resolve(config: Config, mesh: Mesh) -> tuple[str, str]:
+    """(dtype of matrix products, attention implementation) for the devices of the mesh."""
+    c, device = config.model, mesh.devices.flat[0]
+    dtype = c.dtype
+    if dtype == "auto":
+        dtype = "float32" if device.platform == "cpu" else "bfloat16"
+    return dtype, attention.resolve(
+        c.attention, device.platform, c.block_size, c.dropout, dtype, c.head_dim, device.device_kind
+    )
+
+
+def build_for_use(config: Config, mesh: Mesh, microbatch: int) -> Steps:
+    """The functions of a trained run for evaluation or sampling, on a mesh of its own."""
+    sequences = microbatch * sharding.row_shards(mesh)
+    batch = BatchConfig(sequences=sequences, microbatch=microbatch)
+    # The dropout rate decides which kernels can train, and nothing here trains.
+    model = config.model.model_copy(update={"attention": "auto", "dropout": 0.0})
+    config = config.model_copy(update={"batch": batch, "model": model})
+    return build_steps(config, mesh, *resolve(config, mesh))

@@ -1,0 +1,176 @@
+"""The mesh, the one table from logical axis names to mesh axes, and what follows from both."""
+
+from collections.abc import Sequence
+from math import lcm, prod
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from scalegpt.config import BatchConfig, Config, MeshConfig
+from scalegpt.config.types import divisors
+from scalegpt.errors import Mistake
+
+AXES = ("replica", "data", "fsdp", "tensor")
+REDUCED = ("replica", "data")  # gradients are summed over these once an update
+ROWS = ("replica", "data", "fsdp")  # these hold different rows of the batch
+
+# Parameters and activations have different names, so that a rule for one never moves the other.
+RULES = {
+    # parameters
+    "layers": None,
+    "vocab": ("tensor", "fsdp"),
+    "table_embed": None,  # split over embed, XLA would rematerialise the whole table
+    "embed": "fsdp",
+    "qkv": None,
+    "heads": "tensor",
+    "kv": None,
+    "mlp": "tensor",
+    "norm": None,
+    # activations
+    "batch": ROWS,
+    "position": None,
+    "act_embed": None,
+    "act_heads": "tensor",
+    "act_mlp": "tensor",
+    "act_vocab": "tensor",
+}
+
+
+def rules_within(manual: Sequence[str]) -> dict[str, Any]:
+    """The table inside a jax.shard_map that took the axes `manual` out of the compiler's hands."""
+    return {**RULES, "batch": tuple(axis for axis in ROWS if axis not in manual)}
+
+
+def mesh_shape(config: MeshConfig, devices: int, what: str) -> tuple[int, ...]:
+    """Sizes of AXES on so many devices; a size of -1 becomes what is left. what: of the devices.
+
+    Raises ValueError when the sizes do not multiply to the number of devices.
+    """
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    fixed = prod(size for size in sizes.values() if size != -1)
+    shown = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+    if devices % fixed or (-1 not in sizes.values() and fixed != devices):
+        raise Mistake(
+            f"mesh {shown} does not fit {devices} {what} device(s): "
+            f"the sizes must multiply to {devices}; one of them may be -1"
+        )
+    return tuple(devices // fixed if size == -1 else size for size in sizes.values())
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh over all devices. Raises ValueError as `mesh_shape` does."""
+    devices = jax.devices() if devices is None else devices
+    shape = mesh_shape(config, len(devices), devices[0].platform)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    # Flax's logical constraints need Auto axes; jax.make_mesh would give Explicit ones.
+    auto = (AxisType.Auto,) * len(AXES)
+    if slices == 1:
+        return jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
+    if shape[0] % slices:
+        raise Mistake(f"mesh.replica={shape[0]} must be a multiple of the {slices} slices")
+    inside = (shape[0] // slices, *shape[1:])
+    grid = mesh_utils.create_hybrid_device_mesh(
+        inside, (slices, 1, 1, 1), devices, allow_split_physical_axes=True
+    )
+    return Mesh(grid, AXES, axis_types=auto)
+
+
+def row_shards(mesh: Mesh | AbstractMesh) -> int:
+    """How many parts the rows of a batch are split into."""
+    return prod(mesh.shape[axis] for axis in ROWS)
+
+
+def batch_layout(
+    batch: BatchConfig, mesh: Mesh | AbstractMesh, most: int | None = None
+) -> tuple[int, int]:
+    """(A, M): microbatches of an update, and sequences of each over all devices.
+
+    most: sequences that a device shall hold at a time where batch.microbatch does not say.
+    Raises ValueError when batch.sequences is not A * M for whole numbers, naming ones that are.
+    """
+    shards = row_shards(mesh)
+    per_shard, rest = divmod(batch.sequences, shards)
+    if rest:
+        near = round(batch.sequences / shards) * shards or shards
+        raise Mistake(
+            f"batch.sequences={batch.sequences} does not divide over {shards} shards of rows "
+            f"(replica x data x fsdp); the nearest that does is {near}"
+        )
+    microbatch = batch.microbatch or max(d for d in divisors(per_shard) if d <= (most or per_shard))
+    if per_shard % microbatch:
+        fits = map(str, divisors(per_shard))
+        raise Mistake(
+            f"batch.microbatch={microbatch} does not divide the {per_shard} sequences that each "
+            f"shard has of batch.sequences={batch.sequences}; it could be {', '.join(fits)}"
+        )
+    return per_shard // microbatch, microbatch * shards
+
+
+def check_divisible(config: Config, mesh: Mesh | AbstractMesh) -> None:
+    """Raises ValueError when an axis of the model does not divide over its mesh axes."""
+    model, fsdp, tensor = config.model, mesh.shape["fsdp"], mesh.shape["tensor"]
+    if model.n_head % tensor:
+        raise Mistake(
+            f"model.n_head={model.n_head} does not divide over mesh.tensor={tensor}; "
+            "use a tensor size that divides the heads"
+        )
+    if model.n_embd % fsdp:
+        raise Mistake(
+            f"model.n_embd={model.n_embd} does not divide over mesh.fsdp={fsdp}; "
+            "use a smaller fsdp, and data for the rest"
+        )
+    if model.padded_vocab % (fsdp * tensor):
+        raise Mistake(
+            f"the padded vocabulary of {model.padded_vocab} does not divide over fsdp x tensor = "
+            f"{fsdp * tensor}; set model.vocab_multiple={lcm(model.vocab_multiple, fsdp * tensor)}"
+        )
+
+
+def specs(boxed: Any, rules: dict[str, Any]) -> Any:
+    """PartitionSpecs of a tree whose leaves are boxed with logical names, and P() for the rest."""
+
+    def spec(names: P) -> P:
+        if unknown := [name for name in names if name is not None and name not in rules]:
+            raise Mistake(f"logical axis {unknown[0]!r} has no rule in sharding.RULES")
+        return P(*(rules[name] if name is not None else None for name in names))
+
+    return jax.tree.map(spec, nn.get_partition_spec(boxed), is_leaf=lambda x: isinstance(x, P))
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """PartitionSpecs -> NamedShardings."""
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec), tree, is_leaf=lambda x: isinstance(x, P)
+    )
+
+
+def batch_sharding(mesh: Mesh, accumulated: bool) -> NamedSharding:
+    """Of tokens [A, M, T+1] (accumulated) or [M, T+1]: rows are split, nothing else."""
+    return NamedSharding(mesh, P(None, ROWS) if accumulated else P(ROWS))
+
+
+def local_rows(mesh: Mesh, rows: int) -> np.ndarray:
+    """Which of `rows` rows the devices of this process hold, in order."""
+    parts = batch_sharding(mesh, accumulated=False).addressable_devices_indices_map((rows,))
+    return np.unique(np.concatenate([np.arange(rows)[index] for index in parts.values()]))
+
+
+def to_global(local: np.ndarray, rows: np.ndarray, sharding: NamedSharding, total: int) -> Any:
+    """This process's rows, [A, len(rows), ...] or [len(rows), ...], as part of a global array.
+
+    rows: what `local_rows` gave for `total` rows.
+    """
+    axis = 1 if len(sharding.spec) == 2 else 0
+    shape = (*local.shape[:axis], total, *local.shape[axis + 1 :])
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        first, last, _ = index[axis].indices(total)
+        low, high = np.searchsorted(rows, (first, last))
+        return local[(slice(None),) * axis + (slice(low, high),)]
+
+    return jax.make_array_from_callback(shape, sharding, part)

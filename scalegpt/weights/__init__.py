@@ -1,0 +1,1 @@
+"""Trained weights, from and to Hugging Face's formats and runs."""

@@ -1,0 +1,257 @@
+"""Weights from Hugging Face's GPT-2 format, and from the folders of our own that `export` writes.
+
+A folder holds config.json and model.safetensors, or shards with an index, or pytorch_model.bin.
+GPT-2's Conv1D kernels are [in, out], so each of our leaves is its tensors stacked and reshaped.
+"""
+
+import hashlib
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from scalegpt.config.loading import validate
+from scalegpt.config.recipe import ModelConfig
+from scalegpt.data import tokenizer
+from scalegpt.errors import Mistake
+from scalegpt.files.json_files import read_object
+from scalegpt.files.run_folder import is_run
+from scalegpt.model.layers import LAYER_NORM_EPS
+from scalegpt.weights.tensor_files import INDEX, SAFE, TORCH, open_tensors
+
+HUB_SECONDS = 15  # of silence, after which there is no network
+OWN_TYPE = "scalegpt"  # model_type of our own format: leaves of the parameter tree by their path
+ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+# A layer's tensors: GPT-2's name -> (ours, the shape there in multiples of n_embd).
+_LAYER = {
+    "ln_1.weight": ("ln_1/scale", (1,)),
+    "ln_1.bias": ("ln_1/bias", (1,)),
+    "attn.c_attn.weight": ("attn/qkv_kernel", (1, 3)),
+    "attn.c_attn.bias": ("attn/qkv_bias", (3,)),
+    "attn.c_proj.weight": ("attn/proj_kernel", (1, 1)),
+    "attn.c_proj.bias": ("attn/proj_bias", (1,)),
+    "ln_2.weight": ("ln_2/scale", (1,)),
+    "ln_2.bias": ("ln_2/bias", (1,)),
+    "mlp.c_fc.weight": ("mlp/up_kernel", (1, 4)),
+    "mlp.c_fc.bias": ("mlp/up_bias", (4,)),
+    "mlp.c_proj.weight": ("mlp/down_kernel", (4, 1)),
+    "mlp.c_proj.bias": ("mlp/down_bias", (1,)),
+}
+# Causal masks that old versions of transformers saved beside the weights.
+_BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
+# Of the sorted items of GPT-2's vocabulary: other languages' GPT-2s have 50257 tokens too.
+_GPT2_VOCAB = "71cca498f566a6fce90612118ffe70ec265ffdc746e7e6743a2253d346af4d30"
+
+
+class Place(NamedTuple):
+    """Where a tensor of a file goes: a leaf's path, which layer of it, and the tensor's shape."""
+
+    leaf: str
+    layer: int | None
+    shape: tuple[int, ...]
+
+
+def locate(source: str) -> Path:
+    """A folder as it is, or a repository of Hugging Face, downloaded to its cache with progress.
+
+    Raises ValueError saying what to place where, when it is neither or cannot be had.
+    """
+    folder = Path(source).expanduser()
+    if source and folder.is_dir():
+        return folder
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source) or folder.exists():
+        raise Mistake(
+            f"{source} is not a folder with config.json and model.safetensors, nor the name of a "
+            "repository of Hugging Face, as gpt2 or OWNER/NAME"
+        )
+    import huggingface_hub
+
+    print(f"{source} is no folder here; looking for it on Hugging Face ...", file=sys.stderr)
+    trouble, known = None, {}
+    try:  # snapshot_download waits for ever for a server that takes the call and never answers
+        huggingface_hub.HfApi().model_info(source, timeout=HUB_SECONDS)
+    except Exception as error:
+        trouble, known = error, {"local_files_only": True}  # its cache may have it
+
+    def get(*patterns: str) -> Path:
+        patterns = list(patterns)
+        return Path(huggingface_hub.snapshot_download(source, allow_patterns=patterns, **known))
+
+    try:
+        folder = get("config.json", SAFE, INDEX, "model-*.safetensors", *_TOKENIZER)
+        return folder if any(folder.glob("*.safetensors")) else get("config.json", TORCH)
+    # Not found, gated, no network, no space: each of them an error of another package.
+    except Exception as error:
+        error = trouble or error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise Mistake(
+            f"{source} is not a folder, and cannot be had from Hugging Face: {reason}\n"
+            "without a network, put config.json and model.safetensors (and tokenizer.json) into a "
+            "folder and give that, or set HF_HOME to a cache filled on a machine with one"
+        ) from None
+
+
+def describe(folder: Path) -> tuple[ModelConfig, dict[str, Any] | None]:
+    """The model in a folder, without dropout, and its tokenizer's spec if it has one.
+
+    50257 tokens without tokenizer files are taken for GPT-2's. Raises ValueError with the reason
+    for what our model cannot express.
+    """
+    path = folder / "config.json"
+    hint = f"; {folder} is the folder of a run, no model of Hugging Face" if is_run(folder) else ""
+    values = read_object(path, hint)
+    if values.get("model_type") == OWN_TYPE:
+        if (spec := values.get("tokenizer")) is not None:
+            tokenizer.check(spec)
+        return _model(values.get("model", {}), path), spec
+    if values.get("model_type") != "gpt2":
+        raise Mistake(f"{path}: model_type is {values.get('model_type')!r}, not gpt2")
+    sizes = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
+    if missing := [key for key in sizes if type(values.get(key)) is not int]:
+        raise Mistake(f"{path} does not give {', '.join(missing)} as a whole number")
+    known = {
+        "n_inner": (None, 4 * values["n_embd"]),
+        "layer_norm_epsilon": (LAYER_NORM_EPS,),
+        "activation_function": tuple(ACTIVATIONS),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
+        "quantization_config": (None,),
+    }
+    for key, allowed in known.items():
+        if values.get(key, allowed[0]) not in allowed:
+            only = " or ".join(str(value) for value in allowed if value is not None)
+            raise Mistake(
+                f"{path}: {key} is {values[key]}, which our model has not; it has {only or 'none'}"
+            )
+    model = {
+        **{key: values[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size")},
+        "block_size": values["n_positions"],
+        "bias": True,
+        "activation": ACTIVATIONS[values.get("activation_function", "gelu_new")],
+        "tie_word_embeddings": values.get("tie_word_embeddings", True),
+    }
+    return _model(model, path), _tokenizer(folder, values["vocab_size"])
+
+
+def _model(values: dict[str, Any], path: Path) -> ModelConfig:
+    run = {"model": values, "data": {"path": ""}, "run": {"out_dir": "none"}}
+    model = validate(run, str(path)).model
+    if model.vocab_size is None:
+        raise Mistake(f"{path} does not give vocab_size")
+    return model
+
+
+def _tokenizer(folder: Path, vocab_size: int) -> dict[str, Any] | None:
+    def is_gpt2(vocab: Any) -> bool:
+        items = json.dumps(sorted(vocab.items())) if isinstance(vocab, dict) else ""
+        return hashlib.sha256(items.encode()).hexdigest() == _GPT2_VOCAB
+
+    if (path := folder / "tokenizer.json").is_file():
+        content = read_object(path)
+        match content:
+            case {"model": {"vocab": vocab}} if is_gpt2(vocab):
+                added = content.get("added_tokens") or []
+                if [token.get("id") for token in added if isinstance(token, dict)] in ([], [50256]):
+                    return {"kind": "gpt2"}
+        return {"kind": "tokenizer.json", "name": path.name, "json": content}
+    if (path := folder / "vocab.json").is_file():
+        return {"kind": "gpt2"} if is_gpt2(read_object(path)) else None
+    return {"kind": "gpt2"} if vocab_size == 50257 else None
+
+
+def gpt2_places(model: ModelConfig) -> dict[str, Place]:
+    """Every tensor of GPT-2's format of this model, without the prefix `transformer.`."""
+    d, v = model.n_embd, model.vocab_size
+    places = {
+        "wte.weight": Place("wte", None, (v, d)),
+        "wpe.weight": Place("wpe", None, (model.block_size, d)),
+        "ln_f.weight": Place("ln_f/scale", None, (d,)),
+        "ln_f.bias": Place("ln_f/bias", None, (d,)),
+    }
+    for i in range(model.n_layer):
+        for name, (leaf, shape) in _LAYER.items():
+            places[f"h.{i}.{name}"] = Place(f"h/{leaf}", i, tuple(n * d for n in shape))
+    if not model.tie_word_embeddings:
+        places["lm_head.weight"] = Place("head_kernel", None, (v, d))
+    return places
+
+
+def load_params(folder: Path, model: ModelConfig, abstract_params: Any) -> Any:
+    """The parameters in a folder, float32, in the shapes and shardings of `abstract_params`.
+
+    model: as `describe` gives it, or with a smaller block_size (positions are cropped), or another
+    vocab_multiple (rows of padding are zero). Made leaf by leaf: the host holds one more leaf than
+    the devices. Raises ValueError listing every tensor that is missing, unexpected or misshapen.
+    """
+    source = describe(folder)[0]
+    if model.block_size > source.block_size:
+        raise Mistake(
+            f"model.block_size={model.block_size} is more than the {source.block_size} positions "
+            f"of {folder}; they can only be cropped"
+        )
+    assert model.vocab_size == source.vocab_size, (model.vocab_size, source.vocab_size)
+    leaves = traverse_util.flatten_dict(abstract_params, sep="/")
+    if read_object(folder / "config.json")["model_type"] == OWN_TYPE:
+        rows = source.padded_vocab
+        first = {"wte": (rows,), "head_kernel": (rows,), "wpe": (source.block_size,),
+                 "h/attn/value_table": (source.n_layer, rows)}  # fmt: skip
+        places = {
+            path: Place(path, None, (*first.get(path, ()), *leaf.shape[len(first.get(path, ())) :]))
+            for path, leaf in leaves.items()
+        }
+    else:
+        places = gpt2_places(source)
+    shapes, read = open_tensors(folder)
+    untied = _check(folder, shapes, places)
+    tensors: dict[str, list[tuple[str, Place]]] = {path: [] for path in leaves}
+    for name, place in places.items():
+        tensors[place.leaf].append((name, place))
+
+    def load(path: str, leaf: Any) -> jax.Array:
+        whole = np.zeros(leaf.shape, np.float32)
+        for name, place in tensors[path]:
+            tensor = read(name)
+            if not np.isfinite(tensor).all():
+                raise Mistake(f"{folder}: {name} holds numbers that are not finite")
+            if name == "wte.weight" and untied and not np.array_equal(tensor, read(untied)):
+                raise Mistake(
+                    f"{folder}: {untied} differs from wte.weight, which config.json says it is; "
+                    'a model with a head of its own has "tie_word_embeddings": false'
+                )
+            if place.layer is None:
+                kept = tuple(map(slice, np.minimum(whole.shape, tensor.shape)))
+                whole[kept] = tensor[kept]
+            else:
+                whole[place.layer] = tensor.reshape(leaf.shape[1:])
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: whole[index])
+
+    params = {path: load(path, leaf) for path, leaf in leaves.items()}
+    return traverse_util.unflatten_dict(params, sep="/")
+
+
+def _check(folder: Path, shapes: dict[str, Any], places: dict[str, Place]) -> str | None:
+    """That the file holds what it should; the name of a copy of a tied head, if there is one."""
+    names = {name for name in shapes if name not in places and not _BUFFER.fullmatch(name)}
+    head = "lm_head.weight" if "lm_head.weight" in names and "wte.weight" in places else None
+    expected = {name: place.shape for name, place in places.items()}
+    if head:
+        expected[head] = places["wte.weight"].shape
+    faults = [f"missing: {name}" for name in expected if name not in shapes]
+    faults += [f"unexpected: {name}" for name in sorted(names - {head})]
+    faults += [
+        f"{name} is {shapes[name]}, not {shape}"
+        for name, shape in expected.items()
+        if name in shapes and shapes[name] != shape
+    ]
+    if faults:
+        raise Mistake(
+            "\n  ".join([f"{folder} does not hold the model of its config.json:", *faults])
+        )
+    return head

@@ -1,0 +1,87 @@
+"""A new run that starts from trained weights: run.init_from."""
+
+from typing import Any
+
+import jax
+
+from scalegpt.checkpoints.checkpoints import PARAMS, Checkpoints, open_checkpoints
+from scalegpt.config import Config
+from scalegpt.config.differences import NOT_SHAPING
+from scalegpt.config.loading import validate
+from scalegpt.data import tokenizer
+from scalegpt.errors import Mistake
+from scalegpt.files.run_folder import FOLDER, is_run
+from scalegpt.weights import huggingface
+
+
+def weights(config: Config, abstract: Any) -> tuple[Any, str]:
+    """Load the weights that run.init_from names; returns them and where they came from.
+
+    abstract: the parameters of this run, with their shapes and shardings. Raises ValueError.
+    """
+    name = config.run.init_from
+    if not is_run(name):
+        return huggingface.load_params(huggingface.locate(name), config.model, abstract), name
+    source = open_checkpoints(name)
+    step = source.find(config.run.init_checkpoint, PARAMS)
+    params = _restore_cropped(source, step, config, abstract)
+    source.close()
+    return params, f"{name}, step {step}"
+
+
+def _restore_cropped(source: Checkpoints, at: int, config: Config, abstract: Any) -> Any:
+    """A run's weights, of its positions only as many as this run has."""
+    theirs = validate(source.meta(at)["config"], f"step {at} of {source.folder}").model
+    if config.model.position != "learned" or theirs.block_size == config.model.block_size:
+        return source.restore_params(at, abstract)
+    wpe = abstract["wpe"]
+    all_of_it = jax.ShapeDtypeStruct(
+        (theirs.block_size, wpe.shape[1]), wpe.dtype, sharding=wpe.sharding
+    )
+    params = source.restore_params(at, {**abstract, "wpe": all_of_it})
+    crop = jax.jit(lambda x: x[: config.model.block_size], out_shardings=wpe.sharding)
+    return {**params, "wpe": crop(params["wpe"])}
+
+
+def check(config: Config, tokenizer_spec: Any) -> None:
+    """That run.init_from is there and holds a model of this shape, for the same tokens.
+
+    It may have more positions than this one and, of Hugging Face's format, other padding.
+    Raises ValueError naming the keys to set.
+    """
+    source = config.run.init_from
+    shaping = [key for key in type(config.model).model_fields if key not in NOT_SHAPING]
+    if is_run(source):
+        checkpoints = open_checkpoints(source)
+        meta = checkpoints.meta(checkpoints.find(config.run.init_checkpoint))
+        checkpoints.close()
+        theirs, spec = validate(meta["config"], source).model, meta["tokenizer"]
+        shaping += ["vocab_multiple"]
+    else:
+        try:
+            theirs, spec = huggingface.describe(huggingface.locate(source))
+        except ValueError as error:
+            raise Mistake(
+                f"{source} is not the folder of a run: it has no {FOLDER}/; nor can it be read as "
+                f"a model of Hugging Face: {error}"
+            ) from None
+    if theirs.block_size < config.model.block_size:
+        shaping += ["block_size"]
+    then, now = theirs.model_dump(), config.model.model_dump()
+    if differ := [key for key in shaping if then[key] != now[key]]:
+        changes = "; ".join(f"model.{key}: {then[key]} -> {now[key]}" for key in differ)
+        keys = " ".join(f"--model.{key}={_shown(then[key])}" for key in differ)
+        raise Mistake(
+            f"run.init_from={source} holds another model: {changes}\nto start from it set {keys}"
+        )
+    known = spec is not None and tokenizer_spec is not None
+    if known and not tokenizer.same(spec, tokenizer_spec) and not config.run.allow_config_change:
+        raise Mistake(
+            f"run.init_from={source} was trained on tokens of {tokenizer.kind(spec)}, the data has "
+            f"those of another tokenizer, {tokenizer.kind(tokenizer_spec)}; prepare it again, or "
+            "start all the same with --run.allow_config_change=true"
+        )
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,99 @@
+"""A tokenizer as the files that `transformers.AutoTokenizer.from_pretrained` loads."""
+
+from typing import Any
+
+from scalegpt.data import tokenizer
+from scalegpt.data.tokenizer import END_OF_TEXT
+
+
+def tokenizer_files(spec: Any, block_size: int) -> dict[str, Any]:
+    """File name -> JSON value, for the same ids and the same text back; {} for no tokenizer.
+
+    block_size: the longest text in tokens, for transformers to warn of. Raises ValueError as
+    `tokenizer.load`.
+    """
+    if spec is None:
+        return {}
+    codec = tokenizer.load(spec)
+    match codec.spec():
+        case {"kind": "gpt2"}:
+            content, mark = _gpt2(), END_OF_TEXT
+        case {"kind": "byte"}:
+            # NUL, which ends a text here, is no special token there: it would be cut out of texts.
+            content, mark = _byte_level({c: i for i, c in enumerate(_BYTES)}, [], False), None
+        case {"kind": "char", "chars": chars}:
+            content, mark = _char(chars), None
+        case {"json": content}:
+            names = {t["id"]: t["content"] for t in content.get("added_tokens", [])}
+            mark = names.get(codec.eot)
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": block_size,
+        "clean_up_tokenization_spaces": False,  # transformers before 5: "a ." came back as "a."
+    }
+    if mark:
+        config |= {"bos_token": mark, "eos_token": mark}
+    return {"tokenizer.json": content, "tokenizer_config.json": config}
+
+
+def _byte_characters() -> str:
+    """The character that stands for each byte in GPT-2's vocabulary: printable ones for itself."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return "".join(chr(b if b in printable else next(others)) for b in range(256))
+
+
+_BYTES = _byte_characters()
+
+
+def _gpt2() -> dict[str, Any]:
+    import tiktoken
+
+    ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
+    vocab = {"".join(_BYTES[b] for b in token): rank for token, rank in ranks.items()}
+    merges = [_last_merge(token, ranks) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
+    merges = [["".join(_BYTES[b] for b in part) for part in pair] for pair in merges]
+    end = len(vocab)
+    content = _byte_level({**vocab, END_OF_TEXT: end}, merges, True)
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    content["added_tokens"] = [{"id": end, "content": END_OF_TEXT, **plain, "special": True}]
+    return content
+
+
+def _last_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    """The two parts whose merge makes `token`: what is left when all earlier merges are done."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        pairs = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:], strict=False)]
+        i = pairs.index(min(pairs))
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+def _byte_level(vocab: dict[str, int], merges: list, words: bool) -> dict[str, Any]:
+    """BPE over bytes; words: texts are first cut by GPT-2's pattern."""
+    bytes_ = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    return _file(
+        {"type": "BPE", "vocab": vocab, "merges": merges},
+        {**bytes_, "use_regex": words},
+        {**bytes_, "use_regex": words},
+    )
+
+
+def _char(chars: str) -> dict[str, Any]:
+    # The unknown token is one that the vocabulary has not, so an unknown character is an error.
+    vocab = {c: i for i, c in enumerate(chars)}
+    each = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated"}
+    return _file(
+        {"type": "WordLevel", "vocab": vocab, "unk_token": "unknown character"},
+        {**each, "invert": False},
+        {"type": "Fuse"},
+    )
+
+
+def _file(model: dict, pre_tokenizer: dict, decoder: dict) -> dict[str, Any]:
+    return {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
+        "normalizer": None, "pre_tokenizer": pre_tokenizer, "post_processor": None,
+        "decoder": decoder, "model": model,
+    }  # fmt: skip

@@ -1,0 +1,128 @@
+"""What an ablation is: the arms and seeds of one run, from a YAML file to a command for each."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from scalegpt.config import Config, command_line, loading
+from scalegpt.errors import Mistake
+
+KEYS = ("config", "arms", "seeds", "reference")
+OURS = {"run.seed": "seeds", "run.out_dir": "--out"}  # key -> what sets it
+EXAMPLE = "write arms: {name: {section: {key: value}}, ...}"
+
+
+class Run(NamedTuple):
+    """argv: of scalegpt.train; config: what it makes of it."""
+
+    arm: str
+    seed: int
+    argv: list[str]
+    config: Config
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.run.out_dir)
+
+    @property
+    def command(self) -> list[str]:
+        return [sys.executable, "-m", "scalegpt.train", *self.argv]
+
+
+class Plan(NamedTuple):
+    """runs: in their order, all arms with the first seed, then all with the next."""
+
+    name: str
+    reference: str
+    arms: list[str]
+    seeds: list[int]
+    runs: list[Run]
+
+
+def read(file: str, out: str, overrides: list[str]) -> Plan:
+    """The plan in a YAML file, with `--section.key=value` overrides for all arms.
+
+    What later wins: the file that `config` names, the file's own sections, those of the arm,
+    overrides. Every run is validated. Raises ValueError, which names the arm.
+    """
+    values = loading.load(file)
+    if unknown := [name for name in values if name not in {*KEYS, *Config.model_fields}]:
+        known = ", ".join((*KEYS, *Config.model_fields))
+        raise Mistake(f"{file}: unknown key {unknown[0]!r}; there are {known}")
+    arms, seeds = _arms(file, values.get("arms")), _seeds(file, values.get("seeds"))
+    reference = values.get("reference", next(iter(arms)))
+    if not isinstance(reference, str) or reference not in arms:
+        raise Mistake(f"{file}: reference {reference!r} is none of the arms {', '.join(arms)}")
+    base = values.get("config")
+    if not isinstance(base, str | None):
+        raise Mistake(f"{file}: config={base!r} must be the name of a file")
+    common = _keys(file, {s: values[s] for s in values if s not in KEYS})
+    keys = {name: _keys(f"{file}: arm {name}", sections) for name, sections in arms.items()}
+    _check_overrides(overrides, keys)
+
+    def run(arm: str, seed: int) -> Run:
+        argv = ["--config", base] if base else []
+        argv += [f"--{key}={_text(value)}" for key, value in (common | keys[arm]).items()]
+        folder = Path(out, arm, f"seed-{seed}")
+        argv += [*overrides, f"--run.seed={seed}", f"--run.out_dir={folder}"]
+        try:
+            config, _ = command_line.parse(argv, "tools/ablation.py", {})
+        except ValueError as error:
+            raise Mistake(f"arm {arm}: {error}") from None
+        return Run(arm, seed, argv, config)
+
+    runs = [run(arm, seed) for seed in seeds for arm in arms]
+    return Plan(Path(file).stem, reference, list(arms), seeds, runs)
+
+
+def _arms(file: str, arms: Any) -> dict[str, Any]:
+    if not isinstance(arms, dict) or not arms:
+        raise Mistake(f"{file} has no arms; {EXAMPLE}")
+    for name in arms:  # it is a folder's, too; YAML takes `no` for False and 1 for a number
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.+-]*", name):
+            raise Mistake(
+                f"{file}: arm {name!r} needs another name, of letters, digits and . + - _ "
+                "(in quotes where YAML takes it for something else)"
+            )
+    return arms
+
+
+def _seeds(file: str, seeds: Any) -> list[int]:
+    numbers = isinstance(seeds, list) and all(type(seed) is int for seed in seeds)
+    if not numbers or not seeds or len(set(seeds)) < len(seeds):
+        raise Mistake(f"{file}: seeds={seeds!r} must be different numbers: seeds: [1, 2, 3]")
+    return seeds
+
+
+def _keys(where: str, sections: Any) -> dict[str, Any]:
+    """section.key -> value."""
+    if not isinstance(sections, dict | None):
+        raise Mistake(f"{where} holds {sections!r}, not sections of keys; {EXAMPLE}")
+    found: dict[str, Any] = {}
+    for section, keys in (sections or {}).items():
+        if not isinstance(keys, dict | None):
+            raise Mistake(f"{where}: {section}={keys!r} is not a section of keys; {EXAMPLE}")
+        found |= {f"{section}.{key}": value for key, value in (keys or {}).items()}
+    _refuse_ours(where, found)
+    return found
+
+
+def _refuse_ours(where: str, keys: Any) -> None:
+    for key in OURS.keys() & keys:
+        raise Mistake(f"{where} sets {key}, which {OURS[key]} sets for each run; leave it out")
+
+
+def _check_overrides(overrides: list[str], arms: dict[str, dict[str, Any]]) -> None:
+    given = [word.split("=")[0].removeprefix("--") for word in overrides]
+    _refuse_ours("the command line", given)
+    for arm, keys in arms.items():
+        if both := [key for key in given if key in keys]:
+            raise Mistake(f"--{both[0]} is for all arms, but arm {arm} is about it: change the "
+                             "file, or leave it out")  # fmt: skip
+
+
+def _text(value: Any) -> str:
+    """As a command line has it; scalegpt reads JSON's true, null and {...} there."""
+    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)

@@ -1,0 +1,230 @@
+"""What the runs of an ablation measured: read off their folders, or off a file that keeps it.
+
+The file is JSON, small enough for a repository: tables and pictures can be made from it anew.
+"""
+
+import json
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from ablations.plan import Plan, Run
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from scalegpt.checkpoints import manifest
+from scalegpt.config import Config, loading
+from scalegpt.config.differences import curve_diff
+from scalegpt.errors import Mistake
+from scalegpt.files import json_files
+from scalegpt.files.run_folder import FOLDER
+from scalegpt.model import flops
+
+DONE = "done"
+# Besides what scalegpt.train itself refuses to continue with: what it could not know to be another
+# arm, or measured otherwise.
+_COMPARED = ("data.path", "eval.windows", "run.init_from", "run.init_checkpoint",
+             "run.skip_nonfinite", "run.skip_spikes", "run.spike")  # fmt: skip
+# Keys of metrics.jsonl that are read here; null is a number that was not finite.
+_NUMBERS = ("train/loss", "train/grad_norm", "val/loss", "val/bits_per_byte",
+            "perf/step_seconds")  # fmt: skip
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Curve(_Part):
+    """A run's evaluations. step: ascending; val_loss: nats a token; seconds: of updates until then;
+    state: DONE, or how far it came."""
+
+    state: str
+    step: list[Count]
+    val_loss: list[Finite]
+    seconds: list[Finite] | None
+    bits_per_byte: list[Finite] | None
+
+    @model_validator(mode="after")
+    def _check(self) -> "Curve":
+        for name in ("val_loss", "seconds", "bits_per_byte"):
+            if (values := getattr(self, name)) is not None and len(values) != len(self.step):
+                raise Mistake(f"{len(values)} {name} of {len(self.step)} steps")
+        if any(a >= b for a, b in pairwise(self.step)):
+            raise Mistake("steps are not ascending")
+        if self.state == DONE and not self.step:
+            raise Mistake("a run that is done has evaluations")
+        return self
+
+
+class Arm(_Part):
+    """curves: by seed, of the runs that have begun."""
+
+    parameters: Count
+    flops_per_token: Finite
+    tokens_per_update: Count
+    curves: dict[int, Curve] = Field(min_length=1)
+
+
+class Record(_Part):
+    """arms: in their order; None for one of which no run has begun."""
+
+    format: Literal[1] = 1
+    name: str
+    reference: str
+    seeds: list[int]
+    arms: dict[str, Arm | None]
+
+    @model_validator(mode="after")
+    def _check(self) -> "Record":
+        if self.reference not in self.arms:
+            raise Mistake(f"the reference {self.reference} is none of the arms")
+        return self
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether any run has an evaluation."""
+        return any(run.step for arm in self.arms.values() if arm for run in arm.curves.values())
+
+
+def measure(plan: Plan) -> Record:
+    """What there is by now. Raises ValueError as `stored_config` and `rows_of` do."""
+    arms = {}
+    for name in plan.arms:
+        runs = [run for run in plan.runs if run.arm == name]
+        begun = {run.seed: (run, stored) for run in runs if (stored := stored_config(run))}
+        curves = {seed: curve(rows_of(run), stored) for seed, (run, stored) in begun.items()}
+        arms[name] = arm(next(iter(begun.values()))[1], curves) if begun else None
+    return Record(name=plan.name, reference=plan.reference, seeds=plan.seeds, arms=arms)
+
+
+def arm(config: Config, curves: dict[int, Curve]) -> Arm:
+    return Arm(
+        parameters=flops.parameter_count(config.model),
+        flops_per_token=flops.flops_per_token(config.model),
+        tokens_per_update=config.batch.sequences * config.model.block_size,
+        curves=curves,
+    )
+
+
+def stored_config(run: Run) -> Config | None:
+    """What the run in this one's folder was started with; None where there is none.
+
+    Raises ValueError where that is not what the plan asks for, or it cannot be a folder.
+    """
+    if not (there := existing(run.folder)).is_dir():
+        raise Mistake(f"{there} is no folder, so no run can be in {run.folder}; "
+                         "give another --out")  # fmt: skip
+    path = run.folder / "config.yaml"
+    if not path.exists():
+        return None
+    stored, asked = loading.validate(loading.load(path), str(path)), run.config
+    if asked.model.vocab_size is None:
+        asked = asked.with_vocab(stored.model.vocab_size)
+    changes = curve_diff(stored, asked)
+    for key in _COMPARED:
+        section, name = key.split(".")
+        was, now = (getattr(getattr(config, section), name) for config in (stored, asked))
+        if was != now and not any(line.startswith(f"{key}:") for line in changes):
+            changes.append(f"{key}: {was} -> {now}")
+    if changes:
+        first = f"arm {run.arm}: {run.folder} holds a run that differs:"
+        last = "give another --out, or move that folder away"
+        raise Mistake("\n  ".join([first, *changes]) + f"\n{last}")
+    return stored
+
+
+def existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    return next(p for p in (path, *path.parents) if p.exists())
+
+
+def finished(run: Run) -> bool:
+    """Whether the run has saved its last checkpoint, whose manifest is written last of all, and has
+    evaluated it: a stop in the last evaluation saves first."""
+    steps = run.config.optim.steps
+    saved = (run.folder / FOLDER / str(steps) / manifest.NAME).is_file()
+    return saved and state(rows_of(run), steps) == DONE
+
+
+def rows_of(run: Run) -> list[dict[str, Any]]:
+    """Raises ValueError for rows that no run writes."""
+    path = run.folder / "metrics.jsonl"
+    if not path.exists():
+        return []
+    try:
+        rows = json_files.complete_rows(path.read_text(errors="replace").splitlines())
+    except OSError as error:
+        raise Mistake(f"cannot read {path}: {error.strerror}; move it away") from None
+    for row in rows:
+        wrong = [key for key in _NUMBERS if not _is_number(row.get(key, 0))]
+        if type(row["step"]) is not int or wrong:
+            key = wrong[0] if wrong else "step"
+            raise Mistake(f"{path}: {key}={row[key]!r} at step {row['step']} is no number that "
+                             "a run writes; mend that line, or move the folder away")  # fmt: skip
+    return rows
+
+
+def _is_number(value: Any) -> bool:
+    """Finite, or None; Python's own isfinite fails on huge integers."""
+    return value is None or type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def curve(rows: list[dict[str, Any]], config: Config) -> Curve:
+    """rows: of metrics.jsonl."""
+    found = {row["step"]: row for row in rows if row.get("val/loss") is not None}
+    steps = sorted(found)
+    bits = [found[step].get("val/bits_per_byte") for step in steps]
+    return Curve(
+        state=state(rows, config.optim.steps), step=steps,
+        val_loss=[round(found[step]["val/loss"], 6) for step in steps],
+        seconds=training_seconds(rows, steps),
+        bits_per_byte=None if None in bits else [round(x, 6) for x in bits],
+    )  # fmt: skip
+
+
+def state(rows: list[dict[str, Any]], steps: int) -> str:
+    """DONE; "not finite at step 7", where the run has given up; else "step 7 of 12"."""
+    last = {key: row for row in rows for key in ("train/loss", "val/loss") if key in row}
+    if last.get("val/loss", {}).get("val/loss") is not None and last["val/loss"]["step"] == steps:
+        return DONE
+    # JSON has no NaN: null stands for it. A run that leaves such updates out has later rows.
+    for row in last.values():
+        if any(row.get(key, 0) is None for key in ("train/loss", "train/grad_norm", "val/loss")):
+            return f"not finite at step {row['step']}"
+    return f"step {max((row['step'] for row in last.values()), default=0)} of {steps}"
+
+
+def training_seconds(rows: list[dict[str, Any]], steps: list[int]) -> list[float] | None:
+    """Seconds of updates until each of `steps`, without start-up, compilation, evaluations, saves.
+
+    perf/step_seconds is the mean since the row before. The first update of each process compiles
+    and is not timed: it counts as much as its neighbours. None where no update was timed.
+    """
+    timed = {row["step"]: row.get("perf/step_seconds") for row in rows if "train/loss" in row}
+    known = [(step, seconds) for step, seconds in sorted(timed.items()) if seconds is not None]
+    if not known:
+        return None
+    if (last := max(timed)) > known[-1][0]:
+        known.append((last, known[-1][1]))
+    at, mean = np.array(known).T
+    clock = np.cumsum(mean * np.diff(at, prepend=0))
+    return np.interp(steps, [0, *at], [0, *clock]).round(3).tolist()
+
+
+def read(file: str) -> Record:
+    """Raises ValueError for what is no such record."""
+    try:
+        return Record.model_validate(json_files.read_object(Path(file)))
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        what = f"{where}: {error.errors()[0]['msg']}"
+        raise Mistake(f"{file} is no record of tools/ablation.py: {what}") from None
+
+
+def write(record: Record, file: str) -> None:
+    """In one line. Raises OSError."""
+    text = json.dumps(record.model_dump(mode="json"), separators=(",", ":"))
+    Path(file).write_text(f"{text}\n", encoding="utf-8")

@@ -1,0 +1,136 @@
+"""How fast texts are written, and how much of the memory's bandwidth that takes: tools/bench.py.
+
+A step of decoding multiplies each weight with one vector a text, so what bounds it is how fast the
+weights, and what the cache holds of the texts, can be read. Its share of the bandwidth counts both
+once a step, in the precision that they are kept in, against adding to an array, timed here.
+"""
+
+import math
+import statistics
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from benchmarks import pytorch
+from flax.traverse_util import flatten_dict
+
+from scalegpt.config import Config
+from scalegpt.errors import Mistake
+from scalegpt.inference.decode import decoder
+from scalegpt.inference.sampling import Sampler
+from scalegpt.step.build import build_for_use
+from scalegpt.step.sharding import make_mesh, row_shards
+
+PROMPT = 16  # tokens
+ADDED = 2**28  # bytes
+
+
+class Writer:
+    """The decoder of scalegpt.generate with random weights, on all devices here; compiled."""
+
+    name = "scalegpt"
+
+    def __init__(self, config: Config, texts: int, tokens: int) -> None:
+        mesh, model = make_mesh(config.mesh), config.model
+        mine = -(-texts // row_shards(mesh))  # texts of one device
+        steps = build_for_use(config, mesh, mine)
+        self.write = decoder(steps, steps.init().params, Sampler(), model.vocab_size, keep=False)
+        self.prompts = np.random.default_rng(0).integers(0, model.vocab_size, (texts, PROMPT))
+        # Of what is only looked up, a step reads a row a text.
+        looked_up = ["wpe", "value_table", *(() if model.tie_word_embeddings else ("wte",))]
+        flat = flatten_dict(self.write.params)
+        read = [x for path, x in flat.items() if path[-1] not in looked_up]
+        kept = 2 * model.n_layer * model.n_embd * steps.model.dtype.itemsize  # of each token
+        held = mine * (PROMPT + tokens // 2)  # half way
+        # By one device in a step.
+        self.bytes_read = kept * held / mesh.shape["tensor"] + sum(
+            math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+            for x in read
+        )
+        self.block(tokens)
+
+    def close(self) -> None:
+        pass
+
+    def block(self, tokens: int) -> dict[str, Any]:
+        """Seconds of a token, prefill included."""
+        began = time.perf_counter()
+        for _ in self.write.ids(self.prompts, tokens):
+            pass
+        return {"seconds": (time.perf_counter() - began) / tokens}
+
+
+def bandwidth() -> float:
+    """Bytes a second that a device reads and writes, adding to an array: the best of ten."""
+    x, times = jnp.ones(ADDED // 4, jnp.float32), []
+    add = jax.jit(lambda x: x + 1, donate_argnums=0)  # in place: new memory would cost more
+    for _ in range(11):
+        began = time.perf_counter()
+        x = jax.block_until_ready(add(x))
+        times.append(time.perf_counter() - began)
+    return 2 * ADDED / min(times[1:])
+
+
+def measure(
+    config: Config, flags: Namespace, others: list[dict[str, Any]], turns: Callable
+) -> dict[str, Any]:
+    """All figures of each number of texts. others: settings of those in PyTorch; turns: bench's.
+
+    Raises ValueError when a text would not fit the model, or one in PyTorch fails.
+    """
+    tokens = flags.steps
+    if PROMPT + tokens > config.model.block_size:
+        raise Mistake(
+            f"--steps={tokens} after a prompt of {PROMPT} tokens is more than "
+            f"model.block_size={config.model.block_size}, past which nothing is cached; "
+            f"{config.model.block_size - PROMPT} would do"
+        )
+    rate, rows = bandwidth(), []
+    for count in flags.decode:
+        writers: list[Any] = []
+        try:
+            for settings in others:
+                prompts = {"texts": count, "prompt": PROMPT, "tokens": tokens, "mode": "eager"}
+                writers.append(pytorch.Child({**settings, **prompts}))
+            writers.insert(0, Writer(config, count, tokens))
+            blocks = turns(writers, flags.rounds, tokens)
+        finally:
+            for writer in writers:
+                writer.close()
+        ours = [turn[0]["seconds"] for turn in blocks]
+        used = writers[0].bytes_read / statistics.median(ours)
+        row: dict[str, Any] = {"texts": count, "share_of_bandwidth": used / rate, "writers": []}
+        for i, writer in enumerate(writers):
+            seconds = [turn[i]["seconds"] for turn in blocks]
+            pairs = [theirs / mine for mine, theirs in zip(ours, seconds, strict=True)]
+            row["writers"].append({
+                "name": writer.name, "tokens_per_second": count / statistics.median(seconds),
+                "token_seconds": statistics.median(seconds),
+                "ratio": {"pairs": pairs, "median": statistics.median(pairs)},
+            })  # fmt: skip
+        rows.append(row)
+    return {"tokens": tokens, "bandwidth_bytes_per_second": rate, "decoding": rows}
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report for a person."""
+    rate = report["bandwidth_bytes_per_second"]
+    lines = [
+        f"{report['tokens']} tokens after a prompt of {PROMPT}; a device reads and writes "
+        f"{rate / 1e9:.1f} GB/s",
+        f"{'texts':>5}  {'':20} {'tokens/s':>10} {'ms a step':>10}",
+    ]
+    for row in report["decoding"]:
+        for i, writer in enumerate(row["writers"]):
+            median = writer["ratio"]["median"]
+            last = f"{row['share_of_bandwidth']:.0%} of the bandwidth" if i == 0 else (
+                f"scalegpt is {median:.2f} x as fast")  # fmt: skip
+            lines.append(
+                f"{row['texts']:5}  {writer['name']:20} {writer['tokens_per_second']:10,.1f} "
+                f"{1e3 * writer['token_seconds']:10,.2f}  {last}"
+            )
+    return "\n".join(lines)

@@ -1,0 +1,192 @@
+"""A training command on a machine: checked, packed, installed, started, watched."""
+
+import argparse
+import dataclasses
+import os
+import shlex
+import sys
+import tarfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from tpus import worker_shell
+from tpus.machine import Machine, note
+
+from scalegpt.config import Config, command_line
+from scalegpt.errors import Mistake
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ("scalegpt/**/*.py", "tools/**/*.py", "configs/*.yaml", "data/*/*.py", "pyproject.toml",
+           "README.md", "LICENSE")  # fmt: skip
+# On these the numbers of a run and the form of its checkpoints depend: all machines get what is
+# installed here, so that one created anew in a month does not continue with other versions.
+PINNED = ("jax", "flax", "optax", "numpy", "grain", "orbax-checkpoint")
+DONE, MISTAKE, STOPPED, NOT_FINITE, GAVE_UP = 0, 2, 3, 4, 5
+SILENT = 20  # questions in a row that a machine said to be ready may leave unanswered
+
+
+class Job:
+    """What is to run, checked before anything is rented."""
+
+    def __init__(self, flags: argparse.Namespace) -> None:
+        if not flags.arguments:
+            raise Mistake("say what to train: ... -- --config FILE --run.out_dir=gs://...")
+        self.arguments, self.id = flags.arguments, worker_shell.run_id(flags.arguments)
+        self.config, parsed = command_line.parse(flags.arguments, "scalegpt.train", {})
+        self.out = self.config.run.out_dir
+        self.in_bucket = "://" in self.out
+        extra = [parsed.config, *self.config.eval.tasks.values()]
+        self.files = [relative(file) for file in extra if file and "://" not in file]
+        self.data = local_data(self.config)
+        if (source := self.config.run.init_from) and Path(source).is_dir():
+            raise Mistake(
+                f"run.init_from={source} is a folder here, which the machine has not: give a "
+                "bucket's, or a name of Hugging Face"
+            )
+        if missing := [name for name in flags.env if name not in os.environ]:
+            raise Mistake(f"--env {missing[0]}: there is no such variable here")
+        self.env = "".join(f"export {n}={shlex.quote(os.environ[n])}\n" for n in flags.env)
+        self.installed_on: int | None = None
+        self.archive = f"scalegpt-{flags.name}.tar.gz"
+
+    def check_place(self, several: bool, spot: bool) -> None:
+        why = "a spot machine is deleted" if spot else "the hosts of a slice share no disk"
+        if (spot or several) and not self.in_bucket:
+            raise Mistake(
+                f"run.out_dir={self.out} is on the machine, and {why}: "
+                f"give a bucket, --run.out_dir=gs://BUCKET/{Path(self.out).name}"
+            )
+
+    @contextmanager
+    def packed(self) -> Iterator[str]:
+        """An archive of the sources as they are now, for this machine and those after it."""
+        with TemporaryDirectory(prefix="scalegpt-") as folder:
+            path = Path(folder, self.archive)
+            names = {p.relative_to(ROOT) for pattern in SOURCES for p in ROOT.glob(pattern)}
+            with tarfile.open(path, "w:gz", compresslevel=6) as archive:
+                for name in sorted(names):
+                    archive.add(ROOT / name, f"./{name}")
+                for file in self.files:
+                    archive.add(file, f"./{file}")
+                if self.env:  # a file, for arguments are printed and can be seen by others
+                    secret = Path(folder, "run.env")
+                    secret.touch(0o600)
+                    secret.write_text(self.env)
+                    archive.add(secret, "./run.env")
+            yield str(path)
+
+    def go_on(self, machine: Machine, archive: str, seconds: float) -> worker_shell.Look:
+        """Start the run on a machine that is ready, or find it there; show its log to its end."""
+        now, offset = look_at(machine, seconds), -4000
+        if now.state == "running" and now.run != self.id:
+            raise Mistake(f"another run is in progress on {machine.name}; stop it first")
+        ended = now.state == "exit" and now.code == DONE and now.run == self.id
+        if now.state == "running" or ended:
+            note(f"found the run on {machine.name}")
+        else:
+            try:
+                self.begin(machine, archive)
+            except ValueError:  # a machine may be taken away while it is being prepared, too
+                if not machine.is_gone():
+                    raise
+                return worker_shell.Look("", "gone")
+            offset = 0
+        return watch(machine, offset, seconds)
+
+    def begin(self, machine: Machine, archive: str) -> None:
+        """Install, once a machine, and start. Raises ValueError."""
+        if self.installed_on != machine.created:
+            self.install(machine, archive)
+            self.installed_on = machine.created
+        machine.must_ssh(worker_shell.start(self.arguments), "starting the run")
+
+    def install(self, machine: Machine, archive: str) -> None:
+        """The sources, their packages and the data, on all workers."""
+        if machine.dry_run:
+            note(f"{self.archive}: the sources, and what --env names, packed here")
+            archive = self.archive
+        machine.send([archive], "")
+        packages = [f"{name}=={version(name)}" for name in PINNED]
+        python = f"{sys.version_info.major}.{sys.version_info.minor}"
+        machine.must_ssh(worker_shell.install(self.archive, python, packages), "installing")
+        for folder, files in self.data.items():
+            sizes = {file: Path(file).stat().st_size for file in files}
+            if machine.dry_run or machine.ssh(worker_shell.has(sizes), "all", True).returncode:
+                place = f"{worker_shell.FOLDER}/{folder}"
+                machine.must_ssh(f"mkdir -p {place}", "making a folder")
+                machine.send(files, f"{place}/")
+
+
+def local_data(config: Config) -> dict[str, list[str]]:
+    """Folder -> token files to copy to the workers; not of a URL, which they read themselves."""
+    found = {}
+    for path in config.data.weights:
+        if "://" in path or (config.data.prepare and (ROOT / path / "prepare.py").is_file()):
+            continue
+        files = [f"{relative(path)}/{name}" for name in ("train.bin", "val.bin", "meta.json",
+                 "meta.pkl") if Path(path, name).is_file()]  # fmt: skip
+        if f"{relative(path)}/train.bin" not in files:
+            raise Mistake(
+                f"data.path={path}: there is no {path}/train.bin here to copy to the machine; "
+                f"prepare it, or give a bucket's --data.path=gs://BUCKET/{Path(path).name}"
+            )
+        found[relative(path)] = files
+    return found
+
+
+def relative(path: str) -> str:
+    """The path, which must mean the same on the machine; free of what scp's shell would read."""
+    clean = Path(path).as_posix()
+    if Path(path).is_absolute() or ".." in Path(path).parts or clean != shlex.quote(clean):
+        raise Mistake(f"{path}: give a plain path below this folder, so that the machine can "
+                         "have the same")  # fmt: skip
+    return clean
+
+
+def look_at(machine: Machine, seconds: float) -> worker_shell.Look:
+    """Worker 0 of a machine that is ready; one just created may not answer at once."""
+    pretend = "@scalegpt worker-0 none - - 0\n"
+    for _ in range(5):
+        answer = machine.ssh(worker_shell.look(), capture=True, once="look", pretend=pretend)
+        if found := worker_shell.read(answer.stdout):
+            return found[0]
+        time.sleep(seconds)
+    raise Mistake(f"worker 0 of {machine.name} does not answer:\n{answer.stderr.strip()}")
+
+
+def watch(machine: Machine, offset: int, seconds: float) -> worker_shell.Look:
+    """Show the log of worker 0 from a byte on, until the run or its machine has ended.
+
+    By short questions, for a connection of days breaks. The answer has the end of the log.
+    """
+    text, silent, pretend = "", 0, "@scalegpt worker-0 exit 0 - 0\n"
+    while True:
+        answer = machine.ssh(worker_shell.look(offset), capture=True, once="watch", pretend=pretend)
+        if found := worker_shell.read(answer.stdout):
+            now, silent = found[0], 0
+            print(now.log, end="", flush=True)
+            # Kept, for a line may come in two parts, and in it the step.
+            text, offset = (text + now.log)[-20_000:], now.size
+            if now.state != "running":
+                return dataclasses.replace(now, log=text)
+        else:
+            silent += 1
+            note(f"worker 0 does not answer ({silent} of {SILENT})")
+            if machine.is_gone():
+                return worker_shell.Look("", "gone", log=text)
+            if silent == SILENT:
+                return worker_shell.Look("", "silent", log=text)
+        time.sleep(seconds)
+
+
+def verdict(machine: Machine, last: worker_shell.Look) -> int | None:
+    """The exit code that counts: a mistake that one worker sees is a dead peer to the others."""
+    if last.code in (None, DONE):
+        return last.code
+    answer = machine.ssh(worker_shell.look(), "all", capture=True)
+    codes = [found.code for found in worker_shell.read(answer.stdout)]
+    return next((code for code in codes if code in (MISTAKE, NOT_FINITE)), last.code)
