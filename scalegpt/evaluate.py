@@ -114,24 +114,33 @@ def _parser() -> argparse.ArgumentParser:
         epilog=tasks.__doc__,
     )
     trained.add_flags(parser).add_argument(
-        "--config", metavar="FILE", help="a run's config: the weights of its run.init_from, on its "
+        "--config",
+        metavar="FILE",
+        help="a run's config: the weights of its run.init_from, on its "
         "data.path, with its eval, batch.microbatch and mesh",
-    )  # fmt: skip
+    )
     text = parser.add_mutually_exclusive_group()
     text.add_argument(
-        "--data", metavar="PATH", help="folder or URL with val.bin, or a .bin file (default: the "
+        "--data",
+        metavar="PATH",
+        help="folder or URL with val.bin, or a .bin file (default: the "
         "run's own, if there is no --task)",
-    )  # fmt: skip
+    )
     text.add_argument(
-        "--text", metavar="FILE", help="UTF-8 text, encoded by the model's tokenizer; predicted "
+        "--text",
+        metavar="FILE",
+        help="UTF-8 text, encoded by the model's tokenizer; predicted "
         "from its first token on, where the tokenizer has an end-of-text mark to start from",
-    )  # fmt: skip
+    )
     parser.add_argument("--split", choices=("val", "train"), help="of a data folder (default val)")
     parser.add_argument("--windows", type=int, help="first so many windows (default: all)")
     parser.add_argument(
-        "--task", action="append", choices=tasks.NAMES, default=[], help="with its --file; several "
-        "are possible",
-    )  # fmt: skip
+        "--task",
+        action="append",
+        choices=tasks.NAMES,
+        default=[],
+        help="with its --file; several are possible",
+    )
     parser.add_argument("--file", action="append", default=[], help="the task's examples")
     parser.add_argument("--limit", type=int, help="first so many examples (default: all)")
     parser.add_argument("--microbatch", type=int, help="rows a device works on (default 8)")

@@ -49,15 +49,26 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--max-new-tokens", type=int, default=200)
     for option in fields(Sampler):
         parser.add_argument(
-            f"--{option.name.replace('_', '-')}", type=option.type, default=option.default,
+            f"--{option.name.replace('_', '-')}",
+            type=option.type,
+            default=option.default,
             help=f"{_HELP[option.name]} (default {option.default})",
-        )  # fmt: skip
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT",
-                        help="end before this text; can be repeated")  # fmt: skip
+        )
+    parser.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end before this text; can be repeated",
+    )
     parser.add_argument("--seed", type=int, default=1337)
-    parser.add_argument("--past-block", choices=("slide", "error"), default="slide",
-                        help="a text longer than the model's block_size: continue from its last "
-                        "block_size tokens, slowly, or refuse")  # fmt: skip
+    parser.add_argument(
+        "--past-block",
+        choices=("slide", "error"),
+        default="slide",
+        help="a text longer than the model's block_size: continue from its last "
+        "block_size tokens, slowly, or refuse",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object a sample")
     flags = parser.parse_args(argv)
     for name in ("num_samples", "max_new_tokens"):
@@ -164,9 +175,14 @@ def _write(
     if is_main and stream:
         print(asked[0][0], end="", flush=True)
     written = continuations(
-        write, codec, [x for _, x in asked],
-        max_new_tokens=flags.max_new_tokens, seed=flags.seed, stops=flags.stop, watch=watch,
-    )  # fmt: skip
+        write,
+        codec,
+        [x for _, x in asked],
+        max_new_tokens=flags.max_new_tokens,
+        seed=flags.seed,
+        stops=flags.stop,
+        watch=watch,
+    )
     ended = time.perf_counter()
     if not is_main:
         return
@@ -175,8 +191,13 @@ def _write(
         print("".join(f"\n---------------\n{text}{done.text}" for (text, _), done in rest))
     else:
         for (text, x), done in zip(asked, written, strict=True):
-            row = {"prompt": text, "text": done.text, "finish": done.finish,
-                   "prompt_tokens": len(x), "new_tokens": len(done.ids)}  # fmt: skip
+            row = {
+                "prompt": text,
+                "text": done.text,
+                "finish": done.finish,
+                "prompt_tokens": len(x),
+                "new_tokens": len(done.ids),
+            }
             print(json.dumps(row, ensure_ascii=False))
     later, seconds = sum(len(done.ids) for done in written) - len(asked), ended - first
     speed = f", then {later / seconds:.1f} tokens/s" if later > 0 else ""

@@ -39,8 +39,21 @@ if (SHARED / "tiktoken_cache").is_dir():
 
 # Files that take longest, by their clock: begun last, one of them would keep one process busy
 # while the other has nothing to do.
-LONGEST = ("elastic", "distributed", "crash", "train", "sharding", "pmap", "ledger", "hf", "health",
-           "decode", "parity", "muon", "ablation")  # fmt: skip
+LONGEST = (
+    "elastic",
+    "distributed",
+    "crash",
+    "train",
+    "sharding",
+    "pmap",
+    "ledger",
+    "hf",
+    "health",
+    "decode",
+    "parity",
+    "muon",
+    "ablation",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -150,8 +150,7 @@ def main(argv: list[str]) -> int:
 
 
 def on_worker(fake: Path, home: Path, command: str) -> subprocess.Popen:
-    environment = {"HOME": str(home), "FAKE": str(fake),
-                   "PATH": f"{fake / 'remote'}:/usr/bin:/bin"}  # fmt: skip
+    environment = {"HOME": str(home), "FAKE": str(fake), "PATH": f"{fake / 'remote'}:/usr/bin:/bin"}
     return subprocess.Popen(["bash", "-c", command], cwd=home, env=environment)
 
 

@@ -165,9 +165,17 @@ class Handler(BaseHTTPRequestHandler):
     def resource(self, key: tuple[str, str]) -> dict:
         generation, data = self.server.objects[key]
         at = "2026-01-01T00:00:00.000Z"
-        return {"kind": "storage#object", "bucket": key[0], "name": key[1], "size": str(len(data)),
-                "generation": str(generation), "metageneration": "1", "etag": str(generation),
-                "timeCreated": at, "updated": at}  # fmt: skip
+        return {
+            "kind": "storage#object",
+            "bucket": key[0],
+            "name": key[1],
+            "size": str(len(data)),
+            "generation": str(generation),
+            "metageneration": "1",
+            "etag": str(generation),
+            "timeCreated": at,
+            "updated": at,
+        }
 
     def batch(self, body: bytes):
         parts = []

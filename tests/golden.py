@@ -29,8 +29,12 @@ SAVED, STEPS = 4, 6
 def write_data(folder: Path) -> None:
     text = "".join(f"{n} times {n} is {n * n}.\n" for n in range(200)).encode()
     ids = np.frombuffer(text, np.uint8).astype("<u2")
-    meta: dict[str, Any] = {"format": 1, "tokenizer": {"kind": "byte"}, "dtype": "uint16",
-                            "vocab_size": 256}  # fmt: skip
+    meta: dict[str, Any] = {
+        "format": 1,
+        "tokenizer": {"kind": "byte"},
+        "dtype": "uint16",
+        "vocab_size": 256,
+    }
     for split, part in (("train", ids[:-400]), ("val", ids[-400:])):
         part.tofile(folder / f"{split}.bin")
         meta[split] = {"tokens": len(part)}
@@ -40,13 +44,27 @@ def write_data(folder: Path) -> None:
 def arguments(steps: int) -> list[str]:
     """The run, in the current folder; with biases, so that there is one array of each kind."""
     values = {
-        "data.path": "data", "run.out_dir": "run", "model.n_layer": 1, "model.n_head": 2,
-        "model.n_embd": 8, "model.block_size": 8, "model.bias": "true",
-        "model.vocab_multiple": 8, "batch.sequences": 8, "optim.lr": 1e-2, "optim.warmup_steps": 0,
-        "optim.steps": steps, "optim.decay_steps": STEPS, "eval.every": 0, "eval.windows": 16,
-        "checkpoint.every": 0, "checkpoint.keep": 1, "log.every": 1, "log.tensorboard": "false",
+        "data.path": "data",
+        "run.out_dir": "run",
+        "model.n_layer": 1,
+        "model.n_head": 2,
+        "model.n_embd": 8,
+        "model.block_size": 8,
+        "model.bias": "true",
+        "model.vocab_multiple": 8,
+        "batch.sequences": 8,
+        "optim.lr": 1e-2,
+        "optim.warmup_steps": 0,
+        "optim.steps": steps,
+        "optim.decay_steps": STEPS,
+        "eval.every": 0,
+        "eval.windows": 16,
+        "checkpoint.every": 0,
+        "checkpoint.keep": 1,
+        "log.every": 1,
+        "log.tensorboard": "false",
         "run.allow_config_change": "true",
-    }  # fmt: skip
+    }
     return [f"--{key}={value}" for key, value in values.items()]
 
 

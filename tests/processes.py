@@ -15,7 +15,10 @@ GLOO = set("Gloo Rank is connected to peer ranks Expected number of".split())
 
 
 def start(
-    command: Sequence[object], count: int, devices: int, each: Sequence[Sequence[str]] = (),
+    command: Sequence[object],
+    count: int,
+    devices: int,
+    each: Sequence[Sequence[str]] = (),
     **environment: str,
 ) -> list[subprocess.Popen]:
     """command: arguments to python. each: what every process gets besides. They write to pipes."""
@@ -33,13 +36,21 @@ def start(
     for index in range(count):
         argv = [sys.executable, *map(str, command), *(each[index] if each else ())]
         if count > 1:
-            argv += [f"--distributed.coordinator=localhost:{port}",
-                     f"--distributed.num_processes={count}",
-                     f"--distributed.process_id={index}"]  # fmt: skip
-        processes.append(subprocess.Popen(
-            argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=environment,
-        ))  # fmt: skip
+            argv += [
+                f"--distributed.coordinator=localhost:{port}",
+                f"--distributed.num_processes={count}",
+                f"--distributed.process_id={index}",
+            ]
+        processes.append(
+            subprocess.Popen(
+                argv,
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=environment,
+            )
+        )
     return processes
 
 
@@ -62,5 +73,6 @@ def run(module: str, *argv: object, count: int = 2, devices: int = 4) -> list[tu
 
 
 def _without_gloo(text: str) -> str:
-    return "".join(line for line in text.splitlines(True)
-                   if not set(re.findall("[A-Za-z]+", line)) <= GLOO)  # fmt: skip
+    return "".join(
+        line for line in text.splitlines(True) if not set(re.findall("[A-Za-z]+", line)) <= GLOO
+    )

@@ -94,8 +94,11 @@ def test_seeds_come_first_and_a_second_time_nothing_runs(finished, capsys):
     file, out, said = finished
     order = [line for line in said.splitlines() if line.startswith("===")]
     assert [line.split("(")[0] for line in order] == [
-        "=== plain, seed 1 ", "=== wide, seed 1 ", "=== plain, seed 2 ", "=== wide, seed 2 ",
-    ]  # fmt: skip
+        "=== plain, seed 1 ",
+        "=== wide, seed 1 ",
+        "=== plain, seed 2 ",
+        "=== wide, seed 2 ",
+    ]
     early = said[: said.index("=== plain, seed 2")]
     assert early.count("x tokens") == 1 and early.count(" 1/2\n") == 2
     assert said.count("x tokens") == 2  # after the first seed, and at the end
@@ -144,21 +147,35 @@ def test_a_large_picture_is_small_too_and_keeps_every_arms_colour(tmp_path):
     rng, steps = np.random.default_rng(0), np.arange(0, 5001, 50)
     curves = {
         f"arm{k}": {
-            seed: {"state": "done", "step": steps.tolist(), "bits_per_byte": None,
-                   "seconds": (steps * 0.1).tolist(),
-                   "val_loss": (3 / (1 + steps / (60 + 9 * k)) ** 0.5
-                                + rng.normal(0, 0.02, len(steps))).tolist()}
+            seed: {
+                "state": "done",
+                "step": steps.tolist(),
+                "bits_per_byte": None,
+                "seconds": (steps * 0.1).tolist(),
+                "val_loss": (
+                    3 / (1 + steps / (60 + 9 * k)) ** 0.5 + rng.normal(0, 0.02, len(steps))
+                ).tolist(),
+            }
             for seed in (1, 2, 3)
         }
         for k in range(9)
-    }  # fmt: skip
-    curves["broken"] = {1: {"state": "not finite at step 60", "step": [0, 50], "val_loss": [4, 6],
-                            "seconds": None, "bits_per_byte": None}}  # fmt: skip
+    }
+    curves["broken"] = {
+        1: {
+            "state": "not finite at step 60",
+            "step": [0, 50],
+            "val_loss": [4, 6],
+            "seconds": None,
+            "bits_per_byte": None,
+        }
+    }
     sizes = {"parameters": 10, "flops_per_token": 60.0, "tokens_per_update": 100}
     record = ablation_record.Record(
-        name="large", reference="arm0", seeds=[1, 2, 3],
+        name="large",
+        reference="arm0",
+        seeds=[1, 2, 3],
         arms={name: {**sizes, "curves": runs} for name, runs in curves.items()} | {"later": None},
-    )  # fmt: skip
+    )
     file = tmp_path / "large.png"
     draw(record, str(file))
     assert 20_000 < file.stat().st_size < 120_000
@@ -212,23 +229,36 @@ def test_interpolation_is_linear_in_log_tokens(target, expected):
 
 def test_the_mean_curve_is_read_not_the_runs(tmp_path):
     """Hand-made: two seeds of each arm, whose means fall by 1 each time tokens double."""
+
     def arm(*losses, state="done"):
         return {
-            "parameters": 10, "flops_per_token": 60.0, "tokens_per_update": 100,
+            "parameters": 10,
+            "flops_per_token": 60.0,
+            "tokens_per_update": 100,
             "curves": {
-                seed: {"state": state, "step": [0, 1, 2, 4], "val_loss": loss,
-                       "seconds": [0, 1, 2, 4], "bits_per_byte": None}
+                seed: {
+                    "state": state,
+                    "step": [0, 1, 2, 4],
+                    "val_loss": loss,
+                    "seconds": [0, 1, 2, 4],
+                    "bits_per_byte": None,
+                }
                 for seed, loss in enumerate(losses)
             },
-        }  # fmt: skip
+        }
 
     slow = arm([9, 6, 5.5, 4], [9, 6, 4.5, 4])
     fast = arm([9, 5, 4, 3], [9, 4, 3, 2])  # 4.5, 3.5, 2.5: at 4 after sqrt(2) updates
     never = arm([9, 8, 7, 6], [9, 8, 7, 6])
     broken = arm([9, 1, 1, 1], state="not finite at step 5")
-    text = json.dumps({"name": "hand", "reference": "slow", "seeds": [0, 1],
-                       "arms": {"fast": fast, "slow": slow, "never": never, "broken": broken,
-                                "later": None}})  # fmt: skip
+    text = json.dumps(
+        {
+            "name": "hand",
+            "reference": "slow",
+            "seeds": [0, 1],
+            "arms": {"fast": fast, "slow": slow, "never": never, "broken": broken, "later": None},
+        }
+    )
     (tmp_path / "record.json").write_text(text)
     record = ablation_record.read(str(tmp_path / "record.json"))
     arms = (summary := summarise(record))["arms"]
@@ -246,8 +276,10 @@ def test_the_mean_curve_is_read_not_the_runs(tmp_path):
 def test_seconds_leave_out_what_was_not_timed():
     """Updates 1, 5 and 7 compiled; a row is of the mean since the one before."""
     seconds = {1: None, 2: 0.5, 4: 1.0, 5: None, 6: 2.0, 7: None}
-    found = [{"step": s, "train/loss": 1.0} | ({"perf/step_seconds": x} if x else {})
-             for s, x in seconds.items()]  # fmt: skip
+    found = [
+        {"step": s, "train/loss": 1.0} | ({"perf/step_seconds": x} if x else {})
+        for s, x in seconds.items()
+    ]
     assert training_seconds(found, [0, 2, 3, 4, 6, 7]) == [0, 1, 2, 3, 7, 9]
     assert training_seconds(found[:1], [0, 1]) is None
 
@@ -259,13 +291,28 @@ def test_stopped_it_saves_and_the_same_command_goes_on_past_an_arm_that_fails(pl
     """bad: its first update is so large that the second is not finite."""
     arms = {"plain": {}, "bad": {"optim": {"lr": 1e30, "grad_clip": 0.0}}}
     out, folder = tmp_path / "out", tmp_path / "out" / "plain" / "seed-1"
-    argv = [sys.executable, "tools/ablation.py", write(tmp_path, plays, arms, seeds=[1]), "--out",
-            out, "--optim.steps=600", "--eval.every=200", "--checkpoint.every=200"]  # fmt: skip
+    argv = [
+        sys.executable,
+        "tools/ablation.py",
+        write(tmp_path, plays, arms, seeds=[1]),
+        "--out",
+        out,
+        "--optim.steps=600",
+        "--eval.every=200",
+        "--checkpoint.every=200",
+    ]
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
 
     def start() -> subprocess.Popen:
-        return subprocess.Popen(argv, cwd=ROOT, env=environment, text=True, process_group=0,
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+        return subprocess.Popen(
+            argv,
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            process_group=0,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
 
     process = start()
     tiny_run.wait_for_step(process, folder, 3)
@@ -291,8 +338,10 @@ def test_stopped_it_saves_and_the_same_command_goes_on_past_an_arm_that_fails(pl
 def test_a_folder_with_another_run_is_refused_and_left_alone(finished, capsys):
     file, out, _ = finished
     before = (out / "wide" / "seed-1" / "config.yaml").read_bytes()
-    for override, change in (("--optim.lr=0.02", "optim.lr: 0.01 -> 0.02"),
-                             ("--data.path=elsewhere", "-> elsewhere")):  # fmt: skip
+    for override, change in (
+        ("--optim.lr=0.02", "optim.lr: 0.01 -> 0.02"),
+        ("--data.path=elsewhere", "-> elsewhere"),
+    ):
         for mode in ((), ("--report",), ("--dry-run",)):
             with pytest.raises(ValueError, match="arm plain: .*holds a run that differs") as error:
                 ablation.main([str(file), "--out", str(out), override, *mode])

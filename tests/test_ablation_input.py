@@ -138,8 +138,10 @@ CURVES = '"parameters": 1, "flops_per_token": 1, "tokens_per_update": 1, "curves
         ("{", "is not JSON"),
         ("{}", "is no record of tools/ablation.py: name: Field required"),
         ('{"name": "a", "reference": "b", "seeds": [1], "arms": {}}', "the reference b is none"),
-        ('{"name": "a", "reference": "b", "seeds": [1], "arms": {"b": {' + CURVES + "{}}}}",
-         "record.json is no record of tools/ablation.py: arms.b.curves: .* at least 1 item"),
+        (
+            '{"name": "a", "reference": "b", "seeds": [1], "arms": {"b": {' + CURVES + "{}}}}",
+            "record.json is no record of tools/ablation.py: arms.b.curves: .* at least 1 item",
+        ),
     ],
 )
 def test_a_mistake_in_a_record_is_one_message(text, message, tmp_path):
@@ -151,9 +153,14 @@ def test_a_mistake_in_a_record_is_one_message(text, message, tmp_path):
 def test_curves_that_do_not_fit_are_refused():
     whole = {"state": "done", "step": [1, 2], "val_loss": [2.0, 1.0], "seconds": None}
     Curve(**whole, bits_per_byte=None)
-    for wrong in ({"step": [2, 1]}, {"val_loss": [1.0]}, {"seconds": [1.0]},
-                  {"val_loss": [1.0, math.nan]}, {"step": [1, 2**63]},
-                  {"step": [], "val_loss": []}):  # fmt: skip
+    for wrong in (
+        {"step": [2, 1]},
+        {"val_loss": [1.0]},
+        {"seconds": [1.0]},
+        {"val_loss": [1.0, math.nan]},
+        {"step": [1, 2**63]},
+        {"step": [], "val_loss": []},
+    ):
         with pytest.raises(ValueError):
             Curve(**(whole | wrong), bits_per_byte=None)
 
@@ -169,8 +176,15 @@ def test_without_file_or_folder_the_message_says_what_to_give(tmp_path):
 
 
 def test_every_mistake_is_exit_code_2_and_needs_no_device(tmp_path):
-    argv = [sys.executable, "tools/ablation.py", write(tmp_path, "data"), "--out", tmp_path / "out",
-            "--arms", "wid"]  # fmt: skip
+    argv = [
+        sys.executable,
+        "tools/ablation.py",
+        write(tmp_path, "data"),
+        "--out",
+        tmp_path / "out",
+        "--arms",
+        "wid",
+    ]
     environment = os.environ | {"JAX_PLATFORMS": "nothing"}
     done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
@@ -181,8 +195,14 @@ def test_every_mistake_is_exit_code_2_and_needs_no_device(tmp_path):
 
 
 def test_a_run_is_what_file_arm_and_overrides_say_later_wins(tmp_path):
-    arms = {"a": None, "b": {"optim": {"lr": 2e-3}, "eval": {"windows": None},
-                             "data": {"path": {"x": 0.25, "y": 0.75}}}}  # fmt: skip
+    arms = {
+        "a": None,
+        "b": {
+            "optim": {"lr": 2e-3},
+            "eval": {"windows": None},
+            "data": {"path": {"x": 0.25, "y": 0.75}},
+        },
+    }
     file = write(tmp_path, "data", arms, config=str(ROOT / "configs" / "demo.yaml"))
     a, b = ablation_plan.read(str(file), "out", ["--optim.steps=7"]).runs[:2]
     assert (a.config.optim.lr, b.config.optim.lr) == (1e-2, 2e-3)
@@ -199,8 +219,9 @@ def test_a_dry_run_prints_commands_that_the_shell_takes(tmp_path, capsys):
     assert ablation.main([str(file), "--out=o", "--arms", "wide", "--dry-run"]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 2  # seeds
-    echoed = subprocess.run(["bash", "-c", f"printf '%s\\n' {printed[1]}"], capture_output=True,
-                            text=True, check=True).stdout.splitlines()  # fmt: skip
+    echoed = subprocess.run(
+        ["bash", "-c", f"printf '%s\\n' {printed[1]}"], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     assert echoed[1:3] == ["-m", "scalegpt.train"]
     config, _ = command_line.parse(echoed[3:], "test", {})
     assert config.model.n_embd == 64 and config.run.out_dir == "o/wide/seed-2"

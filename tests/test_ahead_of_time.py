@@ -8,8 +8,13 @@ from scalegpt import train
 
 V3_8 = ["--config", "configs/v3_8.yaml"]
 # As narrow as its compiler likes: it takes most of its time for the arithmetic of wide layers.
-SMALL = ["--model.n_layer=1", "--model.n_embd=256", "--model.n_head=4", "--model.vocab_size=1000",
-         "--batch.sequences=128"]  # fmt: skip
+SMALL = [
+    "--model.n_layer=1",
+    "--model.n_embd=256",
+    "--model.n_head=4",
+    "--model.vocab_size=1000",
+    "--batch.sequences=128",
+]
 
 
 @pytest.fixture

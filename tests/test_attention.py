@@ -436,17 +436,22 @@ def split_vjp(mesh, implementation, nested, check_vma=True):
     manual = ("replica", "data")
     return jax.jit(
         jax.shard_map(
-            both, mesh=mesh, in_specs=P(manual), out_specs=P(manual),
-            axis_names=set(manual), check_vma=check_vma,
+            both,
+            mesh=mesh,
+            in_specs=P(manual),
+            out_specs=P(manual),
+            axis_names=set(manual),
+            check_vma=check_vma,
         )
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("implementation", ON_CPU)
 @pytest.mark.parametrize(
-    "nested, check_vma", [(False, True), (True, True), (True, False)],
+    "nested, check_vma",
+    [(False, True), (True, True), (True, False)],
     ids=["jit", "in_shard_map", "in_unchecked_shard_map"],
-)  # fmt: skip
+)
 def test_values_and_gradients_on_a_mesh(implementation, nested, check_vma):
     """Under check_vma=True a careless splash would sum its gradient over the data axis."""
     mesh = jax.make_mesh((1, 2, 2, 2), AXES, axis_types=(AxisType.Auto,) * 4)

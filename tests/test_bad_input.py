@@ -139,6 +139,8 @@ def world(bottles, tmp_path_factory) -> Path:
     return folder
 
 
+# fmt: off
+# A table: a case a line or two.
 # --- the rows
 
 
@@ -241,7 +243,7 @@ for name, argv, *words in [
     ("mixture naming one twice", ["--data.path={a: 1, a: 2}"], "'a' is there twice"),
     ("mixture of nothing", "--data.path={}", "data.path={}", "at least 1"),
     ("which checkpoint", "--run.init_checkpoint=last", "run.init_checkpoint='last'", "latest"),
-]:  # fmt: skip
+]:
     bad(name, "train", [*NEW, *([argv] if isinstance(argv, str) else argv)], *words)
 
 # The mesh and the batch, on the eight devices here.
@@ -277,7 +279,7 @@ for name, argv, *words in [
     ("process of none", "--distributed.coordinator=localhost:9 --distributed.num_processes=2 "
      "--distributed.process_id=2", "process_id=2", "below distributed.num_processes=2"),
     ("topology", "--compile-only=v9-9", "--compile-only=v9-9", "v3-8"),
-]:  # fmt: skip
+]:
     bad(name, "train", [*NEW, *argv.split()], *words)
 
 # Configuration files.
@@ -323,21 +325,21 @@ for name, text, *words in [
     ("a wrong type of each kind",
      "{model: {vocab_size: [], bias: {}, dropout: x, dtype: 1}, run: {seed: a}}",
      "model.vocab_size=[]", "model.bias={}", "model.dropout='x'", "model.dtype=1", "run.seed='a'"),
-]:  # fmt: skip
+]:
     argv = [w for w in NEW if "out_dir" not in w and "data.path" not in w]
     argv += [] if "run: {out_dir" in str(text) else ["--run.out_dir=new"]
     argv += [] if "data: {path" in str(text) else ["--data.path={world}/data"]
     bad(f"config: {name}", "train", [*argv, "--config=c.yaml"], *words, files={"c.yaml": text})
 bad("config: missing", "train", "--config=configs/nowhere.yaml", "configs/nowhere.yaml",
-    "No such file", "configs/")  # fmt: skip
+    "No such file", "configs/")
 bad("config: a folder", "train", "--config=sub", "cannot read config sub", "directory",
-    files={"sub/x": ""})  # fmt: skip
+    files={"sub/x": ""})
 bad("config: empty name", "train", [*NEW, "--config="], "--config='' is empty")
 bad("config: twice", "train", "--config=a.yaml --config=b.yaml", "--config is given twice",
     "'b.yaml'")
 bad("config: name with a NUL", "train", ["--config=a\0b"], "cannot read config", "null")
 bad("config: empty file", "train", "--config=c.yaml", "data.path is missing",
-    "run.out_dir is missing", "configs/demo.yaml", files={"c.yaml": ""})  # fmt: skip
+    "run.out_dir is missing", "configs/demo.yaml", files={"c.yaml": ""})
 bad("nothing at all", "train", [], "data.path is missing; give --data.path=", "configs/demo.yaml")
 bad("topology without a value twice", "train", [*NEW, "--compile-only=a", "--compile-only=b"],
     "twice")
@@ -373,7 +375,7 @@ for name, edits, *words in [
      "aa"}}}, "distinct characters"),
     ("tokenizer elsewhere", {"meta.json": {"tokenizer": "/etc/passwd"}},
      "no tokenizer '/etc/passwd'"),
-]:  # fmt: skip
+]:
     bad(f"data: {name}", "train", DATA, *words, files={"bad": copy("data", edits)})
 for name, content, *words in [
     ("an image", JPEG, "a JPEG image"),
@@ -382,12 +384,12 @@ for name, content, *words in [
     ("plain text", b"To be, or not to be? " * 10, "is plain text", "data/text/prepare.py"),
     ("a .npy file", b"\x93NUMPY\x01\x00v\x00{'descr': '<u2', }" + b" " * 99, "NumPy .npy"),
     ("uint32", np.arange(999, dtype="<u4").tobytes(), "uint32 read as uint16", "meta.json"),
-]:  # fmt: skip
+]:
     bad(f"data: {name}", "train", DATA, "bad/train.bin", *words, files={"bad/train.bin": content,
         "bad/val.bin": bytes(2000)})
 BINS = {"bad/train.bin": bytes(2000), "bad/val.bin": bytes(2000)}
 bad("data: a folder for a file", "train", DATA, "bad has no train.bin", "prepare.py",
-    files={"bad/train.bin/x": "", "bad/val.bin": b"12"})  # fmt: skip
+    files={"bad/train.bin/x": "", "bad/val.bin": b"12"})
 bad("data: no folder", "train", DATA, "there is no folder", "bad", "prepare.py")
 bad("data: a file", "train", DATA, "there is no folder", files={"bad": "text"})
 bad("data: a file that cannot be read", "train", DATA, "cannot read", "bad/train.bin",
@@ -397,19 +399,19 @@ bad("data: a meta.json that leads nowhere", "train", DATA, "cannot read", "bad/m
 bad("data: a meta.json that cannot be read", "train", DATA, "cannot read", "bad/meta.json",
     files={**BINS, "bad/meta.json": link("/proc/self/mem")})
 bad("data: a meta.json that is a folder", "train", DATA, "cannot read", "bad/meta.json",
-    files={**BINS, "bad/meta.json/x": ""})  # fmt: skip
+    files={**BINS, "bad/meta.json/x": ""})
 bad("data: a malicious meta.pkl", "train", DATA, "meta.pkl is not nanoGPT's", "posix.system",
     files={**BINS, "bad/meta.pkl": b"cposix\nsystem\n(S'touch executed'\ntR."})
 bad("data: a meta.pkl of noise", "train", DATA, "meta.pkl is not nanoGPT's", "meta.json",
     files={**BINS, "bad/meta.pkl": NOISE})
 bad("data: a URL of an unknown kind", "train", ["--data.path=nonsense://x", *NEW[1:]],
-    "nonsense://x", "cannot read")  # fmt: skip
+    "nonsense://x", "cannot read")
 bad("data: a URL without its package", "train", ["--data.path=s3://bucket/x", *NEW[1:]],
-    "s3://bucket/x", "pip install")  # fmt: skip
+    "s3://bucket/x", "pip install")
 bad("data: a URL that nobody serves", "train", ["--data.path=ftp://127.0.0.1:9/x", *NEW[1:],
     "--data.cache_dir=cache"], "ftp://127.0.0.1:9/x", "cannot read")
 bad("data: a cache that is a file", "train", ["--data.path=file://{world}/data",
-    "--data.cache_dir=cache", *NEW[1:]], "cache", "cannot", files={"cache": "mine"})  # fmt: skip
+    "--data.cache_dir=cache", *NEW[1:]], "cache", "cannot", files={"cache": "mine"})
 bad("data: tasks that are not there", "train", [*NEW, '--eval.tasks={"lambada": "nowhere"}'],
     "cannot read nowhere")
 
@@ -434,7 +436,7 @@ for name, argv, files, *words in [
     ("another batch", "--batch.sequences=16", {}, "batch.sequences: 8 -> 16",
      "allow_config_change"),
     ("another seed", "--run.seed=1", {}, "run.seed: 1337 -> 1", "allow_config_change"),
-]:  # fmt: skip
+]:
     base = SAME if "out_dir" not in argv else NEW
     bad(f"out_dir: {name}", "train", [*base, argv], *words, files=files)
 bad("out_dir: other tokens", "train", [SAME[0].replace("{world}", "."), *SAME[1:]], "other tokens",
@@ -454,9 +456,9 @@ for name, argv, files, *words in [
      "block_size: 16 -> 32"),
     ("a checkpoint that is not there", "{world}/run --run.init_checkpoint=99", {}, "'99'",
      "steps 2"),
-]:  # fmt: skip
+]:
     bad(f"init_from: {name}", "train", [*NEW, *f"--run.init_from={argv}".split()], *words,
-        files=files)  # fmt: skip
+        files=files)
 
 # Commands that use a trained model: which one.
 CKPT = "checkpoints/2/"
@@ -534,7 +536,7 @@ for command, rest in (("generate", ["--prompt=green"]), ("evaluate", [])):
         ("a tokenizer.json of something else", ["--hf=mine", "--text=t"], {"t": "x", "mine":
          copy("hf", {"tokenizer.json": '{"model": [], "added_tokens": 3}'})},
          "tokenizer.json is not"),
-    ]:  # fmt: skip
+    ]:
         argv = [a for a in argv if command == "evaluate" or a != "--text=t"]
         bad(f"{command}: {name}", command, [*argv, *rest], *words, files=files)
 
@@ -564,7 +566,7 @@ for name, argv, *words in [
     ("a character that the model has not", "--prompt=\u00e9", "'\u00e9'", "U+00E9"),
     ("a prompt that is no text", ["--prompt=\udcff"], "is not UTF-8 text"),
     ("an empty prompt without a mark", ["--prompt="], "the prompt is empty"),
-]:  # fmt: skip
+]:
     argv = argv.split() if isinstance(argv, str) else argv
     argv = [*argv, *([] if any(a.startswith("--prompt") for a in argv) else ["--prompt=green"])]
     bad(f"generate: {name}", "generate", [RUN, *argv], *words)
@@ -574,11 +576,11 @@ for name, content, *words in [
     ("an image", JPEG, "cannot read --prompt-file p", "utf-8"),
     ("empty", b"", "the prompt is empty"),
     ("that cannot be read", link("/proc/self/mem"), "cannot read --prompt-file p"),
-]:  # fmt: skip
+]:
     bad(f"generate: a prompt file {name}", "generate", [RUN, "--prompt-file=p"], *words, files={} if
         content is None else {"p": content})
 bad("generate: a prompt file that is a folder", "generate", [RUN, "--prompt-file=p"],
-    "--prompt-file p", "directory", files={"p/x": ""})  # fmt: skip
+    "--prompt-file p", "directory", files={"p/x": ""})
 bad("generate: empty name of a prompt file", "generate", [RUN, "--prompt-file="], "--prompt-file")
 
 TASK = [RUN, "--task=lambada", "--file=t"]
@@ -624,7 +626,7 @@ for name, argv, files, *words in [
     ("a config that is empty", ["--config=c.yaml"], {"c.yaml": ""}, "data.path is missing"),
     ("an empty name of a config", ["--config="], {}, "--config='' is empty"),
     ("a model without data", ["--hf={world}/hf"], {}, "has no data of its own", "--text"),
-]:  # fmt: skip
+]:
     bad(f"evaluate: {name}", "evaluate", argv, *words, files=files)
 
 CONVERT = "tools/convert_hf.py"
@@ -665,7 +667,7 @@ for name, argv, files, *words in [
      "--tolerance=nan"),
     ("check with a negative tolerance", "check {world}/run {world}/hf --tolerance=-1", {},
      "--tolerance=-1.0"),
-]:  # fmt: skip
+]:
     bad(f"convert: {name}", CONVERT, argv, *words, files=files)
 
 for name, argv, *words in [
@@ -681,7 +683,7 @@ for name, argv, *words in [
     ("nothing to keep", "prune {world}/run --keep=0", "--keep=0", "at least 1"),
     ("less than nothing", "prune {world}/run --keep=1 --keep-every=-1", "--keep-every=-1"),
     ("a flag mistyped", "prune {world}/run --keeep=1", "--keep"),
-]:  # fmt: skip
+]:
     bad(f"checkpoint: {name}", "tools/checkpoint.py", argv, *words)
 
 SIZING = "tools/sizing.py"
@@ -708,7 +710,7 @@ for name, argv, files, *words in [
      "prepare.py"),
     ("a broken meta.pkl", ["--data.path=d"], {"d/meta.pkl": NOISE}, "d/meta.pkl is not nanoGPT's"),
     ("a broken config", ["--config=c.yaml"], {"c.yaml": "\t"}, "c.yaml is not valid YAML"),
-]:  # fmt: skip
+]:
     bad(f"sizing: {name}", SIZING, argv, *words, files=files)
 
 for name, argv, *words in [
@@ -719,7 +721,7 @@ for name, argv, *words in [
     ("a key mistyped", ["--model.n_haed=2"], "mean --model.n_head?"),
     ("no data", ["--data.path=nowhere"], "there is no folder", "nowhere"),
     ("no config", ["--config=nowhere.yaml"], "cannot read config nowhere.yaml"),
-]:  # fmt: skip
+]:
     bad(f"parity: {name}", "tools/parity.py", [*NEW, *argv], *words)
 
 PREPARE = "data/text/prepare.py"
@@ -773,10 +775,11 @@ for name, argv, files, *words in [
      "d", "--force"),
     ("a broken meta.json in --out", ["--input=t.txt", "--out=d"], {"t.txt": "text", "d":
      copy("data", {"meta.json": "{"})}, "d/meta.json is not JSON", "--force"),
-]:  # fmt: skip
+]:
     argv = argv if any(a.startswith("--out") for a in argv) else [*argv, "--out=prepared"]
     argv = argv if any(a.startswith("--tok") for a in argv) else [*argv, "--tokenizer=byte"]
     bad(f"prepare: {name}", PREPARE, argv, *words, files=files)
+# fmt: on
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.command.split('/')[-1]}, {c.name}")
@@ -890,8 +893,14 @@ def test_names_beyond_ascii_are_names_like_others(world, tmp_path, monkeypatch, 
     here.mkdir()
     monkeypatch.chdir(here)
     Path("täxt.txt").write_text("grüne Flaschen\n" * 99, encoding="utf-8")
-    assert run("data/text/prepare.py", ["--input=täxt.txt", "--tokenizer=byte", "--val-fraction=.2",
-                                        "--out=dätä"], capsys)[0] == 0  # fmt: skip
+    assert (
+        run(
+            "data/text/prepare.py",
+            ["--input=täxt.txt", "--tokenizer=byte", "--val-fraction=.2", "--out=dätä"],
+            capsys,
+        )[0]
+        == 0
+    )
     assert (here / "dätä" / "meta.json").is_file()
     shutil.copytree(world / "data", "данные")
     Path("ünsere.yaml").write_text(
@@ -903,10 +912,20 @@ def test_names_beyond_ascii_are_names_like_others(world, tmp_path, monkeypatch, 
     assert code == 0 and "läuf 🙂, step 2, on данные" in out, err
 
 
-COMMANDS = ["train", "evaluate", "generate", "tools/convert_hf.py", "tools/sizing.py",
-            "tools/parity.py", "tools/checkpoint.py", "tools/tpu.py",
-            "data/text/prepare.py", "data/shakespeare/prepare.py",
-            "data/openwebtext/prepare.py", "data/python_stdlib/prepare.py"]  # fmt: skip
+COMMANDS = [
+    "train",
+    "evaluate",
+    "generate",
+    "tools/convert_hf.py",
+    "tools/sizing.py",
+    "tools/parity.py",
+    "tools/checkpoint.py",
+    "tools/tpu.py",
+    "data/text/prepare.py",
+    "data/shakespeare/prepare.py",
+    "data/openwebtext/prepare.py",
+    "data/python_stdlib/prepare.py",
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -933,8 +952,12 @@ def test_a_message_is_of_bounded_size_whatever_it_quotes(capsys):
 
 def test_a_fault_of_ours_keeps_its_traceback():
     """A library's ValueError tells of a case that nobody thought of: never of a user's mistake."""
-    for fault in (lambda argv: json.loads("{"), lambda argv: {}["x"], lambda argv: 1 / 0,
-                  lambda argv: open("/nowhere/at/all")):  # fmt: skip
+    for fault in (
+        lambda argv: json.loads("{"),
+        lambda argv: {}["x"],
+        lambda argv: 1 / 0,
+        lambda argv: open("/nowhere/at/all"),
+    ):
         with pytest.raises((ValueError, KeyError, ArithmeticError, OSError)):
             exit_code(fault, [])
 

@@ -20,12 +20,18 @@ from scalegpt.processes.command import exit_code
 
 L, H, D, T, VOCAB, ROWS = 2, 2, 32, 16, 50, 16
 ARGV = [
-    f"--model.n_layer={L}", f"--model.n_head={H}", f"--model.n_embd={D}",
-    f"--model.block_size={T}", f"--model.vocab_size={VOCAB}", f"--batch.sequences={ROWS}",
-    "--model.scan_layers=true", "--rounds=2", "--steps=2",
-]  # fmt: skip
+    f"--model.n_layer={L}",
+    f"--model.n_head={H}",
+    f"--model.n_embd={D}",
+    f"--model.block_size={T}",
+    f"--model.vocab_size={VOCAB}",
+    f"--batch.sequences={ROWS}",
+    "--model.scan_layers=true",
+    "--rounds=2",
+    "--steps=2",
+]
 # A bag of words, with what tools/bench.py asks of nanoGPT's model.py; it prints, as that does.
-MODEL = '''
+MODEL = """
     from dataclasses import dataclass
     import torch
     from torch.nn import functional as F
@@ -54,7 +60,7 @@ MODEL = '''
         def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
             assert device_type == "cpu"
             return torch.optim.SGD(self.parameters(), learning_rate)
-'''
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -78,12 +84,17 @@ def report(capsys, *argv: str) -> dict:
 def settings(**changes) -> dict:
     shape = dict(n_layer=L, n_head=H, n_embd=D, block_size=T, vocab_size=VOCAB)
     return {
-        "trainer": "transformers", "mode": "eager", "activation": "gelu",
+        "trainer": "transformers",
+        "mode": "eager",
+        "activation": "gelu",
         "shape": {**shape, "dropout": 0.0, "bias": True},
-        "microbatches": 2, "rows": 4, "gpu": False, "dtype": "float32",
+        "microbatches": 2,
+        "rows": 4,
+        "gpu": False,
+        "dtype": "float32",
         "optim": {"lr": 0.1, "betas": [0.9, 0.95], "weight_decay": 0.1, "grad_clip": 0.5},
         **changes,
-    }  # fmt: skip
+    }
 
 
 # --- figures ---
@@ -130,9 +141,10 @@ def test_a_known_device_has_an_mfu_and_a_ratio_is_of_the_same_round(capsys):
     mesh = SimpleNamespace(devices=np.array([SimpleNamespace(device_kind="NVIDIA A100")]), size=2)
     model = SimpleNamespace(dtype="bfloat16", attention="cudnn")
     ours = SimpleNamespace(
-        name="scalegpt", built={"parameters": 1, "first": 9.5},
+        name="scalegpt",
+        built={"parameters": 1, "first": 9.5},
         steps=SimpleNamespace(mesh=mesh, model=model, layout=(1, ROWS)),
-    )  # fmt: skip
+    )
     other = SimpleNamespace(name="other", built={"parameters": 1, "first": 1.0})
 
     def block(seconds: float, memory: int) -> dict:
@@ -168,7 +180,7 @@ def test_trainers_take_turns_whose_order_turns_around_after_a_round_that_is_not_
         return SimpleNamespace(block=block)
 
     found = bench.turns([trainer(name) for name in "abc"], rounds=2, updates=1)
-    assert "".join(order) == "cba" "abc" "cba"
+    assert "".join(order) == "cbaabccba"
     assert found == [["a4", "b5", "c6"], ["a9", "b8", "c7"]]
 
 
@@ -180,8 +192,10 @@ def test_it_runs_against_nanogpt_and_transformers(capsys, checkout):
     argv = [f"--against=nanogpt={checkout}", "--against=transformers", "--their-microbatch=8"]
     found = report(capsys, *argv, "--their-mode=eager", "--model.bias=true", "--rounds=1")
     ours, nanogpt, transformers = found["trainers"]
-    assert [row["name"] for row in (nanogpt, transformers)] == ["nanogpt eager",
-                                                                "transformers eager"]  # fmt: skip
+    assert [row["name"] for row in (nanogpt, transformers)] == [
+        "nanogpt eager",
+        "transformers eager",
+    ]
     assert nanogpt["parameters"] == 2 * VOCAB * D + VOCAB
     # The same model but for the rows that pad our table.
     assert transformers["parameters"] == ours["parameters"] - (128 - VOCAB) * D
@@ -286,7 +300,7 @@ def refused(capsys, *argv: str) -> str:
         (["--against=transformers", "--their-microbatch=0"], "--their-microbatch=0 must be at"),
         (["--against=transformers", "--model.qk_norm=true"], "has no model.qk_norm=True"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_one_line_and_exit_code_2(capsys, argv, message):
     assert message in refused(capsys, *argv)
 
@@ -295,9 +309,10 @@ def test_a_missing_package_is_named(capsys, monkeypatch, checkout):
     found = pytorch.importlib.util.find_spec
     for package, what in (("torch", f"nanogpt={checkout}"), ("transformers", "transformers")):
         monkeypatch.setattr(
-            pytorch.importlib.util, "find_spec",
+            pytorch.importlib.util,
+            "find_spec",
             lambda name, missing=package: None if name == missing else found(name),
-        )  # fmt: skip
+        )
         assert f"needs {package}: pip install {package}" in refused(capsys, f"--against={what}")
 
 

@@ -39,11 +39,22 @@ def bucket(tmp_path_factory):
 
 def arguments(data, url: str, **changes) -> list[str]:
     values = {
-        "data.path": data, "run.out_dir": url, "model.n_layer": 1, "model.n_head": 2,
-        "model.n_embd": 8, "model.block_size": 8, "batch.sequences": 8, "optim.lr": 1e-2,
-        "optim.warmup_steps": 0, "optim.steps": 6, "eval.every": 2, "eval.windows": 8,
-        "checkpoint.every": 2, "checkpoint.keep": 1, "log.every": 1,
-    } | changes  # fmt: skip
+        "data.path": data,
+        "run.out_dir": url,
+        "model.n_layer": 1,
+        "model.n_head": 2,
+        "model.n_embd": 8,
+        "model.block_size": 8,
+        "batch.sequences": 8,
+        "optim.lr": 1e-2,
+        "optim.warmup_steps": 0,
+        "optim.steps": 6,
+        "eval.every": 2,
+        "eval.windows": 8,
+        "checkpoint.every": 2,
+        "checkpoint.keep": 1,
+        "log.every": 1,
+    } | changes
     return [f"--{key}={value}" for key, value in values.items()]
 
 

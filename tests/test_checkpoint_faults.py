@@ -353,8 +353,14 @@ def test_a_disk_that_hangs_is_given_up_after_the_deadline(tmp_path, monkeypatch)
     said, release = [], threading.Event()
     checkpoints = save(tmp_path, 1, say=said.append)
     monkeypatch.setattr(writing.Save, "_commit", lambda self: release.wait(20) and None)
-    monkeypatch.setattr(writing.Save, "join", lambda self, seconds=None: (
-        self._thread.join(0.2 if seconds is None else seconds), not self._thread.is_alive())[1])
+    monkeypatch.setattr(
+        writing.Save,
+        "join",
+        lambda self, seconds=None: (
+            self._thread.join(0.2 if seconds is None else seconds),
+            not self._thread.is_alive(),
+        )[1],
+    )
     checkpoints.save(state(2), 2, {}, None)
     for at in (3, 4):
         checkpoints.save(state(at), at, {}, None)

@@ -91,12 +91,15 @@ def test_a_failure_on_one_counts_for_both_and_damage_is_found_by_both(tmp_path):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(i), address, str(tmp_path / "run")], text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment,
+            [sys.executable, "-c", PROGRAM, str(i), address, str(tmp_path / "run")],
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment,
             cwd=Path(__file__).parents[1],
         )
         for i in range(2)
-    ]  # fmt: skip
+    ]
     try:
         outputs = [process.communicate(timeout=100) for process in processes]
     finally:
@@ -109,8 +112,15 @@ def test_a_failure_on_one_counts_for_both_and_damage_is_found_by_both(tmp_path):
     full = "No space left on device"
     said = seen[0].pop("said")
     assert seen[0] == {
-        "start": None, "first": None, "copy on 1": full, "copy on 0": full, "hash on 1": full,
-        "hash on 0": full, "again": None, "restored": True, "damaged": 1,
-    }  # fmt: skip
+        "start": None,
+        "first": None,
+        "copy on 1": full,
+        "copy on 0": full,
+        "hash on 1": full,
+        "hash on 0": full,
+        "again": None,
+        "restored": True,
+        "damaged": 1,
+    }
     assert len(said) == 3 and full in said[0] and "saving works again" in said[1]
     assert "its bytes were altered" in said[2]

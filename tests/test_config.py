@@ -1,4 +1,3 @@
-
 """Configuration: defaults, precedence, every kind of mistake, and the YAML files in configs/.
 
 Expected figures are written out here; nothing is read back from the code under test.
@@ -71,8 +70,12 @@ def test_defaults_are_nanogpts_124m_run():
     assert (m.n_layer, m.n_head, m.n_embd, m.block_size) == (12, 12, 768, 1024)
     assert (m.bias, m.dropout, m.position, m.dtype) == (False, 0.0, "learned", "auto")
     assert (o.lr, o.min_lr, o.steps, o.warmup_steps, o.schedule) == (
-        6e-4, 6e-5, 600_000, 2000, "cosine"
-    )  # fmt: skip
+        6e-4,
+        6e-5,
+        600_000,
+        2000,
+        "cosine",
+    )
     assert (o.beta1, o.beta2, o.eps, o.weight_decay, o.grad_clip) == (0.9, 0.95, 1e-8, 0.1, 1.0)
     assert o.decay == "matrices"
     assert c.batch.sequences * m.block_size == 491_520  # nanoGPT's 12 x 1024 x 40
@@ -171,9 +174,21 @@ def test_empty_section_means_its_defaults(in_yaml):
 
 @pytest.mark.parametrize(
     "path",
-    ["2024", "007", "true", "a b", "a,b", "data/lang=en", "a=1,b=2", r"C:\text", 'x"y', "data/é",
-     "gs://bucket/x", "[x]"],
-)  # fmt: skip
+    [
+        "2024",
+        "007",
+        "true",
+        "a b",
+        "a,b",
+        "data/lang=en",
+        "a=1,b=2",
+        r"C:\text",
+        'x"y',
+        "data/é",
+        "gs://bucket/x",
+        "[x]",
+    ],
+)
 def test_paths_are_taken_as_they_are(path):
     c = parse(f"--data.path={path}", f"--run.out_dir={path}")
     assert (c.data.path, c.run.out_dir) == (path, path)
@@ -204,7 +219,6 @@ def test_a_mistake_names_the_file_and_the_command_line_that_made_it(in_yaml):
         parse(file, "--optim.lr=abc", "--run.out_dir=x")
     with pytest.raises(ValueError, match=r"\.yaml makes no run:\n.*run.out_dir is missing"):
         parse(file)
-
 
 
 # --- mistakes
@@ -409,9 +423,13 @@ def test_mesh_that_does_not_fit_the_machine_exits_2_and_makes_nothing(tmp_path):
         np.arange(4000, dtype="<u2").__mod__(60).tofile(tmp_path / f"{split}.bin")
     out = tmp_path / "out"
     result = command(
-        tmp_path, f"--data.path={tmp_path}", f"--run.out_dir={out}", "--model.block_size=8",
-        "--mesh.tensor=3", JAX_NUM_CPU_DEVICES="8",
-    )  # fmt: skip
+        tmp_path,
+        f"--data.path={tmp_path}",
+        f"--run.out_dir={out}",
+        "--model.block_size=8",
+        "--mesh.tensor=3",
+        JAX_NUM_CPU_DEVICES="8",
+    )
     assert result.returncode == 2, result.stderr
     assert "Traceback" not in result.stderr
     assert "does not fit 8 cpu device(s)" in result.stderr.replace("\n", " ")
@@ -420,8 +438,13 @@ def test_mesh_that_does_not_fit_the_machine_exits_2_and_makes_nothing(tmp_path):
 
 def test_print_config_prints_yaml_of_the_same_run(tmp_path):
     out = tmp_path / "out"
-    argv = ["--model.preset=gpt2-medium", "--model.n_layer=5", "--optim.lr=3e-4",
-            "--data.path={a: 1, b: 2}", f"--run.out_dir={out}"]  # fmt: skip
+    argv = [
+        "--model.preset=gpt2-medium",
+        "--model.n_layer=5",
+        "--optim.lr=3e-4",
+        "--data.path={a: 1, b: 2}",
+        f"--run.out_dir={out}",
+    ]
     result = command(tmp_path, *argv, "--print-config")
     assert result.returncode == 0, result.stderr
     assert loading.validate(yaml.safe_load(result.stdout), "printed") == parse(*argv)
@@ -455,27 +478,64 @@ def leaves(config: Config) -> dict[str, object]:
 
 # A change of any other key of the model, batch, data or optimizer changes the curve.
 NEUTRAL = {
-    "model.preset", "model.depth", "model.attention", "model.scan_layers", "model.remat",
-    "model.loss_chunk", "batch.microbatch", "data.path", "data.prepare", "data.prefetch",
+    "model.preset",
+    "model.depth",
+    "model.attention",
+    "model.scan_layers",
+    "model.remat",
+    "model.loss_chunk",
+    "batch.microbatch",
+    "data.path",
+    "data.prepare",
+    "data.prefetch",
     "data.cache_dir",
-}  # fmt: skip
+}
 OTHER = {  # a value that differs from the default, where adding one will not do
-    "model.preset": "gpt2", "model.depth": 3, "model.n_head": 6, "model.n_embd": 96,
+    "model.preset": "gpt2",
+    "model.depth": 3,
+    "model.n_head": 6,
+    "model.n_embd": 96,
     "model.position": "rope",
-    "model.activation": "gelu", "model.dtype": "float32", "model.attention": "xla",
-    "model.remat": "dots", "model.dropout": 0.1, "model.vocab_size": 300,
-    "batch.microbatch": 2, "data.path": "moved", "data.cache_dir": "x", "optim.lr": 7e-4,
-    "model.norm": "rmsnorm", "model.init": "zero_out", "optim.name": "muon",
-    "optim.embedding_lr": 0.1, "optim.head_lr": 0.1, "optim.scalar_lr": 0.1, "optim.momentum": 0.5,
-    "optim.min_lr": 1e-5, "optim.schedule": "linear", "optim.decay": "all",
-    "optim.beta1": 0.8, "optim.beta2": 0.9, "optim.cooldown": 0.1, "optim.decay_steps": 5000,
-    "run.backend": "pmap", "run.out_dir": "moved", "run.init_from": "x",
-    "run.init_checkpoint": "latest", "run.replay": 3,
-    "eval.windows": 3, "eval.tasks": {"lambada": "x"}, "eval.task_examples": 3,
-    "distributed.coordinator": "a:1", "distributed.num_processes": 2,
-    "distributed.process_id": 1, "log.wandb_project": "x", "log.wandb_entity": "x",
-    "log.wandb_name": "x", "mesh.data": 2,
-}  # fmt: skip
+    "model.activation": "gelu",
+    "model.dtype": "float32",
+    "model.attention": "xla",
+    "model.remat": "dots",
+    "model.dropout": 0.1,
+    "model.vocab_size": 300,
+    "batch.microbatch": 2,
+    "data.path": "moved",
+    "data.cache_dir": "x",
+    "optim.lr": 7e-4,
+    "model.norm": "rmsnorm",
+    "model.init": "zero_out",
+    "optim.name": "muon",
+    "optim.embedding_lr": 0.1,
+    "optim.head_lr": 0.1,
+    "optim.scalar_lr": 0.1,
+    "optim.momentum": 0.5,
+    "optim.min_lr": 1e-5,
+    "optim.schedule": "linear",
+    "optim.decay": "all",
+    "optim.beta1": 0.8,
+    "optim.beta2": 0.9,
+    "optim.cooldown": 0.1,
+    "optim.decay_steps": 5000,
+    "run.backend": "pmap",
+    "run.out_dir": "moved",
+    "run.init_from": "x",
+    "run.init_checkpoint": "latest",
+    "run.replay": 3,
+    "eval.windows": 3,
+    "eval.tasks": {"lambada": "x"},
+    "eval.task_examples": 3,
+    "distributed.coordinator": "a:1",
+    "distributed.num_processes": 2,
+    "distributed.process_id": 1,
+    "log.wandb_project": "x",
+    "log.wandb_entity": "x",
+    "log.wandb_name": "x",
+    "mesh.data": 2,
+}
 
 
 def test_curve_diff_names_each_key_that_changes_the_curve_and_no_other():
@@ -523,12 +583,15 @@ def test_the_start_names_what_is_not_muons_own():
 def test_muon_moves_a_tied_table_by_smaller_steps():
     muon = ("--optim.name=muon", *GIVEN)
     for expected, argv in (
-        (0.02, ["--model.preset=gpt2-xl"]), (0.02, ["--model.tie_word_embeddings=true"]),
-        (0.3, ["--model.tie_word_embeddings=false"]), (0.3, ["--model.preset=modern"]),
+        (0.02, ["--model.preset=gpt2-xl"]),
+        (0.02, ["--model.tie_word_embeddings=true"]),
+        (0.3, ["--model.tie_word_embeddings=false"]),
+        (0.3, ["--model.preset=modern"]),
         (0.02, ["--model.preset=modern", "--model.tie_word_embeddings=True"]),
-        (0.5, ["--optim.embedding_lr=0.5"]), (0.02, ["--optim.embedding_lr=null"]),
+        (0.5, ["--optim.embedding_lr=0.5"]),
+        (0.02, ["--optim.embedding_lr=null"]),
         (0.02, ["--model.depth=12", "--model.preset=gpt2"]),
-    ):  # fmt: skip
+    ):
         config = parse(*argv, *muon)
         assert config.optim.embedding_lr == expected, argv
         assert ("embedding_lr" in muon_line(config)) == (expected == 0.5)

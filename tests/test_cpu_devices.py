@@ -14,9 +14,11 @@ from scalegpt.step import cpu_devices
 
 def make_config(sequences: int = 12, microbatch: int | None = None, **mesh: int) -> Config:
     return Config(
-        batch=dict(sequences=sequences, microbatch=microbatch), mesh=mesh,
-        data=dict(path=""), run=dict(out_dir="none"),
-    )  # fmt: skip
+        batch=dict(sequences=sequences, microbatch=microbatch),
+        mesh=mesh,
+        data=dict(path=""),
+        run=dict(out_dir="none"),
+    )
 
 
 @pytest.fixture
@@ -35,11 +37,15 @@ def nothing_said(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "fits"),
     [
-        ({}, True), ({"data": -1}, True), ({"sequences": 11}, False),
-        ({"microbatch": 3}, True), ({"microbatch": 4}, False),
-        ({"data": 1}, False), ({"data": 1, "fsdp": -1}, False),
+        ({}, True),
+        ({"data": -1}, True),
+        ({"sequences": 11}, False),
+        ({"microbatch": 3}, True),
+        ({"microbatch": 4}, False),
+        ({"data": 1}, False),
+        ({"data": 1, "fsdp": -1}, False),
     ],
-)  # fmt: skip
+)
 def test_they_must_divide_the_batch_and_no_mesh_be_given(nothing_said, changes, fits):
     assert cpu_devices.fits(make_config(**changes)) == fits
 
@@ -66,9 +72,12 @@ def test_a_run_on_two_devices_is_the_run_on_one(plays, tmp_path):
             plays, tmp_path / name, batch__microbatch=None, optim__steps=3, eval__every=0
         )
         done = subprocess.run(
-            [sys.executable, "-m", "scalegpt.train", *argv], env=outside | told,
-            capture_output=True, text=True, timeout=200,
-        )  # fmt: skip
+            [sys.executable, "-m", "scalegpt.train", *argv],
+            env=outside | told,
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         losses[name] = tiny_run.rows(tmp_path / name)
         devices = 1 if told or cpu_devices._cores() < 2 else 2

@@ -37,11 +37,13 @@ def test_the_verdict_sees_what_is_missing_twice_or_other(tmp_path):
     assert crash_test.compare(good, tmp_path) == []
     for rows, fault in (
         (['{"step": 1, "train/loss": 2.5}'], "rows missing: 1, first (2, 'train/loss')"),
-        (['{"step": 1, "train/loss": 2.5}', '{"step": 2, "train/loss": 2.250001}'],
-         "rows that differ: 1, first (2, 'train/loss')"),
+        (
+            ['{"step": 1, "train/loss": 2.5}', '{"step": 2, "train/loss": 2.250001}'],
+            "rows that differ: 1, first (2, 'train/loss')",
+        ),
         (['{"step": 1, "train/loss": 2.5}'] * 2, "train/loss of step 1 is there twice"),
         (['{"step": 1, "train/lo'], "metrics.jsonl: "),
-    ):  # fmt: skip
+    ):
         write(*rows)
         assert fault in crash_test.compare(good, tmp_path)[0]
 

@@ -39,8 +39,10 @@ def slow_start(length, T, seed, row, stream=0):
     digest = hashlib.blake2b(name, digest_size=12).digest()
     phase, key = struct.unpack("<QI", digest)
     if n <= 4096:
-        ranks = sorted(range(n), key=functools.cache(lambda i: index_shuffle(
-            i, max_index=65535, seed=key, rounds=12)))  # fmt: skip
+        ranks = sorted(
+            range(n),
+            key=functools.cache(lambda i: index_shuffle(i, max_index=65535, seed=key, rounds=12)),
+        )
         index = ranks[index]
     else:
         index = index_shuffle(index, max_index=n - 1, seed=key, rounds=12)
@@ -88,8 +90,12 @@ def test_every_window_once_an_epoch_and_epochs_differ(n):
     assert len(set(epochs.min(1).tolist())) > 1  # phases
     other = TrainOrder(length, 32, seed=4).window(np.arange(n))
     if n > 300:
-        for a, b in ((epochs[0], epochs[1]), (epochs[0], epochs[2]), (epochs[1], epochs[2]),
-                     (epochs[0], other)):  # fmt: skip
+        for a, b in (
+            (epochs[0], epochs[1]),
+            (epochs[0], epochs[2]),
+            (epochs[1], epochs[2]),
+            (epochs[0], other),
+        ):
             assert (a // 32 == b // 32).mean() < 0.02
 
 
@@ -405,9 +411,13 @@ def write(folder, train=None, val=None, dtype="uint16", vocab_size=300, meta=Tru
         tokens = np.arange(200) % 250 if tokens is None else np.asarray(tokens)
         raw = tokens.astype(np.dtype(dtype).newbyteorder("<")).tobytes()
         (folder / f"{split}.bin").write_bytes(raw)
-        facts[split] = {"tokens": len(tokens), "bytes": 3 * len(tokens), "documents": 1,
-                        "max_id": int(tokens.max()),
-                        "sha256": hashlib.sha256(raw).hexdigest()}  # fmt: skip
+        facts[split] = {
+            "tokens": len(tokens),
+            "bytes": 3 * len(tokens),
+            "documents": 1,
+            "max_id": int(tokens.max()),
+            "sha256": hashlib.sha256(raw).hexdigest(),
+        }
     for key, value in changes.items():
         *path, last = key.split("__")
         part = facts[path[0]] if path else facts

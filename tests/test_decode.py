@@ -22,10 +22,19 @@ PROMPTS = [[3], [1, 2, 3, 4, 5, 6], [7, 7, 2]]
 
 def steps_of(model=None, mesh=None, devices=2):
     values = {
-        "model": {"n_layer": 2, "n_head": 2, "n_embd": 8, "block_size": BLOCK,
-                  "vocab_size": VOCAB, "vocab_multiple": 16, **(model or {})},
-        "mesh": mesh or {}, "data": {"path": "x"}, "run": {"out_dir": "y"},
-    }  # fmt: skip
+        "model": {
+            "n_layer": 2,
+            "n_head": 2,
+            "n_embd": 8,
+            "block_size": BLOCK,
+            "vocab_size": VOCAB,
+            "vocab_multiple": 16,
+            **(model or {}),
+        },
+        "mesh": mesh or {},
+        "data": {"path": "x"},
+        "run": {"out_dir": "y"},
+    }
     config = validate(values, "test")
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
     return build.build_for_use(config, mesh, microbatch=1)
@@ -234,9 +243,14 @@ def test_greedy_text_is_that_of_transformers(penalty):
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in PROMPTS])
     with torch.inference_mode():
         want = theirs.generate(
-            tokens, attention_mask=mask, max_new_tokens=40, min_new_tokens=40, do_sample=False,
-            repetition_penalty=penalty, pad_token_id=0,
-        )[:, width:]  # fmt: skip
+            tokens,
+            attention_mask=mask,
+            max_new_tokens=40,
+            min_new_tokens=40,
+            do_sample=False,
+            repetition_penalty=penalty,
+            pad_token_id=0,
+        )[:, width:]
     got = write(steps, params, PROMPTS, 40, Sampler(temperature=0.0, repetition_penalty=penalty))
     if penalty != 1:  # transformers also punishes id 0 where it pads
         got, want = got[1:2], want[1:2]
@@ -252,20 +266,25 @@ def as_transformers(params, torch):
         layer, size = jax.tree.map(lambda x, i=i: x[i], h), params["wte"].shape[1]
         a, m = layer["attn"], layer["mlp"]
         parts = {
-            "ln_1.weight": layer["ln_1"]["scale"], "ln_1.bias": layer["ln_1"]["bias"],
-            "ln_2.weight": layer["ln_2"]["scale"], "ln_2.bias": layer["ln_2"]["bias"],
+            "ln_1.weight": layer["ln_1"]["scale"],
+            "ln_1.bias": layer["ln_1"]["bias"],
+            "ln_2.weight": layer["ln_2"]["scale"],
+            "ln_2.bias": layer["ln_2"]["bias"],
             "attn.c_attn.weight": a["qkv_kernel"].reshape(size, -1),
             "attn.c_attn.bias": a["qkv_bias"].reshape(-1),
             "attn.c_proj.weight": a["proj_kernel"].reshape(-1, size),
             "attn.c_proj.bias": a["proj_bias"],
-            "mlp.c_fc.weight": m["up_kernel"], "mlp.c_fc.bias": m["up_bias"],
-            "mlp.c_proj.weight": m["down_kernel"], "mlp.c_proj.bias": m["down_bias"],
-        }  # fmt: skip
+            "mlp.c_fc.weight": m["up_kernel"],
+            "mlp.c_fc.bias": m["up_bias"],
+            "mlp.c_proj.weight": m["down_kernel"],
+            "mlp.c_proj.bias": m["down_bias"],
+        }
         state |= {f"transformer.h.{i}.{name}": tensor(x) for name, x in parts.items()}
     wte = tensor(params["wte"][:VOCAB])
     return state | {
-        "transformer.wte.weight": wte, "lm_head.weight": wte,
+        "transformer.wte.weight": wte,
+        "lm_head.weight": wte,
         "transformer.wpe.weight": tensor(params["wpe"]),
         "transformer.ln_f.weight": tensor(params["ln_f"]["scale"]),
         "transformer.ln_f.bias": tensor(params["ln_f"]["bias"]),
-    }  # fmt: skip
+    }

@@ -57,7 +57,12 @@ def cache(tmp_path_factory) -> str:
 
 
 def launch(
-    cache: str, data: Path, out_dir: Path, count: int, *extra: str, devices: int = 2,
+    cache: str,
+    data: Path,
+    out_dir: Path,
+    count: int,
+    *extra: str,
+    devices: int = 2,
     each: list[list[str]] | None = None,
 ) -> list[subprocess.Popen]:
     """each: what every process gets besides."""
@@ -72,9 +77,13 @@ def launch(
     ]
     each = [[f"record={out_dir.parent}/rows{i}", *(each[i] if each else [])] for i in range(count)]
     return processes.start(
-        ["-c", PROGRAM, *argv], count, devices, each,
-        JAX_COMPILATION_CACHE_DIR=cache, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
-    )  # fmt: skip
+        ["-c", PROGRAM, *argv],
+        count,
+        devices,
+        each,
+        JAX_COMPILATION_CACHE_DIR=cache,
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+    )
 
 
 def wait_for_step(running: list[subprocess.Popen], out_dir: Path, at: int) -> None:
@@ -241,9 +250,13 @@ def test_what_must_agree_and_what_may_differ():
         return startup._difference([facts(), facts(), facts(**changes)])
 
     assert not differ(
-        data__path="another", data__cache_dir="/tmp", run__out_dir="y",
-        distributed__process_id=2, distributed__num_processes=3, distributed__coordinator="h:1",
-    ).strip()  # fmt: skip
+        data__path="another",
+        data__cache_dir="/tmp",
+        run__out_dir="y",
+        distributed__process_id=2,
+        distributed__num_processes=3,
+        distributed__coordinator="h:1",
+    ).strip()
     assert "model.n_layer: process 0 (h) has 12, process 2 (h) has 3" in differ(model__n_layer=3)
     assert "data set 0: process 0 (h) has a, process 2 (h) has b" in differ(mark="b")
     assert "latest checkpoint: process 0 (h) has none, process 2 (h) has step 5" in differ(latest=5)
@@ -295,13 +308,22 @@ def test_launchers_are_recognised(monkeypatch):
     startup.start(DistributedConfig())
     assert not met and not started
     with monkeypatch.context() as slurm:
-        for name, value in {"NTASKS": 4, "JOB_ID": 7, "STEP_NODELIST": "node[003-006]",
-                            "PROCID": 2, "LOCALID": 0}.items():  # fmt: skip
+        for name, value in {
+            "NTASKS": 4,
+            "JOB_ID": 7,
+            "STEP_NODELIST": "node[003-006]",
+            "PROCID": 2,
+            "LOCALID": 0,
+        }.items():
             slurm.setenv(f"SLURM_{name}", str(value))
         startup.start(DistributedConfig())
     with monkeypatch.context() as ompi:
-        for name, value in {"COMM_WORLD_SIZE": 2, "COMM_WORLD_RANK": 1, "COMM_WORLD_LOCAL_RANK": 1,
-                            "MCA_orte_hnp_uri": "4096.0;tcp://10.0.0.1:3"}.items():  # fmt: skip
+        for name, value in {
+            "COMM_WORLD_SIZE": 2,
+            "COMM_WORLD_RANK": 1,
+            "COMM_WORLD_LOCAL_RANK": 1,
+            "MCA_orte_hnp_uri": "4096.0;tcp://10.0.0.1:3",
+        }.items():
             ompi.setenv(f"OMPI_{name}", str(value))
         startup.start(DistributedConfig())
     assert met == [("node003", 61447, 4, 2), ("10.0.0.1", 61441, 2, 1)]

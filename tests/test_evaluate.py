@@ -100,8 +100,10 @@ def test_loss_does_not_depend_on_mesh_and_microbatch():
 
     want = loss({"data": 1}, 8, jax.devices()[:1])
     for mesh, microbatch in (
-        ({"data": 8}, 1), ({"data": 1, "fsdp": 8}, 3), ({"data": 2, "fsdp": 2, "tensor": 2}, 8),
-    ):  # fmt: skip
+        ({"data": 8}, 1),
+        ({"data": 1, "fsdp": 8}, 3),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, 8),
+    ):
         assert loss(mesh, microbatch) == pytest.approx(want, abs=1e-6), mesh
 
 
@@ -132,8 +134,14 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def choices(tmp_path_factory):
-    rows = [{"query": TEXT[i : i + 9], "choices": [TEXT[i + 9 : i + 20], "other", "more"],
-             "gold": i % 3} for i in range(13)]  # fmt: skip
+    rows = [
+        {
+            "query": TEXT[i : i + 9],
+            "choices": [TEXT[i + 9 : i + 20], "other", "more"],
+            "gold": i % 3,
+        }
+        for i in range(13)
+    ]
     return write(tmp_path_factory.mktemp("tasks") / "choices.jsonl", rows)
 
 
@@ -143,9 +151,12 @@ def test_a_table_for_a_person(run, choices, capsys):
     title, *lines = capsys.readouterr().out.splitlines()
     assert title == f"{run}, step 0, on data, choices.jsonl"
     assert [line.split()[0] for line in lines] == [
-        "val/loss", "val/perplexity", "val/bits_per_byte",
-        "multiple_choice/acc", "multiple_choice/acc_norm",
-    ]  # fmt: skip
+        "val/loss",
+        "val/perplexity",
+        "val/bits_per_byte",
+        "multiple_choice/acc",
+        "multiple_choice/acc_norm",
+    ]
     assert all(line.split()[2] == "±" for line in lines)
     assert lines[0].endswith(f"{len(TEXT.encode()) - 1:,} tokens")
     assert lines[-1].endswith("13 examples")
@@ -176,8 +187,19 @@ def test_without_a_mark_the_first_token_and_its_bytes_do_not_count(tmp_path):
 
 
 def test_two_processes_give_the_figures_of_one_and_the_first_prints(run, choices, capsys):
-    argv = ["--run", run, "--data", run.parent / "data", "--json", "--microbatch", "3",
-            "--task", "multiple_choice", "--file", choices]  # fmt: skip
+    argv = [
+        "--run",
+        run,
+        "--data",
+        run.parent / "data",
+        "--json",
+        "--microbatch",
+        "3",
+        "--task",
+        "multiple_choice",
+        "--file",
+        choices,
+    ]
     mesh = ["--mesh.data=2", "--mesh.fsdp=2", "--mesh.tensor=2"]
     first, second = (out for out, _ in processes.run("scalegpt.evaluate", *argv, *mesh))
     assert second == ""
@@ -194,8 +216,11 @@ def config_file(path, source, **keys):
     sections = {
         "data": {"path": str(source.parent / "data")},
         "run": {"out_dir": "o", "init_from": str(source)},
-        "eval": {"windows": 7}, "batch": {"microbatch": 2}, "mesh": {"data": 2, "fsdp": -1}, **keys,
-    }  # fmt: skip
+        "eval": {"windows": 7},
+        "batch": {"microbatch": 2},
+        "mesh": {"data": 2, "fsdp": -1},
+        **keys,
+    }
     path.write_text(json.dumps(sections))  # which is YAML too
     return path
 
@@ -252,12 +277,22 @@ def test_a_mistake_is_one_message(run, choices, tmp_path, argv, message):
     (tmp_path / "empty").touch()
     np.arange(99, dtype="<u2").tofile(tmp_path / "gpt2.bin")
     (tmp_path / "chars").mkdir()
-    meta = {"format": 1, "tokenizer": {"kind": "char", "chars": "ab"}, "vocab_size": 2,
-            "dtype": "uint16", "train": {"tokens": 9}, "val": {"tokens": 9}}  # fmt: skip
+    meta = {
+        "format": 1,
+        "tokenizer": {"kind": "char", "chars": "ab"},
+        "vocab_size": 2,
+        "dtype": "uint16",
+        "train": {"tokens": 9},
+        "val": {"tokens": 9},
+    }
     (tmp_path / "chars" / "meta.json").write_text(json.dumps(meta))
     np.ones(9, "<u2").tofile(tmp_path / "chars" / "val.bin")
-    names = {"choices": choices, "empty": tmp_path / "empty", "gpt2": tmp_path / "gpt2.bin",
-             "chars": tmp_path / "chars"}  # fmt: skip
+    names = {
+        "choices": choices,
+        "empty": tmp_path / "empty",
+        "gpt2": tmp_path / "gpt2.bin",
+        "chars": tmp_path / "chars",
+    }
     with pytest.raises(ValueError, match=message):
         evaluate.main(["--run", str(run), *(a.format(**names) for a in argv)])
 

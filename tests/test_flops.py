@@ -11,8 +11,17 @@ from scalegpt.model import flops
 
 def gpt(L=12, H=12, D=768, T=1024, V=50257, bias=False, position="learned", tied=True):
     return SimpleNamespace(
-        n_layer=L, n_head=H, n_embd=D, block_size=T, vocab_size=V, bias=bias, position=position,
-        tie_word_embeddings=tied, norm="layernorm", residual_scalars=False, value_embeddings=False,
+        n_layer=L,
+        n_head=H,
+        n_embd=D,
+        block_size=T,
+        vocab_size=V,
+        bias=bias,
+        position=position,
+        tie_word_embeddings=tied,
+        norm="layernorm",
+        residual_scalars=False,
+        value_embeddings=False,
     )
 
 
@@ -216,9 +225,13 @@ def test_parameters_that_multiply_are_those_of_nanogpts_scaling_notebook():
 
 def test_flops_by_component_are_nanogpts_notebook():
     layer = {
-        "attn/qkv": 3_623_878_656, "attn/scores": 1_610_612_736, "attn/reduce": 1_610_612_736,
-        "attn/proj": 1_207_959_552, "mlp/fc": 4_831_838_208, "mlp/proj": 4_831_838_208,
-    }  # fmt: skip
+        "attn/qkv": 3_623_878_656,
+        "attn/scores": 1_610_612_736,
+        "attn/reduce": 1_610_612_736,
+        "attn/proj": 1_207_959_552,
+        "mlp/fc": 4_831_838_208,
+        "mlp/proj": 4_831_838_208,
+    }
     published = {name: 12 * n for name, n in layer.items()} | {"head": 79_047_426_048}
     assert flops.flops_by_component(gpt()) == published
     half = {name: published[name] // 2 for name in ("attn/scores", "attn/reduce")}

@@ -92,8 +92,9 @@ def model():
     """A byte model of random weights, whose texts are lively."""
     values = {
         "model": {"n_layer": 2, "n_head": 2, "n_embd": 8, "block_size": BLOCK, "vocab_size": 256},
-        "data": {"path": "x"}, "run": {"out_dir": "y"},
-    }  # fmt: skip
+        "data": {"path": "x"},
+        "run": {"out_dir": "y"},
+    }
     config = validate(values, "test")
     steps = build.build_for_use(config, sharding.make_mesh(config.mesh, jax.devices()[:1]), 1)
     rng = np.random.default_rng(0)
@@ -141,9 +142,17 @@ def test_fault_02_every_flag_of_the_command_has_its_effect(command):
     plain = objects(command(*base)[0])[0]
     assert plain["finish"] == "length" and plain["new_tokens"] == 24
     stop = next(c for c in plain["text"][3:] if c.isprintable())
-    changes = ["--max-new-tokens=5", "--temperature=0", "--top-k=1", "--top-p=0.1", "--min-p=0.9",
-               "--repetition-penalty=9", f"--stop={stop}", "--seed=5",
-               "--num-samples=2"]  # fmt: skip
+    changes = [
+        "--max-new-tokens=5",
+        "--temperature=0",
+        "--top-k=1",
+        "--top-p=0.1",
+        "--min-p=0.9",
+        "--repetition-penalty=9",
+        f"--stop={stop}",
+        "--seed=5",
+        "--num-samples=2",
+    ]
     for change in changes:
         found = objects(command(*base, change)[0])
         assert found[-1] != plain, change
@@ -185,8 +194,14 @@ def test_fault_02_the_checkpoint_asked_for_is_the_one_that_writes(run, model, ca
     assert text("--checkpoint=best") == text("--checkpoint=1") == best != latest
     assert text("--checkpoint=2", "--mesh.data=2", "--mesh.fsdp=2", "--mesh.tensor=2") == latest
     seen = []
-    monkeypatch.setattr(generate, "decoder", lambda steps, *args, **keys: (
-        seen.append(steps.model.dtype), decoder(steps, *args, **keys))[1])  # fmt: skip
+    monkeypatch.setattr(
+        generate,
+        "decoder",
+        lambda steps, *args, **keys: (
+            seen.append(steps.model.dtype),
+            decoder(steps, *args, **keys),
+        )[1],
+    )
     text("--dtype=bfloat16")
     assert seen == [jnp.bfloat16]
 

@@ -50,10 +50,18 @@ def test_gradients_of_a_product_are_those_in_float64(spec, on_cpu):
     np.testing.assert_allclose(dy, wide(f"{xs},{out}->{ys}", x, g), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("spec", [
-    "btf,fd->btd", "btd,df->btf", "btd,dchk->btchk", "bthk,hkd->btd", "bthk,bshk->bhts",
-    "bhts,bshk->bthk", "btd,vd->btv",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "btf,fd->btd",
+        "btd,df->btf",
+        "btd,dchk->btchk",
+        "bthk,hkd->btd",
+        "bthk,bshk->bhts",
+        "bhts,bshk->bthk",
+        "btd,vd->btv",
+    ],
+)
 def test_bfloat16_on_a_cpu_is_rounded_once_and_keeps_no_stack_of_it(spec):
     """Of all products of the model; XLA itself refuses some of these at run time."""
     xs, ys, out = spec.replace("->", ",").split(",")
@@ -68,8 +76,11 @@ def test_bfloat16_on_a_cpu_is_rounded_once_and_keeps_no_stack_of_it(spec):
         kept = jax.tree.leaves(jax.vjp(partial(custom_gradients.product, spec), x, y)[1])
     assert {leaf.dtype.name for leaf in kept} == {"uint16"}
     x, y, g = (np.asarray(a, np.float64) for a in (x, y, g))
-    wanted = (np.einsum(spec, x, y), np.einsum(f"{out},{ys}->{xs}", g, y),
-              np.einsum(f"{xs},{out}->{ys}", x, g))  # fmt: skip
+    wanted = (
+        np.einsum(spec, x, y),
+        np.einsum(f"{out},{ys}->{xs}", g, y),
+        np.einsum(f"{xs},{out}->{ys}", x, g),
+    )
     for mine, want in zip(found, wanted, strict=True):
         assert mine.dtype == jnp.bfloat16
         np.testing.assert_allclose(np.asarray(mine, np.float64), want, rtol=2**-8, atol=1e-5)

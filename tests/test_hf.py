@@ -64,11 +64,11 @@ def weights(model: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
     """Random tensors of GPT-2's format, under the names of transformers."""
     rng = np.random.default_rng(seed)
     return {
-        name if name == "lm_head.weight" else f"transformer.{name}":
-        (0.1 * rng.standard_normal(place.shape) + name.endswith(("ln_f.weight", "1.weight")))
-        .astype(np.float32)
+        name if name == "lm_head.weight" else f"transformer.{name}": (
+            0.1 * rng.standard_normal(place.shape) + name.endswith(("ln_f.weight", "1.weight"))
+        ).astype(np.float32)
         for name, place in huggingface.gpt2_places(model).items()
-    }  # fmt: skip
+    }
 
 
 def write(folder: Path, tensors: dict | None = None, **changes) -> Path:
@@ -151,8 +151,9 @@ def test_fault_10_logits_are_transformers_own_both_ways(size, tmp_path):
     assert not any(report.values()), report
     with torch.no_grad():
         assert np.abs(again.eval()(ids).logits.numpy() - ours).max() < 2e-4
-    assert_same_tensors(*(load_file(tmp_path / name / "model.safetensors")
-                          for name in ("theirs", "ours")))  # fmt: skip
+    assert_same_tensors(
+        *(load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "ours"))
+    )
 
 
 def test_a_trained_model_gives_its_stored_activations_and_sorts(shared_data, tmp_path):
@@ -169,8 +170,10 @@ def test_a_trained_model_gives_its_stored_activations_and_sorts(shared_data, tmp
     sizes = stored.pop("config")
     tensors = {name: array(entry) for name, entry in stored.items() if ".attn.bias" not in name}
     linear = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-    tensors = {name: np.ascontiguousarray(x.T) if name.endswith(linear) else x
-               for name, x in tensors.items()}  # fmt: skip
+    tensors = {
+        name: np.ascontiguousarray(x.T) if name.endswith(linear) else x
+        for name, x in tensors.items()
+    }
     sizes = {key: sizes[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size")}
     write(tmp_path / "hf", tensors, **sizes, n_positions=11, tie_word_embeddings=False)
     run = tmp_path / "run"
@@ -219,18 +222,28 @@ def make_run(tmp_path):
     def make(name: str, spec=None, **changes) -> Path:
         sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 101}
         config = trained.config_of(ModelConfig(**sizes | changes))
-        config = config.model_copy(update={"data": config.data.model_copy(
-            update={"path": {"data/books": 1.0, "data/owt": 2.0}})})  # fmt: skip
+        config = config.model_copy(
+            update={
+                "data": config.data.model_copy(
+                    update={"path": {"data/books": 1.0, "data/owt": 2.0}}
+                )
+            }
+        )
         rng, mesh = np.random.default_rng(0), sharding.make_mesh(config.mesh)
-        params = jax.tree.map(lambda x: 0.3 * rng.standard_normal(x.shape, np.float32),
-                              build_for_use(config, mesh, 1).abstract.params)  # fmt: skip
+        params = jax.tree.map(
+            lambda x: 0.3 * rng.standard_normal(x.shape, np.float32),
+            build_for_use(config, mesh, 1).abstract.params,
+        )
         checkpoints = Checkpoints(tmp_path / name)
         meta = {"config": config.model_dump(), "tokenizer": spec, "data": {}, "best_loss": 1.25}
         checkpoints.save(State(np.int32(7), params, {}, {}), 7, meta, 1.25)
         checkpoints.wait()
         checkpoints.close()
-        rows = [{"step": 0, "val/loss": 9.0}, {"step": 7, "train/loss": 2.0},
-                {"step": 7, "val/loss": 1.25, "val/bits_per_byte": 1.8034}]  # fmt: skip
+        rows = [
+            {"step": 0, "val/loss": 9.0},
+            {"step": 7, "train/loss": 2.0},
+            {"step": 7, "val/loss": 1.25, "val/bits_per_byte": 1.8034},
+        ]
         lines = "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 8, "tr'
         (tmp_path / name / "metrics.jsonl").write_text(lines)
         return tmp_path / name
@@ -263,9 +276,7 @@ def test_a_run_exported_and_imported_again_is_bitwise(make_run, tmp_path, form, 
     then, now = (trained.from_run(str(x), "best", ONE, 1) for x in runs)
     kept = then.config.model.model_copy(update={"dropout": 0.0} if form == "hf" else {})
     assert now.config.model == kept and now.tokenizer == then.tokenizer
-    assert yaml.safe_load((tmp_path / "again" / "config.yaml").read_text())["model"][
-        "n_embd"
-    ] == 32  # fmt: skip
+    assert yaml.safe_load((tmp_path / "again" / "config.yaml").read_text())["model"]["n_embd"] == 32
     if form == "scalegpt":  # with another padding: 101 rows of 104, where there may have been 112
         argv = ("import", tmp_path / "out", "--out", tmp_path / "other", "--vocab-multiple", 8)
         assert convert(*argv) == 0
@@ -280,12 +291,23 @@ def test_without_biases_gpt2s_format_gets_zeros_and_the_same_logits(make_run, tm
 
 
 def test_the_card_and_the_configs_say_what_the_run_was(make_run, tmp_path):
-    run = make_run("plays", {"kind": "char", "chars": "".join(map(chr, range(33, 134)))},
-                   bias=True, activation="gelu", dropout=0.1)  # fmt: skip
+    run = make_run(
+        "plays",
+        {"kind": "char", "chars": "".join(map(chr, range(33, 134)))},
+        bias=True,
+        activation="gelu",
+        dropout=0.1,
+    )
     convert("export", "--run", run, "--out", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    lines = ("# plays", "| validation loss | 1.2500 nats a token |", "| updates | 7 |",
-             "| bits per byte | 1.8034 |", "| data | books, owt |", "activation: gelu")  # fmt: skip
+    lines = (
+        "# plays",
+        "| validation loss | 1.2500 nats a token |",
+        "| updates | 7 |",
+        "| bits per byte | 1.8034 |",
+        "| data | books, owt |",
+        "activation: gelu",
+    )
     for line in lines:
         assert line in card, line
     count = sum(x.size for x in load_file(tmp_path / "out" / "model.safetensors").values())
@@ -350,8 +372,13 @@ def test_pytorchs_own_file_is_read_where_torch_is_there(tmp_path, monkeypatch):
 
 
 def test_every_mesh_gets_the_same_values(tmp_path):
-    folder = write(tmp_path / "hf", n_head=2, n_embd=8, vocab_size=100,
-                   tensors=weights(ModelConfig(**ODD_FOR_MESH)))  # fmt: skip
+    folder = write(
+        tmp_path / "hf",
+        n_head=2,
+        n_embd=8,
+        vocab_size=100,
+        tensors=weights(ModelConfig(**ODD_FOR_MESH)),
+    )
     alone = read(folder)
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
     abstract = build_for_use(alone.config, mesh, 1).abstract.params
@@ -362,8 +389,14 @@ def test_every_mesh_gets_the_same_values(tmp_path):
     assert kernel.addressable_shards[0].data.size == kernel.size // 8
 
 
-ODD_FOR_MESH = {"n_layer": 3, "n_head": 2, "n_embd": 8, "vocab_size": 100, "block_size": 37,
-                "bias": True}  # fmt: skip
+ODD_FOR_MESH = {
+    "n_layer": 3,
+    "n_head": 2,
+    "n_embd": 8,
+    "vocab_size": 100,
+    "block_size": 37,
+    "bias": True,
+}
 
 
 def test_positions_are_cropped_vocabulary_padded_and_dropout_set_as_asked(tmp_path):
@@ -448,19 +481,27 @@ def change(name, value):
     ("edit", "message"),
     [
         (lambda t: t.pop("transformer.h.1.attn.c_attn.bias"), "missing: h.1.attn.c_attn.bias$"),
-        (change("transformer.h.3.ln_1.bias", np.zeros(51, np.float32)),
-         "unexpected: h.3.ln_1.bias$"),
+        (
+            change("transformer.h.3.ln_1.bias", np.zeros(51, np.float32)),
+            "unexpected: h.3.ln_1.bias$",
+        ),
         (change("score.weight", np.zeros((2, 51), np.float32)), "unexpected: score.weight$"),
-        (change("transformer.h.0.attn.c_proj.bias", np.zeros((1, 51), np.float32)),
-         r"h.0.attn.c_proj.bias is \(1, 51\), not \(51,\)$"),
-        (change("transformer.h.0.mlp.c_fc.weight", np.zeros((204, 51), np.float32)),
-         r"h.0.mlp.c_fc.weight is \(204, 51\), not \(51, 204\)$"),
-        (change("lm_head.weight", np.ones((101, 51), np.float32)),
-         "lm_head.weight differs from wte.weight"),
+        (
+            change("transformer.h.0.attn.c_proj.bias", np.zeros((1, 51), np.float32)),
+            r"h.0.attn.c_proj.bias is \(1, 51\), not \(51,\)$",
+        ),
+        (
+            change("transformer.h.0.mlp.c_fc.weight", np.zeros((204, 51), np.float32)),
+            r"h.0.mlp.c_fc.weight is \(204, 51\), not \(51, 204\)$",
+        ),
+        (
+            change("lm_head.weight", np.ones((101, 51), np.float32)),
+            "lm_head.weight differs from wte.weight",
+        ),
         (change("transformer.wte.weight", np.zeros((101, 51), np.int8)), "is stored as I8"),
         (change("wte.weight", np.zeros((101, 51), np.float32)), "with and without the prefix"),
     ],
-)  # fmt: skip
+)
 def test_a_tensor_that_is_wrong_is_named_and_nothing_is_written(edit, message, tmp_path):
     tensors = weights(odd())
     edit(tensors)
@@ -524,11 +565,16 @@ def test_without_a_network_a_name_says_what_to_place_where(tmp_path):
     done = subprocess.run(
         [sys.executable, tool, "import", "gpt2-large", "--out", tmp_path / "run"],
         env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")},
-        capture_output=True, text=True, cwd=tmp_path,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    for part in ("error: gpt2-large is not a folder", "put config.json and model.safetensors",
-                 "HF_HOME"):  # fmt: skip
+    for part in (
+        "error: gpt2-large is not a folder",
+        "put config.json and model.safetensors",
+        "HF_HOME",
+    ):
         assert part in done.stderr
     assert not (tmp_path / "run").exists()
 
@@ -585,10 +631,29 @@ def test_rope_is_refused_with_the_reason_and_the_way_out(make_run, tmp_path):
 
 def test_every_key_of_the_model_is_either_in_gpt2s_format_or_refused():
     """A new key must be put into one of the two, or exported models would lose it in silence."""
-    written = {"n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout", "bias",
-               "tie_word_embeddings", "activation"}  # fmt: skip
-    without_effect = {"preset", "depth", "vocab_multiple", "rope_base", "dtype", "attention",
-                      "scan_layers", "remat", "loss_chunk", "init"}  # fmt: skip
+    written = {
+        "n_layer",
+        "n_head",
+        "n_embd",
+        "block_size",
+        "vocab_size",
+        "dropout",
+        "bias",
+        "tie_word_embeddings",
+        "activation",
+    }
+    without_effect = {
+        "preset",
+        "depth",
+        "vocab_multiple",
+        "rope_base",
+        "dtype",
+        "attention",
+        "scan_layers",
+        "remat",
+        "loss_chunk",
+        "init",
+    }
     assert written | without_effect | set(export._ONLY) == set(ModelConfig.model_fields)
 
 
@@ -598,9 +663,11 @@ def test_every_key_of_the_model_is_either_in_gpt2s_format_or_refused():
 def test_check_finds_the_layer_where_two_models_part(tmp_path, capsys):
     tensors = weights(odd())
     a = write(tmp_path / "a", tensors)
-    for name, said in (("transformer.h.1.mlp.c_proj.bias", "in layer 1"),
-                       ("transformer.wpe.weight", "in the embedding"),
-                       ("transformer.ln_f.weight", "in the last LayerNorm")):  # fmt: skip
+    for name, said in (
+        ("transformer.h.1.mlp.c_proj.bias", "in layer 1"),
+        ("transformer.wpe.weight", "in the embedding"),
+        ("transformer.ln_f.weight", "in the last LayerNorm"),
+    ):
         other = {**tensors, name: tensors[name] + 0.01 * np.sin(np.arange(51)).astype(np.float32)}
         b = write(tmp_path / "b", other)
         assert convert("check", a, b) == 1
@@ -615,8 +682,9 @@ def test_check_finds_the_layer_where_two_models_part(tmp_path, capsys):
         assert "difference 0.000e+00 over 30 positions" in capsys.readouterr().out
     with pytest.raises(ValueError, match="neither model has a tokenizer"):
         convert("check", a, a, "--prompt", "hello")
-    smaller = write(tmp_path / "c", weights(ModelConfig(**ODD_FOR_MESH)), n_head=2, n_embd=8,
-                    vocab_size=100)  # fmt: skip
+    smaller = write(
+        tmp_path / "c", weights(ModelConfig(**ODD_FOR_MESH)), n_head=2, n_embd=8, vocab_size=100
+    )
     with pytest.raises(ValueError, match="101 tokens, .* 100: there is nothing to compare"):
         convert("check", a, smaller)
 
@@ -644,10 +712,19 @@ def test_training_starts_from_a_hugging_face_model_or_an_imported_one(tmp_path, 
     convert("import", source, "--out", imported)
 
     def arguments(name: str, **changes) -> list[str]:
-        keys = {"model.n_layer": 1, "model.n_head": 2, "model.n_embd": 16, "model.bias": "true",
-                "model.block_size": 37, "data.path": data, "batch.sequences": 8, "optim.steps": 1,
-                "optim.warmup_steps": 0, "log.tensorboard": "false",
-                "run.out_dir": tmp_path / name}  # fmt: skip
+        keys = {
+            "model.n_layer": 1,
+            "model.n_head": 2,
+            "model.n_embd": 16,
+            "model.bias": "true",
+            "model.block_size": 37,
+            "data.path": data,
+            "batch.sequences": 8,
+            "optim.steps": 1,
+            "optim.warmup_steps": 0,
+            "log.tensorboard": "false",
+            "run.out_dir": tmp_path / name,
+        }
         keys |= {key.replace("__", "."): value for key, value in changes.items()}
         return [f"--{key}={value}" for key, value in keys.items()]
 
@@ -725,8 +802,13 @@ def test_memory_stays_below_2_2_times_the_model(tmp_path):
     write(tmp_path / "big", big, **size)
     environment = os.environ | {"PYTHONPATH": str(Path(convert_hf.__file__).parent)}
     for argv in (["import", "", "-run"], ["export", "--run", "-run", "-out"]):
-        done = subprocess.run([sys.executable, "-c", MEASURE, *argv], env=environment,
-                              cwd=tmp_path, capture_output=True, text=True)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", MEASURE, *argv],
+            env=environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr
         ratio = int(done.stdout.splitlines()[-1]) / count
         print(f"{argv[0]}: peak memory {ratio:.2f} times the model")

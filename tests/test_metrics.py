@@ -172,8 +172,11 @@ def test_tensorboard_events_read_back(tmp_path):
     first.write({**train_row(3), "time": 1000.5})
     first.write({"step": 3, "val/loss": 2.5, "val/wiki/loss": 3.5, "time": 1001.0})
     first.close()
-    got = {v.tag: (e.step, v.simple_value, e.wall_time) for e in events(tmp_path / "tb")
-           for v in e.summary.value}
+    got = {
+        v.tag: (e.step, v.simple_value, e.wall_time)
+        for e in events(tmp_path / "tb")
+        for v in e.summary.value
+    }
     assert got["train/loss"] == (3, 2.5, 1000.5) and got["train/tokens"] == (3, 3000, 1000.5)
     assert got["val/loss"] == (3, 2.5, 1001.0) and got["val/wiki/loss"] == (3, 3.5, 1001.0)
     assert not {"step", "time"} & set(got)
@@ -277,7 +280,8 @@ def test_wandb_without_an_account_goes_offline_and_never_waits(tmp_path):
         assert {c.key: c.value_json for c in run.config.update}["lr"] == "0.125"
     history = [
         {item.key or item.nested_key[0]: json.loads(item.value_json) for item in r.history.item}
-        for r in first + second if r.HasField("history")
+        for r in first + second
+        if r.HasField("history")
     ]
     assert [(h["_step"], h["step"], h["train/loss"]) for h in history] == [
         (step, step, 1.0 / step) for step in (2, 3, 4, 5)
@@ -371,8 +375,16 @@ def test_console_without_a_terminal_is_plain_lines():
     console.write(train_row(1))
     speed = {"perf/tokens_per_second": 123456.7, "perf/step_seconds": 0.5, "perf/mfu": 0.4123}
     console.write(train_row(99, **speed))
-    console.write({"step": 99, "val/loss": 3.25, "val/loss_stderr": 0.01, "val/perplexity": 25.79,
-                   "val/bits_per_byte": 0.9, "val/best_loss": 3.2})
+    console.write(
+        {
+            "step": 99,
+            "val/loss": 3.25,
+            "val/loss_stderr": 0.01,
+            "val/perplexity": 25.79,
+            "val/bits_per_byte": 0.9,
+            "val/best_loss": 3.2,
+        }
+    )
     console.say("saved")
     console.close()
     assert stream.getvalue().splitlines() == [
@@ -482,8 +494,9 @@ def test_fault_13_rates_count_updates_not_microbatches():
 
 
 def test_throughput_adds_mfu_where_it_is_known():
-    model = SimpleNamespace(n_layer=2, n_head=2, n_embd=8, block_size=16, vocab_size=64,
-                            bias=False, position="rope")
+    model = SimpleNamespace(
+        n_layer=2, n_head=2, n_embd=8, block_size=16, vocab_size=64, bias=False, position="rope"
+    )
     for kind in ("TPU v4", "unheard of"):
         clock = Clock()
         speed = Throughput(clock, flops.mfu_meter(model, kind, 4, lambda text: None))

@@ -225,10 +225,21 @@ def test_forward_matches_hugging_face(activation):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    theirs = GPT2LMHeadModel(
-        GPT2Config(n_layer=2, n_head=3, n_embd=12, n_positions=10, vocab_size=50,
-                   activation_function=activation, attn_implementation="eager")
-    ).double().eval()  # fmt: skip
+    theirs = (
+        GPT2LMHeadModel(
+            GPT2Config(
+                n_layer=2,
+                n_head=3,
+                n_embd=12,
+                n_positions=10,
+                vocab_size=50,
+                activation_function=activation,
+                attn_implementation="eager",
+            )
+        )
+        .double()
+        .eval()
+    )
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -522,8 +533,16 @@ def test_logits_of_the_whole_sequence_are_never_held():
     B, T, V, chunk = 2, 1024, 50304, 128
 
     def largest(chunk, scan):
-        model = gpt(n_layer=1, n_head=1, n_embd=8, block_size=T, vocab_size=50257,
-                    vocab_multiple=128, loss_chunk=chunk, scan_layers=scan)  # fmt: skip
+        model = gpt(
+            n_layer=1,
+            n_head=1,
+            n_embd=8,
+            block_size=T,
+            vocab_size=50257,
+            vocab_multiple=128,
+            loss_chunk=chunk,
+            scan_layers=scan,
+        )
         params = shapes(model)
         tokens = jax.ShapeDtypeStruct((B, T + 1), jnp.int32)
         loss = lambda p, x: row_losses(model, p, x, None).sum()  # noqa: E731
@@ -692,9 +711,7 @@ def test_fault_08_dropout_is_off_in_evaluation_and_on_in_training():
 def test_dropout_of_a_row_does_not_depend_on_the_microbatch():
     tokens, results = some_tokens(4, 7, 11), {}
     for rate, microbatch in ((0.4, 4), (0.4, 2), (0.0, 4)):
-        steps = build(
-            1, model={"dropout": rate}, batch={"sequences": 4, "microbatch": microbatch}
-        )
+        steps = build(1, model={"dropout": rate}, batch={"sequences": 4, "microbatch": microbatch})
         a, m = steps.layout
         assert (a, m) == (4 // microbatch, microbatch)
         state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), steps.abstract)

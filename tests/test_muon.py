@@ -22,9 +22,11 @@ ONE, DATA8 = {"data": 1}, {"data": 8}
 FSDP8, HYBRID = {"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 4}
 CUBE = {"data": 2, "fsdp": 2, "tensor": 2}
 SHAPES = {
-    "h/attn/qkv_kernel": (LAYERS, D, 3, 2, D // 2), "h/attn/proj_kernel": (LAYERS, 2, D // 2, D),
-    "h/mlp/up_kernel": (LAYERS, D, 4 * D), "h/mlp/down_kernel": (LAYERS, 4 * D, D),
-}  # fmt: skip
+    "h/attn/qkv_kernel": (LAYERS, D, 3, 2, D // 2),
+    "h/attn/proj_kernel": (LAYERS, 2, D // 2, D),
+    "h/mlp/up_kernel": (LAYERS, D, 4 * D),
+    "h/mlp/down_kernel": (LAYERS, 4 * D, D),
+}
 
 
 def random(seed: int) -> dict[str, jax.Array]:
@@ -39,8 +41,9 @@ def matrices(tree: dict) -> dict[str, np.ndarray]:
     return {
         **{name: qkv[:, :, i] for i, name in enumerate("qkv")},
         "proj": x["proj_kernel"].reshape(LAYERS, D, D),
-        "up": x["up_kernel"], "down": x["down_kernel"],
-    }  # fmt: skip
+        "up": x["up_kernel"],
+        "down": x["down_kernel"],
+    }
 
 
 def test_it_is_optax_muon_in_float32_for_each_projection_by_itself():
@@ -74,14 +77,16 @@ def make_config(mesh: dict[str, int], backend: str = "jit", **model) -> Config:
     shards = mesh.get("data", 1) * mesh.get("fsdp", 1)
     return Config(
         model=dict(preset="modern", n_layer=LAYERS, n_head=2, n_embd=D, block_size=T)
-        | dict(vocab_size=VOCAB, dtype="float32", attention="xla", scan_layers=True) | model,
+        | dict(vocab_size=VOCAB, dtype="float32", attention="xla", scan_layers=True)
+        | model,
         mesh=mesh,
         batch=dict(sequences=ROWS, microbatch=ROWS // shards),
         data=dict(path="unused"),
-        optim=dict(name="muon", steps=UPDATES, weight_decay=0.1, cautious_decay=True,
-                   momentum_warmup=4),
+        optim=dict(
+            name="muon", steps=UPDATES, weight_decay=0.1, cautious_decay=True, momentum_warmup=4
+        ),
         run=dict(out_dir="unused", backend=backend),
-    )  # fmt: skip
+    )
 
 
 def build(config: Config) -> step.Steps:
@@ -122,8 +127,9 @@ def update_hlo(config: Config) -> tuple[str, float, step.Steps]:
     places = jax.tree.map(lambda x: x.sharding, (params, state))
     tx = optimizer(config.optim, jnp.bfloat16)
     with jax.set_mesh(steps.mesh):
-        jitted = jax.jit(tx.update, in_shardings=(places[0], places[1], places[0]),
-                         out_shardings=places)  # fmt: skip
+        jitted = jax.jit(
+            tx.update, in_shardings=(places[0], places[1], places[0]), out_shardings=places
+        )
         compiled = jitted.lower(params, state, params).compile()
     return compiled.as_text(), compiled.cost_analysis()["flops"], steps
 
@@ -147,26 +153,42 @@ def test_each_shape_moves_once_each_way_and_no_device_repeats_another_ones_work(
 
 
 def test_every_parameter_is_in_the_group_that_its_name_says():
-    config = make_config(ONE, bias=True, norm="layernorm", position="learned",
-                         residual_scalars=True, value_embeddings=True)  # fmt: skip
+    config = make_config(
+        ONE,
+        bias=True,
+        norm="layernorm",
+        position="learned",
+        residual_scalars=True,
+        value_embeddings=True,
+    )
     found = {path: group(path) for path in flatten_dict(build(config).abstract.params, sep="/")}
     assert {p for p, g in found.items() if g == "matrices"} == set(SHAPES)
     assert {p for p, g in found.items() if g == "embeddings"} == {
-        "wte", "wpe", "h/attn/value_table"
-    }  # fmt: skip
+        "wte",
+        "wpe",
+        "h/attn/value_table",
+    }
     assert {p for p, g in found.items() if g == "head"} == {"head_kernel"}
     rest = {p for p, g in found.items() if g == "scalars"}
     assert {p.rpartition("/")[2] for p in rest} == {
-        "scale", "bias", "qkv_bias", "proj_bias", "up_bias", "down_bias", "residual_scalars",
+        "scale",
+        "bias",
+        "qkv_bias",
+        "proj_bias",
+        "up_bias",
+        "down_bias",
+        "residual_scalars",
         "value_strength",
-    }  # fmt: skip
+    }
 
 
 def test_what_muon_does_not_train_is_adamw_at_a_rate_of_its_own():
     config = OptimConfig(name="muon", steps=10, weight_decay=0.3, embedding_lr=0.2)
     tx, rng = optimizer(config), np.random.default_rng(0)
-    params = {"wte": jnp.asarray(rng.normal(size=(8, 4)), jnp.float32),
-              "head_kernel": jnp.asarray(rng.normal(size=(8, 4)), jnp.float32)}  # fmt: skip
+    params = {
+        "wte": jnp.asarray(rng.normal(size=(8, 4)), jnp.float32),
+        "head_kernel": jnp.asarray(rng.normal(size=(8, 4)), jnp.float32),
+    }
     state, rate = tx.init(params), schedule(config)
     adam = dict(b1=config.beta1, b2=config.beta2, eps=config.eps)
     references = {
@@ -231,10 +253,20 @@ def test_after_100_updates_the_modern_recipe_is_where_it_should_be(shared_data, 
     """nanoGPT's settings are at 2.61 then; a wrong label, rate or initialisation is not below."""
     text = (shared_data / "tinyshakespeare" / "input.txt").read_text()
     data = tiny_run.write_data(tmp_path / "data", text, text)
-    argv = [f"--data.path={data}", f"--run.out_dir={tmp_path / 'run'}", "--model.preset=modern",
-            "--model.n_layer=4", "--model.n_head=4", "--model.n_embd=128", "--model.block_size=64",
-            "--batch.sequences=12", "--optim.name=muon", "--optim.steps=100",
-            "--log.tensorboard=false", "--eval.windows=320"]  # fmt: skip
+    argv = [
+        f"--data.path={data}",
+        f"--run.out_dir={tmp_path / 'run'}",
+        "--model.preset=modern",
+        "--model.n_layer=4",
+        "--model.n_head=4",
+        "--model.n_embd=128",
+        "--model.block_size=64",
+        "--batch.sequences=12",
+        "--optim.name=muon",
+        "--optim.steps=100",
+        "--log.tensorboard=false",
+        "--eval.windows=320",
+    ]
     process = tiny_run.start(argv, JAX_NUM_CPU_DEVICES="1", XLA_FLAGS="")
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output

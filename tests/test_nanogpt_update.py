@@ -142,8 +142,9 @@ def theirs(first: dict[str, np.ndarray]) -> list[SimpleNamespace]:
         size = torch.nn.utils.clip_grad_norm_(p.values(), 1.0).item()
         adamw.step()
         params = {k: x.detach().numpy().copy() for k, x in p.items()}
-        found.append(SimpleNamespace(loss=total, grads=grads, norm=size, lr=learning_rate(it),
-                                     params=params))  # fmt: skip
+        found.append(
+            SimpleNamespace(loss=total, grads=grads, norm=size, lr=learning_rate(it), params=params)
+        )
     return found
 
 

@@ -169,9 +169,13 @@ class NumpyAdamW:
 
 
 SHAPES = {
-    "wte": (5, 3), "wpe": (4, 3), "up_kernel": (2, 3, 4), "up_bias": (2, 4), "scale": (2, 3),
+    "wte": (5, 3),
+    "wpe": (4, 3),
+    "up_kernel": (2, 3, 4),
+    "up_bias": (2, 4),
+    "scale": (2, 3),
     "qkv_bias": (2, 3, 2, 2),
-}  # fmt: skip
+}
 DECAYED = {
     "matrices": {"wte", "wpe", "up_kernel"},
     "no_embeddings": {"up_kernel"},
@@ -206,9 +210,14 @@ def adamw_run(config, gradient_scale, updates=10):
 )
 def test_adamw_matches_numpy(decay, grad_clip, gradient_scale):
     config = OptimConfig(
-        lr=0.02, min_lr=0.002, steps=10, warmup_steps=3, weight_decay=0.3, decay=decay,
+        lr=0.02,
+        min_lr=0.002,
+        steps=10,
+        warmup_steps=3,
+        weight_decay=0.3,
+        decay=decay,
         grad_clip=grad_clip,
-    )  # fmt: skip
+    )
     history, gradients = adamw_run(config, gradient_scale)
     norms = [float(optax.tree.norm(g)) for g in gradients]
     assert all((n > config.grad_clip) == (gradient_scale == 5.0) for n in norms)
@@ -253,10 +262,12 @@ def test_adamw_matches_pytorch(gradient_scale):
         for k, v in history[0].items()
     }
     groups = [
-        {"params": [t for k, t in tensors.items() if (k in DECAYED["matrices"]) == decays],
-         "weight_decay": 0.3 if decays else 0.0}
+        {
+            "params": [t for k, t in tensors.items() if (k in DECAYED["matrices"]) == decays],
+            "weight_decay": 0.3 if decays else 0.0,
+        }
         for decays in (True, False)
-    ]  # fmt: skip
+    ]
     adamw = torch.optim.AdamW(groups, lr=0.1, betas=(0.9, 0.95), eps=1e-8)
     for i, (params, grads) in enumerate(zip(history[1:], gradients, strict=True)):
         for k, t in tensors.items():

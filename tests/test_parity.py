@@ -37,8 +37,9 @@ def in_this_process(monkeypatch, capsys, argv: list[str], *names: str) -> tuple[
 
 def test_every_row_agrees_on_a_tiny_model(argv, tmp_path):
     """The command as a person types it, with its eight devices and its two processes."""
-    environment = {k: v for k, v in os.environ.items()
-                   if k not in ("JAX_NUM_CPU_DEVICES", "PJRT_NPROC")}  # fmt: skip
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ("JAX_NUM_CPU_DEVICES", "PJRT_NPROC")
+    }
     command = [sys.executable, str(ROOT / "tools" / "parity.py"), *argv]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=400, env=environment, cwd=tmp_path
@@ -138,10 +139,14 @@ def test_fewer_devices_than_eight_are_refused(argv, monkeypatch):
 
 @pytest.mark.parametrize(
     ("given", "threads"),
-    [({"JAX_NUM_CPU_DEVICES": "8"}, "64"), ({}, ""), ({"JAX_NUM_CPU_DEVICES": "1"}, ""),
-     ({"JAX_NUM_CPU_DEVICES": "8", "NPROC": "3"}, ""),
-     ({"JAX_NUM_CPU_DEVICES": "8", "PJRT_NPROC": "5"}, "5")],
-)  # fmt: skip
+    [
+        ({"JAX_NUM_CPU_DEVICES": "8"}, "64"),
+        ({}, ""),
+        ({"JAX_NUM_CPU_DEVICES": "1"}, ""),
+        ({"JAX_NUM_CPU_DEVICES": "8", "NPROC": "3"}, ""),
+        ({"JAX_NUM_CPU_DEVICES": "8", "PJRT_NPROC": "5"}, "5"),
+    ],
+)
 def test_simulated_devices_get_threads_enough(given, threads):
     """With as many threads as devices, two collectives at once (fsdp) can wait for ever."""
     names = ("JAX_NUM_CPU_DEVICES", "NPROC", "PJRT_NPROC")

@@ -40,10 +40,13 @@ def start(count: int, then: str, seconds: int = 20, indices=None) -> list[subpro
     return [
         subprocess.Popen(
             [sys.executable, "-c", PROGRAM + then, *map(str, (port, count, i, seconds))],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=processes.ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=processes.ROOT,
         )
         for i in (range(count) if indices is None else indices)
-    ]  # fmt: skip
+    ]
 
 
 def free_port() -> int:
@@ -193,8 +196,9 @@ time.sleep(max(0, end - time.monotonic()))
 def test_what_takes_long_is_announced(capfd):
     from scalegpt.processes import deadlines, group
 
-    phases = SimpleNamespace(current=SimpleNamespace(
-        name="restore", step=0, since=time.monotonic() - 6, deadline=3600.0))  # fmt: skip
+    phases = SimpleNamespace(
+        current=SimpleNamespace(name="restore", step=0, since=time.monotonic() - 6, deadline=3600.0)
+    )
     watching = deadlines.Watch(phases)
     try:
         time.sleep(1.3)
@@ -299,7 +303,9 @@ def test_the_clouds_notice_of_an_end_is_a_request_to_stop(event, monkeypatch, ca
             asked.append(self.path)
             self.send_response(200)
             self.end_headers()
-            self.wfile.write(values[self.path.removeprefix("/computeMetadata/v1/instance/")].encode())
+            self.wfile.write(
+                values[self.path.removeprefix("/computeMetadata/v1/instance/")].encode()
+            )
 
         def log_message(self, *arguments: object) -> None:
             pass

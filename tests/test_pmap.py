@@ -204,8 +204,9 @@ def test_a_mesh_that_splits_the_model_is_refused_before_anything_is_made(data, t
 
 
 def test_the_config_for_pmap_is_that_of_v3_8_but_for_the_backend():
-    pmap, jit = (yaml.safe_load((ROOT / f"configs/v3_8{name}.yaml").read_text())
-                 for name in ("_pmap", ""))  # fmt: skip
+    pmap, jit = (
+        yaml.safe_load((ROOT / f"configs/v3_8{name}.yaml").read_text()) for name in ("_pmap", "")
+    )
     assert pmap.pop("run") == {"out_dir": "out/v3_8_pmap", "backend": "pmap"}
     assert jit.pop("run") == {"out_dir": "out/v3_8"} and pmap == jit
 

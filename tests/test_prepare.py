@@ -196,9 +196,7 @@ def test_openwebtext_reads_local_parquet_as_jsonl(wiki, wiki_jsonl, tmp_path, mo
 # --- own text
 
 
-def test_text_is_split_by_a_hash_and_tokenised_as_by_hand(
-    wiki, wiki_jsonl, tmp_path, monkeypatch
-):
+def test_text_is_split_by_a_hash_and_tokenised_as_by_hand(wiki, wiki_jsonl, tmp_path, monkeypatch):
     tiktoken = pytest.importorskip("tiktoken")
     monkeypatch.setenv("HOME", str(wiki_jsonl.parent))
     options = ("--val-fraction", 0.1, "--seed", 7, "--out", tmp_path)

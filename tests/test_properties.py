@@ -27,10 +27,12 @@ from scalegpt.train import FLAGS
 from scalegpt.weights.tokenizer_files import tokenizer_files
 
 few = settings(
-    max_examples=60, deadline=None, derandomize=True,
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
     database=None,
-)  # fmt: skip
+)
 
 # --- configurations
 
@@ -42,18 +44,23 @@ NAMES = st.text(LETTERS, min_size=1, max_size=20).filter(
 )
 # Values under which any other key may have any value of its type.
 BASE = {
-    "model": {"n_head": 1, "n_embd": 64}, "mesh": {"data": 1},
+    "model": {"n_head": 1, "n_embd": 64},
+    "mesh": {"data": 1},
     "optim": {"name": "muon", "min_lr": 0.0, "warmup_steps": 0, "weight_decay": 0.1},
-    "checkpoint": {"every": 1}, "data": {"path": "d"}, "run": {"out_dir": "o"},
-}  # fmt: skip
+    "checkpoint": {"every": 1},
+    "data": {"path": "d"},
+    "run": {"out_dir": "o"},
+}
 ALONE = {  # keys whose values another key limits, too
     "model.n_head": st.sampled_from(divisors(64)),
     "model.n_embd": st.integers(1, 1000).map(lambda n: 2 * n),
     **{f"mesh.{axis}": st.integers(1, 64) for axis in ("replica", "data", "fsdp", "tensor")},
-    "optim.min_lr": st.just(0.0), "optim.warmup_steps": st.just(0), "checkpoint.every": st.just(1),
+    "optim.min_lr": st.just(0.0),
+    "optim.warmup_steps": st.just(0),
+    "checkpoint.every": st.just(1),
     "eval.tasks": st.dictionaries(st.sampled_from(["hellaswag", "lambada"]), NAMES, max_size=2),
     "data.path": NAMES,
-}  # fmt: skip
+}
 
 
 def values_of(annotation: Any, limits: tuple[Any, ...] = ()) -> st.SearchStrategy:
@@ -106,8 +113,14 @@ def configurations(draw: Any) -> Config:
     for name in draw(st.lists(st.sampled_from(sorted(KEYS)), unique=True, max_size=12)):
         section, key = name.split(".")
         # These limit each other, or what else there may be.
-        if name not in ("model.n_head", "model.n_embd", "model.position", "model.depth",
-                        "optim.name", "optim.weight_decay"):  # fmt: skip
+        if name not in (
+            "model.n_head",
+            "model.n_embd",
+            "model.position",
+            "model.depth",
+            "optim.name",
+            "optim.weight_decay",
+        ):
             values.setdefault(section, {})[key] = draw(KEYS[name])
     return loading.validate(values, "here")
 
@@ -150,15 +163,32 @@ def only_messages(argv: list[str], capsys: Any) -> None:
 
 WORDS = st.one_of(
     st.text(max_size=12),
-    st.sampled_from(["--", "-", "--config", "--optim", "--optim.lr", "--print-config", "--help",
-                     "--compile-only", "--model", "--data.path={", "--eval.tasks=["]),
+    st.sampled_from(
+        [
+            "--",
+            "-",
+            "--config",
+            "--optim",
+            "--optim.lr",
+            "--print-config",
+            "--help",
+            "--compile-only",
+            "--model",
+            "--data.path={",
+            "--eval.tasks=[",
+        ]
+    ),
     st.builds("--{}={}".format, st.sampled_from(sorted(KEYS)), st.text(max_size=12)),
     st.builds("--{}={}".format, st.sampled_from(sorted(Config.model_fields)), st.text(max_size=12)),
-    st.builds("--{}={}".format, st.sampled_from(sorted(KEYS)),
-              st.recursive(st.none() | st.booleans() | st.floats() | st.text(max_size=3),
-                           lambda x: st.lists(x, max_size=3)
-                           | st.dictionaries(st.text(max_size=3), x, max_size=3)).map(json.dumps)),
-)  # fmt: skip
+    st.builds(
+        "--{}={}".format,
+        st.sampled_from(sorted(KEYS)),
+        st.recursive(
+            st.none() | st.booleans() | st.floats() | st.text(max_size=3),
+            lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=3), x, max_size=3),
+        ).map(json.dumps),
+    ),
+)
 
 
 @settings(few, max_examples=150)
@@ -170,11 +200,17 @@ def test_no_command_line_gives_a_traceback(tmp_path, monkeypatch, capsys, argv):
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.dates(),
-    lambda x: st.lists(x, max_size=3) | st.dictionaries(
-        st.sampled_from([*Config.model_fields, *(k.split(".")[1] for k in KEYS)]) | st.integers(),
-        x, max_size=4),
+    lambda x: (
+        st.lists(x, max_size=3)
+        | st.dictionaries(
+            st.sampled_from([*Config.model_fields, *(k.split(".")[1] for k in KEYS)])
+            | st.integers(),
+            x,
+            max_size=4,
+        )
+    ),
     max_leaves=12,
-)  # fmt: skip
+)
 
 
 @few
@@ -190,8 +226,10 @@ def test_no_yaml_gives_a_traceback(tmp_path, capsys, content):
 
 
 @few
-@given(st.binary(max_size=60) | VALUES.map(lambda v: json.dumps(v, default=str).encode()),
-       st.sampled_from(["meta.json", "meta.pkl"]))  # fmt: skip
+@given(
+    st.binary(max_size=60) | VALUES.map(lambda v: json.dumps(v, default=str).encode()),
+    st.sampled_from(["meta.json", "meta.pkl"]),
+)
 def test_no_meta_file_gives_a_traceback(tmp_path, capsys, content, name):
     for old in tmp_path.glob("meta.*"):
         old.unlink()
@@ -298,9 +336,11 @@ def test_random_access_is_the_sequence(order, asked):
 
 @few
 @given(
-    ORDERS, st.integers(1, 3), st.integers(0, 10**9),
+    ORDERS,
+    st.integers(1, 3),
+    st.integers(0, 10**9),
     st.sampled_from([(a, hosts, m) for a in (1, 2, 3, 4) for hosts in (1, 2, 3) for m in (1, 2)]),
-)  # fmt: skip
+)
 def test_a_batch_depends_neither_on_accumulation_nor_on_hosts(order, sets, step, layout):
     block, extra, seed = order
     accumulation, hosts, each = layout

@@ -125,9 +125,18 @@ def test_fault_22_padded_ids_are_never_drawn(temperature, options):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"temperature": -0.1}, {"temperature": math.nan}, {"temperature": math.inf}, {"top_k": -1},
-     {"top_p": 0.0}, {"top_p": 1.1}, {"min_p": -0.1}, {"min_p": 2.0}, {"repetition_penalty": 0.0}],
-)  # fmt: skip
+    [
+        {"temperature": -0.1},
+        {"temperature": math.nan},
+        {"temperature": math.inf},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"min_p": -0.1},
+        {"min_p": 2.0},
+        {"repetition_penalty": 0.0},
+    ],
+)
 def test_a_value_without_a_meaning_is_named(wrong):
     ((name, value),) = wrong.items()
     with pytest.raises(ValueError, match=f"--{name.replace('_', '-')}={value} must be"):

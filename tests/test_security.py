@@ -20,11 +20,28 @@ from scalegpt.weights.tokenizer_files import tokenizer_files
 
 SOURCES = sorted(p for f in ("scalegpt", "tools", "data") for p in (ROOT / f).rglob("*.py"))
 FORBIDDEN = {
-    "eval", "exec", "compile", "__import__", "os.system", "os.popen", "pickle.load", "pickle.loads",
-    "marshal.loads", "shelve.open", "yaml.load", "yaml.load_all", "yaml.full_load",
-    "yaml.unsafe_load", "subprocess.getoutput", "subprocess.getstatusoutput", "tarfile.extractall",
-    "shutil.unpack_archive", "np.load", "torch.load", "pickle.Unpickler",
-}  # fmt: skip
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "os.system",
+    "os.popen",
+    "pickle.load",
+    "pickle.loads",
+    "marshal.loads",
+    "shelve.open",
+    "yaml.load",
+    "yaml.load_all",
+    "yaml.full_load",
+    "yaml.unsafe_load",
+    "subprocess.getoutput",
+    "subprocess.getstatusoutput",
+    "tarfile.extractall",
+    "shutil.unpack_archive",
+    "np.load",
+    "torch.load",
+    "pickle.Unpickler",
+}
 ALLOWED = {  # (file, call) -> keywords that make it harmless
     ("loading.py", "yaml.load"): {"Loader": "_Loader"},
     ("tensor_files.py", "torch.load"): {"weights_only": "True"},
@@ -62,9 +79,17 @@ def test_no_source_executes_what_it_reads(path):
 
 @pytest.mark.parametrize(
     "line",
-    ["eval(x)", "os.system('ls')", "subprocess.run(x, shell=True)", "yaml.load(x, Loader=Other)",
-     "pickle.loads(x)", "torch.load(x)", "np.load(x, allow_pickle=True)", "archive.extractall()"],
-)  # fmt: skip
+    [
+        "eval(x)",
+        "os.system('ls')",
+        "subprocess.run(x, shell=True)",
+        "yaml.load(x, Loader=Other)",
+        "pickle.loads(x)",
+        "torch.load(x)",
+        "np.load(x, allow_pickle=True)",
+        "archive.extractall()",
+    ],
+)
 def test_the_search_finds_each_of_them(line):
     assert faults(Path("loading.py"), line)
 
@@ -124,9 +149,19 @@ def test_a_malicious_pytorch_model_is_refused_and_not_executed(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["../x.safetensors", "/etc/x.safetensors", "a/b.safetensors", "..\\x.safetensors",
-     "x\0.safetensors", "model.bin", "", "..", 7, None],
-)  # fmt: skip
+    [
+        "../x.safetensors",
+        "/etc/x.safetensors",
+        "a/b.safetensors",
+        "..\\x.safetensors",
+        "x\0.safetensors",
+        "model.bin",
+        "",
+        "..",
+        7,
+        None,
+    ],
+)
 def test_shards_are_beside_their_index(tmp_path, name):
     (tmp_path / "x.safetensors").write_bytes(b"")
     folder = tmp_path / "model"
@@ -148,11 +183,15 @@ def test_a_spec_is_never_a_path_and_a_name_that_is_typed_is(tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["!!python/object/apply:os.system ['touch executed']", "!!python/name:os.system",
-     "!!python/module:os", "!!python/object/new:os.system ['touch executed']",
-     "!<tag:yaml.org,2002:python/object/apply:os.system> ['touch executed']",
-     "%TAG ! tag:yaml.org,2002:python/object/apply:\n---\n!os.system ['touch executed']"],
-)  # fmt: skip
+    [
+        "!!python/object/apply:os.system ['touch executed']",
+        "!!python/name:os.system",
+        "!!python/module:os",
+        "!!python/object/new:os.system ['touch executed']",
+        "!<tag:yaml.org,2002:python/object/apply:os.system> ['touch executed']",
+        "%TAG ! tag:yaml.org,2002:python/object/apply:\n---\n!os.system ['touch executed']",
+    ],
+)
 def test_yaml_makes_plain_values_only(tmp_path, monkeypatch, text):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="could not determine a constructor"):

@@ -77,13 +77,16 @@ def trained(mesh: tuple, accumulation: int, dropout: float) -> SimpleNamespace:
 
 # Dropout masks are keyed by row, so they are the same on every mesh and accumulation too.
 CASES = [
-    (DATA8, 1, 0.0), (DATA8, 4, 0.1),
+    (DATA8, 1, 0.0),
+    (DATA8, 4, 0.1),
     (FSDP8, 4, 0.1),
-    (HYBRID, 1, 0.0), (HYBRID, 2, 0.1), (HYBRID, 4, 0.1),
+    (HYBRID, 1, 0.0),
+    (HYBRID, 2, 0.1),
+    (HYBRID, 4, 0.1),
     (CUBE, 2, 0.1),
     (TENSOR4, 1, 0.1),
     (SLICES, 4, 0.1),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("mesh", "accumulation", "dropout"), CASES)
@@ -120,14 +123,21 @@ def test_dropout_changes_the_losses():
 PARTS = {
     "wte": (128 // 8, D),
     "wpe": (T, D // 4),
-    "h/ln_1/scale": (LAYERS, D), "h/ln_1/bias": (LAYERS, D),
-    "h/ln_2/scale": (LAYERS, D), "h/ln_2/bias": (LAYERS, D),
-    "h/attn/qkv_kernel": (LAYERS, D // 4, 3, 4 // 2, 16), "h/attn/qkv_bias": (LAYERS, 3, 2, 16),
-    "h/attn/proj_kernel": (LAYERS, 4 // 2, 16, D // 4), "h/attn/proj_bias": (LAYERS, D),
-    "h/mlp/up_kernel": (LAYERS, D // 4, 4 * D // 2), "h/mlp/up_bias": (LAYERS, 4 * D // 2),
-    "h/mlp/down_kernel": (LAYERS, 4 * D // 2, D // 4), "h/mlp/down_bias": (LAYERS, D),
-    "ln_f/scale": (D,), "ln_f/bias": (D,),
-}  # fmt: skip
+    "h/ln_1/scale": (LAYERS, D),
+    "h/ln_1/bias": (LAYERS, D),
+    "h/ln_2/scale": (LAYERS, D),
+    "h/ln_2/bias": (LAYERS, D),
+    "h/attn/qkv_kernel": (LAYERS, D // 4, 3, 4 // 2, 16),
+    "h/attn/qkv_bias": (LAYERS, 3, 2, 16),
+    "h/attn/proj_kernel": (LAYERS, 4 // 2, 16, D // 4),
+    "h/attn/proj_bias": (LAYERS, D),
+    "h/mlp/up_kernel": (LAYERS, D // 4, 4 * D // 2),
+    "h/mlp/up_bias": (LAYERS, 4 * D // 2),
+    "h/mlp/down_kernel": (LAYERS, 4 * D // 2, D // 4),
+    "h/mlp/down_bias": (LAYERS, D),
+    "ln_f/scale": (D,),
+    "ln_f/bias": (D,),
+}
 
 
 def parts(tree) -> dict:
@@ -238,8 +248,10 @@ def test_a_microbatch_that_is_not_given_has_a_limit(most, expected):
 def test_a_cpu_accumulates_over_microbatches_that_its_cache_holds(monkeypatch):
     config = Config(
         model=dict(n_layer=1, n_head=1, n_embd=8, block_size=512, vocab_size=8),
-        batch=dict(sequences=96), data=dict(path=""), run=dict(out_dir="none"),
-    )  # fmt: skip
+        batch=dict(sequences=96),
+        data=dict(path=""),
+        run=dict(out_dir="none"),
+    )
     assert step.build_steps(config, mesh_of(), "float32", "xla").layout == (6, 16)
     assert 16 // 8 * 512 == step.CPU_TOKENS
 
@@ -355,8 +367,13 @@ def test_the_chunked_loss_gathers_the_head_once_and_reduces_its_gradient_once(me
     in_chunks = [c for c in fsdp if c.depth == 2 and "/h/" not in c.source and ":h" not in c.source]
     assert [c for c in in_chunks if c.times != seen.micro * LAYERS] == []
     tensor = dict(mesh).get("tensor", 1)
-    whole = [c for c in fsdp if c.kind == "all-gather" and c.bytes == 128 * D * 4 // tensor
-             and "sharding_constraint" in c.source]  # fmt: skip
+    whole = [
+        c
+        for c in fsdp
+        if c.kind == "all-gather"
+        and c.bytes == 128 * D * 4 // tensor
+        and "sharding_constraint" in c.source
+    ]
     assert [c.times for c in whole] == [1]
 
 

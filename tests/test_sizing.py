@@ -48,8 +48,12 @@ def config(mesh: dict, sequences: int = 8, accumulation: int = 1, **model) -> Co
 
 
 def test_checkpoints_kept_for_good_take_room_too(capsys):
-    run = ("--optim.steps=1000", "--optim.warmup_steps=9", "--checkpoint.every=10",
-           "--checkpoint.keep=4")  # fmt: skip
+    run = (
+        "--optim.steps=1000",
+        "--optim.warmup_steps=9",
+        "--checkpoint.every=10",
+        "--checkpoint.keep=4",
+    )
     for argv, count in ((run, 5), ((*run, "--checkpoint.keep_every=100"), 15)):
         found = report(capsys, *argv)
         one = found["parameters"]["checkpoint_bytes"]
@@ -98,9 +102,13 @@ def test_the_preset_alone_is_gpt2(capsys):
 def test_time_is_nanogpts_6nd_estimate(capsys):
     """3.46 days for 300e9 tokens on 8 A100 of 312 TFLOP/s at 30 %."""
     r = report(
-        capsys, "--config=configs/gpt2_124m.yaml", "--batch.sequences=375",
-        "--batch.microbatch=25", "--optim.steps=781250", "--mfu=0.3",
-    )  # fmt: skip
+        capsys,
+        "--config=configs/gpt2_124m.yaml",
+        "--batch.sequences=375",
+        "--batch.microbatch=25",
+        "--optim.steps=781250",
+        "--mfu=0.3",
+    )
     assert r["run"]["tokens"] == 300_000_000_000
     assert r["run"]["days"]["6ND"] / 8 == pytest.approx(3.46, abs=0.005)
     count = r["flops"]["training"]["full"] / 1024 * 300e9
@@ -251,9 +259,14 @@ def test_the_vocabulary_is_the_models_the_datas_or_gpt2s(capsys, tmp_path):
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     data = f"--data.path={tmp_path}"
     assert report(capsys, data)["model"] == {
-        "n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "bias": False,
-        "vocab_size": 256, "vocabulary_from": f"meta of {tmp_path}",
-    }  # fmt: skip
+        "n_layer": 12,
+        "n_head": 12,
+        "n_embd": 768,
+        "block_size": 1024,
+        "bias": False,
+        "vocab_size": 256,
+        "vocabulary_from": f"meta of {tmp_path}",
+    }
     assert report(capsys, data, "--model.vocab_size=300")["model"]["vocab_size"] == 300
     without = report(capsys, f"--data.path={tmp_path}/nothing")["model"]
     assert without["vocab_size"] == 50257 and f"{tmp_path}/nothing" in without["vocabulary_from"]

@@ -70,8 +70,9 @@ def test_hellaswag_is_transformers_and_the_harness(gpt2, shared_data, tmp_path):
     model, score = gpt2
     rows = lines(shared_data / "evals" / "hellaswag_val.jsonl.xz", 10_042)
     rows = rows[:100] + [row for row in rows if "[" in row["ctx"]][:100]
-    task = tasks.open_task("hellaswag", write(tmp_path / "h", rows), tokenizer.load("gpt2"),
-                           tiny_gpt2.BLOCK)  # fmt: skip
+    task = tasks.open_task(
+        "hellaswag", write(tmp_path / "h", rows), tokenizer.load("gpt2"), tiny_gpt2.BLOCK
+    )
     sums, greedy = score(task.rows)
 
     # A space begins a token of GPT-2, so here the ids of the parts are those of the whole.
@@ -145,8 +146,16 @@ def test_greedy_means_that_every_token_is_the_likeliest(gpt2):
 # --- on any mesh
 
 
-TINY = {"n_layer": 1, "n_head": 4, "n_embd": 32, "block_size": 64, "vocab_size": 257,
-        "vocab_multiple": 16, "dtype": "float32", "loss_chunk": 24}  # fmt: skip
+TINY = {
+    "n_layer": 1,
+    "n_head": 4,
+    "n_embd": 32,
+    "block_size": 64,
+    "vocab_size": 257,
+    "vocab_multiple": 16,
+    "dtype": "float32",
+    "loss_chunk": 24,
+}
 
 
 def tiny_steps(mesh, microbatch, devices=None):
@@ -165,8 +174,9 @@ def weights():
 def placed(steps, weights):
     return jax.tree.map(
         lambda x, like: jax.device_put(x.astype(np.float32), like.sharding),
-        weights, steps.abstract.params,
-    )  # fmt: skip
+        weights,
+        steps.abstract.params,
+    )
 
 
 def test_figures_do_not_depend_on_mesh_and_microbatch(weights):
@@ -188,8 +198,10 @@ def test_figures_do_not_depend_on_mesh_and_microbatch(weights):
     sums, greedy, found = run({"data": 1}, 8, jax.devices()[:1])
     assert np.std(sums) > 10
     for mesh, microbatch in (
-        ({"data": 8}, 1), ({"data": 1, "fsdp": 8}, 3), ({"data": 2, "fsdp": 2, "tensor": 2}, 8),
-    ):  # fmt: skip
+        ({"data": 8}, 1),
+        ({"data": 1, "fsdp": 8}, 3),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, 8),
+    ):
         other = run(mesh, microbatch)
         np.testing.assert_allclose(other[0], sums, rtol=1e-6)
         assert (other[1] == greedy).all()
@@ -227,9 +239,12 @@ def test_a_pair_is_encoded_as_the_harness_does():
 
 def test_hellaswag_is_cleaned_as_in_the_harness(tmp_path):
     row = {
-        "activity_label": "Home [x]", "ctx_a": "[header] How to sit [title] Sit.  Down.",
-        "ctx_b": "the CAT", "endings": [" is [step] on [title] it ", "b"], "label": "1",
-    }  # fmt: skip
+        "activity_label": "Home [x]",
+        "ctx_a": "[header] How to sit [title] Sit.  Down.",
+        "ctx_b": "the CAT",
+        "endings": [" is [step] on [title] it ", "b"],
+        "label": "1",
+    }
     task = tasks.open_task("hellaswag", write(tmp_path / "h", [row]), BYTES, 99)
     texts = [bytes(row.ids.tolist()).decode() for row in task.rows]
     context = "Home : How to sit. Sit. Down. The cat"
@@ -255,9 +270,12 @@ def test_files_are_read_packed_and_plain(tmp_path):
     rename = {"query": "z\u2028", "choices": ["b", "c"], "gold": "0"}
     frames = zstandard.compress(text[:9]) + zstandard.compress(text[9:])
     for name, data in (
-        ("a.jsonl", text), ("a.gz", gzip.compress(text)), ("a.xz", lzma.compress(text)),
-        ("a.zst", frames), ("b.jsonl", (json.dumps(GOOD) + "\n" + json.dumps(rename)).encode()),
-    ):  # fmt: skip
+        ("a.jsonl", text),
+        ("a.gz", gzip.compress(text)),
+        ("a.xz", lzma.compress(text)),
+        ("a.zst", frames),
+        ("b.jsonl", (json.dumps(GOOD) + "\n" + json.dumps(rename)).encode()),
+    ):
         (tmp_path / name).write_bytes(data)
         task = tasks.open_task("multiple_choice", tmp_path / name, BYTES, 9)
         assert task.gold == [0, 0] and bytes(task.rows[3].ids.tolist()).decode() == "z\u2028 c"
@@ -288,10 +306,18 @@ def test_files_are_read_packed_and_plain(tmp_path):
         ("lambada", GOOD, "neither 'text' nor 'context' and 'continuation'"),
         ("lambada", {"context": "a", "continuation": " "}, "a choice is empty"),
     ],
-)  # fmt: skip
+)
 def test_a_bad_line_is_named(tmp_path, task, row, message):
-    good = {"hellaswag": {"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "endings": ["d", "e"],
-                          "label": 0}, "lambada": {"text": "a b"}}.get(task, GOOD)  # fmt: skip
+    good = {
+        "hellaswag": {
+            "activity_label": "a",
+            "ctx_a": "b",
+            "ctx_b": "c",
+            "endings": ["d", "e"],
+            "label": 0,
+        },
+        "lambada": {"text": "a b"},
+    }.get(task, GOOD)
     text = json.dumps(good) + "\n" + (row if isinstance(row, str) else json.dumps(row))
     (tmp_path / "f.jsonl").write_text(text)
     with pytest.raises(ValueError, match=message) as error:
@@ -301,10 +327,13 @@ def test_a_bad_line_is_named(tmp_path, task, row, message):
 
 def test_a_bad_file_is_named(tmp_path):
     for name, data, message in (
-        ("none", None, "cannot read .*none"), ("empty", b"", "empty is empty"),
-        ("blank", b"\n \n", "blank is empty"), ("latin", b"\xe9", "latin is not UTF-8"),
-        ("not.xz", b"text", "cannot read .*not.xz"), ("not.gz", b"text", "cannot read .*not.gz"),
-    ):  # fmt: skip
+        ("none", None, "cannot read .*none"),
+        ("empty", b"", "empty is empty"),
+        ("blank", b"\n \n", "blank is empty"),
+        ("latin", b"\xe9", "latin is not UTF-8"),
+        ("not.xz", b"text", "cannot read .*not.xz"),
+        ("not.gz", b"text", "cannot read .*not.gz"),
+    ):
         if data is not None:
             (tmp_path / name).write_bytes(data)
         with pytest.raises(ValueError, match=message):
@@ -331,11 +360,20 @@ def data(tmp_path_factory):
 
 def arguments(data, out_dir, **keys):
     keys = {
-        "data.path": data, "run.out_dir": out_dir, "model.n_layer": 1, "model.n_head": 2,
-        "model.n_embd": 16, "model.block_size": 32, "batch.sequences": 8, "optim.steps": 4,
-        "optim.warmup_steps": 0, "eval.every": 2, "checkpoint.every": 0, "log.tensorboard": "true",
+        "data.path": data,
+        "run.out_dir": out_dir,
+        "model.n_layer": 1,
+        "model.n_head": 2,
+        "model.n_embd": 16,
+        "model.block_size": 32,
+        "batch.sequences": 8,
+        "optim.steps": 4,
+        "optim.warmup_steps": 0,
+        "eval.every": 2,
+        "checkpoint.every": 0,
+        "log.tensorboard": "true",
         **keys,
-    }  # fmt: skip
+    }
     return [f"--{key}={value}" for key, value in keys.items()]
 
 
@@ -345,11 +383,15 @@ def all_rows(out_dir):
 
 def test_eval_tasks_are_scored_at_each_evaluation(data, tmp_path, capsys):
     """With the figures of the command, and without being part of what must stay as it was."""
-    choices = [{"context": "the cat sat on the", "choices": [" mat.", "xyz" * 5], "label": i % 2}
-               for i in range(5)]  # fmt: skip
+    choices = [
+        {"context": "the cat sat on the", "choices": [" mat.", "xyz" * 5], "label": i % 2}
+        for i in range(5)
+    ]
     words = [{"text": "the cat sat"}, {"text": "on the mat."}]
-    files = {"multiple_choice": str(write(tmp_path / "choices", choices)),
-             "lambada": str(write(tmp_path / "words", words))}  # fmt: skip
+    files = {
+        "multiple_choice": str(write(tmp_path / "choices", choices)),
+        "lambada": str(write(tmp_path / "words", words)),
+    }
     keys = {"eval.tasks": json.dumps(files), "eval.task_examples": 3}
     out_dir = tmp_path / "run"
     assert train.main(arguments(data, out_dir, **keys)) == 0
@@ -362,8 +404,12 @@ def test_eval_tasks_are_scored_at_each_evaluation(data, tmp_path, capsys):
     assert evaluate.main(asked) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["multiple_choice/examples"] == 3
-    for key in ("multiple_choice/acc", "multiple_choice/acc_norm", "lambada/acc",
-                "lambada/perplexity"):  # fmt: skip
+    for key in (
+        "multiple_choice/acc",
+        "multiple_choice/acc_norm",
+        "lambada/acc",
+        "lambada/perplexity",
+    ):
         assert rows[-1][key] == pytest.approx(found[key], rel=1e-6), key
         assert all(key in row for row in rows)
     assert rows[0]["lambada/perplexity"] != rows[-1]["lambada/perplexity"]
@@ -371,8 +417,10 @@ def test_eval_tasks_are_scored_at_each_evaluation(data, tmp_path, capsys):
 
     plain = tmp_path / "plain"
     assert train.main(arguments(data, plain, **{"eval.every": 0})) == 0
-    losses = [[r["train/loss"] for r in all_rows(folder) if "train/loss" in r]
-              for folder in (out_dir, plain)]  # fmt: skip
+    losses = [
+        [r["train/loss"] for r in all_rows(folder) if "train/loss" in r]
+        for folder in (out_dir, plain)
+    ]
     assert losses[0] == losses[1] and len(losses[0]) == 2
     without = parse(arguments(data, out_dir), "test", {})[0].with_vocab(256)
     assert resume.stored_config(without).eval.tasks == files, "other tasks are not refused"

@@ -134,9 +134,12 @@ def test_a_run_that_was_left_alone_is_found_again(cloud, capsys):
     folder = cloud([{"steps": [10], "wait": True}])
     argv = ["train", "me", "--type=v3-8", "--poll=0.02", "--", *RUN]
     tool = subprocess.Popen(
-        [sys.executable, str(ROOT / "tools" / "tpu.py"), *argv], stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+        [sys.executable, str(ROOT / "tools" / "tpu.py"), *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
     for line in tool.stdout:
         if line.startswith("step 10/"):
             break
@@ -198,10 +201,13 @@ def test_what_was_preempted_long_ago_is_created_anew(cloud):
     assert verbs(folder).count("create") == 2 and verbs(folder).count("delete") == 1
 
 
-@pytest.mark.parametrize("message", [
-    "PERMISSION_DENIED: Permission denied on 'locations/mars' (or it may not exist).",
-    "RESOURCE_EXHAUSTED: Quota limit 'TPUV3sPreemptiblePerProjectPerZoneForTPUAPI' exceeded.",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "message",
+    [
+        "PERMISSION_DENIED: Permission denied on 'locations/mars' (or it may not exist).",
+        "RESOURCE_EXHAUSTED: Quota limit 'TPUV3sPreemptiblePerProjectPerZoneForTPUAPI' exceeded.",
+    ],
+)
 def test_what_gcloud_refuses_is_shown(cloud, capfd, message):
     folder = cloud([], error=message)
     with pytest.raises(ValueError, match="creating me failed: gcloud ended with 1"):
@@ -289,17 +295,20 @@ def test_a_variable_goes_in_a_file_and_never_in_a_command(cloud, monkeypatch, ca
     assert not (folder / "w-0" / "scalegpt-me.tar.gz").exists()
 
 
-@pytest.mark.parametrize("flags, run, message", [
-    (["--spot"], [*RUN[:3], "--run.out_dir=out/x"], "gs://BUCKET/x"),
-    (["--type=v4-32"], [*RUN[:3], "--run.out_dir=out/x"], "hosts of a slice share no disk"),
-    (["--type=v9-8"], RUN, "--type=v9-8 is none of v2-N"),
-    ([], [*RUN, "--optim.lrr=1"], "did you mean --optim.lr"),
-    ([], [*RUN[:2], "--data.path=data/none", RUN[3]], "no data/none/train.bin here"),
-    ([], [*RUN, "--run.init_from=configs"], "run.init_from=configs is a folder here"),
-    ([], ["--config", "/etc/hosts.yaml", *RUN[2:]], "cannot read config"),
-    ([], [], "say what to train"),
-    (["--env=NO_SUCH_VARIABLE"], RUN, "no such variable"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, run, message",
+    [
+        (["--spot"], [*RUN[:3], "--run.out_dir=out/x"], "gs://BUCKET/x"),
+        (["--type=v4-32"], [*RUN[:3], "--run.out_dir=out/x"], "hosts of a slice share no disk"),
+        (["--type=v9-8"], RUN, "--type=v9-8 is none of v2-N"),
+        ([], [*RUN, "--optim.lrr=1"], "did you mean --optim.lr"),
+        ([], [*RUN[:2], "--data.path=data/none", RUN[3]], "no data/none/train.bin here"),
+        ([], [*RUN, "--run.init_from=configs"], "run.init_from=configs is a folder here"),
+        ([], ["--config", "/etc/hosts.yaml", *RUN[2:]], "cannot read config"),
+        ([], [], "say what to train"),
+        (["--env=NO_SUCH_VARIABLE"], RUN, "no such variable"),
+    ],
+)
 def test_mistakes_are_found_before_anything_is_rented(cloud, flags, run, message):
     folder = cloud([])
     with pytest.raises(ValueError, match=re.escape(message)):

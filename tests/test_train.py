@@ -294,8 +294,11 @@ def test_a_mixture_reports_each_data_set_and_their_weighted_mean(data, tmp_path)
     plays, others, mean = (rows(tmp_path / "run", key) for key in keys)
     assert plays[0] != others[0] and plays[2] < plays[0]
     assert math.isclose(mean[2], 0.75 * plays[2] + 0.25 * others[2], rel_tol=1e-9)
-    changed = arguments(json.dumps({str(data): 1, str(other): 1}), tmp_path / "run",
-                        **{"optim.steps": 2, "model.n_layer": 1})  # fmt: skip
+    changed = arguments(
+        json.dumps({str(data): 1, str(other): 1}),
+        tmp_path / "run",
+        **{"optim.steps": 2, "model.n_layer": 1},
+    )
     with pytest.raises(ValueError, match="data.path: .*3.0.* -> .*1.0"):
         train.main(changed)
 
@@ -341,8 +344,21 @@ def test_fault_21_the_default_run_saves_and_the_commands_it_names_work(data, tmp
         f'python -m scalegpt.generate --run {tmp_path}/run --prompt "..."',
         f"python -m scalegpt.evaluate --run {tmp_path}/run",
     ]
-    assert generate.main(["--run", f"{tmp_path}/run", "--prompt", "K", "--num-samples", "2",
-                          "--max-new-tokens", "3"]) == 0  # fmt: skip
+    assert (
+        generate.main(
+            [
+                "--run",
+                f"{tmp_path}/run",
+                "--prompt",
+                "K",
+                "--num-samples",
+                "2",
+                "--max-new-tokens",
+                "3",
+            ]
+        )
+        == 0
+    )
     assert evaluate.main(["--run", f"{tmp_path}/run"]) == 0
 
 
@@ -400,8 +416,14 @@ def test_init_from_another_architecture_is_refused_and_nothing_is_written(data, 
 
 def test_a_loss_that_is_not_finite_ends_with_4_and_no_bad_checkpoint(data, tmp_path, capsys):
     out_dir = tmp_path / "run"
-    changes = {"optim.lr": 1e38, "optim.warmup_steps": 0, "optim.schedule": "constant",
-               "checkpoint.every": 0, "eval.every": 0, "optim.grad_clip": 0}  # fmt: skip
+    changes = {
+        "optim.lr": 1e38,
+        "optim.warmup_steps": 0,
+        "optim.schedule": "constant",
+        "checkpoint.every": 0,
+        "eval.every": 0,
+        "optim.grad_clip": 0,
+    }
     assert train.main(arguments(data, out_dir, **changes)) == 4
     printed = capsys.readouterr().out
     assert "is not finite; stopped" in printed and "no checkpoint yet" in printed
@@ -492,9 +514,12 @@ def test_a_run_with_wandb_offline_and_tensorboard(data, tmp_path):
 def test_fault_18_every_process_decides_by_its_own_index():
     """Only the main process writes rows: the metrics of any other write nothing."""
     silent = Metrics(
-        "/nowhere/at/all", LogConfig(wandb=True), total_steps=1, is_main=False,
+        "/nowhere/at/all",
+        LogConfig(wandb=True),
+        total_steps=1,
+        is_main=False,
         phases=Phases(RunConfig(out_dir="x")),
-    )  # fmt: skip
+    )
     silent.train({"step": 1, "train/loss": 1.0})
     silent.close()
     assert not Path("/nowhere").exists()
@@ -515,6 +540,7 @@ def test_a_run_that_cannot_save_goes_on_and_then_says_so_by_its_exit_code(
     data, tmp_path, monkeypatch, capsys, patience
 ):
     """After checkpoint.patience, or at its end: never a silent 0."""
+
     def full(self, name, tree):
         if self.step > 4:
             raise OSError(28, "No space left on device")

@@ -49,8 +49,11 @@ def test_it_leaves_the_place_or_all_of_it_to_the_user(plays, tmp_path, name):
 def test_programs_of_a_tenth_of_a_second_are_kept_if_nobody_said_otherwise(
     monkeypatch, said, kept_from
 ):
-    values = {"jax_compilation_cache_dir": None, "jax_compilation_cache_max_size": -1,
-              "jax_persistent_cache_min_compile_time_secs": 1.0}  # fmt: skip
+    values = {
+        "jax_compilation_cache_dir": None,
+        "jax_compilation_cache_max_size": -1,
+        "jax_persistent_cache_min_compile_time_secs": 1.0,
+    }
     for name in map(str.upper, list(values)[1:]):
         monkeypatch.setenv(name, said) if said else monkeypatch.delenv(name, raising=False)
     before = {key: getattr(jax.config, key) for key in values}

@@ -8,8 +8,13 @@ import yaml
 ARMS = {"plain": {}, "wide": {"model": {"n_embd": 64}}}
 SEEDS = [1, 2]
 # What compiles soonest.
-CHANGES = {"run.out_dir": None, "model.n_layer": 1, "model.dropout": 0.0,
-           "model.scan_layers": None, "batch.microbatch": None}  # fmt: skip
+CHANGES = {
+    "run.out_dir": None,
+    "model.n_layer": 1,
+    "model.dropout": 0.0,
+    "model.scan_layers": None,
+    "batch.microbatch": None,
+}
 TOKENS = tiny_run.ROWS * tiny_run.T  # of an update
 
 

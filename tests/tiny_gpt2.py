@@ -16,8 +16,9 @@ def save(folder: Path) -> Any:
 
     torch.set_num_threads(1)  # more would only wait for each other, and for JAX's
     torch.manual_seed(0)
-    config = GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=BLOCK, vocab_size=50257,
-                        initializer_range=0.3)  # fmt: skip
+    config = GPT2Config(
+        n_layer=2, n_head=2, n_embd=32, n_positions=BLOCK, vocab_size=50257, initializer_range=0.3
+    )
     model = GPT2LMHeadModel(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -35,14 +35,26 @@ def write_data(folder: Path, text: str, alphabet: str = TEXT) -> Path:
 
 def arguments(data: Path, out_dir: Path, **changes) -> list[str]:
     values = {
-        "data.path": data, "run.out_dir": out_dir,
-        "model.n_layer": 2, "model.n_head": 2, "model.n_embd": 32, "model.block_size": T,
-        "model.dropout": 0.1, "model.scan_layers": "true",
-        "batch.sequences": ROWS, "batch.microbatch": 1,
-        "optim.lr": 1e-2, "optim.min_lr": 1e-3, "optim.warmup_steps": 2, "optim.steps": STEPS,
-        "eval.every": 5, "eval.windows": 12, "checkpoint.every": 4,
-        "log.every": 1, "log.tensorboard": "false",
-    }  # fmt: skip
+        "data.path": data,
+        "run.out_dir": out_dir,
+        "model.n_layer": 2,
+        "model.n_head": 2,
+        "model.n_embd": 32,
+        "model.block_size": T,
+        "model.dropout": 0.1,
+        "model.scan_layers": "true",
+        "batch.sequences": ROWS,
+        "batch.microbatch": 1,
+        "optim.lr": 1e-2,
+        "optim.min_lr": 1e-3,
+        "optim.warmup_steps": 2,
+        "optim.steps": STEPS,
+        "eval.every": 5,
+        "eval.windows": 12,
+        "checkpoint.every": 4,
+        "log.every": 1,
+        "log.tensorboard": "false",
+    }
     values |= {key.replace("__", "."): value for key, value in changes.items()}
     return [f"--{key}={value}" for key, value in values.items() if value is not None]
 
@@ -59,9 +71,11 @@ def rows(out_dir: Path, key: str = "train/loss") -> dict[int, float]:
 def start(argv: list[str], **environment) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-u", "-m", "scalegpt.train", *argv],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
         env={**os.environ, **environment},
-    )  # fmt: skip
+    )
 
 
 def wait_for_step(process: subprocess.Popen, out_dir: Path, at: int, seconds: float = 90) -> None:

@@ -82,9 +82,11 @@ def main(argv: list[str]) -> int:
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The flags, and the overrides for all arms. Raises ValueError."""
     parser = command_line.Parser(
-        prog="ablation.py", description=__doc__, allow_abbrev=False,
+        prog="ablation.py",
+        description=__doc__,
+        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     add = parser.add_argument
     add("file", nargs="?", metavar="FILE", help="the arms, as above")
     add("--out", metavar="DIR", help="where the runs are, or will be")
@@ -105,8 +107,10 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         if flags.file or flags.out or flags.arms or flags.dry_run or overrides:
             raise Mistake("--from reports a record alone: leave out FILE, --out and all of runs")
     elif flags.arms and not flags.file:
-        raise Mistake(f"--arms takes all words after it for arms: {' '.join(flags.arms)}; "
-                         "give the file of the arms first, before any flag")  # fmt: skip
+        raise Mistake(
+            f"--arms takes all words after it for arms: {' '.join(flags.arms)}; "
+            "give the file of the arms first, before any flag"
+        )
     elif not flags.file or not flags.out:
         raise Mistake("give the file of the arms and --out DIR, or --from RECORD; see --help")
     elif "://" in flags.out:
@@ -121,9 +125,15 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def check_files(flags: argparse.Namespace) -> None:
     """Raises ValueError for what could not be written, or would be written over something else."""
-    taken = {os.path.realpath(path): what
-             for what, path in (("the file of the arms", flags.file), ("--out", flags.out),
-                                ("--from", flags.recorded)) if path}  # fmt: skip
+    taken = {
+        os.path.realpath(path): what
+        for what, path in (
+            ("the file of the arms", flags.file),
+            ("--out", flags.out),
+            ("--from", flags.recorded),
+        )
+        if path
+    }
     for name in FILES:
         if not (file := getattr(flags, name)):
             continue
@@ -147,8 +157,7 @@ class Children:
         self.stopped = False
         self._process: subprocess.Popen | None = None
         self._held: int | None = None  # a signal that came before it was there
-        self._before = {n: signal.signal(n, self._pass_on)
-                        for n in (signal.SIGINT, signal.SIGTERM)}  # fmt: skip
+        self._before = {n: signal.signal(n, self._pass_on) for n in (signal.SIGINT, signal.SIGTERM)}
 
     def _pass_on(self, number: int, frame: Any) -> None:
         self.stopped = True
@@ -191,8 +200,10 @@ def train(runs: list[Run], plan: Plan, output: Any) -> int:
                 say("\nstopped; the same command continues")
                 return Exit.STOPPED
             if left == Exit.MISTAKE:
-                say(f"\n{run.arm}, seed {run.seed} failed with exit code {left}, for the reason "
-                    "given above; the same command goes on once that is mended")  # fmt: skip
+                say(
+                    f"\n{run.arm}, seed {run.seed} failed with exit code {left}, for the reason "
+                    "given above; the same command goes on once that is mended"
+                )
                 return Exit.MISTAKE
             if left:
                 say(f"\n{run.arm}, seed {run.seed} failed with exit code {left}; going on")
@@ -216,8 +227,10 @@ def publish(record: Record, flags: argparse.Namespace) -> None:
     for name in FILES:
         if file := getattr(flags, name):
             if not record.evaluated:
-                raise Mistake(f"--{name}={file} is not written: no run has an evaluation yet; "
-                                 "train first, or give the --out of runs that have")  # fmt: skip
+                raise Mistake(
+                    f"--{name}={file} is not written: no run has an evaluation yet; "
+                    "train first, or give the --out of runs that have"
+                )
             target = os.path.realpath(file)  # what a link names, not the link
             # In the same folder, so that it can take the target's place; plots go by the ending.
             beside = Path(target).with_name(f".{os.getpid()}.{Path(file).name}")

@@ -53,7 +53,9 @@ from scalegpt.step.build import Steps, build_for_use
 
 FLAGS = {
     "--against": {
-        "action": "append", "default": [], "metavar": "WHAT",
+        "action": "append",
+        "default": [],
+        "metavar": "WHAT",
         "help": "nanogpt=DIR, a checkout of karpathy/nanoGPT, or transformers; may be repeated",
     },
     "--their-mode": {"choices": pytorch.MODES, "help": "default: both"},
@@ -65,7 +67,7 @@ FLAGS = {
     "--real-data": {"action": "store_true", "help": "the run's data set instead of random tokens"},
     "--profile": {"metavar": "DIR", "help": "trace one more turn, and print what is costliest"},
     "--json": {"action": "store_true", "help": "print one JSON object"},
-}  # fmt: skip
+}
 RANDOM_TOKENS = 2**21  # of the data set that is made up, at least
 COLUMNS = f"{'':20} {'tokens/s':>10} {'step ms: median':>16} {'least':>9} {'most':>9}"
 
@@ -122,8 +124,10 @@ def main(argv: list[str]) -> int:
 def show(report: dict[str, Any], flags: Namespace, table: Callable) -> int:
     print(json.dumps(report, indent=2) if flags.json else table(report))
     if report["load_average"] > 0.5 and not flags.json:
-        print("warning: others kept this machine busy, with a load of "
-              f"{report['load_average']:.1f} before this began")  # fmt: skip
+        print(
+            "warning: others kept this machine busy, with a load of "
+            f"{report['load_average']:.1f} before this began"
+        )
     return 0
 
 
@@ -191,13 +195,17 @@ def theirs(config: Config, flags: Namespace, steps: Steps) -> list[dict[str, Any
     common = {
         "shape": {key: getattr(model, key) for key in shape},
         "activation": model.activation,
-        "microbatches": sequences // rows, "rows": rows,
-        "gpu": platform != "cpu", "dtype": flags.their_dtype or ours_dtype,
+        "microbatches": sequences // rows,
+        "rows": rows,
+        "gpu": platform != "cpu",
+        "dtype": flags.their_dtype or ours_dtype,
         "optim": {
-            "lr": optim.lr, "betas": (optim.beta1, optim.beta2),
-            "weight_decay": optim.weight_decay, "grad_clip": optim.grad_clip,
+            "lr": optim.lr,
+            "betas": (optim.beta1, optim.beta2),
+            "weight_decay": optim.weight_decay,
+            "grad_clip": optim.grad_clip,
         },
-    }  # fmt: skip
+    }
     mode = "eager" if flags.decode else flags.their_mode
     modes = [mode] if mode else pytorch.MODES
     return [{**common, "trainer": what, "mode": mode} for what in flags.against for mode in modes]
@@ -255,8 +263,9 @@ def about(config: Config, steps: Steps) -> dict[str, Any]:
     return {
         "model": {key: getattr(config.model, key) for key in keys},
         "devices": {"kind": kind, "count": steps.mesh.size},
-        "dtype": str(steps.model.dtype), "attention": steps.model.attention,
-    }  # fmt: skip
+        "dtype": str(steps.model.dtype),
+        "attention": steps.model.attention,
+    }
 
 
 def tables(report: dict[str, Any]) -> str:
@@ -277,8 +286,10 @@ def tables(report: dict[str, Any]) -> str:
         lines.append(f"{row['name']:20} {row['tokens_per_second']:10,.0f} {cells}")
     for row in report["trainers"]:
         counts = row["mfu"] or row["flops_per_second"]
-        shown = {k: f"{v:.1%} MFU" if row["mfu"] else f"{v / 1e12:.4f} TFLOP/s"
-                 for k, v in counts.items()}  # fmt: skip
+        shown = {
+            k: f"{v:.1%} MFU" if row["mfu"] else f"{v / 1e12:.4f} TFLOP/s"
+            for k, v in counts.items()
+        }
         lines.append(
             f"{row['name']:20} {shown['causal']} (attention in full: {shown['full']}), "
             f"compile {row['compile_seconds']:.1f} s, "
@@ -293,8 +304,10 @@ def tables(report: dict[str, Any]) -> str:
         lines.append(f"{row['ratio']['median']:.2f} x the speed of {row['name']}  ({pairs})")
     if "operations" in report:
         lines.append("the costliest operations, ms of an update over all devices")
-        lines += [f"{1e3 * op['seconds']:10.3f}  {op['name']:32} {op['place'][-60:]}"
-                  for op in report["operations"]]  # fmt: skip
+        lines += [
+            f"{1e3 * op['seconds']:10.3f}  {op['name']:32} {op['place'][-60:]}"
+            for op in report["operations"]
+        ]
     return "\n".join(lines)
 
 

@@ -46,8 +46,11 @@ def main(argv: list[str]) -> int:
     sub.add_argument("--step", type=int, help="only this one (default: all)")
     sub = command("diff", diff, "config, arrays and largest differences of two; 1 if they differ")
     for name in ("A", "B"):
-        sub.add_argument(name.lower(), metavar=name,
-                         help="RUN or RUN:WHICH, WHICH being latest (default), best or a step")
+        sub.add_argument(
+            name.lower(),
+            metavar=name,
+            help="RUN or RUN:WHICH, WHICH being latest (default), best or a step",
+        )
     sub = command("prune", prune, "remove all but the last, the best and what is damaged")
     sub.add_argument("run", metavar="RUN", help="out_dir of a run that nobody trains")
     sub.add_argument("--keep", type=int, required=True, help="how many of the latest stay")
@@ -143,10 +146,15 @@ def sum_of(content: manifest.Manifest) -> int:
 
 def diff(flags: argparse.Namespace) -> int:
     (a, tree_a, config_a), (b, tree_b, config_b) = map(look_up, (flags.a, flags.b))
-    old, new = ({f"{section}.{key}": x for section, keys in config.items()
-                 for key, x in keys.items()} for config in (config_a, config_b))  # fmt: skip
-    lines = [f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
-             for key in {**old, **new} if old.get(key) != new.get(key)]  # fmt: skip
+    old, new = (
+        {f"{section}.{key}": x for section, keys in config.items() for key, x in keys.items()}
+        for config in (config_a, config_b)
+    )
+    lines = [
+        f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
+        for key in {**old, **new}
+        if old.get(key) != new.get(key)
+    ]
     print("\n".join(["config:", *(f"  {line}" for line in lines)]) if lines else "config: the same")
     both = [n for n in tree_a if tree_a[n] == tree_b.get(n)]
     other = [n for n in {**tree_a, **tree_b} if n not in both]
@@ -163,8 +171,9 @@ def diff(flags: argparse.Namespace) -> int:
             gap, size = (np.max(np.abs(z), initial=0.0, where=numbers) for z in (x - y, x))
             one = np.sum(np.isnan(x) != np.isnan(y))
             alone = f", and {one} NaN in one alone" if one else ""
-            print(f"{name:{width}}  largest difference {gap:.3e}, of values up to "
-                  f"{size:.3e}{alone}")  # fmt: skip
+            print(
+                f"{name:{width}}  largest difference {gap:.3e}, of values up to {size:.3e}{alone}"
+            )
     print(f"{len(both) - differ} of {len(both)} arrays are equal")
     return int(bool(lines or other or differ))
 
@@ -204,8 +213,10 @@ def prune(flags: argparse.Namespace) -> int:
             what = found[step] if isinstance(found[step], str) else "a file of it is damaged"
             print(f"stays   step {step}: {what}")
         for step in candidates:
-            print(f"{'would remove' if flags.dry_run else 'removed'} step {step}, "
-                  f"{sum_of(found[step]) / 1e6:,.1f} MB")  # fmt: skip
+            print(
+                f"{'would remove' if flags.dry_run else 'removed'} step {step}, "
+                f"{sum_of(found[step]) / 1e6:,.1f} MB"
+            )
             if not flags.dry_run:
                 retire(folder / str(step))
         print(f"{len(losses) - len(candidates)} checkpoints stay")

@@ -50,10 +50,15 @@ def main(argv: list[str]) -> int:
         return sub
 
     sub = command("import", import_, "make a run folder from a model of Hugging Face")
-    sub.add_argument("source", metavar="SOURCE", help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, "
-                     "another repository, or a folder with config.json and weights")  # fmt: skip
-    sub.add_argument("--out", required=True, type=local_path,
-                     help="run folder to make, such as out/gpt2")  # fmt: skip
+    sub.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, "
+        "another repository, or a folder with config.json and weights",
+    )
+    sub.add_argument(
+        "--out", required=True, type=local_path, help="run folder to make, such as out/gpt2"
+    )
     sub.add_argument("--block-size", type=int, help="keep only so many positions")
     sub.add_argument("--dropout", type=float, default=0.0, help="for training (default: 0)")
     sub.add_argument("--vocab-multiple", type=int, help="pad the vocabulary to a multiple of this")
@@ -62,16 +67,22 @@ def main(argv: list[str]) -> int:
     sub.add_argument("--run", required=True, help="out_dir of a run")
     sub.add_argument("--checkpoint", default="best", help="best (default), latest or a step")
     sub.add_argument("--out", required=True, type=local_path, help="folder to make")
-    sub.add_argument("--format", choices=("hf", "scalegpt"), default="hf",
-                     help="hf: GPT-2's, for transformers; scalegpt: any model")  # fmt: skip
+    sub.add_argument(
+        "--format",
+        choices=("hf", "scalegpt"),
+        default="hf",
+        help="hf: GPT-2's, for transformers; scalegpt: any model",
+    )
 
     sub = command("check", check, "compare the logits of two models, in float32")
     for name in ("A", "B"):
         sub.add_argument(name.lower(), metavar=name, help="run folder, Hugging Face folder or name")
     text = sub.add_mutually_exclusive_group()
     text.add_argument("--prompt", help="on this text")
-    text.add_argument("--data", help="on the start of this .bin, or of a data set's val.bin "
-                      "(default: on random tokens)")  # fmt: skip
+    text.add_argument(
+        "--data",
+        help="on the start of this .bin, or of a data set's val.bin (default: on random tokens)",
+    )
     sub.add_argument("--tolerance", type=float, default=2e-4, help="of a logit (default: 2e-4)")
     flags = parser.parse_args(argv)
     if flags.function is check and not 0 <= flags.tolerance < math.inf:
@@ -89,8 +100,11 @@ def import_(flags: argparse.Namespace) -> int:
     refuse_existing(out)
     folder = huggingface.locate(flags.source)
     model, spec = huggingface.describe(folder)
-    asked = {"block_size": flags.block_size, "vocab_multiple": flags.vocab_multiple,
-             "dropout": flags.dropout}  # fmt: skip
+    asked = {
+        "block_size": flags.block_size,
+        "vocab_multiple": flags.vocab_multiple,
+        "dropout": flags.dropout,
+    }
     values = model.model_dump() | {key: v for key, v in asked.items() if v is not None}
     config = loading.validate(
         {"model": values, "data": {"path": ""}, "run": {"out_dir": str(out)}}, "this command line"
@@ -161,8 +175,12 @@ def first_difference(sources: tuple[str, str], tokens: np.ndarray) -> str:
     states = [outputs(source, tokens[None], by_layer=True) for source in sources]
     if len(states[0]) != len(states[1]) or states[0][0].shape != states[1][0].shape:
         return "the models have other numbers of layers or other widths"
-    names = ["in the embedding", *(f"in layer {i}" for i in range(len(states[0]) - 3)),
-             "in the last LayerNorm", "in the head"]  # fmt: skip
+    names = [
+        "in the embedding",
+        *(f"in layer {i}" for i in range(len(states[0]) - 3)),
+        "in the last LayerNorm",
+        "in the head",
+    ]
     for name, a, b in zip(names, *states, strict=True):
         # Above what rounding does to numbers of this size.
         if not np.abs(a - b).max() <= 1e-4 * np.abs(a).max():

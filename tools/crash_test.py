@@ -35,13 +35,24 @@ FLAGS = {
     "--hours": {"type": float, "help": "go on for so long instead"},
     "--processes": {"type": int, "default": 1, "help": "of the run, on this machine (default 1)"},
     "--devices": {"type": int, "default": 1, "help": "simulated ones, of each process (default 1)"},
-    "--moments": {"nargs": "+", "choices": ("start", "step", "evaluation", "save"),
-                  "default": ("step", "save", "evaluation", "start"), "help": "when to kill"},
+    "--moments": {
+        "nargs": "+",
+        "choices": ("start", "step", "evaluation", "save"),
+        "default": ("step", "save", "evaluation", "start"),
+        "help": "when to kill",
+    },
     "--random-seed": {"type": int, "default": 0, "help": "of the moments (default 0)"},
     "--json": {"action": "store_true", "help": "print one JSON object at the end"},
-}  # fmt: skip
-COMPARED = ("train/loss", "train/grad_norm", "train/lr", "train/tokens", "train/spike", "val/loss",
-            "val/best_loss")
+}
+COMPARED = (
+    "train/loss",
+    "train/grad_norm",
+    "train/lr",
+    "train/tokens",
+    "train/spike",
+    "val/loss",
+    "val/best_loss",
+)
 PATIENCE = 60  # seconds for the others to leave
 STILL_THERE = 999  # instead of an exit code
 STUCK = 600  # seconds for anything else
@@ -102,10 +113,14 @@ def main(argv: list[str]) -> int:
         faults += compare(expected, folder / "killed")
     moments = {m: sum(k.moment == m for k in kills) for m in flags.moments}
     report = {
-        "kills": len(kills), "moments": moments, "runs": rounds, "rows": len(expected),
+        "kills": len(kills),
+        "moments": moments,
+        "runs": rounds,
+        "rows": len(expected),
         "slowest_notice_seconds": round(max((k.noticed for k in kills), default=0.0), 1),
-        "seconds": round(time.time() - began), "faults": faults,
-    }  # fmt: skip
+        "seconds": round(time.time() - began),
+        "faults": faults,
+    }
     if flags.json:
         print(json.dumps(report))
     else:
@@ -117,8 +132,13 @@ def main(argv: list[str]) -> int:
 
 
 def one_run(
-    command: "Command", out_dir: Path, config: Config, flags: argparse.Namespace,
-    rng: random.Random, more: Callable[[], bool], kills: int,
+    command: "Command",
+    out_dir: Path,
+    config: Config,
+    flags: argparse.Namespace,
+    rng: random.Random,
+    more: Callable[[], bool],
+    kills: int,
 ) -> Iterator[Kill]:
     """Start the command until the run is done, killing it as long as there are `more` to come."""
     while True:
@@ -146,14 +166,22 @@ class Command:
             port = free.getsockname()[1]
         started = []
         for i in range(self.processes):
-            several = [f"--distributed.coordinator=localhost:{port}",
-                       f"--distributed.num_processes={self.processes}",
-                       f"--distributed.process_id={i}"] if self.processes > 1 else []  # fmt: skip
+            several = (
+                [
+                    f"--distributed.coordinator=localhost:{port}",
+                    f"--distributed.num_processes={self.processes}",
+                    f"--distributed.process_id={i}",
+                ]
+                if self.processes > 1
+                else []
+            )
             with open(f"{out_dir}.{i}.log", "w") as log:
                 argv = [*self.argv, f"--run.out_dir={out_dir}", *several]
-                started.append(subprocess.Popen(
-                    argv, stdout=log, stderr=subprocess.STDOUT, env=self.environment
-                ))  # fmt: skip
+                started.append(
+                    subprocess.Popen(
+                        argv, stdout=log, stderr=subprocess.STDOUT, env=self.environment
+                    )
+                )
         return started
 
 
@@ -174,7 +202,10 @@ def write_command(config: Config, folder: Path, flags: argparse.Namespace) -> Co
 
 
 def wait_for(
-    moment: str, processes: list[subprocess.Popen], out_dir: Path, config: Config,
+    moment: str,
+    processes: list[subprocess.Popen],
+    out_dir: Path,
+    config: Config,
     rng: random.Random,
 ) -> bool:
     """Until the moment to kill; False when the processes ended before."""
@@ -264,9 +295,15 @@ def compare(expected: dict[tuple[int, str], Any], out_dir: Path) -> list[str]:
         return [f"metrics.jsonl: {error}"]
     missing, extra = expected.keys() - found.keys(), found.keys() - expected.keys()
     other = [at for at in expected.keys() & found.keys() if expected[at] != found[at]]
-    return [f"{what}: {len(at)}, first {min(at)}"
-            for what, at in (("rows missing", missing), ("rows too many", extra),
-                             ("rows that differ", other)) if at]  # fmt: skip
+    return [
+        f"{what}: {len(at)}, first {min(at)}"
+        for what, at in (
+            ("rows missing", missing),
+            ("rows too many", extra),
+            ("rows that differ", other),
+        )
+        if at
+    ]
 
 
 if __name__ == "__main__":

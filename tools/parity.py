@@ -216,15 +216,21 @@ def in_processes(row: Row, config: Config, count: int, folder: Path) -> Result:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     command = [
-        sys.executable, __file__, f"--worker={folder}", f"--config={folder}/config.yaml",
-        f"--steps={count}", f"--distributed.coordinator={address}",
+        sys.executable,
+        __file__,
+        f"--worker={folder}",
+        f"--config={folder}/config.yaml",
+        f"--steps={count}",
+        f"--distributed.coordinator={address}",
         f"--distributed.num_processes={row.processes}",
-    ]  # fmt: skip
+    ]
     per_process = str(prod(row.mesh.values()) // row.processes)
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": per_process}
     start = partial(subprocess.Popen, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    workers = [start([*command, f"--distributed.process_id={i}"], env=environment)
-               for i in range(row.processes)]  # fmt: skip
+    workers = [
+        start([*command, f"--distributed.process_id={i}"], env=environment)
+        for i in range(row.processes)
+    ]
     try:
         outputs = [worker.communicate()[0] for worker in workers]
     finally:
@@ -265,9 +271,11 @@ def changed(config: Config, **sections: dict[str, Any]) -> Config:
 def settings(folder: Path) -> None:
     """Of JAX, for this process and those that it starts."""
     # Else a TPU multiplies float32 in bfloat16, and a row's program is compiled twice.
-    keys = {"jax_default_matmul_precision": "highest",
-            "jax_compilation_cache_dir": str(folder / "compiled"),
-            "jax_persistent_cache_min_compile_time_secs": 0}  # fmt: skip
+    keys = {
+        "jax_default_matmul_precision": "highest",
+        "jax_compilation_cache_dir": str(folder / "compiled"),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }
     for key, value in keys.items():
         jax.config.update(key, value)
         os.environ[key.upper()] = str(value)

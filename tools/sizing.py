@@ -30,24 +30,29 @@ GPT2_VOCABULARY = 50257
 DEFAULTS = {"data": {"path": ""}, "run": {"out_dir": "none"}}
 FLAGS = {
     "--device": {
-        "default": "NVIDIA A100", "metavar": "NAME",
+        "default": "NVIDIA A100",
+        "metavar": "NAME",
         "help": 'as jax.devices()[0].device_kind says, "TPU v3" (default: "NVIDIA A100")',
     },
     "--devices": {
-        "type": int, "metavar": "N",
+        "type": int,
+        "metavar": "N",
         "help": "how many JAX devices (default: as many as the mesh names; a v3-8 has 8)",
     },
     "--mfu": {
-        "type": float, "default": 0.4, "metavar": "SHARE",
+        "type": float,
+        "default": 0.4,
+        "metavar": "SHARE",
         "help": "model FLOPs utilisation that you expect, above 0 and up to 1 (default: 0.4)",
     },
     "--budget": {
-        "type": float, "metavar": "FLOPS",
+        "type": float,
+        "metavar": "FLOPS",
         "help": "of training, for the compute-optimal model (default: this run's own)",
     },
     "--plot": {"metavar": "FILE", "help": "draw loss over model size at that budget (.png, ...)"},
     "--json": {"action": "store_true", "help": "print one JSON object"},
-}  # fmt: skip
+}
 COUNTS = ("full", "causal")
 
 
@@ -112,27 +117,37 @@ def size(config: Config, flags: Namespace) -> dict[str, Any]:
     return {
         "model": {key: getattr(model, key) for key in keys},
         "parameters": {
-            "by_component": parts, "total": parameters, "embedding": parts["wte"] + parts["wpe"],
-            "non_embedding": parameters - parts["wte"] - parts["wpe"], "used": used,
+            "by_component": parts,
+            "total": parameters,
+            "embedding": parts["wte"] + parts["wpe"],
+            "non_embedding": parameters - parts["wte"] - parts["wpe"],
+            "used": used,
             "float32_bytes": 4 * parameters,
             "checkpoint_bytes": checkpoint,
         },
         "flops": {
-            "forward": sequence, "training": training, "palm": palm,
+            "forward": sequence,
+            "training": training,
+            "palm": palm,
             "training_per_token": {k: v / model.block_size for k, v in training.items()},
         },
         "memory": place,
         "run": {
-            "updates": config.optim.steps, "tokens_per_update": tokens_per_update, "tokens": tokens,
+            "updates": config.optim.steps,
+            "tokens_per_update": tokens_per_update,
+            "tokens": tokens,
             "checkpoints_bytes": (config.checkpoint.keep + 1 + for_good) * checkpoint,
             **cost(
-                {**{k: v / model.block_size * tokens for k, v in training.items()},
-                 "6ND": 6 * parameters * tokens},
-                flags, place,
+                {
+                    **{k: v / model.block_size * tokens for k, v in training.items()},
+                    "6ND": 6 * parameters * tokens,
+                },
+                flags,
+                place,
             ),
         },
         "scaling": scaling(used, tokens, budget),
-    }  # fmt: skip
+    }
 
 
 def placement(config: Config, flags: Namespace) -> dict[str, Any]:
@@ -147,23 +162,40 @@ def placement(config: Config, flags: Namespace) -> dict[str, Any]:
     dtype = "bfloat16" if model.dtype == "auto" else model.dtype
     platform = {"TPU": "tpu", "AMD": "rocm"}.get(flags.device.split()[0], "cuda")
     kernel = attention.resolve(
-        model.attention, platform, model.block_size, model.dropout, dtype, model.head_dim,
+        model.attention,
+        platform,
+        model.block_size,
+        model.dropout,
+        dtype,
+        model.head_dim,
         flags.device,
-    )  # fmt: skip
+    )
     by_remat = {
         remat: memory.on_device(
-            model, mesh.shape, microbatch, accumulation, 2 if dtype == "bfloat16" else 4,
-            kernel != "flax" and not model.dropout, remat, config.optim,
+            model,
+            mesh.shape,
+            microbatch,
+            accumulation,
+            2 if dtype == "bfloat16" else 4,
+            kernel != "flax" and not model.dropout,
+            remat,
+            config.optim,
         )
         for remat in memory.REMAT
-    }  # fmt: skip
+    }
     return {
-        "device": flags.device, "devices": mesh.size, "mesh": dict(mesh.shape), "dtype": dtype,
-        "attention": kernel, "microbatch": microbatch, "accumulation": accumulation,
-        "remat": model.remat, "bytes": by_remat[model.remat],
+        "device": flags.device,
+        "devices": mesh.size,
+        "mesh": dict(mesh.shape),
+        "dtype": dtype,
+        "attention": kernel,
+        "microbatch": microbatch,
+        "accumulation": accumulation,
+        "remat": model.remat,
+        "bytes": by_remat[model.remat],
         "total_bytes": {remat: sum(parts.values()) for remat, parts in by_remat.items()},
         "by_remat": by_remat,
-    }  # fmt: skip
+    }
 
 
 def cost(run_flops: dict[str, float], flags: Namespace, place: dict[str, Any]) -> dict[str, Any]:
@@ -187,13 +219,15 @@ def scaling(parameters: int, tokens: int, budget: float) -> dict[str, Any]:
         "run_6ND": 6 * parameters * tokens,
         "models": {
             name: {
-                "parameters": n, "tokens": d, "tokens_per_parameter": d / n,
+                "parameters": n,
+                "tokens": d,
+                "tokens_per_parameter": d / n,
                 "loss": {by: law.loss(n, d) for by, law in laws.items()},
             }
             for name, (n, d) in pairs.items()
         },
         "optimal_tokens_of_this_model": optimal,
-    }  # fmt: skip
+    }
 
 
 def line(name: str, *cells: str, width: int = 16) -> str:
@@ -215,9 +249,11 @@ def tables(r: dict[str, Any]) -> str:
 def of_parameters(r: dict[str, Any]) -> list[str]:
     p = r["parameters"]
     counts = {
-        **p["by_component"], "total": p["total"], "embeddings (wte, wpe)": p["embedding"],
+        **p["by_component"],
+        "total": p["total"],
+        "embeddings (wte, wpe)": p["embedding"],
         "all but embeddings": p["non_embedding"],
-    }  # fmt: skip
+    }
     return [
         line("Parameters", "count", "share")[2:],
         *(line(name, f"{n:,}", f"{n / p['total']:.2%}") for name, n in counts.items() if n),
@@ -236,8 +272,10 @@ def of_flops(r: dict[str, Any]) -> list[str]:
     rows["training"] = tuple(f["training"][kind] for kind in COUNTS)
     return [
         line(f"FLOPs of {length:,} tokens", "full", "share", "causal", width=18)[2:],
-        *(line(name, f"{a:,}", f"{a / forward:.2%}", f"{b:,}", width=18)
-          for name, (a, b) in rows.items()),
+        *(
+            line(name, f"{a:,}", f"{a / forward:.2%}", f"{b:,}", width=18)
+            for name, (a, b) in rows.items()
+        ),
         line("training, a token", f"{token['full']:,.0f}", "", f"{token['causal']:,.0f}", width=18),
         line("PaLM's 6 N + 12 L H Q T", f"{f['palm']:,}", width=18)
         + f"  = {f['palm'] / f['training']['full']:.4f} x training",
@@ -262,9 +300,10 @@ def of_memory(r: dict[str, Any]) -> list[str]:
 def of_time(r: dict[str, Any]) -> list[str]:
     run, m = r["run"], r["memory"]
     names = {
-        "causal": "causal, as perf/mfu", "full": "full, as nanoGPT and PaLM",
+        "causal": "causal, as perf/mfu",
+        "full": "full, as nanoGPT and PaLM",
         "6ND": "6 N D, N all parameters",
-    }  # fmt: skip
+    }
     days = {k: "unknown" if d is None else f"{d:,.2f}" for k, d in run["days"].items()}
     peak = f"{run['peak_flops'] / 1e12:g}" if run["peak_flops"] else "unknown"
     return [
@@ -281,9 +320,11 @@ def of_time(r: dict[str, Any]) -> list[str]:
 def of_scaling(r: dict[str, Any]) -> list[str]:
     s = r["scaling"]
     names = {
-        "Chinchilla": "Chinchilla, approach 3", "Epoch": "Epoch's fit of its data",
-        "approach 2": "Chinchilla, approach 2", "this run": "this run",
-    }  # fmt: skip
+        "Chinchilla": "Chinchilla, approach 3",
+        "Epoch": "Epoch's fit of its data",
+        "approach 2": "Chinchilla, approach 2",
+        "this run": "this run",
+    }
 
     def row(name: str) -> str:
         model, needs = s["models"][name], s["optimal_tokens_of_this_model"].get(name)

@@ -43,9 +43,12 @@ def main(argv: list[str]) -> int:
         if flags.function in (up, stop, down, fetch, status):
             raise
         again = shlex.join(["python", "tools/tpu.py", *argv])
-        print(f"\n# interrupted here; a run that has started on {flags.name} goes on.\n"
-              f"# back to it:   {again}\n# save and stop: {own(flags, 'stop')}\n"
-              f"# delete:       {own(flags, 'down')}", file=sys.stderr)  # fmt: skip
+        print(
+            f"\n# interrupted here; a run that has started on {flags.name} goes on.\n"
+            f"# back to it:   {again}\n# save and stop: {own(flags, 'stop')}\n"
+            f"# delete:       {own(flags, 'down')}",
+            file=sys.stderr,
+        )
         return 130
 
 
@@ -75,21 +78,41 @@ def parser() -> command_line.Parser:
             add("--type", required=True, help="v3-8, v4-32, v5litepod-16, v5p-8, v6e-8, ...")
             add("--spot", action="store_true", help="cheap, and may be taken away at any time")
             add("--runtime-version", metavar="NAME", help="default: Google's choice for the type")
-            add("--create-flag", action="append", default=[], metavar="FLAG", help="another flag "
-                "of queued-resources create: --create-flag=--network=NAME")  # fmt: skip
+            add(
+                "--create-flag",
+                action="append",
+                default=[],
+                metavar="FLAG",
+                help="another flag of queued-resources create: --create-flag=--network=NAME",
+            )
         if function in starting:
-            add("--env", action="append", default=[], metavar="NAME", help="variable of this "
-                "machine that the run gets too, such as WANDB_API_KEY")  # fmt: skip
+            add(
+                "--env",
+                action="append",
+                default=[],
+                metavar="NAME",
+                help="variable of this machine that the run gets too, such as WANDB_API_KEY",
+            )
         if function is train:
-            add("--max-restarts", type=int, default=5, metavar="N",
-                help="in a row without a new update (default: 5)")  # fmt: skip
+            add(
+                "--max-restarts",
+                type=int,
+                default=5,
+                metavar="N",
+                help="in a row without a new update (default: 5)",
+            )
             add("--keep", action="store_true", help="do not delete the machine at the end")
         if function is fetch:
             add("--run", required=True, metavar="OUT_DIR", help="the run's out_dir, gs:// or not")
         if function in (train, fetch):
-            add("--to", metavar="DIR", required=function is fetch, help="folder here for the run's "
-                "files" + (" (default: the same out_dir; of a URL: none)" if function is train
-                           else ""))  # fmt: skip
+            add(
+                "--to",
+                metavar="DIR",
+                required=function is fetch,
+                help="folder here for the run's "
+                "files"
+                + (" (default: the same out_dir; of a URL: none)" if function is train else ""),
+            )
     return whole
 
 

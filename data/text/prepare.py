@@ -142,8 +142,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--key", default="text", help="where a line of .jsonl holds its text")
     parser.add_argument("--val-fraction", type=float, default=0.005)
     parser.add_argument("--seed", type=int, default=0, help="of the choice of documents")
-    parser.add_argument("--val-input", type=os.path.expanduser,
-                        help="validation text of its own; then nothing is split off")  # fmt: skip
+    parser.add_argument(
+        "--val-input",
+        type=os.path.expanduser,
+        help="validation text of its own; then nothing is split off",
+    )
     parser.add_argument("--errors", choices=("strict", "replace"), default="strict")
     args = parser.parse_args(argv)
     if args.input is None:

@@ -65,9 +65,15 @@ class Checkpoints:
         self._damaged: set[int] = set()  # and said so
         self._verified: set[tuple[int, str]] = set()
         self._saver = Saver(
-            self._folder, keep, keep_every, patience, deadline, lambda text: self.say(text),
-            before_commit, self._damaged,
-        )  # fmt: skip
+            self._folder,
+            keep,
+            keep_every,
+            patience,
+            deadline,
+            lambda text: self.say(text),
+            before_commit,
+            self._damaged,
+        )
         if not read_only:
             try:
                 self._folder.make(parents=True)
@@ -146,8 +152,9 @@ class Checkpoints:
             listed = ", ".join(map(str, good))
             raise Mistake(
                 f"no checkpoint {which!r} in {self.folder}; there are steps {listed}"
-                if good else f"there is no checkpoint in {self.folder}"
-            )  # fmt: skip
+                if good
+                else f"there is no checkpoint in {self.folder}"
+            )
         if items and which == "latest":
             self._report({s: why for s, why in broken.items() if s > candidates[0]})
         for step in candidates:
@@ -191,8 +198,11 @@ class Checkpoints:
         try:
             content = manifest.read(folder, step)
             names = manifest.files_of(content, items)
-            wrong += [f"it has no {item}" for item in items or ()
-                      if not manifest.files_of(content, [item])]  # fmt: skip
+            wrong += [
+                f"it has no {item}"
+                for item in items or ()
+                if not manifest.files_of(content, [item])
+            ]
             mine = names[jax.process_index() :: jax.process_count()]
             wrong += manifest.problems(folder, content, mine)
         except manifest.Damaged as error:
@@ -293,6 +303,8 @@ def _rest(state: Any) -> dict[str, Any]:
 def open_checkpoints(out_dir: str | Path) -> Checkpoints:
     """To read from a run, finished or not. Raises ValueError when there is none."""
     if not is_run(out_dir):
-        raise Mistake(f"{out_dir} is not the folder of a run: it has no {FOLDER}/; "
-                         "give the run.out_dir of a training run")  # fmt: skip
+        raise Mistake(
+            f"{out_dir} is not the folder of a run: it has no {FOLDER}/; "
+            "give the run.out_dir of a training run"
+        )
     return Checkpoints(out_dir, read_only=True)

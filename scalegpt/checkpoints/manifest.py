@@ -43,9 +43,7 @@ def flatten(items: Any) -> dict[str, Any]:
 
 def describe_tree(items: Any) -> dict[str, str]:
     """Array -> dtype[shape], as `params/wte: float32[65,32]`."""
-    return {
-        name: f"{x.dtype}[{','.join(map(str, x.shape))}]" for name, x in flatten(items).items()
-    }
+    return {name: f"{x.dtype}[{','.join(map(str, x.shape))}]" for name, x in flatten(items).items()}
 
 
 def checksums(folder: Folder, sizes: dict[str, int], names: Sequence[str]) -> dict[str, list]:
@@ -58,13 +56,22 @@ def checksums(folder: Folder, sizes: dict[str, int], names: Sequence[str]) -> di
 
 
 def encode(
-    step: int, val_loss: float | None, meta: dict[str, Any], tree: dict[str, str],
+    step: int,
+    val_loss: float | None,
+    meta: dict[str, Any],
+    tree: dict[str, str],
     files: dict[str, list],
-) -> bytes:  # fmt: skip
+) -> bytes:
     content = {
-        "format": 1, "step": step, "time": time.time(), "val_loss": val_loss, "meta": meta,
-        "tree": tree, "files": files, "versions": _versions(),
-    }  # fmt: skip
+        "format": 1,
+        "step": step,
+        "time": time.time(),
+        "val_loss": val_loss,
+        "meta": meta,
+        "tree": tree,
+        "files": files,
+        "versions": _versions(),
+    }
     return _sealed(content)
 
 

@@ -55,9 +55,16 @@ class Saver:
         # While the last one hangs in some system call, a second copy of the state is no help.
         if self.settle():
             self._save = Save(
-                self._folder, step, items, val_loss, meta, self._seconds, step in self._damaged,
-                self._before, self._prune,
-            )  # fmt: skip
+                self._folder,
+                step,
+                items,
+                val_loss,
+                meta,
+                self._seconds,
+                step in self._damaged,
+                self._before,
+                self._prune,
+            )
         return time.perf_counter() - began
 
     def settle(self) -> bool:
@@ -84,17 +91,21 @@ class Saver:
             self.latest, self.failure = max(save.step, self.latest or 0), None
             self._damaged.discard(save.step)
             if before:
-                self._say(f"saving works again: step {save.step} is saved, after "
-                          f"{now - before.since:.0f} s without")  # fmt: skip
+                self._say(
+                    f"saving works again: step {save.step} is saved, after "
+                    f"{now - before.since:.0f} s without"
+                )
             if note:
                 self._say(f"warning: {note}")
             return over
         since = before.since if before else save.began
         self.failure = Failure(since, problem, now - since > self._patience)
         if before is None or before.reason != problem:
-            self._say(f"warning: step {save.step} could not be saved in {self._folder}: {problem}. "
-                      f"Training goes on, and the next save is tried when it is due; "
-                      f"{self.last_good()}")  # fmt: skip
+            self._say(
+                f"warning: step {save.step} could not be saved in {self._folder}: {problem}. "
+                f"Training goes on, and the next save is tried when it is due; "
+                f"{self.last_good()}"
+            )
         return over
 
     def failing(self) -> Failure | None:
@@ -106,8 +117,11 @@ class Saver:
         return self.failure
 
     def last_good(self) -> str:
-        return (f"the last good checkpoint is step {self.latest}" if self.latest
-                else "there is no checkpoint yet")  # fmt: skip
+        return (
+            f"the last good checkpoint is step {self.latest}"
+            if self.latest
+            else "there is no checkpoint yet"
+        )
 
     def close(self) -> None:
         if self._save:
@@ -116,8 +130,11 @@ class Saver:
     def _prune(self, step: int) -> None:
         """In process 0, after `step` was committed: a kill at any time leaves a good one."""
         found = manifest.steps(self._folder)
-        losses = {s: m["val_loss"] for s, m in found.items()
-                  if not isinstance(m, str) and (s == step or s not in self._damaged)}  # fmt: skip
+        losses = {
+            s: m["val_loss"]
+            for s, m in found.items()
+            if not isinstance(m, str) and (s == step or s not in self._damaged)
+        }
         for old in manifest.removable(losses, self._keep, self._keep_every, also=[step]):
             retire(self._folder / str(old))
         for old, state in found.items():

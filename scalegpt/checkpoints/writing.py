@@ -31,9 +31,20 @@ from scalegpt.processes.agreement import Deadline, forget, from_first, gather
 _count = itertools.count()
 # Seconds that training waits for a folder: the client of a lost bucket tries for minutes.
 PATIENCE = 20.0
-_KNOWN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT,
-          errno.ENOTDIR, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT,
-          errno.ECONNREFUSED)  # fmt: skip
+_KNOWN = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EIO,
+    errno.ESTALE,
+    errno.ENOTCONN,
+    errno.ETIMEDOUT,
+    errno.ECONNREFUSED,
+)
 
 
 def reason(error: BaseException) -> str:

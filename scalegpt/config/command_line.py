@@ -13,7 +13,9 @@ from scalegpt.errors import Mistake
 
 
 def parse(
-    argv: list[str], prog: str, flags: dict[str, dict[str, Any]],
+    argv: list[str],
+    prog: str,
+    flags: dict[str, dict[str, Any]],
     defaults: dict[str, dict[str, Any]] | None = None,
 ) -> tuple[Config, argparse.Namespace]:
     """Command line -> the run and the values of `flags` (name -> keywords of `add_argument`).

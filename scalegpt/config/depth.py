@@ -27,8 +27,10 @@ def derived(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
     Raises ValueError for a depth that is no number from 1 to 1000, or not the given n_layer.
     """
-    given = {name: {k: v for k, v in values.get(name, {}).items() if v is not None}
-             for name in ("model", "batch", "optim")}  # fmt: skip
+    given = {
+        name: {k: v for k, v in values.get(name, {}).items() if v is not None}
+        for name in ("model", "batch", "optim")
+    }
     model, batch, optim = ({**keys} for keys in given.values())
     depth = _whole("model.depth", model["depth"])
     if not 1 <= depth <= 1000:

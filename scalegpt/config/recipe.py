@@ -25,18 +25,33 @@ GPT2_SIZES = {
 }
 # What modded-nanogpt and nanochat agree on, without what only pays with kernels of its own.
 MODERN = {
-    "position": "rope", "norm": "rmsnorm", "qk_norm": True, "activation": "relu2",
-    "init": "zero_out", "tie_word_embeddings": False, "embedding_norm": True,
-    "logit_softcap": 15.0, "bias": False,
-}  # fmt: skip
+    "position": "rope",
+    "norm": "rmsnorm",
+    "qk_norm": True,
+    "activation": "relu2",
+    "init": "zero_out",
+    "tie_word_embeddings": False,
+    "embedding_norm": True,
+    "logit_softcap": 15.0,
+    "bias": False,
+}
 # Muon's defaults where AdamW's would be wrong: its steps are all of one size, so that the learning
 # rate is the schedule, and what it does not train wants rates of its own.
 MUON = {
-    "lr": 0.02, "min_lr": 0.0, "schedule": "wsd", "cooldown": 0.7, "warmup_steps": 0,
-    "beta1": 0.8, "eps": 1e-10, "weight_decay": 0.0, "grad_clip": 0.0,
+    "lr": 0.02,
+    "min_lr": 0.0,
+    "schedule": "wsd",
+    "cooldown": 0.7,
+    "warmup_steps": 0,
+    "beta1": 0.8,
+    "eps": 1e-10,
+    "weight_decay": 0.0,
+    "grad_clip": 0.0,
     "decay": "no_embeddings",
-    "embedding_lr": 0.3, "head_lr": 0.008, "scalar_lr": 0.015,
-}  # fmt: skip
+    "embedding_lr": 0.3,
+    "head_lr": 0.008,
+    "scalar_lr": 0.015,
+}
 
 
 # Tried on tinyshakespeare, 400 updates: 0.3 ends at 2.05, 0.02 at 1.89, 0.008 and 0.004 at 1.91.
@@ -203,9 +218,11 @@ class OptimConfig(Section):
                 f"optim.min_lr={self.min_lr} is above optim.lr={self.lr}; set --optim.min_lr too"
             )
         unread = {"embedding_lr", "head_lr", "scalar_lr", "momentum", "momentum_warmup", "ns_steps"}
-        if self.name == "adamw" and (given := sorted(
-            key for key in unread if getattr(self, key) != OptimConfig.model_fields[key].default
-        )):
+        if self.name == "adamw" and (
+            given := sorted(
+                key for key in unread if getattr(self, key) != OptimConfig.model_fields[key].default
+            )
+        ):
             raise Mistake(
                 f"optim.{given[0]}={getattr(self, given[0])} is Muon's, and optim.name=adamw has "
                 "one learning rate for all; leave it out, or set --optim.name=muon"

@@ -17,8 +17,16 @@ from grain.experimental import index_shuffle
 from scalegpt.data.token_files import Dataset, check_tokens, open_dataset
 from scalegpt.errors import Mistake
 
-__all__ = ["Dataset", "EvalBatches", "TrainBatches", "TrainOrder", "check_tokens", "mixture_index",
-           "open_dataset", "train_iterator"]  # fmt: skip
+__all__ = [
+    "Dataset",
+    "EvalBatches",
+    "TrainBatches",
+    "TrainOrder",
+    "check_tokens",
+    "mixture_index",
+    "open_dataset",
+    "train_iterator",
+]
 
 # Of index_shuffle. With the customary 4, neighbours stay correlated at some sizes (by 0.45 among
 # 1.0M windows), so that a batch clusters in the file; 8 leave up to 0.05 there, 12 nothing.
@@ -89,8 +97,9 @@ def mixture_index(rows: np.ndarray, parts: Sequence[int]) -> tuple[np.ndarray, n
     for d, part in enumerate(parts):
         # floor(k * (left - part) / left) of the first k rows go on to the later datasets; in two
         # parts, since the product would overflow int64 late in a long run.
-        onward = [k // left * (left - part) + k % left * (left - part) // left
-                  for k in (this, after)]  # fmt: skip
+        onward = [
+            k // left * (left - part) + k % left * (left - part) // left for k in (this, after)
+        ]
         mine = open_ & (onward[0] == onward[1])
         dataset[mine], within[mine] = d, (this - onward[0])[mine]
         open_ &= ~mine
@@ -103,9 +112,7 @@ def _whole_parts(weights: Sequence[float]) -> list[int]:
     that are no ratio of numbers up to a million are kept to nine digits."""
     for weight in weights:
         if not (math.isfinite(weight) and weight > 0):
-            raise Mistake(
-                f"data weight {weight} must be above 0; leave that dataset out instead"
-            )
+            raise Mistake(f"data weight {weight} must be above 0; leave that dataset out instead")
     total = sum(map(Fraction, weights))
     shares = [Fraction(weight) / total for weight in weights]
     ratios = [share.limit_denominator(10**6) for share in shares]

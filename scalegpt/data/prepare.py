@@ -131,8 +131,11 @@ def _prepared(out: Path, source: str) -> dict[str, Any] | None:
     paths = {split: out / f"{split}.bin" for split in SPLITS}
     found = {s: path.stat().st_size for s, path in paths.items() if path.is_file()}
     match meta:
-        case {"dtype": "uint16" | "uint32" as dtype,
-              "train": {"tokens": int(train)}, "val": {"tokens": int(val)}}:  # fmt: skip
+        case {
+            "dtype": "uint16" | "uint32" as dtype,
+            "train": {"tokens": int(train)},
+            "val": {"tokens": int(val)},
+        }:
             size = np.dtype(dtype).itemsize
             if found != {"train": train * size, "val": val * size}:
                 return None

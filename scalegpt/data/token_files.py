@@ -27,10 +27,17 @@ META = ("meta.json", "meta.pkl")
 CHUNK = 1 << 24  # ids per check: large enough to run at disk speed, small in memory
 FOREIGN_HEAD = 4096  # bytes that tell what else a file is
 _FOREIGN = {
-    b"\x1f\x8b\x08": "gzip", b"PK\x03\x04": "zip", b"BZh9": "bzip2", b"\xfd7zXZ": "xz",
-    b"\x28\xb5\x2f\xfd": "zstd", b"\xff\xd8\xff": "a JPEG image", b"\x89PNG": "a PNG image",
-    b"%PDF": "a PDF", b"\x93NUMPY": "a NumPy .npy file", b"PAR1": "Parquet",
-}  # fmt: skip
+    b"\x1f\x8b\x08": "gzip",
+    b"PK\x03\x04": "zip",
+    b"BZh9": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\xff\xd8\xff": "a JPEG image",
+    b"\x89PNG": "a PNG image",
+    b"%PDF": "a PDF",
+    b"\x93NUMPY": "a NumPy .npy file",
+    b"PAR1": "Parquet",
+}
 SLOW = 1 << 28  # files above this many bytes get a progress bar
 
 
@@ -86,7 +93,7 @@ def open_dataset(path: str | Path, cache_dir: str | None = None) -> Dataset:
 
 
 def open_split(path: str | Path, split: str, cache_dir: str | None = None) -> Split:
-    """"train" or "val" of the dataset at `path` alone; or `path` itself, if it is a local file.
+    """ "train" or "val" of the dataset at `path` alone; or `path` itself, if it is a local file.
 
     Copies and raises as `open_dataset`.
     """
@@ -272,8 +279,13 @@ def _refuse_other_files(file: Path, tokens: np.ndarray) -> None:
 
 
 def _check_ids(file: Path, tokens: np.ndarray, vocab_size: int) -> None:
-    bar = tqdm(total=len(tokens), desc=f"checking {file.name}", unit="tok", unit_scale=True,
-               disable=tokens.nbytes <= SLOW)  # fmt: skip
+    bar = tqdm(
+        total=len(tokens),
+        desc=f"checking {file.name}",
+        unit="tok",
+        unit_scale=True,
+        disable=tokens.nbytes <= SLOW,
+    )
     with bar:
         for begin in range(0, len(tokens), CHUNK):
             chunk = tokens[begin : begin + CHUNK]

@@ -24,8 +24,10 @@ def keep_compiled() -> None:
         kind = hashlib.sha256(_cpu().encode()).hexdigest()[:12]
         jax.config.update("jax_compilation_cache_dir", str(cache_folder("compiled", kind)))
         # JAX's second leaves out most of a small run's programs, which are seconds together.
-        ours = {"jax_compilation_cache_max_size": 4 * 2**30,
-                "jax_persistent_cache_min_compile_time_secs": 0.1}  # fmt: skip
+        ours = {
+            "jax_compilation_cache_max_size": 4 * 2**30,
+            "jax_persistent_cache_min_compile_time_secs": 0.1,
+        }
         for name, value in ours.items():
             if name.upper() not in os.environ:
                 jax.config.update(name, value)

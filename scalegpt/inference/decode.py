@@ -133,10 +133,14 @@ def decoder(
         return draw(params, ids[:, None], *state, key, i)
 
     return Decoder(
-        steps, params, sampler, vocab_size,
-        jax.jit(begin, static_argnums=2), jax.jit(prefill, static_argnums=6),
+        steps,
+        params,
+        sampler,
+        vocab_size,
+        jax.jit(begin, static_argnums=2),
+        jax.jit(prefill, static_argnums=6),
         jax.jit(step, donate_argnums=2),
-    )  # fmt: skip
+    )
 
 
 def _empty_cache(model: GPT, first: Array, slots: int) -> Cache:

@@ -96,8 +96,9 @@ def scorer(steps: Steps, between: Callable[[], None] = lambda: None) -> Scorer:
         for group in groups:
             between()
             arrays = _padded([rows[i] for i in group], batch, *shape(rows[group[0]]))
-            arrays = [sharding.to_global(a[local], local, steps.eval_sharding, batch)
-                      for a in arrays]  # fmt: skip
+            arrays = [
+                sharding.to_global(a[local], local, steps.eval_sharding, batch) for a in arrays
+            ]
             with jax.set_mesh(steps.mesh):
                 yield score(params, *arrays)
 

@@ -46,9 +46,7 @@ def sample_token(scores: Array, key: Array, sampler: Sampler, seen: Array | None
     """
     if sampler.repetition_penalty != 1:
         penalty = sampler.repetition_penalty
-        scores = jnp.where(
-            seen, jnp.where(scores > 0, scores / penalty, scores * penalty), scores
-        )
+        scores = jnp.where(seen, jnp.where(scores > 0, scores / penalty, scores * penalty), scores)
     if sampler.temperature == 0:
         return scores.argmax(-1).astype(jnp.int32)
     scores, ids = scores / sampler.temperature, None

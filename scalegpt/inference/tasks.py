@@ -82,8 +82,9 @@ def encode_pair(codec: Tokenizer, context: str, continuation: str, block_size: i
     else:
         before, after = np.array([codec.eot], np.int32), codec.encode(continuation)
     if not 0 < len(after) <= block_size:
-        raise Mistake(f"{continuation[:40]!r} has {len(after)} tokens, the model room for "
-                         f"{block_size}")  # fmt: skip
+        raise Mistake(
+            f"{continuation[:40]!r} has {len(after)} tokens, the model room for {block_size}"
+        )
     return Row(np.concatenate([before, after])[-(block_size + 1) :], len(after))
 
 
@@ -169,9 +170,11 @@ class _Fields:
 
     def texts(self, name: str) -> list[str]:
         value = self._find((name,))[1]
-        if not isinstance(value, list) or len(value) < 2 or not all(
-            isinstance(text, str) for text in value
-        ):  # fmt: skip
+        if (
+            not isinstance(value, list)
+            or len(value) < 2
+            or not all(isinstance(text, str) for text in value)
+        ):
             raise Mistake(f"{name} is {value!r}, not a list of two texts or more")
         return value
 
@@ -228,6 +231,8 @@ def _not_empty(choices: list[str]) -> list[str]:
 
 
 _PARSERS: dict[str, Callable[[_Fields], Example]] = {
-    "hellaswag": _hellaswag, "lambada": _lambada, "multiple_choice": _multiple_choice,
-}  # fmt: skip
+    "hellaswag": _hellaswag,
+    "lambada": _lambada,
+    "multiple_choice": _multiple_choice,
+}
 NAMES = tuple(_PARSERS)

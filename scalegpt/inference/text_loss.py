@@ -19,7 +19,10 @@ from scalegpt.step.build import Steps
 
 
 def mean_loss(
-    steps: Steps, params: Any, batches: EvalBatches, what: str = "",
+    steps: Steps,
+    params: Any,
+    batches: EvalBatches,
+    what: str = "",
     between: Callable[[], None] = lambda: None,
 ) -> tuple[float, float]:
     """Mean cross-entropy a token in nats, and its standard error with windows as samples.
@@ -50,7 +53,11 @@ def mean_loss(
 
 
 def losses(
-    steps: Steps, splits: list[Split], weights: list[float], windows: int | None, shown: bool,
+    steps: Steps,
+    splits: list[Split],
+    weights: list[float],
+    windows: int | None,
+    shown: bool,
     between: Callable[[], None] = lambda: None,
 ) -> tuple[Callable[[Any], Figures], int]:
     """params -> loss, perplexity and, where bytes are known, bits_per_byte; how many tokens each is
@@ -66,10 +73,12 @@ def losses(
     names = [split.name for split in splits]
 
     def evaluate(params: Any) -> Figures:
-        results = np.array([
-            mean_loss(steps, params, batches, name if shown else "", between)
-            for name, batches in zip(names, all_batches, strict=True)
-        ])  # fmt: skip
+        results = np.array(
+            [
+                mean_loss(steps, params, batches, name if shown else "", between)
+                for name, batches in zip(names, all_batches, strict=True)
+            ]
+        )
 
         def mixed(results: np.ndarray) -> tuple[float, float]:
             value = np.dot(weights, results[:, 0])

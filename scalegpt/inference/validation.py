@@ -11,7 +11,9 @@ from scalegpt.step.build import Steps
 
 
 def validation(
-    config: Config, datasets: list[Dataset], steps: Steps,
+    config: Config,
+    datasets: list[Dataset],
+    steps: Steps,
     between: Callable[[], None] = lambda: None,
 ) -> Callable[[Any], dict[str, float]]:
     """params -> the evaluation row of metrics.jsonl: the loss over each val.bin, and eval.tasks.

@@ -28,8 +28,13 @@ QUERY_BLOCKS, LEAST_BLOCK = 4, 64
 
 
 def resolve(
-    implementation: str, platform: str, block_size: int, dropout: float, dtype: str,
-    head_dim: int = 64, device_kind: str = "",
+    implementation: str,
+    platform: str,
+    block_size: int,
+    dropout: float,
+    dtype: str,
+    head_dim: int = 64,
+    device_kind: str = "",
 ) -> str:
     """The implementation to run, one of IMPLEMENTATIONS; call it once and print the answer.
 
@@ -52,8 +57,10 @@ def resolve(
         "splash": (
             (platform != "tpu", f"needs a TPU, not {platform!r}"),
             # Pallas compiles no bfloat16 product for these two: its error E2001.
-            (device_kind.startswith(("TPU v2", "TPU v3")) and jnp.dtype(dtype) != jnp.float32,
-             f"needs a TPU v4 or later in {dtype}, not {device_kind!r}"),
+            (
+                device_kind.startswith(("TPU v2", "TPU v3")) and jnp.dtype(dtype) != jnp.float32,
+                f"needs a TPU v4 or later in {dtype}, not {device_kind!r}",
+            ),
             (dropout > 0, f"has no dropout, got dropout={dropout}"),
             (block_size % 128, f"needs a block size that 128 divides, not {block_size}"),
         ),
@@ -71,8 +78,13 @@ def resolve(
 
 
 def causal_attention(
-    q: Array, k: Array, v: Array, *,
-    implementation: str, dropout_rate: float = 0.0, dropout_keys: Array | None = None,
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    implementation: str,
+    dropout_rate: float = 0.0,
+    dropout_keys: Array | None = None,
 ) -> Array:
     """softmax(q k' / sqrt(K)) v over past and present; q, k, v and the result are [B,T,H,K].
 
@@ -147,7 +159,6 @@ def _dropout(
         got = None if keys is None else f"{keys.dtype}{list(keys.shape)}"
         raise Mistake(f"dropout_rate={rate} needs [{batch}] typed dropout_keys, got {got}")
     mask = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, (heads, time, time)))(keys)
-
 
     def drop(weights: Array, queries: slice) -> Array:
         keep = mask[:, :, queries, : weights.shape[-1]]
@@ -231,7 +242,10 @@ def _flax(q: Array, k: Array, v: Array, drop: Callable[[Array, slice], Array]) -
     # Flax alone rounds the scores to bfloat16 before the float32 softmax and draws its dropout
     # from one key for the whole batch; its hooks for the two products put both right.
     return nn.dot_product_attention(
-        q, k, v, force_fp32_for_softmax=True,
+        q,
+        k,
+        v,
+        force_fp32_for_softmax=True,
         mask=nn.make_causal_mask(jnp.zeros((1, q.shape[1])), dtype=bool),
         qk_attn_weights_einsum=_scores,
         attn_weights_value_einsum=lambda spec, w, v: jnp.einsum(
@@ -249,8 +263,10 @@ def _splash(q: Array, k: Array, v: Array, interpret: bool = False) -> Array:
     rows, heads = (tuple(a for a in axes if a in free) for axes in (BATCH_AXES, HEAD_AXES))
     for what, size, axes in (("rows", q.shape[0], rows), ("heads", q.shape[2], heads)):
         if size % (shards := math.prod(mesh.shape[axis] for axis in axes)):
-            raise Mistake(f"'splash' cannot split {size} {what} over {shards} devices: change "
-                             "the mesh, or use 'xla' (as for a model's init with one row)")
+            raise Mistake(
+                f"'splash' cannot split {size} {what} over {shards} devices: change "
+                "the mesh, or use 'xla' (as for a model's init with one row)"
+            )
     if q.shape[1] % 128:
         raise Mistake(f"'splash' needs a T that 128 divides, got {q.shape[1]}: use 'xla'")
     attend = partial(_splash_kernel, interpret=interpret)

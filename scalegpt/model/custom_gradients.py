@@ -80,9 +80,7 @@ def _product_bwd(spec: str, dtype: Any, kept: tuple[Array, ...], g: Array) -> tu
     return dx, jnp.einsum(f"{turned}->{ys}", dy)
 
 
-product.defvjp(
-    lambda spec, x, y, dtype: (product(spec, x, y, dtype), _kept(x, y)), _product_bwd
-)
+product.defvjp(lambda spec, x, y, dtype: (product(spec, x, y, dtype), _kept(x, y)), _product_bwd)
 
 
 def alone(function: Callable, *args: Array) -> Array:

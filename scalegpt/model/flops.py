@@ -173,7 +173,10 @@ def mfu(
 
 
 def mfu_meter(
-    model: Any, device_kind: str, n_devices: int, say: Callable[[str], None] = print,
+    model: Any,
+    device_kind: str,
+    n_devices: int,
+    say: Callable[[str], None] = print,
     dtype: str = "bfloat16",
 ) -> Callable[[float], float | None]:
     """Tokens/s -> MFU, or None on a device of unknown peak, about which it says one line, now."""

@@ -105,9 +105,13 @@ class Norm(_Layer):
 class Attention(_Layer):
     @nn.compact
     def __call__(
-        self, x: Array, layer: Array, keys: Array | None, context: Context,
+        self,
+        x: Array,
+        layer: Array,
+        keys: Array | None,
+        context: Context,
         cache: Cache | None = None,
-    ) -> tuple[Array, Any]:  # fmt: skip
+    ) -> tuple[Array, Any]:
         """Also this layer's keys and values with those of x, when there is a cache."""
         c, (d, h, k) = self.config, (self.config.n_embd, self.config.n_head, self.config.head_dim)
         kernel = self.weight("qkv_kernel", (d, 3, h, k), ("embed", "qkv", "heads", "kv"), d)
@@ -128,10 +132,13 @@ class Attention(_Layer):
             mask_keys = jax.vmap(lambda row: jax.random.fold_in(row, 3 * layer))(keys)
         if cache is None:
             y = causal_attention(
-                q, key, v,
-                implementation=self.attention, dropout_rate=c.dropout if keys is not None else 0.0,
+                q,
+                key,
+                v,
+                implementation=self.attention,
+                dropout_rate=c.dropout if keys is not None else 0.0,
                 dropout_keys=mask_keys,
-            )  # fmt: skip
+            )
         else:
             y, kept = cached_attention(q, key, v, cache.layers[layer], cache.first, cache.used)
         kernel = self.weight("proj_kernel", (h, k, d), ("heads", "kv", "embed"))
@@ -165,9 +172,13 @@ class MLP(_Layer):
 class Block(_Layer):
     @nn.compact
     def __call__(
-        self, x: Array, layer: Any, keys: Array | None, context: Context,
+        self,
+        x: Array,
+        layer: Any,
+        keys: Array | None,
+        context: Context,
         cache: Cache | None = None,
-    ) -> tuple[Array, Any]:  # fmt: skip
+    ) -> tuple[Array, Any]:
         part = (self.config, self.dtype, self.attention)
         if self.config.residual_scalars:
             a, b = self.scalars("residual_scalars", [1.0, 0.0]).astype(self.dtype)

@@ -18,6 +18,7 @@ from scalegpt.model.custom_gradients import product
 LAYER_NORM_EPS = 1e-5  # GPT-2's; Flax's own default is 1e-6
 RMS_NORM_EPS = 1e-6
 
+
 def gelu(x: Array) -> Array:
     """x times the normal distribution up to x, in float32; as x (arXiv:1606.08415).
 

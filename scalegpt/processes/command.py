@@ -13,8 +13,14 @@ from scalegpt.processes.exits import Exit
 
 Main = Callable[[list[str]], int]
 
-_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM,
-                errno.ENAMETOOLONG}  # fmt: skip
+_OF_THE_DISK = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENAMETOOLONG,
+}
 
 
 def run_command(main: Main) -> NoReturn:

@@ -50,8 +50,10 @@ class Watch:
 
     def _end(self, phase: Phase, seconds: float) -> None:
         what = f"{phase.name} of step {phase.step}" if phase.step else phase.name
-        text = (f"{what} takes {seconds:.0f} s, longer than {key_of(phase.name)}="
-                f"{phase.deadline:g}; raise that if it is slow and does not hang")  # fmt: skip
+        text = (
+            f"{what} takes {seconds:.0f} s, longer than {key_of(phase.name)}="
+            f"{phase.deadline:g}; raise that if it is slow and does not hang"
+        )
         if group.line:
             text += f"\n{group.line.others()}"
         group.leave(Exit.FAILED, text, dump=True)

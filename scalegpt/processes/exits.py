@@ -51,8 +51,10 @@ def elsewhere(others: list[tuple], name: str, step: int) -> str:
     for index, host, its, its_step, seconds, silent in others:
         process, where = f"process {index} ({host})", f"in {its}, step {its_step}"
         if silent > _SILENT:
-            found.append(f"{process} has said nothing for {silent:.0f} s, it is stopped, or its "
-                         f"machine hangs; it was {where}")  # fmt: skip
+            found.append(
+                f"{process} has said nothing for {silent:.0f} s, it is stopped, or its "
+                f"machine hangs; it was {where}"
+            )
         elif (its, its_step) != (name, step):
             found.append(f"{process} is {where}, since {seconds:.0f} s")
     return "\n".join(found) or "all other processes are in the same phase"

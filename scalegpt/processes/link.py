@@ -75,8 +75,11 @@ class Line:
             link = meeting.connect(self.address, [self.index, self.host, self.count], seconds)
             if link is None:
                 where = "{}:{}".format(*self.address)
-                self.leave(Exit.FAILED, f"process 0 did not answer at {where} in {seconds:g} s "
-                           "(run.deadline_start); does it run, and is its port open?")  # fmt: skip
+                self.leave(
+                    Exit.FAILED,
+                    f"process 0 did not answer at {where} in {seconds:g} s "
+                    "(run.deadline_start); does it run, and is its port open?",
+                )
             self._add(Peer(link, 0, self.address[0]))
         threading.Thread(target=self._serve, daemon=True, name="line").start()
         if not self._ready.wait(seconds):
@@ -96,12 +99,16 @@ class Line:
             peer.socket.sendall(meeting.WELCOME)
         wrong = None
         if count != self.count:
-            wrong = (f"process {index} ({host}) was told of {count} processes, process 0 of "
-                     f"{self.count}; give all the same --distributed.num_processes")  # fmt: skip
+            wrong = (
+                f"process {index} ({host}) was told of {count} processes, process 0 of "
+                f"{self.count}; give all the same --distributed.num_processes"
+            )
         elif index in {0, *self._peers}:
             other = self._peers[index].host if index else self.host
-            wrong = (f"two processes, on {other} and {host}, say that they are process {index}; "
-                     "give each its own --distributed.process_id")  # fmt: skip
+            wrong = (
+                f"two processes, on {other} and {host}, say that they are process {index}; "
+                "give each its own --distributed.process_id"
+            )
         if wrong:
             self._send(peer, failed=[0, self.host, Exit.MISTAKE, wrong, False])
             self.leave(Exit.MISTAKE, wrong)
@@ -210,23 +217,30 @@ class Line:
 
     def _rows(self) -> list[Any]:
         now = time.monotonic()
-        rows = [[i, p.host, *p.where[:2], now - p.where[2], now - p.heard]
-                for i, p in sorted(self._peers.items())]  # fmt: skip
+        rows = [
+            [i, p.host, *p.where[:2], now - p.where[2], now - p.heard]
+            for i, p in sorted(self._peers.items())
+        ]
         return [[0, self.host, *self._here(), 0.0], *rows]
 
     def others(self) -> str:
         """Which processes are elsewhere than this one, or say nothing: for the report of a hang."""
         if not self._ready.is_set():
             absent = ", ".join(str(i) for i in range(1, self.count) if i not in self._peers)
-            return ("process 0 waits for other processes, see its output" if self.index else
-                    f"of {self.count} processes these have not come: {absent}")  # fmt: skip
+            return (
+                "process 0 waits for other processes, see its output"
+                if self.index
+                else f"of {self.count} processes these have not come: {absent}"
+            )
         if self.index:
             self._table, until = None, time.monotonic() + 3
             self._to_all(where=True)
             while self._table is None:
                 if time.monotonic() > until:
-                    return (f"process 0 ({self._peers[0].host}) does not answer, it is stopped, or "
-                            "its machine hangs")  # fmt: skip
+                    return (
+                        f"process 0 ({self._peers[0].host}) does not answer, it is stopped, or "
+                        "its machine hangs"
+                    )
                 time.sleep(0.02)
         rows = self._table if self.index else self._rows()
         return elsewhere([row for row in rows if row[0] != self.index], *self._here()[:2])

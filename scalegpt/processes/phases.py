@@ -16,14 +16,21 @@ from scalegpt.config import RunConfig
 
 # Phase -> (its place in the ledger, the run.deadline_* that limits it).
 PHASES = {
-    "processes": ("startup", "start"), "devices": ("startup", "start"),
-    "self-check": ("startup", "data"), "data": ("startup", "data"),
-    "mesh": ("startup", "start"), "weights": ("startup", "restore"),
-    "imports": ("startup", "start"), "restore": ("restore", "restore"),
-    "compile": ("compile", "compile"), "step": ("step", "step"),
-    "wait for data": ("data", "step"), "evaluation": ("evaluation", "evaluation"),
-    "sample": ("evaluation", "evaluation"), "save": ("save", "save"),
-}  # fmt: skip
+    "processes": ("startup", "start"),
+    "devices": ("startup", "start"),
+    "self-check": ("startup", "data"),
+    "data": ("startup", "data"),
+    "mesh": ("startup", "start"),
+    "weights": ("startup", "restore"),
+    "imports": ("startup", "start"),
+    "restore": ("restore", "restore"),
+    "compile": ("compile", "compile"),
+    "step": ("step", "step"),
+    "wait for data": ("data", "step"),
+    "evaluation": ("evaluation", "evaluation"),
+    "sample": ("evaluation", "evaluation"),
+    "save": ("save", "save"),
+}
 LEDGER = ("startup", "restore", "compile", "data", "step", "evaluation", "save")
 
 

@@ -69,11 +69,16 @@ def start(config: DistributedConfig, seconds: float = 900.0) -> None:
     # It would swallow SIGTERM; StopRequest and the line agree on where to stop.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
-        f"{host}:{port}", count, index, devices,
-        coordinator_bind_address=f"[::]:{port}", cluster_detection_method="deactivate",
-        initialization_timeout=int(seconds) + 60, heartbeat_timeout_seconds=_HEARTBEAT,
+        f"{host}:{port}",
+        count,
+        index,
+        devices,
+        coordinator_bind_address=f"[::]:{port}",
+        cluster_detection_method="deactivate",
+        initialization_timeout=int(seconds) + 60,
+        heartbeat_timeout_seconds=_HEARTBEAT,
         shutdown_timeout_seconds=10,
-    )  # fmt: skip
+    )
 
 
 def _announced() -> bool:
@@ -96,10 +101,14 @@ def facts(config: Config, data: Mapping[str, str], latest: int | None) -> dict[s
     """
     versions = {"python": platform.python_version(), "scalegpt": scalegpt.__version__}
     versions |= {name: metadata.version(name) for name in _PACKAGES}
-    keys = config.model_dump(exclude={"distributed": True, "run": {"out_dir"},
-                                      "data": {"path", "cache_dir", "prepare"}})  # fmt: skip
-    settings = {f"{section}.{key}": value for section, values in keys.items()
-                for key, value in values.items()}  # fmt: skip
+    keys = config.model_dump(
+        exclude={"distributed": True, "run": {"out_dir"}, "data": {"path", "cache_dir", "prepare"}}
+    )
+    settings = {
+        f"{section}.{key}": value
+        for section, values in keys.items()
+        for key, value in values.items()
+    }
     settings["weights of the data"] = list(config.data.weights.values())
     return {
         **{f"version of {name}": version for name, version in versions.items()},
@@ -118,8 +127,9 @@ def self_check(facts: Mapping[str, str]) -> None:
         mine = json.dumps({"host": group.line.host, **facts})
         client.key_value_set(f"scalegpt/facts/{jax.process_index()}", mine)
         if jax.process_index() == 0:
-            every = [json.loads(_get(client, f"scalegpt/facts/{i}"))
-                     for i in range(jax.process_count())]  # fmt: skip
+            every = [
+                json.loads(_get(client, f"scalegpt/facts/{i}")) for i in range(jax.process_count())
+            ]
             client.key_value_set("scalegpt/verdict", _difference(every))
         if verdict := _get(client, "scalegpt/verdict").strip():
             raise Mistake(verdict)
@@ -146,9 +156,12 @@ def _difference(every: list[dict[str, str]]) -> str:
     first = every[0]
     for index, other in enumerate(every):
         keys = [key for key in {**first, **other} if key != "host"]
-        lines = [f"{key}: process 0 ({first['host']}) has {first.get(key, 'none')}, process {index}"
-                 f" ({other['host']}) has {other.get(key, 'none')}"
-                 for key in keys if first.get(key) != other.get(key)]  # fmt: skip
+        lines = [
+            f"{key}: process 0 ({first['host']}) has {first.get(key, 'none')}, process {index}"
+            f" ({other['host']}) has {other.get(key, 'none')}"
+            for key in keys
+            if first.get(key) != other.get(key)
+        ]
         if lines:
             return "\n  ".join(["the processes are not set for the same run:", *lines[:5]])
     return " "  # the service takes no empty value

@@ -49,8 +49,10 @@ class Ledger:
         down = row["time/down"]
         shares = {n: row[f"time/{n}"] for n in TIMES if n != "down"}
         lived = max(sum(shares.values()), 1e-9)
-        parts = [f"{name} {seconds / lived:.1%}"
-                 for name, seconds in sorted(shares.items(), key=lambda x: -x[1])
-                 if seconds >= 0.001 * lived]  # fmt: skip
+        parts = [
+            f"{name} {seconds / lived:.1%}"
+            for name, seconds in sorted(shares.items(), key=lambda x: -x[1])
+            if seconds >= 0.001 * lived
+        ]
         down = f"; and {down:.0f} s between processes" if down >= 1 else ""
         return f"time     {lived:.0f} s: {', '.join(parts)}{down}"

@@ -27,19 +27,41 @@ from scalegpt.run.writers import JsonlWriter, Row, Say, TensorBoardWriter, Wandb
 # (health.deviation), train/skipped counts the updates left out so far, rates are the whole run's,
 # memory is process 0's, time is unix seconds. Absent rather than wrong: perf/* where no step was
 # timed, perf/mfu on a device of unknown peak, val/bits_per_byte where bytes are not known.
-TRAIN_KEYS = ("step", "train/loss", "train/lr", "train/grad_norm", "train/tokens", "train/spike",
-              "train/skipped", "perf/tokens_per_second", "perf/step_seconds", "perf/mfu",
-              "memory/host_gib", "time")
+TRAIN_KEYS = (
+    "step",
+    "train/loss",
+    "train/lr",
+    "train/grad_norm",
+    "train/tokens",
+    "train/spike",
+    "train/skipped",
+    "perf/tokens_per_second",
+    "perf/step_seconds",
+    "perf/mfu",
+    "memory/host_gib",
+    "time",
+)
 # A mixture adds val/NAME/loss for each of its data sets, eval.tasks TASK/acc and TASK_KEYS' others.
-EVAL_KEYS = ("step", "val/loss", "val/loss_stderr", "val/perplexity", "val/bits_per_byte",
-             "val/best_loss", "time")
+EVAL_KEYS = (
+    "step",
+    "val/loss",
+    "val/loss_stderr",
+    "val/perplexity",
+    "val/bits_per_byte",
+    "val/best_loss",
+    "time",
+)
 TASK_KEYS = ("acc", "acc_norm", "perplexity")
 # What the console shows of a row, in this order.
 _SHOWN = {
-    "train/loss": "loss {:.4f}", "train/lr": "lr {:.2e}",
-    "perf/tokens_per_second": "{:,.0f} tok/s", "perf/mfu": "mfu {:.1%}",
-    "val/loss": "val loss {:.4f}", "val/loss_stderr": "± {:.4f}",
-    "val/perplexity": "perplexity {:.2f}", "val/bits_per_byte": "{:.4f} bits/byte",
+    "train/loss": "loss {:.4f}",
+    "train/lr": "lr {:.2e}",
+    "perf/tokens_per_second": "{:,.0f} tok/s",
+    "perf/mfu": "mfu {:.1%}",
+    "val/loss": "val loss {:.4f}",
+    "val/loss_stderr": "± {:.4f}",
+    "val/perplexity": "perplexity {:.2f}",
+    "val/bits_per_byte": "{:.4f} bits/byte",
     "val/best_loss": "best {:.4f}",
 }
 
@@ -50,8 +72,12 @@ class Console:
     def __init__(self, total_steps: int, start_step: int = 0, stream: TextIO | None = None) -> None:
         self._total, self._stream, self._bar = total_steps, stream or sys.stdout, None
         if self._stream.isatty():
-            self._bar = tqdm(total=total_steps, initial=start_step, file=self._stream,
-                             bar_format="{desc} |{bar}| {percentage:3.0f}%")
+            self._bar = tqdm(
+                total=total_steps,
+                initial=start_step,
+                file=self._stream,
+                bar_format="{desc} |{bar}| {percentage:3.0f}%",
+            )
 
     def say(self, text: str) -> None:
         """A line that stays; on a terminal, above the live one."""
@@ -85,8 +111,10 @@ class Console:
 def check_packages(log: Any) -> None:
     """Raises ValueError where a row could not be written for want of a package; imports nothing."""
     if log.wandb and importlib.util.find_spec("wandb") is None:
-        raise Mistake("log.wandb=true needs a package that is not installed: "
-                         "pip install 'scalegpt[wandb]', or set log.wandb=false")  # fmt: skip
+        raise Mistake(
+            "log.wandb=true needs a package that is not installed: "
+            "pip install 'scalegpt[wandb]', or set log.wandb=false"
+        )
 
 
 class Metrics:
@@ -97,8 +125,15 @@ class Metrics:
     """
 
     def __init__(
-        self, out_dir: str, log: Any, *, total_steps: int, phases: Phases,
-        resume_step: int | None = None, is_main: bool = True, config: Row | None = None,
+        self,
+        out_dir: str,
+        log: Any,
+        *,
+        total_steps: int,
+        phases: Phases,
+        resume_step: int | None = None,
+        is_main: bool = True,
+        config: Row | None = None,
         stream: TextIO | None = None,
     ) -> None:
         self._writers: list[Any] = []
@@ -116,9 +151,17 @@ class Metrics:
         if log.tensorboard:
             self._writers.append(TensorBoardWriter(folder / "tensorboard", resume_step))
         if log.wandb:
-            self._writers.append(WandbWriter(
-                config or {}, folder, log.wandb_project, log.wandb_name or Path(out_dir).name,
-                resume_step is not None, log.wandb_entity, self.say))
+            self._writers.append(
+                WandbWriter(
+                    config or {},
+                    folder,
+                    log.wandb_project,
+                    log.wandb_name or Path(out_dir).name,
+                    resume_step is not None,
+                    log.wandb_entity,
+                    self.say,
+                )
+            )
 
     def train(self, row: Row) -> None:
         """Write a row of TRAIN_KEYS; `time` and `memory/host_gib` are added. Values: Python, NumPy

@@ -97,8 +97,9 @@ def _state_before(
 ) -> tuple[State, int]:
     """The state after the last checkpoint before update `done`, and its step."""
     if done > config.optim.steps:
-        raise Mistake(f"run.replay={done} is beyond the run's end, optim.steps="
-                         f"{config.optim.steps}")  # fmt: skip
+        raise Mistake(
+            f"run.replay={done} is beyond the run's end, optim.steps={config.optim.steps}"
+        )
     checkpoints = open_checkpoints(config.run.out_dir)
     start = max((step for step in checkpoints.steps if step < done), default=0)
     if start:

@@ -49,12 +49,17 @@ def depth_line(config: Config) -> str:
     c, o = config.model, config.optim
     if not c.depth:
         return ""
-    rates = [f"{key} {value:g}" for key in ("lr", "embedding_lr", "head_lr", "scalar_lr")
-             if (value := getattr(o, key)) is not None]  # fmt: skip
+    rates = [
+        f"{key} {value:g}"
+        for key in ("lr", "embedding_lr", "head_lr", "scalar_lr")
+        if (value := getattr(o, key)) is not None
+    ]
     tokens = o.steps * config.batch.sequences * c.block_size
-    return (f"depth {c.depth}: {c.n_layer} layers, {c.n_embd} wide, {c.n_head} heads; {o.name}, "
-            f"{', '.join(rates)}, weight_decay {o.weight_decay:g}, {o.steps:,} updates of "
-            f"{config.batch.sequences} sequences, {tokens:,} tokens")  # fmt: skip
+    return (
+        f"depth {c.depth}: {c.n_layer} layers, {c.n_embd} wide, {c.n_head} heads; {o.name}, "
+        f"{', '.join(rates)}, weight_decay {o.weight_decay:g}, {o.steps:,} updates of "
+        f"{config.batch.sequences} sequences, {tokens:,} tokens"
+    )
 
 
 def muon_line(config: Config) -> str:
@@ -63,14 +68,15 @@ def muon_line(config: Config) -> str:
     if optim.name != "muon" or config.model.depth:
         return ""
     own = muons(config.model.model_dump())
-    given = [f"{key} {getattr(optim, key)} (its own: {value})"
-             for key, value in own.items() if getattr(optim, key) != value]  # fmt: skip
+    given = [
+        f"{key} {getattr(optim, key)} (its own: {value})"
+        for key, value in own.items()
+        if getattr(optim, key) != value
+    ]
     return f"muon with {', '.join(given)}; null gives its own" if given else ""
 
 
-def finish(
-    config: Config, checkpoints: Checkpoints, best_loss: float, metrics: Metrics
-) -> None:
+def finish(config: Config, checkpoints: Checkpoints, best_loss: float, metrics: Metrics) -> None:
     """Say at the end of a run where its results are and what to type next."""
     best, out_dir = checkpoints.find("best"), shlex.quote(config.run.out_dir)
     metrics.say(
@@ -88,12 +94,16 @@ def bad_update(
     the run's folder, for a post-mortem, which windows of text it had seen and its norms."""
     loss, norm = float(values["train/loss"]), float(values["train/grad_norm"])
     if math.isfinite(loss) and math.isfinite(norm):
-        what = (f"warning: loss {loss:.4f} of update {done} is {float(values['train/spike']):.1f} "
-                f"deviations above the last ones")  # fmt: skip
+        what = (
+            f"warning: loss {loss:.4f} of update {done} is {float(values['train/spike']):.1f} "
+            f"deviations above the last ones"
+        )
         what += ", the update is left out" if config.run.skip_spikes else ""
     else:
-        what = (f"warning: update {done} is not finite (loss {loss:.4f}, gradient norm {norm:.4g}),"
-                " it is not applied")  # fmt: skip
+        what = (
+            f"warning: update {done} is not finite (loss {loss:.4f}, gradient norm {norm:.4g}),"
+            " it is not applied"
+        )
     norms = {name: np.asarray(x).tolist() for name, x in values["norms"].items()}
     windows = windows_of(config, datasets, done)
     shown = ", ".join(f"{name}:{start}" for name, start in windows[:4])

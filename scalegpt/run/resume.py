@@ -80,17 +80,24 @@ def open_to_save(config: Config) -> Checkpoints:
     """The run's own checkpoints; the small files of its folder go along with each."""
     section = config.checkpoint
     return Checkpoints(
-        config.run.out_dir, section.keep, section.keep_every, section.patience,
-        config.run.deadline_save, before_commit=partial(run_folder.push, config.run.out_dir),
-    )  # fmt: skip
+        config.run.out_dir,
+        section.keep,
+        section.keep_every,
+        section.patience,
+        config.run.deadline_save,
+        before_commit=partial(run_folder.push, config.run.out_dir),
+    )
 
 
 def check_same_run(config: Config, meta: dict[str, Any], stored: dict[str, Any]) -> float:
     """Raises ValueError when the checkpoint was trained on other data; gives its best loss."""
     # In order: a mixture deals its rows out by position, whatever the folders are called now.
     then = list(stored["data"].values())
-    changes = [f"data {name}: other tokens" for i, (name, now) in enumerate(meta["data"].items())
-               if then[i : i + 1] != [now]]  # fmt: skip
+    changes = [
+        f"data {name}: other tokens"
+        for i, (name, now) in enumerate(meta["data"].items())
+        if then[i : i + 1] != [now]
+    ]
     refuse_changes(config, changes)
     return math.inf if stored["best_loss"] is None else stored["best_loss"]
 

@@ -40,8 +40,9 @@ class JsonlWriter:
             say(f"warning: {path} is not there: the rows that this run has written are lost")
         if path.exists() and resume_step is not None:
             self.earlier = json_files.complete_rows(path.read_text(errors="replace").splitlines())
-            kept = [row for row in self.earlier
-                    if row["step"] < resume_step + ("time/step" not in row)]  # fmt: skip
+            kept = [
+                row for row in self.earlier if row["step"] < resume_step + ("time/step" not in row)
+            ]
             # Written beside it and renamed: killed at any point, the file is the old or the new.
             beside = path.with_name(path.name + ".tmp")
             beside.write_text("".join(json.dumps(row) + "\n" for row in kept))
@@ -53,22 +54,27 @@ class JsonlWriter:
         self._warned = False
 
     def write(self, row: Row) -> None:
-        strict = {k: None if isinstance(v, float) and not math.isfinite(v) else v
-                  for k, v in row.items()}
+        strict = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
+        }
         self._held += json.dumps(strict, allow_nan=False).encode() + b"\n"
         try:
             if os.fstat(self._file.fileno()).st_nlink == 0:
-                self._say(f"warning: {self._file.name} was deleted while the run goes on; it is "
-                          "made anew, without the rows so far")
+                self._say(
+                    f"warning: {self._file.name} was deleted while the run goes on; it is "
+                    "made anew, without the rows so far"
+                )
                 self._file.close()
                 Path(self._file.name).parent.mkdir(parents=True, exist_ok=True)
                 self._file = open(self._file.name, "ab", buffering=0)
             while self._held:
-                self._held = self._held[self._file.write(self._held):]
+                self._held = self._held[self._file.write(self._held) :]
         except OSError as error:
             if not self._warned:
-                self._say(f"warning: cannot write {self._file.name} ({error.strerror}); its rows "
-                          "are held back until the disk takes them")
+                self._say(
+                    f"warning: cannot write {self._file.name} ({error.strerror}); its rows "
+                    "are held back until the disk takes them"
+                )
             self._warned = True
         else:
             self._warned = False
@@ -99,8 +105,11 @@ class TensorBoardWriter:
 
     def write(self, row: Row) -> None:
         # One event for them all: add_scalar's, one for each, cost a millisecond a row.
-        values = [self._summary.Value(tag=key, simple_value=value)
-                  for key, value in row.items() if key not in ("step", "time")]  # fmt: skip
+        values = [
+            self._summary.Value(tag=key, simple_value=value)
+            for key, value in row.items()
+            if key not in ("step", "time")
+        ]
         summary = self._summary(value=values)
         self._writer.file_writer.add_summary(summary, row["step"], row["time"])
 
@@ -114,8 +123,14 @@ class WandbWriter:
     """
 
     def __init__(
-        self, config: Row, out_dir: str | Path, project: str, name: str | None = None,
-        resume: bool = False, entity: str | None = None, say: Say = print,
+        self,
+        config: Row,
+        out_dir: str | Path,
+        project: str,
+        name: str | None = None,
+        resume: bool = False,
+        entity: str | None = None,
+        say: Say = print,
     ) -> None:
         self._say, self._run = say, None
         id_file = Path(out_dir) / "wandb_id.txt"
@@ -128,12 +143,20 @@ class WandbWriter:
             # wandb.init would ask for a key and wait; this neither asks nor goes to the network.
             if online and not wandb.login(prompt=False, verify=False):
                 mode = "offline"
-                say("warning: no W&B credentials, so W&B logs offline; to upload later: "
-                    f"wandb login && wandb sync {out_dir}/wandb/offline-run-*")
+                say(
+                    "warning: no W&B credentials, so W&B logs offline; to upload later: "
+                    f"wandb login && wandb sync {out_dir}/wandb/offline-run-*"
+                )
             known = id_file.read_text().strip() if resume and id_file.exists() else None
             self._run = wandb.init(
-                project=project, name=name, entity=entity, config=config, dir=str(out_dir),
-                mode=mode, id=known, resume="allow" if known else None,
+                project=project,
+                name=name,
+                entity=entity,
+                config=config,
+                dir=str(out_dir),
+                mode=mode,
+                id=known,
+                resume="allow" if known else None,
                 # Without it a run whose network died waits for ever at its end.
                 settings=wandb.Settings(finish_timeout=60),
             )

@@ -133,7 +133,12 @@ def build_steps(config: Config, mesh: Mesh, dtype: str, implementation: str) -> 
     replicated = NamedSharding(mesh, P())
     batches, windows = (sharding.batch_sharding(mesh, accumulated) for accumulated in (True, False))
     return Steps(
-        mesh, model, layout, abstract, batches, windows,
+        mesh,
+        model,
+        layout,
+        abstract,
+        batches,
+        windows,
         jit_init=jax.jit(lambda: nn.unbox(init()), out_shardings=places),
         jit_train=jax.jit(
             train,
@@ -144,7 +149,7 @@ def build_steps(config: Config, mesh: Mesh, dtype: str, implementation: str) -> 
         jit_evaluate=jax.jit(
             evaluate, in_shardings=(places.params, windows), out_shardings=replicated
         ),
-    )  # fmt: skip
+    )
 
 
 def resolve(config: Config, mesh: Mesh) -> tuple[str, str]:

@@ -43,8 +43,14 @@ def moment_bytes(parameters: int, model: Any, optim: OptimConfig, shards: int = 
 
 
 def on_device(
-    model: Any, mesh: Mapping[str, int], microbatch: int, accumulation: int, itemsize: int,
-    fused_attention: bool, remat: str | None = None, optim: OptimConfig = _ADAMW,
+    model: Any,
+    mesh: Mapping[str, int],
+    microbatch: int,
+    accumulation: int,
+    itemsize: int,
+    fused_attention: bool,
+    remat: str | None = None,
+    optim: OptimConfig = _ADAMW,
 ) -> dict[str, int]:
     """Bytes on each device while it trains; their sum is the peak.
 

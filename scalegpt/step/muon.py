@@ -123,8 +123,12 @@ def _each_its_own(function: Callable[[Array], Array], stack: Array) -> Array:
         return function(stack)
     # One axis after the other: for two at once the compiler would gather the whole stack. Over
     # `data` all hold the same, so that each goes on with a part of it, and only the way back moves.
-    hops = [P(None, fsdp, tensor), P(fsdp, None, tensor), P((fsdp, tensor)),
-            P((fsdp, tensor, "data"))]  # fmt: skip
+    hops = [
+        P(None, fsdp, tensor),
+        P(fsdp, None, tensor),
+        P((fsdp, tensor)),
+        P((fsdp, tensor, "data")),
+    ]
     parts = prod(sizes[axis] for axis in (fsdp, tensor, "data"))
     count = len(stack)
     stack = jnp.pad(stack, ((0, -count % parts), (0, 0), (0, 0)))

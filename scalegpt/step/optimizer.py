@@ -82,9 +82,11 @@ def group(path: str) -> str:
         return "matrices"
     name = path.rpartition("/")[2]
     return {
-        "wte": "embeddings", "wpe": "embeddings", "value_table": "embeddings",
+        "wte": "embeddings",
+        "wpe": "embeddings",
+        "value_table": "embeddings",
         "head_kernel": "head",
-    }.get(name, "scalars")  # fmt: skip
+    }.get(name, "scalars")
 
 
 def by_group(
@@ -131,9 +133,7 @@ def _steps(
     ]
 
 
-def cautious_decay(
-    weight_decay: float, mask: Callable[[Any], Any]
-) -> optax.GradientTransformation:
+def cautious_decay(weight_decay: float, mask: Callable[[Any], Any]) -> optax.GradientTransformation:
     """optax.add_decayed_weights, but only for entries that the update moves towards zero, too
     (arXiv:2510.12402)."""
 

@@ -23,9 +23,14 @@ from scalegpt.weights.trained import Trained
 
 # What GPT-2's format has one value for: nothing else can be written in it.
 _ONLY = {
-    "position": "learned", "norm": "layernorm", "qk_norm": False, "embedding_norm": False,
-    "logit_softcap": 0.0, "residual_scalars": False, "value_embeddings": False,
-}  # fmt: skip
+    "position": "learned",
+    "norm": "layernorm",
+    "qk_norm": False,
+    "embedding_norm": False,
+    "logit_softcap": 0.0,
+    "residual_scalars": False,
+    "value_embeddings": False,
+}
 
 
 def export_gpt2(model: Trained, folder: Path) -> None:
@@ -128,9 +133,13 @@ A GPT of {parameters:,} parameters, {origin} scalegpt.
 
 
 def _write(
-    folder: Path, tensors: dict[str, np.ndarray], files: dict[str, Any],
-    model: Trained, use: str, library: str,
-) -> None:  # fmt: skip
+    folder: Path,
+    tensors: dict[str, np.ndarray],
+    files: dict[str, Any],
+    model: Trained,
+    use: str,
+    library: str,
+) -> None:
     for name, content in files.items():
         text = json.dumps(content, indent=2, ensure_ascii=False)
         (folder / name).write_text(text + "\n", encoding="utf-8")

@@ -200,8 +200,12 @@ def load_params(folder: Path, model: ModelConfig, abstract_params: Any) -> Any:
     leaves = traverse_util.flatten_dict(abstract_params, sep="/")
     if read_object(folder / "config.json")["model_type"] == OWN_TYPE:
         rows = source.padded_vocab
-        first = {"wte": (rows,), "head_kernel": (rows,), "wpe": (source.block_size,),
-                 "h/attn/value_table": (source.n_layer, rows)}  # fmt: skip
+        first = {
+            "wte": (rows,),
+            "head_kernel": (rows,),
+            "wpe": (source.block_size,),
+            "h/attn/value_table": (source.n_layer, rows),
+        }
         places = {
             path: Place(path, None, (*first.get(path, ()), *leaf.shape[len(first.get(path, ())) :]))
             for path, leaf in leaves.items()

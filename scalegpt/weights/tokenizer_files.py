@@ -93,7 +93,13 @@ def _char(chars: str) -> dict[str, Any]:
 
 def _file(model: dict, pre_tokenizer: dict, decoder: dict) -> dict[str, Any]:
     return {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
-        "normalizer": None, "pre_tokenizer": pre_tokenizer, "post_processor": None,
-        "decoder": decoder, "model": model,
-    }  # fmt: skip
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": None,
+        "decoder": decoder,
+        "model": model,
+    }

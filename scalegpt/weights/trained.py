@@ -54,14 +54,17 @@ def add_flags(parser: argparse.ArgumentParser) -> Any:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", help="out_dir of a training run")
     source.add_argument(
-        "--hf", metavar="NAME", help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, another repository "
+        "--hf",
+        metavar="NAME",
+        help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, another repository "
         "of Hugging Face, or a folder with config.json and model.safetensors",
-    )  # fmt: skip
+    )
     parser.add_argument("--checkpoint", help="of the run: best (default), latest or a step")
     parser.add_argument(
-        "--dtype", choices=("auto", "float32", "bfloat16"),
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
         help="of matrix products (default: the run's; auto: float32 on a CPU, else bfloat16)",
-    )  # fmt: skip
+    )
     for section, keys in _SECTIONS.items():
         for key, field in keys.model_fields.items():
             parser.add_argument(f"--{section}.{key}", metavar="N", help=field.description)
@@ -85,10 +88,12 @@ def machine(flags: argparse.Namespace, config: Config | None = None) -> Config:
     check_checkpoint(flags.checkpoint)
     stated = config.model_dump(include={"mesh", "distributed"}) if config else {}
     sections = {
-        name: {**stated.get(name, {}), **{k: v for k in keys.model_fields
-                                          if (v := getattr(flags, f"{name}.{k}")) is not None}}
+        name: {
+            **stated.get(name, {}),
+            **{k: v for k in keys.model_fields if (v := getattr(flags, f"{name}.{k}")) is not None},
+        }
         for name, keys in _SECTIONS.items()
-    }  # fmt: skip
+    }
     rest = {"data": {"path": ""}, "run": {"out_dir": "none"}}
     return validate({**sections, **rest}, "this command line")
 

@@ -119,8 +119,10 @@ def _check_overrides(overrides: list[str], arms: dict[str, dict[str, Any]]) -> N
     _refuse_ours("the command line", given)
     for arm, keys in arms.items():
         if both := [key for key in given if key in keys]:
-            raise Mistake(f"--{both[0]} is for all arms, but arm {arm} is about it: change the "
-                             "file, or leave it out")  # fmt: skip
+            raise Mistake(
+                f"--{both[0]} is for all arms, but arm {arm} is about it: change the "
+                "file, or leave it out"
+            )
 
 
 def _text(value: Any) -> str:

@@ -24,11 +24,17 @@ from scalegpt.model import flops
 DONE = "done"
 # Besides what scalegpt.train itself refuses to continue with: what it could not know to be another
 # arm, or measured otherwise.
-_COMPARED = ("data.path", "eval.windows", "run.init_from", "run.init_checkpoint",
-             "run.skip_nonfinite", "run.skip_spikes", "run.spike")  # fmt: skip
+_COMPARED = (
+    "data.path",
+    "eval.windows",
+    "run.init_from",
+    "run.init_checkpoint",
+    "run.skip_nonfinite",
+    "run.skip_spikes",
+    "run.spike",
+)
 # Keys of metrics.jsonl that are read here; null is a number that was not finite.
-_NUMBERS = ("train/loss", "train/grad_norm", "val/loss", "val/bits_per_byte",
-            "perf/step_seconds")  # fmt: skip
+_NUMBERS = ("train/loss", "train/grad_norm", "val/loss", "val/bits_per_byte", "perf/step_seconds")
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -115,8 +121,7 @@ def stored_config(run: Run) -> Config | None:
     Raises ValueError where that is not what the plan asks for, or it cannot be a folder.
     """
     if not (there := existing(run.folder)).is_dir():
-        raise Mistake(f"{there} is no folder, so no run can be in {run.folder}; "
-                         "give another --out")  # fmt: skip
+        raise Mistake(f"{there} is no folder, so no run can be in {run.folder}; give another --out")
     path = run.folder / "config.yaml"
     if not path.exists():
         return None
@@ -162,8 +167,10 @@ def rows_of(run: Run) -> list[dict[str, Any]]:
         wrong = [key for key in _NUMBERS if not _is_number(row.get(key, 0))]
         if type(row["step"]) is not int or wrong:
             key = wrong[0] if wrong else "step"
-            raise Mistake(f"{path}: {key}={row[key]!r} at step {row['step']} is no number that "
-                             "a run writes; mend that line, or move the folder away")  # fmt: skip
+            raise Mistake(
+                f"{path}: {key}={row[key]!r} at step {row['step']} is no number that "
+                "a run writes; mend that line, or move the folder away"
+            )
     return rows
 
 
@@ -178,11 +185,12 @@ def curve(rows: list[dict[str, Any]], config: Config) -> Curve:
     steps = sorted(found)
     bits = [found[step].get("val/bits_per_byte") for step in steps]
     return Curve(
-        state=state(rows, config.optim.steps), step=steps,
+        state=state(rows, config.optim.steps),
+        step=steps,
         val_loss=[round(found[step]["val/loss"], 6) for step in steps],
         seconds=training_seconds(rows, steps),
         bits_per_byte=None if None in bits else [round(x, 6) for x in bits],
-    )  # fmt: skip
+    )
 
 
 def state(rows: list[dict[str, Any]], steps: int) -> str:

@@ -32,8 +32,12 @@ def mean_curve(arm: Arm) -> Mean:
     # runs x evaluations
     at = [np.searchsorted(run.step, steps) for run in runs]
     losses = np.array([np.array(run.val_loss)[i] for run, i in zip(runs, at, strict=True)])
-    seconds = np.array([np.array(run.seconds)[i] if run.seconds else np.full(len(steps), np.nan)
-                        for run, i in zip(runs, at, strict=True)])  # fmt: skip
+    seconds = np.array(
+        [
+            np.array(run.seconds)[i] if run.seconds else np.full(len(steps), np.nan)
+            for run, i in zip(runs, at, strict=True)
+        ]
+    )
     tokens = np.array(steps, float) * arm.tokens_per_update
     cost = {"tokens": tokens, "flops": tokens * arm.flops_per_token, "seconds": seconds.mean(0)}
     return Mean(cost, losses.mean(0), losses.min(0), losses.max(0))
@@ -66,10 +70,12 @@ def summarise(record: Record) -> dict[str, Any]:
     done = finals.get(record.reference)
     target = float(curves[record.reference].loss[-1]) if done else None
     reach = {
-        name: {axis: None if target is None else cost_to_reach(target, x, curve.loss)
-               for axis, x in curve.cost.items()}
+        name: {
+            axis: None if target is None else cost_to_reach(target, x, curve.loss)
+            for axis, x in curve.cost.items()
+        }
         for name, curve in curves.items()
-    }  # fmt: skip
+    }
     arms = {}
     for name, arm in record.arms.items():
         states = dict.fromkeys(record.seeds, NOT_BEGUN)
@@ -104,17 +110,32 @@ def _last(values: np.ndarray) -> float | None:
     return float(values[-1]) if len(values) and np.isfinite(values[-1]) else None
 
 
-HEADER = ("arm", "parameters", "tokens", "FLOPs", "train s", "val loss", "bits/byte",
-          "x tokens", "x FLOPs", "x time", "runs")  # fmt: skip
+HEADER = (
+    "arm",
+    "parameters",
+    "tokens",
+    "FLOPs",
+    "train s",
+    "val loss",
+    "bits/byte",
+    "x tokens",
+    "x FLOPs",
+    "x time",
+    "runs",
+)
 
 
 def table(summary: dict[str, Any]) -> str:
     """For a person at a terminal."""
     rows = [HEADER, *_rows(summary)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(f"{cell:{'>' if i else '<'}{width}}"
-                       for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
-             for row in rows]  # fmt: skip
+    lines = [
+        "  ".join(
+            f"{cell:{'>' if i else '<'}{width}}"
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
     return "\n".join([*lines, *notes(summary)])
 
 
@@ -141,10 +162,15 @@ def _cells(arm: dict[str, Any]) -> list[str]:
     )
     tokens = "-" if arm["tokens"] is None else short(arm["tokens"])
     return [
-        f"{arm['parameters']:,}", tokens, cell("{:.3g}", arm["flops"]),
-        cell("{:,.1f}", arm["seconds"]), loss, cell("{:.4f}", arm["bits_per_byte"]),
-        *(cell("{:.3f}", arm["ratio"][axis]) for axis in AXES), runs,
-    ]  # fmt: skip
+        f"{arm['parameters']:,}",
+        tokens,
+        cell("{:.3g}", arm["flops"]),
+        cell("{:,.1f}", arm["seconds"]),
+        loss,
+        cell("{:.4f}", arm["bits_per_byte"]),
+        *(cell("{:.3f}", arm["ratio"][axis]) for axis in AXES),
+        runs,
+    ]
 
 
 def notes(summary: dict[str, Any]) -> list[str]:
@@ -153,8 +179,10 @@ def notes(summary: dict[str, Any]) -> list[str]:
     if target is None:
         found = [f"x: no run of {name} has finished, so there is no loss to reach"]
     else:
-        found = [f"x: cost of reaching {name}'s final loss {target:.4f}, over {name}'s own; "
-                 "mean ± standard deviation over runs"]  # fmt: skip
+        found = [
+            f"x: cost of reaching {name}'s final loss {target:.4f}, over {name}'s own; "
+            "mean ± standard deviation over runs"
+        ]
     return found + [
         f"{arm}, seed {seed}: {state}"
         for arm, values in summary["arms"].items()

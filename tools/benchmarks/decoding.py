@@ -48,8 +48,7 @@ class Writer:
         held = mine * (PROMPT + tokens // 2)  # half way
         # By one device in a step.
         self.bytes_read = kept * held / mesh.shape["tensor"] + sum(
-            math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-            for x in read
+            math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in read
         )
         self.block(tokens)
 
@@ -107,11 +106,14 @@ def measure(
         for i, writer in enumerate(writers):
             seconds = [turn[i]["seconds"] for turn in blocks]
             pairs = [theirs / mine for mine, theirs in zip(ours, seconds, strict=True)]
-            row["writers"].append({
-                "name": writer.name, "tokens_per_second": count / statistics.median(seconds),
-                "token_seconds": statistics.median(seconds),
-                "ratio": {"pairs": pairs, "median": statistics.median(pairs)},
-            })  # fmt: skip
+            row["writers"].append(
+                {
+                    "name": writer.name,
+                    "tokens_per_second": count / statistics.median(seconds),
+                    "token_seconds": statistics.median(seconds),
+                    "ratio": {"pairs": pairs, "median": statistics.median(pairs)},
+                }
+            )
         rows.append(row)
     return {"tokens": tokens, "bandwidth_bytes_per_second": rate, "decoding": rows}
 
@@ -127,8 +129,11 @@ def table(report: dict[str, Any]) -> str:
     for row in report["decoding"]:
         for i, writer in enumerate(row["writers"]):
             median = writer["ratio"]["median"]
-            last = f"{row['share_of_bandwidth']:.0%} of the bandwidth" if i == 0 else (
-                f"scalegpt is {median:.2f} x as fast")  # fmt: skip
+            last = (
+                f"{row['share_of_bandwidth']:.0%} of the bandwidth"
+                if i == 0
+                else (f"scalegpt is {median:.2f} x as fast")
+            )
             lines.append(
                 f"{row['texts']:5}  {writer['name']:20} {writer['tokens_per_second']:10,.1f} "
                 f"{1e3 * writer['token_seconds']:10,.2f}  {last}"

@@ -42,8 +42,10 @@ def trace(trainer: Any, updates: int, folder: str) -> list[dict[str, Any]]:
     seconds = operations(ProfileData.from_file(str(file)))
     program = trainer.steps.lower().compile().as_text()
     places = dict(re.findall(r'%(\S+) = .*op_name="([^"]*)"', program))
-    return [{"name": name, "place": places.get(name, ""), "seconds": total / updates}
-            for name, total in seconds.most_common(COSTLIEST)]  # fmt: skip
+    return [
+        {"name": name, "place": places.get(name, ""), "seconds": total / updates}
+        for name, total in seconds.most_common(COSTLIEST)
+    ]
 
 
 def operations(profile: ProfileData) -> Counter:

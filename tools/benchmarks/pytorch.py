@@ -29,9 +29,12 @@ class Child:
     def __init__(self, settings: dict[str, Any]) -> None:
         self._words = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=self._words, text=True,
-        )  # fmt: skip
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._words,
+            text=True,
+        )
         self.name = f"{settings['trainer'].partition('=')[0]} {settings['mode']}"
         try:
             self.built = self._ask(settings)
@@ -185,12 +188,20 @@ def transformers_gpt2(settings: dict[str, Any]) -> Any:
 
     shape = settings["shape"]
     drop = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), shape["dropout"])
-    return GPT2LMHeadModel(GPT2Config(
-        vocab_size=shape["vocab_size"], n_positions=shape["block_size"], n_embd=shape["n_embd"],
-        n_layer=shape["n_layer"], n_head=shape["n_head"], attn_implementation="sdpa",
-        activation_function="gelu_new" if settings["activation"] == "gelu_tanh" else "gelu", **drop,
-        bos_token_id=None, eos_token_id=None,  # else it may end a text early
-    ))  # fmt: skip
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=shape["vocab_size"],
+            n_positions=shape["block_size"],
+            n_embd=shape["n_embd"],
+            n_layer=shape["n_layer"],
+            n_head=shape["n_head"],
+            attn_implementation="sdpa",
+            activation_function="gelu_new" if settings["activation"] == "gelu_tanh" else "gelu",
+            **drop,
+            bos_token_id=None,
+            eos_token_id=None,  # else it may end a text early
+        )
+    )
 
 
 def adamw(model: Any, optim: dict[str, Any], fused: bool) -> Any:
@@ -245,10 +256,16 @@ def check(what: str, model: Any) -> None:
             "git clone https://github.com/karpathy/nanoGPT"
         )
     wanted = {
-        "position": ["learned"], "norm": ["layernorm"], "activation": ["gelu", "gelu_tanh"],
-        "tie_word_embeddings": [True], "logit_softcap": [0.0], "qk_norm": [False],
-        "embedding_norm": [False], "residual_scalars": [False], "value_embeddings": [False],
-    }  # fmt: skip
+        "position": ["learned"],
+        "norm": ["layernorm"],
+        "activation": ["gelu", "gelu_tanh"],
+        "tie_word_embeddings": [True],
+        "logit_softcap": [0.0],
+        "qk_norm": [False],
+        "embedding_norm": [False],
+        "residual_scalars": [False],
+        "value_embeddings": [False],
+    }
     for key, values in wanted.items():
         if (found := getattr(model, key)) not in values:
             raise Mistake(f"--against={what}: {trainer} has no model.{key}={found}")

@@ -47,9 +47,16 @@ LAWS = {
 
 # Approach 2, table A3: parameters and tokens of compute-optimal models.
 OPTIMAL_MODELS = (
-    (400e6, 7.7e9), (1e9, 20.0e9), (10e9, 219.5e9), (67e9, 1.7e12), (175e9, 4.3e12),
-    (280e9, 7.1e12), (520e9, 13.4e12), (1e12, 26.5e12), (10e12, 292.0e12),
-)  # fmt: skip
+    (400e6, 7.7e9),
+    (1e9, 20.0e9),
+    (10e9, 219.5e9),
+    (67e9, 1.7e12),
+    (175e9, 4.3e12),
+    (280e9, 7.1e12),
+    (520e9, 13.4e12),
+    (1e12, 26.5e12),
+    (10e12, 292.0e12),
+)
 
 
 def _line() -> tuple[float, float]:

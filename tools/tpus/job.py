@@ -20,8 +20,15 @@ from scalegpt.config import Config, command_line
 from scalegpt.errors import Mistake
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("scalegpt/**/*.py", "tools/**/*.py", "configs/*.yaml", "data/*/*.py", "pyproject.toml",
-           "README.md", "LICENSE")  # fmt: skip
+SOURCES = (
+    "scalegpt/**/*.py",
+    "tools/**/*.py",
+    "configs/*.yaml",
+    "data/*/*.py",
+    "pyproject.toml",
+    "README.md",
+    "LICENSE",
+)
 # On these the numbers of a run and the form of its checkpoints depend: all machines get what is
 # installed here, so that one created anew in a month does not continue with other versions.
 PINNED = ("jax", "flax", "optax", "numpy", "grain", "orbax-checkpoint")
@@ -127,8 +134,11 @@ def local_data(config: Config) -> dict[str, list[str]]:
     for path in config.data.weights:
         if "://" in path or (config.data.prepare and (ROOT / path / "prepare.py").is_file()):
             continue
-        files = [f"{relative(path)}/{name}" for name in ("train.bin", "val.bin", "meta.json",
-                 "meta.pkl") if Path(path, name).is_file()]  # fmt: skip
+        files = [
+            f"{relative(path)}/{name}"
+            for name in ("train.bin", "val.bin", "meta.json", "meta.pkl")
+            if Path(path, name).is_file()
+        ]
         if f"{relative(path)}/train.bin" not in files:
             raise Mistake(
                 f"data.path={path}: there is no {path}/train.bin here to copy to the machine; "
@@ -142,8 +152,9 @@ def relative(path: str) -> str:
     """The path, which must mean the same on the machine; free of what scp's shell would read."""
     clean = Path(path).as_posix()
     if Path(path).is_absolute() or ".." in Path(path).parts or clean != shlex.quote(clean):
-        raise Mistake(f"{path}: give a plain path below this folder, so that the machine can "
-                         "have the same")  # fmt: skip
+        raise Mistake(
+            f"{path}: give a plain path below this folder, so that the machine can have the same"
+        )
     return clean
 
 

@@ -13,9 +13,14 @@ from collections.abc import Iterable
 from scalegpt.errors import Mistake
 
 # What Google's page "TPU software versions" recommends for JAX.
-RUNTIMES = {"v2": "tpu-ubuntu2204-base", "v3": "tpu-ubuntu2204-base", "v4": "tpu-ubuntu2204-base",
-            "v5litepod": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5",
-            "v6e": "v2-alpha-tpuv6e"}  # fmt: skip
+RUNTIMES = {
+    "v2": "tpu-ubuntu2204-base",
+    "v3": "tpu-ubuntu2204-base",
+    "v4": "tpu-ubuntu2204-base",
+    "v5litepod": "v2-alpha-tpuv5-lite",
+    "v5p": "v2-alpha-tpuv5",
+    "v6e": "v2-alpha-tpuv6e",
+}
 # A request and a node in one of these never come back; any other state is worth waiting for.
 ON_THE_WAY = {"SUSPENDING", "DELETING"}  # to SUSPENDED and ABSENT, which is waited for
 DEAD = {"SUSPENDED", "FAILED", *ON_THE_WAY}
@@ -69,8 +74,14 @@ class Machine:
         if self.dry_run:
             return subprocess.CompletedProcess(argv, 0, pretend, "")
         pipe = subprocess.PIPE if capture else None
-        return subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe,
-                              encoding="utf-8", errors="replace")  # fmt: skip
+        return subprocess.run(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=pipe,
+            stderr=pipe,
+            encoding="utf-8",
+            errors="replace",
+        )
 
     def must(self, argv: list[str], what: str, hint: str = "") -> None:
         """Run with gcloud's own output in sight. Raises ValueError if it fails."""
@@ -143,8 +154,11 @@ class Machine:
 
     def _create(self, flags: Iterable[str]) -> None:
         argv = self._tpus("queued-resources", "create", f"--node-id={self.name}", *flags, "--quiet")
-        self.must(argv, f"creating {self.name}", "what a zone has: gcloud compute tpus "
-                  "accelerator-types list --zone=ZONE")  # fmt: skip
+        self.must(
+            argv,
+            f"creating {self.name}",
+            "what a zone has: gcloud compute tpus accelerator-types list --zone=ZONE",
+        )
         self.created += 1
         self.exists = True
 
@@ -157,7 +171,11 @@ class Machine:
     # --- what happens on it ---
 
     def ssh(
-        self, command: str, worker: str = "0", capture: bool = False, once: str = "",
+        self,
+        command: str,
+        worker: str = "0",
+        capture: bool = False,
+        once: str = "",
         pretend: str = "",
     ) -> subprocess.CompletedProcess[str]:
         """Run a command line of its shell on one worker or on all; gcloud passes it on as it is."""
@@ -176,14 +194,35 @@ class Machine:
 
         To several, gcloud copies only with a key that ssh-agent holds, where an agent runs.
         """
-        argv = ["gcloud", "compute", "tpus", "tpu-vm", "scp", *files, f"{self.name}:{folder}",
-                "--worker=all", "--quiet", *self._where]  # fmt: skip
+        argv = [
+            "gcloud",
+            "compute",
+            "tpus",
+            "tpu-vm",
+            "scp",
+            *files,
+            f"{self.name}:{folder}",
+            "--worker=all",
+            "--quiet",
+            *self._where,
+        ]
         self.must(argv, "copying", "of a key: ssh-add ~/.ssh/google_compute_engine")
 
     def fetch(self, folder: str, to: str) -> None:
         """Copy a folder below the home of worker 0 here."""
-        argv = ["gcloud", "compute", "tpus", "tpu-vm", "scp", "--recurse", f"{self.name}:{folder}",
-                to, "--worker=0", "--quiet", *self._where]  # fmt: skip
+        argv = [
+            "gcloud",
+            "compute",
+            "tpus",
+            "tpu-vm",
+            "scp",
+            "--recurse",
+            f"{self.name}:{folder}",
+            to,
+            "--worker=0",
+            "--quiet",
+            *self._where,
+        ]
         self.must(argv, "fetching")
 
 

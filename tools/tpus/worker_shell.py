@@ -44,8 +44,11 @@ class Look:
 
     def why(self) -> str:
         """How it ended, as the rest of a sentence."""
-        return {"exit": f"ended with {self.code}", "gone": "lost its machine, preempted perhaps",
-                "silent": "does not answer"}.get(self.state, "left no exit code")  # fmt: skip
+        return {
+            "exit": f"ended with {self.code}",
+            "gone": "lost its machine, preempted perhaps",
+            "silent": "does not answer",
+        }.get(self.state, "left no exit code")
 
 
 def run_id(arguments: list[str]) -> str:
