@@ -18,7 +18,7 @@ from scalegpt.step import health
 from scalegpt.checkpoints import manifest
 from scalegpt.checkpoints import writing
 from scalegpt.checkpoints.checkpoints import Checkpoints
-from scalegpt.step.build import State
+from scalegpt.step.update import State
 mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
 split = NamedSharding(mesh, P("x"))
 
@@ -46,13 +46,13 @@ def saved(at, checkpoints):
 checkpoints = Checkpoints(out_dir, keep=9, deadline=60, say=said.append)
 seen["start"] = checkpoints.continue_from()
 seen["first"] = saved(1, checkpoints)
-copy = one_save.Save._copy
+copy = writing.Save._copy
 def broken(*arguments):
     raise OSError(28, "No space left on device")
 for name, process in (("copy on 1", 1), ("copy on 0", 0)):
-    one_save.Save._copy = broken if index == process else copy
+    writing.Save._copy = broken if index == process else copy
     seen[name] = saved(2, checkpoints)
-one_save.Save._copy = copy
+writing.Save._copy = copy
 for name, process in (("hash on 1", 1), ("hash on 0", 0)):
     checksums = manifest.checksums
     manifest.checksums = broken if index == process else checksums

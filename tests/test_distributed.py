@@ -25,7 +25,6 @@ STEPS = 24
 PROGRAM = """
 import json, os, signal, sys, time
 from scalegpt import train
-from scalegpt.config import command_line
 from scalegpt.processes import startup
 from scalegpt.data.batches import TrainBatches
 ours = dict(a.split("=", 1) for a in sys.argv[1:] if not a.startswith("--"))
@@ -43,8 +42,8 @@ def faulty(self, step):
     return read(self, step)
 opened = train.open_datasets
 train.open_datasets = lambda *a: (time.sleep(int(ours.get("late", 0))), opened(*a))[1]
-check = distributed.self_check
-distributed.self_check = lambda facts: (fault("check"), check(facts))
+check = startup.self_check
+startup.self_check = lambda facts: (fault("check"), check(facts))
 TrainBatches.__init__, TrainBatches.__getitem__ = recorded, faulty
 from scalegpt.processes.command import run_command
 run_command(train.main)

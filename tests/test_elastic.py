@@ -16,17 +16,17 @@ import hashlib, json, sys
 import jax, numpy as np
 from jax.experimental import multihost_utils
 from scalegpt import train
-from scalegpt.step import build
-from scalegpt.processes import stop_request
+from scalegpt.step.build import Steps
+from scalegpt.processes.stop_request import StopRequest
 seen, file, last = {}, sys.argv.pop(1), int(sys.argv.pop(1))
-update = step.Steps.train
+update = Steps.train
 def noted(self, state, tokens):
     rows = np.asarray(multihost_utils.process_allgather(tokens, tiled=True), "<i4")
     rows = rows.reshape(-1, rows.shape[-1])
     seen[int(state.step) + 1] = hashlib.sha256(rows.tobytes()).hexdigest()
     return update(self, state, tokens)
-step.Steps.train = noted
-stop.StopRequest.reached = lambda self, step=None: step == last
+Steps.train = noted
+StopRequest.reached = lambda self, step=None: step == last
 def main(argv):
     code = train.main(argv)
     if jax.process_index() == 0:

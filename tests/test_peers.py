@@ -25,13 +25,13 @@ from scalegpt.processes import deadlines
 from scalegpt.config import RunConfig
 from scalegpt.processes.phases import Phases
 from scalegpt.processes.stop_request import StopRequest
-watch._STOPPED = 1.0
+deadlines._STOPPED = 1.0
 port, count, index, seconds = map(int, sys.argv[1:5])
 limits = {f"deadline_{key}": 1.0 for key in ("start", "save")}
 stopping, phases = StopRequest(), Phases(RunConfig(out_dir="x", **limits))
 phases.begin("step", 7)
 def join():
-    print("port", peers.join("localhost", port, count, index, seconds), flush=True)
+    print("port", group.join("localhost", port, count, index, seconds), flush=True)
 """
 
 
@@ -107,7 +107,7 @@ def test_an_error_in_one_process_ends_all_with_its_code():
     then = """
 join()
 if index == 2:
-    peers.leave(2, "train.bin is short")
+    group.leave(2, "train.bin is short")
 time.sleep(60)
 """
     ended, said = codes(start(4, then))
@@ -137,7 +137,7 @@ def test_the_end_waits_for_all():
     then = """
 join()
 time.sleep(index)
-peers.farewell(3)
+group.farewell(3)
 print("at", time.monotonic(), flush=True)
 sys.exit(3)
 """
@@ -155,7 +155,7 @@ sys.exit(3)
 def test_a_deadline_names_the_phase_its_key_and_who_is_late(stopped):
     then = f"""
 join()
-watch.Watch(phases)
+deadlines.Watch(phases)
 def stuck_here():
     time.sleep(60)
 time.sleep(1.5)  # by now all have said where they are
@@ -178,7 +178,7 @@ with phases("save"):
 
 def test_a_process_that_was_stopped_for_a_while_does_not_hang():
     then = """
-watch.Watch(phases)
+deadlines.Watch(phases)
 phases.current = phases.current._replace(deadline=3.0, since=time.monotonic())
 end = time.monotonic() + 4.5  # of the clock: it may be stopped before it sleeps
 print("up", flush=True)
@@ -265,7 +265,7 @@ for step in range(1, 10_000):
     time.sleep(0.001 * (index + 1))
     if stopping.reached(step):
         print("stopped", step, flush=True)
-        peers.farewell(3)
+        group.farewell(3)
         sys.exit(3)
 """
 
