@@ -43,13 +43,15 @@ from scalegpt.processes.phases import Phases
 from scalegpt.processes.stop_request import Interrupted, StopRequest
 from scalegpt.run import reports
 from scalegpt.run.feed import batches_from
-from scalegpt.run.metrics import Metrics, Throughput, check_packages
+from scalegpt.run.metrics import Metrics, check_packages
+from scalegpt.run.progress import Ended, NotFinite, NotSaved, Progress, Stopped
 from scalegpt.run.replay import replay
 from scalegpt.run.resume import (
     check_same_run,
     initial_state,
     lock,
     open_to_save,
+    rows_to_keep,
     stored_config,
     write_config,
 )
@@ -98,33 +100,34 @@ def main(argv: list[str]) -> int:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run's loop works with. meta: what each checkpoint says of the run."""
+    """What the loop of a run works with. `meta`: what each checkpoint says about the run."""
 
     config: Config
     datasets: list[Dataset]
     steps: Steps
-    evaluate: Callable[[Any], dict[str, float]]
+    validate: Callable[[Any], dict[str, float]]
     checkpoints: Checkpoints
     meta: dict[str, Any]
     metrics: Metrics
+    progress: Progress
     phases: Phases
     stop: StopRequest
 
 
 def train(config: Config, phases: Phases, stop: StopRequest) -> int:
-    """A new run, or the continuation of the one in run.out_dir. Returns the exit code."""
+    """Start a run, or continue the one in run.out_dir, to its end. Returns the exit code."""
     is_main = jax.process_index() == 0
     with phases("data"):
         datasets = open_datasets(config, phases.progress)
     config = config.with_vocab(max(d.vocab_size for d in datasets))
     with phases("devices"):
-        jax.devices()
+        devices = jax.devices()
     with phases("mesh"):
         steps = build_for_training(config, sharding.make_mesh(config.mesh))
     stored = stored_config(config, datasets[0].tokenizer)
     if config.run.replay:
         return replay(config, datasets, steps, phases)
-    evaluate = validation(config, datasets, steps, stop.check)
+    validate = validation(config, datasets, steps, stop.check)
     in_use = lock(config) if is_main else None
     checkpoints = open_to_save(config)
     meta = {
@@ -145,20 +148,20 @@ def train(config: Config, phases: Phases, stop: StopRequest) -> int:
     notes: list[str] = []
     with phases("restore" if start else "weights"):
         state = initial_state(config, steps, checkpoints, start, notes.append)
-    resume_step = start if start else (-1 if stored else None)
-    if start >= config.optim.steps:
-        resume_step = start + 1  # nothing will be done: the ledger of the end stays, too
     metrics = Metrics(
         config.run.out_dir,
         config.log,
         total_steps=config.optim.steps,
         phases=phases,
-        resume_step=resume_step,
+        resume_step=rows_to_keep(start, config.optim.steps, begun_before=stored is not None),
         is_main=is_main,
         config=meta["config"],
     )
     checkpoints.say = metrics.say
-    run = Run(config, datasets, steps, evaluate, checkpoints, meta, metrics, phases, stop)
+    precision = str(steps.model.dtype)
+    mfu = mfu_meter(config.model, devices[0].device_kind, len(devices), metrics.say, precision)
+    progress = Progress(config, datasets, metrics, phases, start, mfu)
+    run = Run(config, datasets, steps, validate, checkpoints, meta, metrics, progress, phases, stop)
     try:
         # The mark of a run that may be continued comes after all that can refuse to start one.
         if is_main:
@@ -166,7 +169,13 @@ def train(config: Config, phases: Phases, stop: StopRequest) -> int:
         metrics.say("\n".join([reports.describe(config, datasets, steps), *notes]))
         stop.heed_notices(jax.default_backend() == "tpu")
         with memory_advice():
-            return loop(run, state, start)
+            end = None
+            before_the_first_update(run, state, start)
+            try:
+                state = loop(run, state, start)
+            except Ended as error:
+                end = error
+            return finish(run, state, start, end)
     except BaseException as error:
         fail(error)  # the clean-up would wait for processes that wait for this one
         raise
@@ -180,119 +189,117 @@ def train(config: Config, phases: Phases, stop: StopRequest) -> int:
             in_use.close()
 
 
-def loop(run: Run, state: State, start: int) -> int:
-    """Updates `start` + 1 to optim.steps, and what happens every so many of them."""
-    config, metrics, phases, meta = run.config, run.metrics, run.phases, run.meta
-    total, tokens_per_step = config.optim.steps, config.batch.sequences * config.model.block_size
-    batches = batches_from(config, run.datasets, run.steps, start)
-    device = jax.devices()[0].device_kind
-    precision = str(run.steps.model.dtype)
-    meter = mfu_meter(config.model, device, jax.device_count(), metrics.say, precision)
-    throughput = Throughput(phases.training, meter)
-
-    def report(done: int, values: dict[str, Any]) -> bool:
-        """Read the metrics of update `done`; False when the run cannot go on."""
-        row = {"step": done} | {k: float(v) for k, v in values.items() if k.startswith("train/")}
-        row["train/skipped"] = int(row["train/skipped"])
-        finite = all(map(math.isfinite, (row["train/loss"], row["train/grad_norm"])))
-        bad = not finite or row["train/spike"] > config.run.spike
-        if bad:
-            reports.bad_update(config, run.datasets, done, values, metrics)
-        if done == start + 1:
-            throughput.start(done)
-        if bad or done % config.log.every == 0 or done in (start + 1, total):
-            row["train/tokens"] = done * tokens_per_step
-            metrics.train(row | throughput.read(done, tokens_per_step))
-        phases.progress(done)
-        return finite or int(values["nonfinite"]) <= config.run.skip_nonfinite
-
-    def evaluation(done: int) -> float:
-        """Validate; the loss is written before any checkpoint of the same step."""
-        with phases("evaluation"):
-            row = run.evaluate(state.swapped().params)
-        meta["best_loss"] = min(meta["best_loss"], row["val/loss"])
-        meta["evaluation_due"] = False
-        metrics.evaluation({"step": done, **row, "val/best_loss": meta["best_loss"]})
-        return row["val/loss"]
-
-    def leave(done: int, code: int, stall: float | None = None) -> int:
-        """All is on disk, or it is said that it is not, and the last row is of the time."""
-        with phases("save"):
-            failure = run.checkpoints.wait()
-        run.stop.saves = False
-        if code == Exit.NOT_FINITE:
-            reports.not_finite(done, config.run.skip_nonfinite, run.checkpoints, metrics)
-        elif failure or code == Exit.FAILED:
-            reports.not_saved(failure, run.checkpoints, metrics)
-            code = Exit.FAILED
-        elif code == Exit.STOPPED:
-            metrics.say(f"stopped on request after update {done}; the same command continues")
-        else:
-            with phases("sample"):
-                metrics.say(sample(run, state.swapped().params))
-                reports.finish(config, run.checkpoints, meta["best_loss"], metrics)
-        if start < total:
-            metrics.ledger(done, stall)
-            metrics.summary()
-        return code
-
-    if start < total:
-        metrics.ledger(start)
+def before_the_first_update(run: Run, state: State, start: int) -> None:
+    """Evaluate the untrained weights, or do the evaluation that a request to stop has cut short."""
+    unfinished = start < run.config.optim.steps
+    if unfinished:
+        run.metrics.ledger(start)
     if start == 0:
-        evaluation(0)
-        meta["best_loss"] = math.inf  # of weights that nobody has trained
-    elif meta["evaluation_due"]:
-        loss = evaluation(start)
-        run.checkpoints.evaluated(start, meta, loss)
-    metrics.say(f"start    {phases}")
-    if start < total:
-        metrics.say("compiling the training step ...")
-    pending, began, stall = None, time.perf_counter(), None
-    phases.begin("compile", start)
-    batch = next(batches) if start < total else None
-    for done in range(start + 1, total + 1):
-        state, values = run.steps.train(state, batch)
-        # While the device computes this update: put the next batch there, then look at the last
-        # update's numbers, so that nothing ever waits for this one.
-        if done < total:
-            with phases("wait for data"):
-                batch = next(batches)
-        if pending and not report(*pending):
-            return leave(pending[0], Exit.NOT_FINITE)
-        pending = (done, values)
+        evaluate(run, state, 0)
+        run.meta["best_loss"] = math.inf  # of weights that nobody has trained
+    elif run.meta["evaluation_due"]:
+        run.checkpoints.evaluated(start, run.meta, evaluate(run, state, start))
+    run.metrics.say(f"start    {run.phases}")
+    if unfinished:
+        run.metrics.say("compiling the training step ...")
+
+
+def loop(run: Run, state: State, start: int) -> State:
+    """Do updates `start` + 1 to optim.steps, and what happens every so many of them.
+
+    Returns the state after the last one. Raises Stopped, NotFinite or NotSaved to end before it.
+    """
+    config, total = run.config, run.config.optim.steps
+    batches = batches_from(config, run.datasets, run.steps, start)
+    began = time.perf_counter()
+    run.phases.begin("compile", start)
+    for step in range(start + 1, total + 1):
+        # The device computes the update before meanwhile, and need not wait for this batch.
+        with run.phases("wait for data"):
+            batch = next(batches)
+        state, values = run.steps.train(state, batch)  # dispatched, not waited for
+        run.progress.dispatched(step, values)
         if (failure := run.checkpoints.failing) and failure.over:
-            report(*pending)
-            return leave(done, Exit.FAILED, stall)
-        leaving = run.stop.reached(done)
-        last = done == total or leaving
-        evaluate_now = done == total or _due(done, config.eval.every)
-        save_now = last or _due(done, config.checkpoint.every)
-        if done == start + 1 or evaluate_now or save_now:
-            if not report(*pending):
-                return leave(done, Exit.NOT_FINITE)
-            pending = None
-        if done == start + 1:
-            phases.begin("step", done)
-            run.stop.saves = True
-            metrics.say(f"first update after {time.perf_counter() - began:.1f} s")
-        if not (evaluate_now or save_now):
+            run.progress.read()
+            raise NotSaved(step)
+        stopping = run.stop.reached(step)
+        evaluating = step == total or due(step, config.eval.every)
+        saving = stopping or step == total or due(step, config.checkpoint.every)
+        if not (evaluating or saving or step == start + 1):
             continue
-        best, loss = meta["best_loss"], None
-        if evaluate_now:
+        run.progress.read()  # an update is judged before it is evaluated or saved
+        if step == start + 1:
+            run.phases.begin("step", step)
+            run.stop.saves = True
+            run.metrics.say(f"first update after {time.perf_counter() - began:.1f} s")
+        best, loss = run.meta["best_loss"], None
+        if evaluating:
             try:
-                loss = evaluation(done)
-            except Interrupted:
-                leaving = last = save_now = meta["evaluation_due"] = True
-        if loss is not None and not math.isfinite(loss):
-            return leave(done, Exit.NOT_FINITE)
-        if save_now or (loss is not None and loss < best):
-            with phases("save"):
-                stall = run.checkpoints.save(state.swapped(), done, meta, loss)
-            if not last:
-                metrics.ledger(done, stall)
-        if meta["evaluation_due"] or (leaving and done < total):
-            return leave(done, Exit.STOPPED, stall)
-    return leave(total, Exit.DONE, stall)
+                loss = evaluate(run, state, step)
+            except Interrupted:  # asked to stop: the next process does this evaluation
+                run.meta["evaluation_due"] = stopping = saving = True
+            else:
+                if not math.isfinite(loss):
+                    raise NotFinite(step)
+        if saving or (loss is not None and loss < best):
+            save(run, state, step, loss)
+            if step < total and not stopping:
+                run.metrics.ledger(step)
+        if stopping and (step < total or run.meta["evaluation_due"]):
+            raise Stopped(step)
+    return state
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something that happens every so many updates, 0 meaning never, happens now."""
+    return every > 0 and step % every == 0
+
+
+def evaluate(run: Run, state: State, step: int) -> float:
+    """Write the evaluation row of `step` and return its loss. Raises Interrupted.
+
+    The row is there before any checkpoint of the same step, so that the best one has its loss.
+    """
+    with run.phases("evaluation"):
+        row = run.validate(state.swapped().params)
+    run.meta["best_loss"] = min(run.meta["best_loss"], row["val/loss"])
+    run.meta["evaluation_due"] = False
+    run.metrics.evaluation({"step": step, **row, "val/best_loss": run.meta["best_loss"]})
+    return row["val/loss"]
+
+
+def save(run: Run, state: State, step: int, loss: float | None) -> None:
+    """Begin to save the state; `loss` makes it a candidate for the best checkpoint."""
+    with run.phases("save"):
+        stalled = run.checkpoints.save(state.swapped(), step, run.meta, loss)
+    run.metrics.save_stalled(stalled)
+
+
+def finish(run: Run, state: State, start: int, end: Ended | None) -> Exit:
+    """Wait for the last save, say how the run has ended and write its last row.
+
+    end: None when all updates are done. Returns the exit code.
+    """
+    config, metrics, checkpoints = run.config, run.metrics, run.checkpoints
+    step, code = (end.step, end.code) if end else (config.optim.steps, Exit.DONE)
+    with run.phases("save"):
+        failure = checkpoints.wait()
+    run.stop.saves = False
+    if code == Exit.NOT_FINITE:
+        reports.not_finite(step, config.run.skip_nonfinite, checkpoints, metrics)
+    elif failure or code == Exit.FAILED:
+        reports.not_saved(failure, checkpoints, metrics)
+        code = Exit.FAILED
+    elif code == Exit.STOPPED:
+        metrics.say(f"stopped on request after update {step}; the same command continues")
+    else:
+        with run.phases("sample"):
+            metrics.say(sample(run, state.swapped().params))
+        reports.finish(config, checkpoints, run.meta["best_loss"], metrics)
+    if start < config.optim.steps:
+        metrics.ledger(step)
+        metrics.summary()
+    return code
 
 
 def sample(run: Run, params: Any) -> str:
@@ -314,10 +321,6 @@ def sample(run: Run, params: Any) -> str:
     longest = min(200, run.config.model.block_size)
     text = continuations(write, codec, [start], max_new_tokens=longest)[0].text
     return f"--- a sample ---\n{text}\n----------------"
-
-
-def _due(done: int, every: int) -> bool:
-    return every > 0 and done % every == 0
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ import pytest
 from scalegpt.config import RunConfig
 from scalegpt.model import flops
 from scalegpt.processes.phases import Phases
-from scalegpt.run.metrics import EVAL_KEYS, TRAIN_KEYS, Console, Metrics, Throughput, check_packages
+from scalegpt.run.metrics import EVAL_KEYS, TRAIN_KEYS, Console, Metrics, check_packages
+from scalegpt.run.progress import Throughput
 from scalegpt.run.writers import JsonlWriter, TensorBoardWriter, WandbWriter
 
 PHASES = Phases(RunConfig(out_dir="x"))

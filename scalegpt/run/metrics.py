@@ -1,4 +1,4 @@
-"""What a run reports: fixed metric keys, the places rows go to, and how fast the steps are.
+"""What a run reports: fixed metric keys and the places that rows go to.
 
 The same keys go to metrics.jsonl (always), TensorBoard and W&B (optional), and a person sees them
 on the console. Only the main process of a run writes anything.
@@ -9,7 +9,6 @@ import importlib.util
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -139,6 +138,7 @@ class Metrics:
         self._writers: list[Any] = []
         self.say: Say = lambda text: None
         self._ledger: ledger.Ledger | None = None
+        self._stalled: Row = {}
         if not is_main:
             return
         console = Console(total_steps, resume_step or 0, stream)
@@ -177,12 +177,15 @@ class Metrics:
         assert all(key.startswith("val/") and key.endswith("/loss") for key in extra), extra
         self._write(row)
 
-    def ledger(self, step: int, stall: float | None = None) -> None:
-        """Write where the time went, up to now and update `step`, as `ledger.Ledger` has it; stall:
-        the seconds for which a save held training up."""
+    def save_stalled(self, seconds: float) -> None:
+        """Note for how many seconds a save held training up; the next row of the ledger has it."""
+        self._stalled = {"perf/save_stall_seconds": round(seconds, 4)}
+
+    def ledger(self, step: int) -> None:
+        """Write where the time went, up to now and update `step`, as `ledger.Ledger` has it."""
         if self._ledger:
-            stalled = {} if stall is None else {"perf/save_stall_seconds": round(stall, 4)}
-            self._write({"step": step, **self._ledger.row(), **stalled})
+            self._write({"step": step, **self._ledger.row(), **self._stalled})
+            self._stalled = {}
 
     def summary(self) -> None:
         """Say where the time went."""
@@ -202,39 +205,3 @@ class Metrics:
 def _of_task(key: str) -> bool:
     task, _, name = key.partition("/")
     return task != "val" and name in TASK_KEYS
-
-
-class Throughput:
-    """Speed since the last reading, without compilation, evaluations and saves.
-
-    A step is over when its loss is on the host, not when it is dispatched: call each method right
-    after that. `clock` counts the seconds of training alone. `start` ends a process's first step,
-    the one that compiles. `mfu` maps tokens/s to MFU (`flops.mfu_meter`).
-    """
-
-    def __init__(
-        self, clock: Callable[[], float], mfu: Callable[[float], float | None] = lambda rate: None
-    ) -> None:
-        self._mfu, self._clock = mfu, clock
-        self._step: int | None = None
-        self._since = 0.0
-
-    def start(self, step: int) -> None:
-        """`step` has just finished: count from here."""
-        self._step, self._since = step, self._clock()
-
-    def read(self, step: int, tokens_per_step: int) -> dict[str, float]:
-        """The perf/* keys of the steps since `start` or the last reading; {} if there are none.
-
-        `tokens_per_step` is the global batch of an *update*, all its microbatches and devices.
-        """
-        before, since = self._step, self._since
-        self.start(step)
-        if before is None or step <= before:
-            return {}
-        seconds = (self._since - since) / (step - before)
-        rate = tokens_per_step / seconds
-        speed = {"perf/tokens_per_second": rate, "perf/step_seconds": seconds}
-        if (used := self._mfu(rate)) is not None:
-            speed["perf/mfu"] = used
-        return speed

@@ -125,6 +125,20 @@ def write_config(config: Config) -> None:
     run_folder.push_or_explain(config.run.out_dir)
 
 
+def rows_to_keep(start: int, total: int, begun_before: bool) -> int | None:
+    """The step up to which metrics.jsonl keeps the rows that earlier processes have written.
+
+    None: the run is new, and there are none. -1: it was begun before but nothing was saved, so that
+    every row goes. `start`, the step of the checkpoint: later rows are done again. `start` + 1: the
+    run is finished, and what its end wrote about `start` stays too.
+    """
+    if start >= total:
+        return start + 1
+    if start:
+        return start
+    return -1 if begun_before else None
+
+
 def initial_state(
     config: Config,
     steps: Steps,

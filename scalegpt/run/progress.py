@@ -1,0 +1,128 @@
+"""The updates of a run as they are done: judged, reported, timed; and the ways a run ends early."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from scalegpt.config import Config
+from scalegpt.data.token_files import Dataset
+from scalegpt.processes.exits import Exit
+from scalegpt.processes.phases import Phases
+from scalegpt.run import reports
+from scalegpt.run.metrics import Metrics
+
+
+class Ended(Exception):
+    """A run ends before its last update. `step`: the last update; `code`: the exit code."""
+
+    code: Exit
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"ended after update {step}")
+        self.step = step
+
+
+class Stopped(Ended):
+    """Somebody asked the run to stop, and it has saved its state."""
+
+    code = Exit.STOPPED
+
+
+class NotFinite(Ended):
+    """A loss or a gradient is NaN or infinite, once more often than the run allows."""
+
+    code = Exit.NOT_FINITE
+
+
+class NotSaved(Ended):
+    """No checkpoint could be written for longer than checkpoint.patience."""
+
+    code = Exit.FAILED
+
+
+class Progress:
+    """Reads the metrics of each update one update behind the device, judges and reports them.
+
+    start: updates that were done before this process began. mfu: tokens/s -> MFU, or None where the
+    peak of the device is not known (`flops.mfu_meter`).
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        datasets: list[Dataset],
+        metrics: Metrics,
+        phases: Phases,
+        start: int,
+        mfu: Callable[[float], float | None],
+    ) -> None:
+        self._config, self._datasets = config, datasets
+        self._metrics, self._phases, self._first = metrics, phases, start + 1
+        self._throughput = Throughput(phases.training, mfu)
+        self._unread: tuple[int, dict[str, Any]] | None = None
+
+    def dispatched(self, step: int, values: dict[str, Any]) -> None:
+        """Take the metrics of update `step`, which the device has just been given.
+
+        Only the update before it is waited for and read. Raises NotFinite for that one.
+        """
+        self.read()
+        self._unread = step, values
+
+    def read(self) -> None:
+        """Wait for the update dispatched last, judge and report it. Raises NotFinite."""
+        if self._unread is None:
+            return
+        (step, values), self._unread = self._unread, None
+        config, total = self._config, self._config.optim.steps
+        row = {"step": step} | {k: float(v) for k, v in values.items() if k.startswith("train/")}
+        row["train/skipped"] = int(row["train/skipped"])
+        finite = math.isfinite(row["train/loss"]) and math.isfinite(row["train/grad_norm"])
+        bad = not finite or row["train/spike"] > config.run.spike
+        if bad:
+            reports.bad_update(config, self._datasets, step, values, self._metrics)
+        if step == self._first:
+            self._throughput.start(step)
+        if bad or step % config.log.every == 0 or step in (self._first, total):
+            tokens_per_step = config.batch.sequences * config.model.block_size
+            row["train/tokens"] = step * tokens_per_step
+            self._metrics.train(row | self._throughput.read(step, tokens_per_step))
+        self._phases.progress(step)
+        if not finite and int(values["nonfinite"]) > config.run.skip_nonfinite:
+            raise NotFinite(step)
+
+
+class Throughput:
+    """Speed since the last reading, without compilation, evaluations and saves.
+
+    A step is over when its loss is on the host, not when it is dispatched: call each method right
+    after that. `clock` counts the seconds of training alone. `start` ends a process's first step,
+    the one that compiles. `mfu` maps tokens/s to MFU (`flops.mfu_meter`).
+    """
+
+    def __init__(
+        self, clock: Callable[[], float], mfu: Callable[[float], float | None] = lambda rate: None
+    ) -> None:
+        self._mfu, self._clock = mfu, clock
+        self._step: int | None = None
+        self._since = 0.0
+
+    def start(self, step: int) -> None:
+        """`step` has just finished: count from here."""
+        self._step, self._since = step, self._clock()
+
+    def read(self, step: int, tokens_per_step: int) -> dict[str, float]:
+        """The perf/* keys of the steps since `start` or the last reading; {} if there are none.
+
+        `tokens_per_step` is the global batch of an *update*, all its microbatches and devices.
+        """
+        before, since = self._step, self._since
+        self.start(step)
+        if before is None or step <= before:
+            return {}
+        seconds = (self._since - since) / (step - before)
+        rate = tokens_per_step / seconds
+        speed = {"perf/tokens_per_second": rate, "perf/step_seconds": seconds}
+        if (used := self._mfu(rate)) is not None:
+            speed["perf/mfu"] = used
+        return speed
