@@ -87,7 +87,7 @@ def example_losses(config: Config, steps: Steps, state: State, batch: Array) -> 
     losses = jax.jit(losses, out_shardings=everywhere)
     rows = np.arange(batch.shape[0] * batch.shape[1], dtype=np.uint32).reshape(batch.shape[:2])
     with jax.set_mesh(steps.mesh):
-        key = jax.jit(lambda step: dropout_key(config, step))(state.step)
+        key = jax.jit(lambda step: dropout_key(config.run.seed, step))(state.step)
         parts = [losses(state.params, batch[i], rows[i], key) for i in range(len(rows))]
         return np.concatenate([np.asarray(part) for part in parts]).astype(np.float64)
 

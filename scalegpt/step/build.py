@@ -1,10 +1,12 @@
-"""The heart: loss, accumulation, the jitted update and the jitted evaluation.
+"""The compiled functions of a run on a mesh: initial state, training step, evaluation step.
 
 Shapes: A microbatches, M sequences of a microbatch over all devices, T positions, D embed, V vocab.
 Token arrays are [A, M, T+1] int32: inputs are [..., :-1], targets [..., 1:]; -1 is masked.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -78,23 +80,15 @@ class Steps:
 def build_steps(config: Config, mesh: Mesh, dtype: str, implementation: str) -> Steps:
     """Make the functions of a run; nothing is compiled or put on a device yet.
 
-    dtype and attention implementation: as `resolve` gives them. Raises ValueError when model or
-    batch do not fit the mesh.
+    dtype and attention implementation: as `resolve` gives them. Raises Mistake when model or batch
+    do not fit the mesh.
     """
     sharding.check_divisible(config, mesh)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     most = max(1, CPU_TOKENS // config.model.block_size) if on_cpu else None
     layout = sharding.batch_layout(config.batch, mesh, most)
     model = GPT(config.model, jnp.dtype(dtype), implementation)
-
-    def init() -> State:
-        # Attention has no parameters, and kernels refuse a batch of one row.
-        plain = model.clone(attention="xla")
-        root = jax.random.key(config.run.seed)
-        params = plain.init(root, jnp.zeros((1, 1), jnp.int32))["params"]
-        opt_state = optimizer(config.optim).init(params)
-        return State(jnp.zeros((), jnp.int32), params, opt_state, health.initial())
-
+    init = partial(initial_state, config, model)
     boxed = jax.eval_shape(init)
     places = sharding.shardings(sharding.specs(boxed, sharding.RULES), mesh)
     abstract = jax.tree.map(
@@ -102,34 +96,7 @@ def build_steps(config: Config, mesh: Mesh, dtype: str, implementation: str) -> 
         nn.unbox(boxed),
         places,
     )
-
-    def reduced_gradients(params: Any, tokens: Array, rows: Array, key: Array) -> tuple:
-        """Runs on each (replica, data) part with its own rows; one reduction after the scan."""
-        params, key = jax.lax.pcast((params, key), manual, to="varying")
-        with nn.logical_axis_rules(tuple(sharding.rules_within(manual).items())):
-            total, grads = update.gradient_sums(config, model, params, tokens, rows, key)
-        return jax.lax.psum((total, grads, update.target_count(tokens)), manual)
-
-    # Plain jit would reduce every layer's gradient in every microbatch, over the slow links too.
-    # Axes of size 1 stay out: XLA fails on a manual reduction over nothing beside automatic axes.
-    manual = tuple(axis for axis in sharding.REDUCED if mesh.shape[axis] > 1)
-    gradients = reduced_gradients
-    if manual:
-        parts = (P(), P(None, manual), P(None, manual), P())
-        gradients = jax.shard_map(
-            reduced_gradients, mesh=mesh, in_specs=parts, out_specs=P(), axis_names=set(manual)
-        )
-
-    def train(state: State, tokens: Array) -> tuple[State, dict[str, Array]]:
-        rows = jnp.arange(layout[0] * layout[1], dtype=jnp.uint32).reshape(layout)
-        key = update.dropout_key(config, state.step)
-        sums = gradients(state.params, tokens, rows, key)
-        return update.apply_gradients(config, model.dtype, state, *sums)
-
-    def evaluate(params: Any, tokens: Array) -> tuple[Array, Array]:
-        with nn.logical_axis_rules(tuple(sharding.RULES.items())):
-            return row_losses(model, params, tokens, None), (tokens[:, 1:] >= 0).sum(-1)
-
+    sums = gradient_sums_on(mesh, config, model)
     replicated = NamedSharding(mesh, P())
     batches, windows = (sharding.batch_sharding(mesh, accumulated) for accumulated in (True, False))
     return Steps(
@@ -141,15 +108,72 @@ def build_steps(config: Config, mesh: Mesh, dtype: str, implementation: str) -> 
         windows,
         jit_init=jax.jit(lambda: nn.unbox(init()), out_shardings=places),
         jit_train=jax.jit(
-            train,
+            partial(train_step, config, model, sums, layout),
             in_shardings=(places, batches),
             out_shardings=(places, replicated),
             donate_argnums=0,
         ),
         jit_evaluate=jax.jit(
-            evaluate, in_shardings=(places.params, windows), out_shardings=replicated
+            partial(evaluate_step, model),
+            in_shardings=(places.params, windows),
+            out_shardings=replicated,
         ),
     )
+
+
+def initial_state(config: Config, model: GPT) -> State:
+    """The state before the first update; its arrays are boxed with their logical axes."""
+    # Attention has no parameters, and its kernels refuse a batch of one row.
+    plain = model.clone(attention="xla")
+    params = plain.init(jax.random.key(config.run.seed), jnp.zeros((1, 1), jnp.int32))["params"]
+    opt_state = optimizer(config.optim).init(params)
+    return State(jnp.zeros((), jnp.int32), params, opt_state, health.initial())
+
+
+def gradient_sums_on(mesh: Mesh, config: Config, model: GPT) -> Callable:
+    """`update.reduced_sums` on a mesh: each part along replica and data sums over its own rows.
+
+    Plain jit would reduce every layer's gradient in every microbatch, over the slow links too. With
+    those axes manual (shard_map), there is one reduction an update, after the scan.
+    """
+    # Axes of size 1 stay out: XLA fails on a manual reduction over nothing beside automatic axes.
+    manual = tuple(axis for axis in sharding.REDUCED if mesh.shape[axis] > 1)
+    sums = partial(_sums_of_part, config, model, manual)
+    if not manual:
+        return sums
+    rows = P(None, manual)
+    return jax.shard_map(
+        sums, mesh=mesh, in_specs=(P(), rows, rows, P()), out_specs=P(), axis_names=set(manual)
+    )
+
+
+def _sums_of_part(
+    config: Config, model: GPT, manual: tuple, params: Any, tokens: Array, rows: Array, key: Array
+) -> tuple[Array, Any, Array]:
+    # Gradients of parameters that are the same in all parts would be reduced by shard_map itself,
+    # in each microbatch; those of parameters that it takes to vary between the parts are not.
+    params, key = jax.lax.pcast((params, key), manual, to="varying")
+    with nn.logical_axis_rules(tuple(sharding.rules_within(manual).items())):
+        return update.reduced_sums(config, model, manual, params, tokens, rows, key)
+
+
+def train_step(
+    config: Config,
+    model: GPT,
+    sums: Callable,
+    layout: tuple[int, int],
+    state: State,
+    tokens: Array,
+) -> tuple[State, dict[str, Array]]:
+    """One update from tokens [A, M, T+1]; `sums` as `gradient_sums_on` makes it."""
+    rows = jnp.arange(layout[0] * layout[1], dtype=jnp.uint32).reshape(layout)
+    return update.train_step(config, model, sums, rows, state, tokens)
+
+
+def evaluate_step(model: GPT, params: Any, tokens: Array) -> tuple[Array, Array]:
+    """For each row of tokens [M, T+1] the sum of its cross-entropies and how many they are."""
+    with nn.logical_axis_rules(tuple(sharding.RULES.items())):
+        return row_losses(model, params, tokens, None), (tokens[:, 1:] >= 0).sum(-1)
 
 
 def resolve(config: Config, mesh: Mesh) -> tuple[str, str]:

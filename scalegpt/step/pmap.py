@@ -6,6 +6,7 @@ how gradients are reduced differs, and with it their rounding. `run.backend: pma
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -60,13 +61,8 @@ def build_steps(config: Config, mesh: Mesh, dtype: str, implementation: str) -> 
         """One device's part: tokens [A, mine, T+1]."""
         first = jax.lax.axis_index(AXIS) * mine
         rows = jnp.arange(accumulation)[:, None] * microbatch + first + jnp.arange(mine)
-        rows = rows.astype(jnp.uint32)
-        key = update.dropout_key(config, state.step)
-        sums = update.gradient_sums(config, steps.model, state.params, tokens, rows, key)
-        # The one reduction of an update. Of sums, not of means: masked tokens may make the
-        # devices' counts differ.
-        (total, grads), count = jax.lax.psum((sums, update.target_count(tokens)), AXIS)
-        return update.apply_gradients(config, steps.model.dtype, state, total, grads, count)
+        sums = partial(update.reduced_sums, config, steps.model, AXIS)
+        return update.train_step(config, steps.model, sums, rows.astype(jnp.uint32), state, tokens)
 
     def split(tokens: Array) -> Array:
         """[A, M, T+1] -> [A, devices, mine, T+1]: an axis for pmap to map over."""

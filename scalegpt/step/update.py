@@ -18,7 +18,7 @@ from scalegpt.step.optimizer import optimizer, schedule, swap_average
 
 @struct.dataclass
 class State:
-    """What an update changes. `step`: updates made so far."""
+    """What an update changes. `step` counts the updates made so far."""
 
     step: Array
     params: Any
@@ -26,14 +26,17 @@ class State:
     health: health.Health
 
     def swapped(self) -> "State":
-        """As checkpoints hold it: with the weights to evaluate and to use, which optim.average may
-        have averaged, in `params`. Twice is as before."""
+        """Swap `params` with the averaged weights that `opt_state` carries under optim.average.
+
+        Without averaging nothing changes. Checkpoints hold the swapped state, so that `params` on
+        disk are the weights to evaluate and to use; a second call undoes the first.
+        """
         params, opt_state = swap_average(self.params, self.opt_state)
         return self.replace(params=params, opt_state=opt_state)
 
 
 def accumulate(loss: Callable, params: Any, tokens: Array, rows: Array) -> tuple[Array, Any]:
-    """Sums of loss and gradient over the microbatches of tokens [A, M, T+1]; nothing is divided.
+    """Sum loss and gradient over the microbatches of tokens [A, M, T+1]; nothing is divided.
 
     loss: (params, tokens [M, T+1], rows [M]) -> scalar. rows: [A, M] global row numbers.
     """
@@ -44,8 +47,8 @@ def accumulate(loss: Callable, params: Any, tokens: Array, rows: Array) -> tuple
     def add(total: Any, microbatch: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, gradient(params, *microbatch)), None
 
-    # From the rows, so that the zero varies over the same manual mesh axes as the gradients; from
-    # a parameter, it would gather that parameter.
+    # scan wants its carry typed as varying over the manual mesh axes, as the gradients that it sums
+    # are. A plain 0.0 is not; `rows` are. A zero made from a parameter would all-gather it.
     zero = jnp.float32(0) * rows[0, 0]
     return jax.lax.scan(add, (zero, jax.tree.map(jnp.zeros_like, params)), (tokens, rows))[0]
 
@@ -53,7 +56,11 @@ def accumulate(loss: Callable, params: Any, tokens: Array, rows: Array) -> tuple
 def gradient_sums(
     config: Config, model: GPT, params: Any, tokens: Array, rows: Array, key: Array
 ) -> tuple[Array, Any]:
-    """`accumulate` for a run: key is the update's, from which each row's dropout key follows."""
+    """Sum loss and gradient over a run's microbatches, with dropout where the model has it.
+
+    key: the update's `dropout_key`; each row folds its number in the global batch into it, so that
+    what a row drops does not depend on the mesh.
+    """
 
     def loss(params: Any, tokens: Array, rows: Array) -> Array:
         keys = None
@@ -64,25 +71,52 @@ def gradient_sums(
     return accumulate(loss, params, tokens, rows)
 
 
+def reduced_sums(
+    config: Config, model: GPT, axes: Any, params: Any, tokens: Array, rows: Array, key: Array
+) -> tuple[Array, Any, Array]:
+    """Sum loss, gradient and targets over this part's tokens [A, m, T+1], then over all parts.
+
+    axes: the manual mesh axes, or pmap's, along which the parts lie. The sums over them are the one
+    reduction of an update. Sums, not means: masked tokens may make the counts of the parts differ.
+    """
+    total, grads = gradient_sums(config, model, params, tokens, rows, key)
+    return jax.lax.psum((total, grads, target_count(tokens)), axes)
+
+
+def train_step(
+    config: Config, model: GPT, sums: Callable, rows: Array, state: State, tokens: Array
+) -> tuple[State, dict[str, Array]]:
+    """One update, under jit or pmap: sum the gradients, then let the optimizer act.
+
+    sums: (params, tokens, rows, key) -> what `reduced_sums` returns. rows: [A, M], the numbers of
+    the rows of `tokens` in the global batch, from which their dropout keys follow.
+    """
+    key = dropout_key(config.run.seed, state.step)
+    return apply_gradients(config, model.dtype, state, *sums(state.params, tokens, rows, key))
+
+
 def target_count(tokens: Array) -> Array:
-    """Targets of tokens [..., T+1] that count; float32, to be reduced together with gradients."""
+    """Count the targets of tokens [..., T+1] that are not masked, as float32 like the gradients.
+
+    One dtype lets XLA reduce the count together with them.
+    """
     return (tokens[..., 1:] >= 0).sum(dtype=jnp.float32)
 
 
-def dropout_key(config: Config, step: Array) -> Array:
-    """Of all rows of update `step`."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(config.run.seed), 1), step)
+def dropout_key(seed: int, step: Array) -> Array:
+    """The key of update `step`, which each row's dropout key is folded from."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), step)
 
 
 def apply_gradients(
     config: Config, dtype: Any, state: State, total: Array, grads: Any, count: Array
 ) -> tuple[State, dict[str, Array]]:
-    """The optimizer's part, from the sums of loss and gradient over `count` tokens. dtype: of
-    matrix products.
+    """Let the optimizer act on the sums of loss and gradient over `count` tokens.
 
-    The update is not applied where `health.judge` says so; the step counts all the same.
+    dtype: of the matrix products within the optimizer (Muon's). An update that `health.judge` finds
+    bad is not applied, but its step counts.
     """
-    share = 1 / jnp.maximum(count, 1)  # divisions would not be fused into their uses
+    share = 1 / jnp.maximum(count, 1)  # a division is not fused into its uses, a product is
     grads = jax.tree.map(lambda g: g * share, grads)
     tx = optimizer(config.optim, dtype)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
