@@ -197,63 +197,88 @@ class GPT(_Layer):
     def __call__(
         self, tokens: Array, dropout_keys: Array | None = None, cache: Cache | None = None
     ) -> Any:
-        """dropout_keys: [B] typed keys, one a row, to train with dropout; None: no dropout.
+        """Return hidden states of whole texts; with a cache, of tokens that continue those in it.
 
-        With a cache the tokens continue those in it, the parameters are `separate_layers` of the
-        usual ones, and the result is (hidden states, cache that holds these tokens too).
-        Raises ValueError when T exceeds block_size.
+        These are two programs: `_whole_texts` to train and evaluate, `_decode` to write. In the
+        first, dropout_keys [B], one typed key a row, switch dropout on. Raises Mistake when T
+        exceeds block_size.
+        """
+        if (length := tokens.shape[1]) > self.config.block_size:
+            raise Mistake(
+                f"{length} tokens are more than model.block_size={self.config.block_size}"
+            )
+        if cache is not None:
+            return self._decode(tokens, cache)
+        return self._whole_texts(tokens, dropout_keys)
+
+    def _whole_texts(self, tokens: Array, dropout_keys: Array | None) -> Array:
+        c, length = self.config, tokens.shape[1]
+        # The table is gathered before it is looked up: for some shapes XLA aborts on a look-up in a
+        # vocabulary that is split over tensor inside manual axes.
+        table = constrain(constrain(self._token_table(), "act_vocab", None), None, None)
+        x = self._embed(table[tokens], slice(length))
+        x = dropout(x, c.dropout, dropout_keys, 3 * c.n_layer)
+        rotary = rotary_tables(length, c.head_dim, c.rope_base) if c.position == "rope" else None
+        layers = nn.scan(
+            _remat(c),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast),
+            length=c.n_layer,
+            unroll=1 if c.scan_layers else c.n_layer,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(c, self.dtype, self.attention, name="h")
+        x, _ = layers(x, jnp.arange(c.n_layer), dropout_keys, Context(x, tokens, rotary))
+        return self._final_norm(x)
+
+    def _decode(self, tokens: Array, cache: Cache) -> tuple[Array, Cache]:
+        """Return the hidden states of `tokens`, and the cache with these tokens in it, too.
+
+        The parameters are `separate_layers` of the usual ones.
         """
         c, length = self.config, tokens.shape[1]
-        if length > c.block_size:
-            raise Mistake(f"{length} tokens are more than model.block_size={c.block_size}")
-        std = 0.02 if c.init == "gpt2" else 1.0
-        shape, axes = (c.padded_vocab, c.n_embd), ("vocab", "table_embed")
-        wte = self.table("wte", shape, axes, std)
-        # Looked up in float32: gradients of a frequent token would be summed in bfloat16.
-        if cache is None:
-            # Looked up whole: for some shapes XLA aborts on a look-up in a vocabulary that is
-            # split over tensor inside manual axes.
-            x = constrain(constrain(wte, "act_vocab", None), None, None)[tokens]
-        else:  # positions of padding are negative, and what comes of it is never seen
-            x = wte[tokens]
-            positions = jnp.maximum(cache.used + jnp.arange(length) - cache.first[:, None], 0)
-        if c.position == "learned":
-            wpe = self.table("wpe", (c.block_size, c.n_embd), ("position", "embed"), std)
-            wpe = constrain(wpe, None, None)
-            x = x + (wpe[:length] if cache is None else wpe[positions])
-        x = rms_norm(x) if c.embedding_norm else x
-        x = constrain(x.astype(self.dtype), "batch", "position", "act_embed")
-        x = dropout(x, c.dropout, dropout_keys, 3 * c.n_layer)
-
+        # Positions of padding are negative; nobody sees what comes of it.
+        positions = jnp.maximum(cache.used + jnp.arange(length) - cache.first[:, None], 0)
+        x = self._embed(self._token_table()[tokens], positions)
         rotary = None
         if c.position == "rope":
-            size = length if cache is None else c.block_size
-            rotary = rotary_tables(size, c.head_dim, c.rope_base)
-            if cache is not None:
-                rotary = tuple(jnp.asarray(table)[positions] for table in rotary)
-        context = Context(x, tokens, rotary)
-        part = (c, self.dtype, self.attention)
-        if cache is None:
-            layers = nn.scan(
-                _remat(c),
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
-                in_axes=(0, nn.broadcast, nn.broadcast),
-                length=c.n_layer,
-                unroll=1 if c.scan_layers else c.n_layer,
-                metadata_params={nn.PARTITION_NAME: "layers"},
-            )
-            x, _ = layers(*part, name="h")(x, jnp.arange(c.n_layer), dropout_keys, context)
-        else:
-            kept = []
-            for i in range(c.n_layer):
-                x, layer = Block(*part, name=f"h_{i}")(x, i, None, context, cache)
-                kept.append(layer)
-            cache = Cache(tuple(kept), cache.first, cache.used + length)
+            tables = rotary_tables(c.block_size, c.head_dim, c.rope_base)
+            rotary = tuple(jnp.asarray(table)[positions] for table in tables)
+        context, layers = Context(x, tokens, rotary), []
+        for i in range(c.n_layer):
+            block = Block(c, self.dtype, self.attention, name=f"h_{i}")
+            x, layer = block(x, i, None, context, cache)
+            layers.append(layer)
+        return self._final_norm(x), Cache(tuple(layers), cache.first, cache.used + length)
+
+    # Linen's random keys follow from the order in which parameters are made: wte, wpe, the layers,
+    # head_kernel, ln_f. Another order would change the initial weights of a seed.
+
+    def _token_table(self) -> Array:
+        c = self.config
+        shape, axes = (c.padded_vocab, c.n_embd), ("vocab", "table_embed")
+        return self.table("wte", shape, axes, 0.02 if c.init == "gpt2" else 1.0)
+
+    def _embed(self, rows: Array, positions: Any) -> Array:
+        """Rows of the token table, float32, and those of their positions -> [B, T, D].
+
+        They are looked up and added in float32: in bfloat16 the gradients of a frequent token
+        would be summed in bfloat16.
+        """
+        c = self.config
+        if c.position == "learned":
+            std = 0.02 if c.init == "gpt2" else 1.0
+            wpe = self.table("wpe", (c.block_size, c.n_embd), ("position", "embed"), std)
+            rows = rows + constrain(wpe, None, None)[positions]
+        rows = rms_norm(rows) if c.embedding_norm else rows
+        return constrain(rows.astype(self.dtype), "batch", "position", "act_embed")
+
+    def _final_norm(self, x: Array) -> Array:
+        c = self.config
         if not c.tie_word_embeddings:  # made here, used by `head_table`
+            shape, axes = (c.padded_vocab, c.n_embd), ("vocab", "table_embed")
             self.table("head_kernel", shape, axes, 0.02 if c.init == "gpt2" else 0.0)
-        x = Norm(*part, name="ln_f")(x)
-        return x if cache is None else (x, cache)
+        return Norm(c, self.dtype, self.attention, name="ln_f")(x)
 
 
 def separate_layers(params: Any) -> Any:
