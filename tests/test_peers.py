@@ -1,27 +1,30 @@
 """The line between processes, the watch and the request to stop; without JAX, so in a second."""
 
+import json
+import os
 import re
+import selectors
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 
 import processes
 import pytest
 
-from scalegpt.processes import stop_request
+from scalegpt.processes import link, meeting, stop_request
 from scalegpt.processes.phases import PHASES, Phases
 from scalegpt.processes.stop_request import StopRequest
 
 # Joins the others, then does what the test wants: `index`, `phases` and `stopping` are there.
 PROGRAM = """
 import os, signal, sys, threading, time
-from scalegpt.processes import group
-from scalegpt.processes import deadlines
+from scalegpt.processes import deadlines, group, meeting
 from scalegpt.config import RunConfig
 from scalegpt.processes.phases import Phases
 from scalegpt.processes.stop_request import StopRequest
@@ -31,12 +34,16 @@ limits = {f"deadline_{key}": 1.0 for key in ("start", "save")}
 stopping, phases = StopRequest(), Phases(RunConfig(out_dir="x", **limits))
 phases.begin("step", 7)
 def join():
-    print("port", group.join("localhost", port, count, index, seconds), flush=True)
+    secret = meeting.shared_secret(launched=False)
+    print("port", group.join("localhost", port, count, index, seconds, secret), flush=True)
 """
 
 
-def start(count: int, then: str, seconds: int = 20, indices=None) -> list[subprocess.Popen]:
-    port = free_port()
+def start(
+    count: int, then: str, seconds: int = 20, indices=None, port: int | None = None, token: str = ""
+) -> list[subprocess.Popen]:
+    port = port or free_port()
+    environment = {**os.environ, meeting.TOKEN: token}
     return [
         subprocess.Popen(
             [sys.executable, "-c", PROGRAM + then, *map(str, (port, count, i, seconds))],
@@ -44,6 +51,7 @@ def start(count: int, then: str, seconds: int = 20, indices=None) -> list[subpro
             stderr=subprocess.PIPE,
             text=True,
             cwd=processes.ROOT,
+            env=environment,
         )
         for i in (range(count) if indices is None else indices)
     ]
@@ -98,6 +106,252 @@ def test_processes_that_cannot_be_one_run_are_refused():
         command = [sys.executable, "-c", PROGRAM + "join()", str(port), "2", "0", "9"]
         done = subprocess.run(command, capture_output=True, text=True, cwd=processes.ROOT)
         assert f"the coordinator's port {port} cannot be used" in done.stderr
+
+
+# --- strangers ---
+
+
+def until_listening(port: int) -> None:
+    until = time.monotonic() + 20
+    while True:
+        try:
+            return socket.create_connection(("localhost", port), 5).close()
+        except OSError:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+
+
+def resident(process: subprocess.Popen) -> int:
+    """Bytes of memory."""
+    with open(f"/proc/{process.pid}/status") as status:
+        return int(re.search(r"VmRSS:\s+(\d+) kB", status.read())[1]) * 1024
+
+
+HELLO = json.dumps({"hello": [1, "x", 2]}).encode() + b"\n"
+FAILURE = json.dumps({"failed": [1, "x", 5, "a stranger's word", False]}).encode() + b"\n"
+RUBBISH = [
+    b"",
+    b"\n\n\n",
+    bytes(range(256)) * 4,
+    b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(500),  # TLS
+    HELLO + HELLO,
+    HELLO + FAILURE,
+    FAILURE,
+    b"0" * 64 + b' [1, "x", 2, ""]\n',
+    b"0" * 64 + b" " + b"[" * 900 + b"\n",
+    b"x" * 1_000_000,  # a line without end
+]
+
+
+@pytest.mark.parametrize("token", ["of this run", ""])
+def test_strangers_neither_enter_nor_end_nor_exhaust_a_run(token):
+    """What they send is dropped, 1,000 silent ones and half a hello too; then the run begins."""
+    port = free_port()
+    first = start(2, "join()\ngroup.farewell(0)", 60, [0], port, token)
+    until_listening(port)
+    before = resident(first[0])
+    silent = deque[socket.socket](maxlen=200)
+    for number in range(1000):
+        silent.append(socket.create_connection(("localhost", port), 5))
+        if number % 2:
+            silent[-1].sendall(b"0" * 500)
+    for data in RUBBISH:
+        with socket.create_connection(("localhost", port), 5) as stranger:
+            try:
+                stranger.sendall(data)
+                stranger.shutdown(socket.SHUT_WR)
+                heard = b"".join(iter(lambda: stranger.recv(4096), b""))  # noqa: B023
+            except OSError:  # dropped before all was sent
+                continue
+            assert heard.startswith(b"scalegpt ") and len(heard) <= 42 + 65
+    assert resident(first[0]) - before < 8_000_000
+    running = first + start(2, "join()\ngroup.farewell(0)", 60, [1], port, token)
+    until_joined(running)
+    ended, said = codes(running)
+    assert ended == [0, 0] and "a stranger's word" not in said[0]
+
+
+def test_after_the_start_nobody_listens():
+    port = free_port()
+    running = start(2, "join()\ntime.sleep(2)\ngroup.farewell(0)", port=port)
+    until_joined(running)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port), 5)
+    assert codes(running)[0] == [0, 0]
+
+
+def test_a_process_with_another_token_is_refused_by_name_and_the_run_goes_on():
+    port = free_port()
+    first = start(2, "join()", 4, [0], port, "one")
+    other = start(2, "join()", 60, [1], port, "another")
+    ended, said = codes(first + other)
+    assert ended == [5, 2]
+    assert f"give all processes of a run the same {meeting.TOKEN}" in said[1]
+    assert f"has another {meeting.TOKEN}" in said[0] and "have not come: 1; a process" in said[0]
+
+
+@pytest.mark.parametrize("answer, code", [(b"0" * 64 + b"\n", 2), (b"", 5), (b"\n", 5)])
+def test_an_impostor_in_place_of_process_0_is_not_believed(answer, code):
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+
+        def impostor() -> None:
+            while True:
+                try:
+                    caller, _ = server.accept()
+                except OSError:
+                    return
+                caller.sendall(b"scalegpt " + b"0" * 32 + b"\n")
+                caller.recv(4096)
+                caller.sendall(answer + json.dumps({"go": [1, "x"]}).encode()[: 65 - len(answer)])
+                caller.close()
+
+        threading.Thread(target=impostor, daemon=True).start()
+        ended, said = codes(start(2, "join()", 2, [1], port, "secret"))
+    assert ended == [code], said
+    assert ("has another secret" if code == 2 else "did not answer") in said[0]
+
+
+@pytest.fixture
+def door():
+    """A door for three processes, and a function that lets it do what there is to do."""
+    selector = selectors.DefaultSelector()
+    port = free_port()
+    door = meeting.Door(selector, ("localhost", port), 3, b"secret")
+    came = []
+
+    def work(seconds: float = 0.2) -> list[meeting.Hello]:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            for key, _ in selector.select(0.02):
+                if key.data is None:
+                    door.accept()
+                elif hello := door.read(key.data):
+                    came.append(hello)
+            door.sweep()
+        return came
+
+    yield SimpleNamespace(door=door, port=port, work=work)
+    door.close()
+
+
+def test_a_recorded_hello_is_of_no_use_again(door):
+    """It answers what process 0 asked once, and asks anew each time."""
+    said = []
+    with socket.create_server(("localhost", 0)) as recorder:
+        address = ("localhost", recorder.getsockname()[1])
+
+        def record() -> None:
+            there, _ = recorder.accept()
+            with there, socket.create_connection(("localhost", door.port)) as process_0:
+                there.sendall(process_0.recv(42))
+                said.append(there.recv(4096))
+                process_0.sendall(said[0])
+                there.sendall(process_0.recv(65))
+
+        threading.Thread(target=record, daemon=True).start()
+        joining = threading.Thread(
+            target=meeting.connect, args=(address, meeting.Hello(1, "x", 3), b"secret", 5)
+        )
+        joining.start()
+        assert door.work(1) == [(1, "x", 3)]
+        joining.join()
+    with socket.create_connection(("localhost", door.port)) as replay:
+        replay.sendall(said[0])
+        assert door.work() == [(1, "x", 3)]
+        assert meeting._receive(replay, 200, time.monotonic() + 1)[42:] == meeting._REFUSED
+
+
+def test_callers_are_limited_in_number_and_time(door, monkeypatch):
+    links = []
+    for _ in range(3):
+        links += [socket.create_connection(("localhost", door.port), 5) for _ in range(50)]
+        door.work()
+    assert len(door.door._callers) == 131  # 128 and the processes; the oldest have gone
+    monkeypatch.setattr(meeting, "_PATIENCE", 0.1)
+    assert door.work() == [] and not door.door._callers
+    for connection in links:
+        connection.close()
+
+
+def test_a_line_without_end_is_cut_off(door):
+    with socket.create_connection(("localhost", door.port), 5) as endless:
+        with pytest.raises(ConnectionError):
+            for _ in range(30):
+                endless.sendall(b"x" * 1000)
+                door.work(0.05)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"a": 1}',
+        '[1, "x", 3]',
+        '["1", "x", 3, ""]',
+        '[1, 2, 3, ""]',
+        '[3, "x", 3, ""]',
+        '[-1, "x", 3, ""]',
+        '[1, "\\u001b[2J", 3, ""]',
+        "[" * 900,
+        "\udce9",
+        "[1e999, 1, 1, 1]",
+    ],
+)
+def test_a_hello_of_wrong_types_is_none(body):
+    assert meeting._hello(body.encode("utf-8", "surrogateescape")) is None
+    assert meeting._hello(b'[1, "x", 3, ""]') == (1, "x", 3)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1",
+        "{}",
+        '{"at": ["step", 1, 2], "stop": ""}',
+        '{"at": ["step", 1]}',
+        '{"stop": 1}',
+        '{"failed": [1, "x", 5, "why", "no"]}',
+        '{"hello": [1, "x", 2]}',
+        '{"a": 1}',
+        "[",
+    ],
+)
+def test_what_is_no_message_is_found_out(text):
+    assert link._message(b'{"at": ["step", 1, 2.5]}') == ("at", ["step", 1, 2.5])
+    with pytest.raises(ValueError):
+        link._message(text.encode())
+
+
+def test_a_process_that_sends_what_is_no_message_is_named():
+    then = """
+join()
+if index == 1:
+    group.line._peers[0].socket.sendall(b"[" * 100_000 + b"\\n")
+time.sleep(60)
+"""
+    ended, said = codes(start(3, then))
+    assert ended == [5, 5, 5]
+    assert all("process 1 (" in text and "sent what is no message: b'[[[" in text for text in said)
+
+
+def test_the_secret_is_the_token_or_what_the_launcher_said(monkeypatch):
+    for name in (meeting.TOKEN, *meeting._LAUNCHED):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert meeting.shared_secret(launched=False) == b""
+    seven = meeting.shared_secret(launched=True)
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    assert meeting.shared_secret(launched=True) != seven
+    monkeypatch.setenv(meeting.TOKEN, "mine")
+    assert meeting.shared_secret(launched=True) == meeting.shared_secret(launched=False) == b"mine"
+
+
+def test_process_0_listens_only_where_it_is_needed():
+    assert meeting.interface("localhost") in ("127.0.0.1", "::1")
+    assert meeting.interface("127.0.0.1") == "127.0.0.1"
+    for other in ("192.0.2.1", socket.gethostname(), "no.such.host.invalid"):
+        assert meeting.interface(other) == ""
 
 
 # --- failures ---

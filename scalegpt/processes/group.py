@@ -23,13 +23,14 @@ def introduce(stopping: Any = None, phases: Any = None) -> None:
         line.stopping, line.phases = _stopping, _phases
 
 
-def join(host: str, port: int, count: int, index: int, seconds: float) -> int:
+def join(host: str, port: int, count: int, index: int, seconds: float, secret: bytes = b"") -> int:
     """Meet the other processes, at process 0; gives the port for JAX's own service there.
 
+    secret: what only the processes of this run know.
     Ends the process after `seconds`, with the names of those that have not come.
     """
     global line
-    line = Line(host, port, count, index)
+    line = Line(host, port, count, index, secret)
     introduce()
     _catch_aborts(line)
     return line.open(seconds)

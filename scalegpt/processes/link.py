@@ -5,7 +5,8 @@ when its process ends, whatever ended it, and its probes find a machine that has
 know of a death within milliseconds, or half a minute, also while the main thread waits in a
 collective. JAX's own service notices later, and ends the survivors by SIGABRT, without a name.
 
-Messages are lines of JSON, each an object of one key (`_handle` is the list). No JAX here.
+Only processes of the run are heard (`meeting`). Messages are lines of JSON, each an object of one
+key, `_MESSAGES`. No JAX here.
 """
 
 import contextlib
@@ -18,10 +19,24 @@ import traceback
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from scalegpt.errors import Mistake
 from scalegpt.processes import meeting
 from scalegpt.processes.exits import Exit, dump_stacks, elsewhere, end, say
 
 DIED = "died; all others stop, and the same command continues the run"
+_LONGEST = 1 << 24  # bytes of a message
+_MESSAGES = {  # its key -> the type of its value, or those of the values in its list
+    "go": [int, str],  # the port for JAX's service, the host of process 0
+    "failed": [int, str, int, str, bool],  # process, its host, exit code, why, with all stacks
+    "at": [str, int, (int, float)],  # phase, step, seconds in it
+    "where": bool,
+    "table": list,
+    "stop": str,  # why
+    "halt": str,
+    "calls": int,
+    "stop_at": int,
+    "done": int,  # exit code
+}
 _DRAIN = 2.0  # seconds that a process waits for the others to have read why it leaves
 
 
@@ -30,8 +45,8 @@ class Peer:
     """The other end. where: phase, step, and since when, by the clock of this process."""
 
     socket: socket.socket
-    index: int | None = None
-    host: str = "?"
+    index: int
+    host: str
     unread: bytes = b""
     heard: float = field(default_factory=time.monotonic)
     where: tuple[str, int, float] = ("start", 0, 0.0)
@@ -44,8 +59,10 @@ class Line:
     stopping: this process's StopRequest. phases: its Phases; both may be None.
     """
 
-    def __init__(self, host: str, port: int, count: int, index: int) -> None:
+    def __init__(self, host: str, port: int, count: int, index: int, secret: bytes = b"") -> None:
         self.address, self.count, self.index = (host, port), count, index
+        self._secret = secret
+        self._door: meeting.Door | None = None  # of process 0, until all have come
         self.host = socket.gethostname()
         self.stopping: Any = None
         self.phases: Any = None
@@ -69,10 +86,13 @@ class Line:
         Ends the process, with the names of those that have not come, when that takes longer.
         """
         if self.index == 0:
-            server = meeting.listen(self.address[1], self.count)
-            self._selector.register(server, selectors.EVENT_READ)
+            self._door = meeting.Door(self._selector, self.address, self.count, self._secret)
         else:
-            link = meeting.connect(self.address, [self.index, self.host, self.count], seconds)
+            hello = meeting.Hello(self.index, self.host, self.count)
+            try:
+                link = meeting.connect(self.address, hello, self._secret, seconds)
+            except Mistake as error:
+                self.leave(Exit.MISTAKE, str(error))
             if link is None:
                 where = "{}:{}".format(*self.address)
                 self.leave(
@@ -88,15 +108,12 @@ class Line:
 
     def _add(self, peer: Peer) -> None:
         meeting.keep_alive(peer.socket)
-        if peer.index is not None:
-            self._peers[peer.index] = peer
+        self._peers[peer.index] = peer
         self._selector.register(peer.socket, selectors.EVENT_READ, peer)
 
-    def _welcome(self, peer: Peer, index: int, host: str, count: int) -> None:
-        if self._ready.is_set():  # of another run, which must not disturb this one
-            return self._drop(peer)
-        with contextlib.suppress(OSError):  # dead already, which reading finds out
-            peer.socket.sendall(meeting.WELCOME)
+    def _welcome(self, link: socket.socket, index: int, host: str, count: int) -> None:
+        peer = Peer(link, index, host)
+        meeting.keep_alive(link)
         wrong = None
         if count != self.count:
             wrong = (
@@ -112,9 +129,9 @@ class Line:
         if wrong:
             self._send(peer, failed=[0, self.host, Exit.MISTAKE, wrong, False])
             self.leave(Exit.MISTAKE, wrong)
-        peer.index, peer.host = index, host
-        self._peers[index] = peer
+        self._add(peer)
         if len(self._peers) == self.count - 1:
+            self._door.close()
             self._jax_port = meeting.free_port(self.address[1] + 1)
             self._to_all(go=[self._jax_port, self.host])
             self._ready.set()
@@ -125,11 +142,15 @@ class Line:
         try:
             while True:
                 for key, _ in self._selector.select(1.0):
-                    if key.data is not None:
+                    if isinstance(key.data, Peer):
                         self._read(key.data)
-                        continue
-                    with contextlib.suppress(OSError):  # gone before it was let in
-                        self._add(Peer(key.fileobj.accept()[0]))
+                    elif isinstance(key.data, meeting.Caller):
+                        if hello := self._door.read(key.data):
+                            self._welcome(key.data.socket, *hello)
+                    else:
+                        self._door.accept()
+                if self._door:
+                    self._door.sweep()
                 self._say_where()
         except Exception:
             text = f"the line between the processes broke\n{traceback.format_exc()}"
@@ -141,29 +162,24 @@ class Line:
         except OSError:  # the probes had no answer
             data = b""
         if not data:
-            self._drop(peer)
-            if peer.index is not None and not peer.done and self.finished is None:
+            self._selector.unregister(peer.socket)
+            peer.socket.close()
+            if not peer.done and self.finished is None:
                 self._end(peer.index, peer.host, Exit.FAILED, DIED)
             return
         *lines, peer.unread = (peer.unread + data).split(b"\n")
         peer.heard = time.monotonic()
-        for text in filter(None, lines):
-            try:
-                ((kind, value),) = json.loads(text).items()
-                if peer.index is None and kind != "hello":
-                    raise ValueError
-            except (ValueError, AttributeError):  # none of ours: something that tries out ports
-                return self._drop(peer)
+        try:
+            messages = [_message(text) for text in filter(None, lines)]
+            if len(peer.unread) > _LONGEST:
+                raise ValueError(f"more than {_LONGEST} bytes without an end")
+        except ValueError as error:
+            self.leave(Exit.FAILED, f"process {peer.index} ({peer.host}) sent {error}")
+        for kind, value in messages:
             self._handle(peer, kind, value)
-
-    def _drop(self, peer: Peer) -> None:
-        self._selector.unregister(peer.socket)
-        peer.socket.close()
 
     def _handle(self, peer: Peer, kind: str, value: Any) -> None:
         match kind:
-            case "hello":
-                self._welcome(peer, *value)
             case "go":
                 self._jax_port, peer.host = value
                 self._ready.set()
@@ -227,11 +243,10 @@ class Line:
         """Which processes are elsewhere than this one, or say nothing: for the report of a hang."""
         if not self._ready.is_set():
             absent = ", ".join(str(i) for i in range(1, self.count) if i not in self._peers)
-            return (
-                "process 0 waits for other processes, see its output"
-                if self.index
-                else f"of {self.count} processes these have not come: {absent}"
-            )
+            if self.index:
+                return "process 0 waits for other processes, see its output"
+            refused = f"; {self._door.refused}" if self._door and self._door.refused else ""
+            return f"of {self.count} processes these have not come: {absent}{refused}"
         if self.index:
             self._table, until = None, time.monotonic() + 3
             self._to_all(where=True)
@@ -310,3 +325,23 @@ class Line:
                     if not peer.socket.recv(65536):
                         break
         end(code)
+
+
+def _message(text: bytes) -> tuple[str, Any]:
+    """A line of a peer -> the key and the value. Raises ValueError for what is no message."""
+    try:
+        message = json.loads(text)
+    except (ValueError, RecursionError):
+        message = None
+    if not isinstance(message, dict) or len(message) != 1:
+        raise ValueError(f"what is no message: {text[:100]!r}")
+    ((kind, value),) = message.items()
+    types = _MESSAGES.get(kind, ())
+    if isinstance(types, list):
+        fits = isinstance(value, list) and len(value) == len(types)
+        fits = fits and all(map(isinstance, value, types))
+    else:
+        fits = isinstance(value, types)
+    if not fits:
+        raise ValueError(f"what is no message: {text[:100]!r}")
+    return kind, value

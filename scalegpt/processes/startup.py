@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 import scalegpt
 from scalegpt.config import Config, DistributedConfig
 from scalegpt.errors import Mistake
-from scalegpt.processes import group
+from scalegpt.processes import group, meeting
 
 # JAX's service need not find out who is dead, which the line does, and at once. It cannot tell a
 # process that is stopped, or a machine that sleeps, from a dead one; the phases' deadlines judge.
@@ -65,7 +65,10 @@ def start(config: DistributedConfig, seconds: float = 900.0) -> None:
         )
     host, _, port = address.rpartition(":")
     # The coordinator's port is that of our line; JAX's service gets another one, told there.
-    port = group.join(host.strip("[]"), int(port), count, index, seconds)
+    secret = meeting.shared_secret(launched=config.coordinator is None)
+    port = group.join(host.strip("[]"), int(port), count, index, seconds, secret)
+    listen_at = meeting.interface(host.strip("[]")) or "::"
+    listen_at = f"[{listen_at}]" if ":" in listen_at else listen_at
     # It would swallow SIGTERM; StopRequest and the line agree on where to stop.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
@@ -73,7 +76,7 @@ def start(config: DistributedConfig, seconds: float = 900.0) -> None:
         count,
         index,
         devices,
-        coordinator_bind_address=f"[::]:{port}",
+        coordinator_bind_address=f"{listen_at}:{port}",
         cluster_detection_method="deactivate",
         initialization_timeout=int(seconds) + 60,
         heartbeat_timeout_seconds=_HEARTBEAT,
