@@ -5,6 +5,16 @@ when its process ends, whatever ended it, and its probes find a machine that has
 know of a death within milliseconds, or half a minute, also while the main thread waits in a
 collective. JAX's own service notices later, and ends the survivors by SIGABRT, without a name.
 
+Why JAX's own service does not carry this: it was tried (jax 0.10.2, one CPU host, 2026-11-28), with
+keys that threads wait for, `get_live_nodes` and `jax_enable_recoverability`, which is experimental.
+Each of 100 deaths of process 0 ended the other process by name with exit code 5, as here; but:
+- No key can be set or read before all processes have come. Which ones are missing, that one died in
+  the meantime, or that two have the same number, nobody is told: all wait until the deadline.
+- The death of any other process is noticed after the heartbeat (30 s, here 0.02 s), and a process
+  that is stopped for longer than the heartbeat counts as dead; here it may go on.
+- JAX aborts when process 0 dies. A call to the service in that abort's handler waited for ever in
+  one of three deaths, and had to be moved to a thread of its own.
+
 Only processes of the run are heard (`meeting`). Messages are lines of JSON, each an object of one
 key, `_MESSAGES`. No JAX here.
 """
