@@ -363,18 +363,16 @@ def test_the_chunked_loss_gathers_the_head_once_and_reduces_its_gradient_once(me
     """Not once a chunk: 8 chunks of a 124M model would move 1.2 GB a microbatch."""
     seen = traffic(mesh)
     fsdp = [c for c in seen.found if "fsdp" in c.axes]
-    # The layers' loop is all that may be left at depth 2.
-    in_chunks = [c for c in fsdp if c.depth == 2 and "/h/" not in c.source and ":h" not in c.source]
-    assert [c for c in in_chunks if c.times != seen.micro * LAYERS] == []
+    # Of the loops in a microbatch, that over the layers is all that may move anything. Names of
+    # operations do not tell the loops apart in every version of JAX; how often they run does.
+    assert T // CHUNK != LAYERS
+    assert {c.times for c in fsdp if c.depth == 2} == {seen.micro * LAYERS}
     tensor = dict(mesh).get("tensor", 1)
-    whole = [
-        c
-        for c in fsdp
-        if c.kind == "all-gather"
-        and c.bytes == 128 * D * 4 // tensor
-        and "sharding_constraint" in c.source
-    ]
-    assert [c.times for c in whole] == [1]
+    whole = [c for c in fsdp if c.kind == "all-gather" and c.bytes == 128 * D * 4 // tensor]
+    # Outside all loops, once. In a microbatch, an array of the same size is the activations'
+    # gradient, which XLA gathers for the look-up's part of the table's gradient.
+    assert [c.times for c in whole if c.depth == 0] == [1]
+    assert all("transpose" in c.source for c in whole if c.depth == 1)
 
 
 def test_evaluation_gathers_the_head_once():
@@ -390,6 +388,36 @@ def test_evaluation_gathers_the_head_once():
 def test_the_optimizer_gathers_no_parameter():
     for c in traffic(FSDP8).found:
         assert c.kind != "all-gather" or "GPT" in c.source, c
+
+
+@pytest.mark.parametrize(
+    ("groups", "axes"),
+    [
+        ("replica_groups={}", ("data", "tensor")),
+        ("replica_groups={{0,1},{2,3},{4,5},{6,7}}", ("tensor",)),
+        ("replica_groups=[2,4]<=[4,2]T(1,0)", ("data",)),
+        ("replica_groups=[1,8]<=[8]", ("data", "tensor")),
+        ("source_target_pairs={{0,0},{1,1},{2,4},{4,2}}", ("data",)),
+        ("source_target_pairs={{0,1},{1,0},{2,4},{4,2}}", ("data", "tensor")),
+        ("replica_groups=mesh['data'=4,'tensor'=2] {'tensor'}", ("tensor",)),
+        ("replica_groups=mesh['data'=4,'tensor'=2] {'tensor','data'}", ("data", "tensor")),
+        ("replica_groups=mesh['axis_0'=8] {'axis_0':(4)2}", ("tensor",)),
+        ("replica_groups=mesh['axis_0'=8] {'axis_0':(1)2,'axis_0':(2)2}", ("data",)),
+        ("replica_groups=mesh['a'=2,'b'=1,'c'=4], device_ids=([4,2]T(1,0)) {'a'}", ("tensor",)),
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=(0,2,4,6,1,3,5,7) {'b'}", ("data",)),
+    ],
+)
+def test_groups_of_devices_are_read_in_every_form_that_xla_writes(groups, axes):
+    """jax 0.10 writes lists, arrays and meshes without names; jax 0.12 meshes with names, too."""
+    line = f"  %r = f32[2]{{0}} all-reduce(%x), channel_id=1, {groups}, to_apply=%add"
+    (found,) = collectives(f"ENTRY %main () -> f32[2] {{\n{line}\n}}", mesh_of(data=4, tensor=2))
+    assert found.axes == axes
+
+
+def test_groups_in_an_unknown_form_are_an_error():
+    line = "  %r = f32[2]{0} all-reduce(%x), replica_groups=everyone, to_apply=%add"
+    with pytest.raises(ValueError, match="does not know these replica groups .* everyone"):
+        collectives(f"ENTRY %main () -> f32[2] {{\n{line}\n}}", mesh_of(data=4, tensor=2))
 
 
 def test_hlo_depths_are_counted_from_loops():

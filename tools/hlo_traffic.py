@@ -100,16 +100,59 @@ def _size(text: str) -> int:
 
 
 def _axes(line: str, mesh: Mesh) -> tuple[str, ...]:
-    """The mesh axes along which the devices of a replica group differ."""
-    if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        shape, dims, order = (
-            [int(x) for x in text.split(",")] if text else None for text in match.groups()
-        )
-        ids = np.arange(prod(dims)).reshape(dims).transpose(order).reshape(shape)
-        group = ids[0].tolist()
-    elif match := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", line):
-        group = [int(x) for x in match[1].split(",")]
-    else:
-        group = list(range(mesh.size))
-    places = np.array(np.unravel_index(group, mesh.devices.shape))
-    return tuple(a for a, line in zip(mesh.axis_names, places, strict=True) if len(set(line)) > 1)
+    """The mesh axes along which the devices of a group differ, in any of the groups."""
+    groups = _groups(line) or [list(range(mesh.size))]
+    axes = set()
+    for group in groups:
+        coordinates = np.array(np.unravel_index(group, mesh.devices.shape))
+        axes |= {a for a, along in zip(mesh.axis_names, coordinates, strict=True) if np.ptp(along)}
+    return tuple(a for a in mesh.axis_names if a in axes)
+
+
+def _groups(line: str) -> list[list[int]]:
+    """Devices that talk to each other, as places in the mesh; [] is XLA's word for all of them.
+
+    XLA writes them in three ways: as lists `{{0,1},{2,3}}`; as an array of all devices, of which
+    each row is a group, `[2,4]<=[4,2]T(1,0)`; and as axes of a mesh, `mesh['a'=4,'b'=2] {'a'}`.
+    """
+    written = re.search(r"\b(?:replica_groups|source_target_pairs)=(.*)", line)
+    if not written or written[1].startswith("{}"):
+        return []
+    text = written[1]
+    if match := re.match(r"\{(\{[\d,]+\}(?:,\{[\d,]+\})*)\}", text):
+        return [_numbers(group) for group in match[1].split("},{")]
+    if match := re.match(r"\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", text):
+        return _device_ids(match[2]).reshape(_numbers(match[1])).tolist()
+    if match := re.match(r"mesh\[(.*?)\](?:, device_ids=\((.*?)\))? \{(.*?)\}", text):
+        return [_first_group_of_mesh(*match.groups())]
+    raise ValueError(f"this reader does not know these replica groups of XLA's: {text[:200]}")
+
+
+def _first_group_of_mesh(axes: str, order: str | None, grouped: str) -> list[int]:
+    """The group of the first device: all that differ from it along the grouped axes alone.
+
+    axes: `'a'=4,'b'=2`. order: the mesh's devices, where they are not 0, 1, 2, ...
+    grouped: `'b','a':(1)2`, of which the latter is the part of 2 of axis a that has 1 before it,
+    that is, with a = 4 written as 2 x 2, the first of both.
+    """
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
+    ids = _device_ids(order or f"[{prod(sizes.values())}]").reshape(tuple(sizes.values()))
+    along = {name: [0] for name in sizes}
+    for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", grouped):
+        count = int(size or sizes[name])
+        stride = sizes[name] // (int(before or 1) * count)
+        along[name] = [start + i * stride for start in along[name] for i in range(count)]
+    return ids[np.ix_(*along.values())].flatten().tolist()
+
+
+def _device_ids(text: str) -> np.ndarray:
+    """`[4,2]T(1,0)` is 0 to 7 as an array, transposed; `0,2,1,3` are the ids themselves."""
+    shape, _, order = text.partition("T")
+    if not shape.startswith("["):
+        return np.array(_numbers(text))
+    dims = _numbers(shape)
+    return np.arange(prod(dims)).reshape(dims).transpose(_numbers(order) or None).flatten()
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(digits) for digits in re.findall(r"\d+", text)]
