@@ -301,19 +301,30 @@ def refused(capsys, *argv: str) -> str:
         (["--against=transformers", "--model.qk_norm=true"], "has no model.qk_norm=True"),
     ],
 )
-def test_mistakes_are_one_line_and_exit_code_2(capsys, argv, message):
+def test_mistakes_are_one_line_and_exit_code_2(capsys, monkeypatch, argv, message):
+    pretend_installed(monkeypatch, "torch", "transformers")
     assert message in refused(capsys, *argv)
 
 
+def pretend_installed(monkeypatch, *packages: str) -> None:
+    """The tool finds these of torch and transformers, whichever are installed here."""
+    find = pytorch.importlib.util.find_spec
+
+    def find_pretended(name: str):
+        if name in ("torch", "transformers"):
+            return "a specification" if name in packages else None
+        return find(name)
+
+    monkeypatch.setattr(pytorch.importlib.util, "find_spec", find_pretended)
+
+
 def test_a_missing_package_is_named(capsys, monkeypatch, checkout):
-    found = pytorch.importlib.util.find_spec
-    for package, what in (("torch", f"nanogpt={checkout}"), ("transformers", "transformers")):
-        monkeypatch.setattr(
-            pytorch.importlib.util,
-            "find_spec",
-            lambda name, missing=package: None if name == missing else found(name),
-        )
-        assert f"needs {package}: pip install {package}" in refused(capsys, f"--against={what}")
+    for missing, others, what in (
+        ("torch", ["transformers"], f"nanogpt={checkout}"),
+        ("transformers", ["torch"], "transformers"),
+    ):
+        pretend_installed(monkeypatch, *others)
+        assert f"needs {missing}: pip install {missing}" in refused(capsys, f"--against={what}")
 
 
 def test_a_trainer_that_dies_is_quoted(capsys, checkout):
