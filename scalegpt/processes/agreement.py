@@ -62,7 +62,8 @@ def _get(name: str, process: int, deadline: Deadline) -> Any:
 
 
 def _client() -> Any:
-    # JAX's public functions either use the devices or serve one purpose; Orbax reaches for it, too.
-    from jax._src import distributed
+    # Private, for JAX's public functions between processes (jax.experimental.multihost_utils) use
+    # the devices. Orbax takes the client from the same place.
+    from jax._src import distributed  # noqa: TID251
 
     return distributed.global_state.client

@@ -1,18 +1,14 @@
 """Start-up of several processes, and whether they are all set for the same run."""
 
 import importlib.util
-import json
 import os
 import platform
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
-from jax._src.clusters import ClusterEnv
-from jax._src.distributed import global_state
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -20,10 +16,13 @@ import scalegpt
 from scalegpt.config import Config, DistributedConfig
 from scalegpt.errors import Mistake
 from scalegpt.processes import group, meeting
+from scalegpt.processes.agreement import Deadline, gather
 
 # JAX's service need not find out who is dead, which the line does, and at once. It cannot tell a
 # process that is stopped, or a machine that sleeps, from a dead one; the phases' deadlines judge.
 _HEARTBEAT = 600
+# Whoever does not come to the self-check is the business of the line, and of the deadline.
+_WEEK = 7 * 24 * 3600.0
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -53,6 +52,10 @@ def start(config: DistributedConfig, seconds: float = 900.0) -> None:
     # Slurm's and Open MPI's detection would give each task one GPU, whatever this says.
     said = os.environ.get("JAX_LOCAL_DEVICE_IDS")
     devices = [int(i) for i in said.split(",")] if said else None
+    # Private, for jax.distributed.initialize asks Slurm, Open MPI and TPU hosts for the others and
+    # starts JAX's service in one go; the answer is needed before that, by peers.join.
+    from jax._src.clusters import ClusterEnv  # noqa: TID251
+
     address, count, index, devices = ClusterEnv.auto_detect_unset_distributed_params(
         *given, devices, None, int(seconds)
     )
@@ -126,16 +129,10 @@ def self_check(facts: Mapping[str, str]) -> None:
 
     Raises ValueError, in all processes, naming one that differs from process 0 and both values.
     """
-    if client := global_state.client:
-        mine = json.dumps({"host": group.line.host, **facts})
-        client.key_value_set(f"scalegpt/facts/{jax.process_index()}", mine)
-        if jax.process_index() == 0:
-            every = [
-                json.loads(_get(client, f"scalegpt/facts/{i}")) for i in range(jax.process_count())
-            ]
-            client.key_value_set("scalegpt/verdict", _difference(every))
-        if verdict := _get(client, "scalegpt/verdict").strip():
-            raise Mistake(verdict)
+    if jax.process_count() > 1:
+        every = gather("scalegpt/facts", {"host": group.line.host, **facts}, Deadline(_WEEK))
+        if difference := _difference(every):
+            raise Mistake(difference)
     devices = jax.device_count()
     mesh = jax.make_mesh((devices,), ("all",), axis_types=(AxisType.Auto,))
     spread, whole = NamedSharding(mesh, P("all")), NamedSharding(mesh, P())
@@ -149,13 +146,8 @@ def self_check(facts: Mapping[str, str]) -> None:
         )
 
 
-def _get(client: Any, key: str) -> str:
-    # Without end: whoever does not come is the business of the line, and of the deadline.
-    return client.blocking_key_value_get(key, 7 * 24 * 3600 * 1000)
-
-
 def _difference(every: list[dict[str, str]]) -> str:
-    """The first facts in which a process differs from process 0, or a blank."""
+    """The first facts in which a process differs from process 0, or an empty text."""
     first = every[0]
     for index, other in enumerate(every):
         keys = [key for key in {**first, **other} if key != "host"]
@@ -167,4 +159,4 @@ def _difference(every: list[dict[str, str]]) -> str:
         ]
         if lines:
             return "\n  ".join(["the processes are not set for the same run:", *lines[:5]])
-    return " "  # the service takes no empty value
+    return ""
