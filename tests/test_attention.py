@@ -392,7 +392,7 @@ def test_one_key_too_few_is_a_value_error():
 
 def test_import_loads_no_kernel_and_touches_no_device():
     code = (
-        "import sys, jax, scalegpt.attention;"
+        "import sys, jax, scalegpt.model.attention;"
         "assert not [m for m in sys.modules if 'splash_attention' in m];"
         "jax.config.update('jax_num_cpu_devices', 3)"  # refused once JAX has its devices
     )

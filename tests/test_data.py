@@ -803,7 +803,7 @@ def test_a_missing_protocol_package_names_the_extra(tmp_path, monkeypatch):
 
 def test_importing_touches_no_device_and_no_file_system():
     code = (
-        "import sys, jax, scalegpt.data\n"
+        "import sys, jax, scalegpt.data.batches, scalegpt.data.datasets\n"
         "jax.config.update('jax_num_cpu_devices', 3)  # refused once JAX has its devices\n"
         "assert 'tensorflow' not in sys.modules and 'fsspec.core' not in sys.modules\n"
     )

@@ -53,7 +53,7 @@ def start(config: DistributedConfig, seconds: float = 900.0) -> None:
     said = os.environ.get("JAX_LOCAL_DEVICE_IDS")
     devices = [int(i) for i in said.split(",")] if said else None
     # Private, for jax.distributed.initialize asks Slurm, Open MPI and TPU hosts for the others and
-    # starts JAX's service in one go; the answer is needed before that, by peers.join.
+    # starts JAX's service in one go; group.join needs the answer before that.
     from jax._src.clusters import ClusterEnv  # noqa: TID251
 
     address, count, index, devices = ClusterEnv.auto_detect_unset_distributed_params(
