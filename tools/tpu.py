@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 from tpus import worker_shell
-from tpus.job import DONE, GAVE_UP, MISTAKE, NOT_FINITE, STOPPED, Job
+from tpus.job import DONE, GAVE_UP, MISTAKE, NOT_FINITE, STOPPED, Job, look_at, verdict
 from tpus.machine import Machine, accelerator, note
 
 from scalegpt.config import command_line
@@ -147,7 +147,7 @@ def to_its_end(flags: argparse.Namespace, job: Job, archive: str, create: list[s
     while True:
         machine.up(create, flags.poll)
         last = job.go_on(machine, archive, flags.poll)
-        code = job.verdict(machine, last)
+        code = verdict(machine, last)
         if code == DONE:
             return DONE
         if last.state == "stopped":
@@ -182,7 +182,7 @@ def up(flags: argparse.Namespace) -> int:
 def run(flags: argparse.Namespace) -> int:
     """Install and start, and do not wait."""
     job = Job(flags)
-    if job.look_at(flags.machine, flags.poll).state == "running":
+    if look_at(flags.machine, flags.poll).state == "running":
         raise Mistake(f"a run is in progress; stop it first: {own(flags, 'stop')}")
     with job.packed() as archive:
         job.begin(flags.machine, archive)
