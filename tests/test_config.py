@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -348,10 +349,19 @@ def test_wrong_section_in_yaml_is_not_hidden_by_an_override(in_yaml):
     assert "optim=3" in mistake(in_yaml("optim: 3"), *GIVEN, "--optim.lr=1")
 
 
+@pytest.mark.parametrize("name", ["demo", "demo.yaml", "configs/demo.yaml", "./configs/demo.yaml"])
+def test_scalegpts_own_configs_are_found_by_name_in_any_folder(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    assert parse("--config", name) == parse("--config", str(ROOT / "configs" / "demo.yaml"))
+    Path("demo").mkdir()  # a folder of this name is no config
+    assert parse("--config", name).run.out_dir == "out/demo"
+    if name != "demo":  # a file of the user's comes first
+        Path("configs").mkdir()
+        Path(name).write_text("data: {path: mine}\nrun: {out_dir: mine}")
+        assert parse("--config", name).run.out_dir == "mine"
+
+
 def test_missing_config_names_the_nearest(tmp_path, monkeypatch):
-    (tmp_path / "configs").mkdir()
-    for name in ("demo", "gpt2_124m", "v3_8"):
-        (tmp_path / "configs" / f"{name}.yaml").touch()
     monkeypatch.chdir(tmp_path)
     for asked, near in (("v3-8", "v3_8"), ("gpt2_124M", "gpt2_124m"), ("dem", "demo")):
         message = mistake("--config", f"configs/{asked}.yaml")

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import threading
 import time
 from collections import Counter
 from fractions import Fraction
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -21,9 +23,11 @@ import pytest
 from fsspec.registry import _registry
 from grain.experimental import index_shuffle
 
+from scalegpt.config import Config
 from scalegpt.data import batches as data
 from scalegpt.data import token_files
 from scalegpt.data.batches import EvalBatches, TrainBatches, TrainOrder, train_iterator
+from scalegpt.data.datasets import open_datasets
 from scalegpt.data.token_files import check_tokens, open_dataset
 from scalegpt.files import staging
 
@@ -555,9 +559,43 @@ def test_missing_folder_and_files(tmp_path):
     (tmp_path / "bare").mkdir()
     with pytest.raises(ValueError, match=r"bare has no train.bin; data.path must hold"):
         open_dataset(tmp_path / "bare")
-    (tmp_path / "bare" / "prepare.py").touch()
-    with pytest.raises(ValueError, match=r"no train.bin; make it with: python .*bare/prepare.py"):
-        open_dataset(tmp_path / "bare")
+    folder = tmp_path / "shakespeare"  # which scalegpt can prepare
+    folder.mkdir()
+    script = Path(__file__).parents[1] / "data" / "shakespeare" / "prepare.py"
+    fix = re.escape(f"make it with: python {script} --out {folder}")
+    with pytest.raises(ValueError, match=f"no train.bin; {fix}"):
+        open_dataset(folder)
+
+
+def prepared(folder: Path, **data) -> list:
+    data = {"path": str(folder), **data}
+    return open_datasets(Config(data=data, run={"out_dir": "x"}, model={"block_size": 8}))
+
+
+def test_a_data_set_of_scalegpts_own_is_prepared_in_any_folder_of_its_name(tmp_path, capfd):
+    folder = tmp_path / "there" / "python_stdlib"
+    with pytest.raises(ValueError, match="there is no folder"):
+        prepared(folder)
+    (dataset,) = prepared(folder, prepare=True)
+    assert dataset.vocab_size == 256 and "train: " in capfd.readouterr().out
+    (folder / "meta.json").rename(folder / "meta.json.partial")  # killed before its last step
+    prepared(folder, prepare=True)
+    assert "train: " in capfd.readouterr().out
+    prepared(folder, prepare=True)
+    assert not capfd.readouterr().out
+
+
+def test_data_that_are_there_are_never_prepared_again_and_a_script_among_them_never_runs(tmp_path):
+    """nanoGPT's folders have both, under names that scalegpt has as well."""
+    folder = write(tmp_path / "shakespeare", meta=False)
+    (folder / "prepare.py").write_text("raise SystemExit('this must not run')")
+    before = {file: file.read_bytes() for file in folder.iterdir()}
+    prepared(folder, prepare=True)
+    assert {file: file.read_bytes() for file in folder.iterdir()} == before
+    (folder / "train.bin").unlink()
+    folder = folder.rename(tmp_path / "another_name")
+    with pytest.raises(ValueError, match="has no train.bin"):
+        prepared(folder, prepare=True)
     (write(tmp_path / "half") / "val.bin").unlink()
     with pytest.raises(ValueError, match="half has no val.bin"):
         open_dataset(tmp_path / "half")

@@ -4,7 +4,9 @@ import runpy
 import sys
 from pathlib import Path
 
+from scalegpt.config.presets import data_folder
+
 if __name__ == "__main__":
-    here = Path(__file__).resolve().parent
-    sys.argv[1:1] = ["--tokenizer", "char", "--out", str(here)]
-    runpy.run_path(str(here.parent / "shakespeare" / "prepare.py"), run_name="__main__")
+    sys.argv[1:1] = ["--tokenizer", "char", "--out", str(data_folder(__file__))]
+    script = Path(__file__).resolve().parents[1] / "shakespeare" / "prepare.py"
+    runpy.run_path(str(script), run_name="__main__")

@@ -24,7 +24,9 @@ def parse(
     then `--section.key=value`. Raises ValueError with one line for each mistake.
     """
     parser = Parser(prog=prog, allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE", help="YAML file; see configs/")
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file, or the name of one in configs/"
+    )
     for name, keywords in flags.items():
         parser.add_argument(name, **keywords)
     try:

@@ -9,6 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from scalegpt.config import Config
+from scalegpt.config.presets import own_configs
 from scalegpt.errors import Mistake
 
 # What a union calls the branches it tried.
@@ -24,13 +25,17 @@ _START = "or start from a whole one: --config configs/demo.yaml"
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """The sections in a YAML file, not yet validated. Raises ValueError."""
+    """The sections in a YAML file, not yet validated. Raises ValueError.
+
+    path: a file, or the name of one of scalegpt's own: `demo`, `demo.yaml`, `configs/demo.yaml`.
+    """
+    name, own = _name(path), own_configs()
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        file = Path(path) if Path(path).is_file() else own.get(name, Path(path))
+        text = file.read_text(encoding="utf-8")
     except OSError as error:
-        known = sorted(str(p) for p in Path("configs").glob("*.yaml"))
-        near = difflib.get_close_matches(str(path), known, n=1)
-        hint = f"did you mean {near[0]}?" if near else "scalegpt's own configs are in configs/"
+        near = difflib.get_close_matches(name, own, n=1)
+        hint = f"did you mean configs/{near[0]}.yaml?" if near else f"there are {', '.join(own)}"
         raise Mistake(f"cannot read config {path}: {error.strerror}; {hint}") from None
     except UnicodeDecodeError as error:
         raise Mistake(f"config {path} is not UTF-8 text: {error}") from None
@@ -46,6 +51,10 @@ def load(path: str | Path) -> dict[str, Any]:
         raise Mistake(f"config {path} holds a {type(values).__name__}, not sections of keys")
     # "optim:" with every key commented out is None, and means the defaults.
     return {name: {} if section is None else section for name, section in values.items()}
+
+
+def _name(path: str | Path) -> str:
+    return Path(path).as_posix().removeprefix("configs/").removesuffix(".yaml")
 
 
 def validate(values: dict[str, Any], source: str) -> Config:

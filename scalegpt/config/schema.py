@@ -56,7 +56,7 @@ class DataConfig(Section):
     path: Text | Annotated[dict[Name, Share], Field(min_length=1)]
     """folder or URL with train.bin, val.bin, meta.json; or a mixture {path: weight, ...}"""
     prepare: bool = False
-    """run the folder's prepare.py first when its token files are missing"""
+    """make missing token files with scalegpt's data/NAME/prepare.py, where NAME is the folder's"""
     prefetch: Annotated[int, Field(ge=1, le=1000)] = 2
     """batches read ahead"""
     cache_dir: Place | None = None

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from scalegpt.config import Config
+from scalegpt.config.presets import recipe
 from scalegpt.data.batches import TrainBatches
 from scalegpt.data.token_files import Dataset, check_tokens, open_dataset
 from scalegpt.errors import Mistake
@@ -20,12 +21,8 @@ def open_datasets(config: Config, alive: Callable[[], None] = lambda: None) -> l
     """
     datasets = []
     for path in config.data.weights:
-        folder = Path(path).expanduser()
-        script = folder / "prepare.py"
-        whole = all((folder / name).is_file() for name in ("train.bin", "val.bin", "meta.json"))
-        if config.data.prepare and script.is_file() and not whole:
-            if _run([sys.executable, str(script)], alive):
-                raise Mistake(f"{script} could not prepare the data, see above")
+        if config.data.prepare and "://" not in path:
+            _prepare(Path(path).expanduser(), alive)
         dataset = open_dataset(path, config.data.cache_dir)
         check_tokens(dataset, config.model.block_size)
         if datasets and dataset.tokenizer != datasets[0].tokenizer:
@@ -40,6 +37,20 @@ def open_datasets(config: Config, alive: Callable[[], None] = lambda: None) -> l
             )
         datasets.append(dataset)
     return datasets
+
+
+def _prepare(folder: Path, alive: Callable[[], None]) -> None:
+    """Make the data set by scalegpt's own recipe of the folder's name, unless it is there.
+
+    A script that lies in the folder is not run, for data may come from anywhere.
+    """
+    script = recipe(folder.name)
+    interrupted = (folder / "meta.json.partial").exists()
+    whole = all((folder / name).is_file() for name in ("train.bin", "val.bin")) and not interrupted
+    if script is None or whole:
+        return
+    if _run([sys.executable, str(script), "--out", str(folder)], alive):
+        raise Mistake(f"{script} could not prepare the data, see above")
 
 
 def _run(argv: list[str], alive: Callable[[], None]) -> int:

@@ -25,6 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from scalegpt.config import command_line
+from scalegpt.config.presets import data_folder
 from scalegpt.data.tokenizer import Tokenizer, load
 from scalegpt.errors import Mistake
 from scalegpt.files.folder import local_path
@@ -118,7 +119,8 @@ def _only_writer(out: Path) -> Iterator[None]:
                 path.unlink()
             yield
         finally:
-            for path in out.glob("*.partial"):
+            # meta.json.partial stays where publishing failed: it says that the others are no set.
+            for path in out.glob("*.bin.partial"):
                 path.unlink()
             with suppress(PermissionError):  # Windows keeps a file that is open
                 (out / "prepare.tmp").unlink(missing_ok=True)
@@ -260,7 +262,7 @@ def script_parser(description: str, script: str) -> argparse.ArgumentParser:
     """The flags that every data/*/prepare.py has; `script` is its __file__."""
     parser = command_line.Parser(description=description)
     parser.add_argument("--input", type=os.path.expanduser, help="local text to use")
-    parser.add_argument("--out", type=local_path, default=Path(script).resolve().parent)
+    parser.add_argument("--out", type=local_path, default=data_folder(script))
     parser.add_argument("--workers", type=int, help="encoding processes (by default: by size)")
     parser.add_argument("--force", action="store_true", help="prepare again what is there")
     return parser

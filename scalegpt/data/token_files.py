@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from scalegpt.config.presets import recipe
 from scalegpt.config.types import LARGEST
 from scalegpt.data import tokenizer
 from scalegpt.errors import Mistake
@@ -125,8 +126,8 @@ def _locate(path: str, needed: tuple[str, ...], cache_dir: str | None) -> tuple[
     for file in needed:
         if not (folder / file).is_file():
             fix = "data.path must hold train.bin and val.bin, as data/*/prepare.py writes them"
-            if (folder / "prepare.py").is_file():
-                fix = f"make it with: python {folder / 'prepare.py'}"
+            if script := recipe(folder.name):
+                fix = f"make it with: python {script} --out {folder}"
             raise Mistake(f"{path} has no {file}; {fix}")
     return posixpath.basename(path.rstrip("/")) if remote else folder.name, folder
 

@@ -17,6 +17,7 @@ from tpus import worker_shell
 from tpus.machine import Machine, note
 
 from scalegpt.config import Config, command_line
+from scalegpt.config.presets import recipe
 from scalegpt.errors import Mistake
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,7 +47,9 @@ class Job:
         self.config, parsed = command_line.parse(flags.arguments, "scalegpt.train", {})
         self.out = self.config.run.out_dir
         self.in_bucket = "://" in self.out
-        extra = [parsed.config, *self.config.eval.tasks.values()]
+        extra = [*self.config.eval.tasks.values()]
+        if parsed.config and Path(parsed.config).is_file():  # else one of scalegpt's own
+            extra.append(parsed.config)
         self.files = [relative(file) for file in extra if file and "://" not in file]
         self.data = local_data(self.config)
         if (source := self.config.run.init_from) and Path(source).is_dir():
@@ -132,7 +135,7 @@ def local_data(config: Config) -> dict[str, list[str]]:
     """Folder -> token files to copy to the workers; not of a URL, which they read themselves."""
     found = {}
     for path in config.data.weights:
-        if "://" in path or (config.data.prepare and (ROOT / path / "prepare.py").is_file()):
+        if "://" in path or (config.data.prepare and recipe(Path(path).name)):
             continue
         files = [
             f"{relative(path)}/{name}"
