@@ -186,7 +186,7 @@ def train(config: Config, phases: Phases, stop: StopRequest) -> int:
             with contextlib.suppress(Exception):  # rows since the last checkpoint: good to have
                 run_folder.push(config.run.out_dir)
         if in_use:
-            in_use.close()
+            in_use.lock.release()
 
 
 def before_the_first_update(run: Run, state: State, start: int) -> None:

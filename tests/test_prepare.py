@@ -13,18 +13,17 @@ import signal
 import subprocess
 import sys
 import sysconfig
-import threading
 import time
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock, Timeout
 
 from scalegpt.data import prepare
 from scalegpt.data.prepare import Corpus, write_dataset
 from scalegpt.data.tokenizer import char_tokenizer, load
-from scalegpt.files.lock import hold
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 
@@ -493,18 +492,23 @@ def test_fault_24_a_killed_preparation_leaves_nothing_whole_and_no_workers(tmp_p
 
 
 def test_who_waits_for_a_lock_that_is_removed_makes_it_anew(tmp_path, monkeypatch):
-    path, got, opened, flock = tmp_path / "lock", [], threading.Event(), fcntl.flock
-    first = hold(path)
-    with pytest.raises(BlockingIOError):
-        hold(path, wait=False)
-    monkeypatch.setattr(fcntl, "flock", lambda *a: (opened.set(), flock(*a)))
-    waiting = threading.Thread(target=lambda: got.append(hold(path)))
-    waiting.start()
-    assert opened.wait(10)  # the file that is removed now
-    path.unlink()
-    first.close()
-    waiting.join(10)
-    assert os.path.samestat(os.fstat(got[0].fileno()), path.stat())
-    with pytest.raises(BlockingIOError):
-        hold(path, wait=False)
-    got[0].close()
+    """`_only_writer` removes the file of its lock, and relies on this property of filelock."""
+    path, flock = tmp_path / "lock", fcntl.flock
+    first, second, third = (FileLock(path, timeout=seconds) for seconds in (0, 10, 0))
+    first.acquire()
+    with pytest.raises(Timeout):
+        third.acquire()
+
+    def removed_meanwhile(*arguments):  # `second` has opened the file, and does not hold it yet
+        monkeypatch.setattr(fcntl, "flock", flock)
+        path.unlink()
+        first.release()
+        return flock(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", removed_meanwhile)
+    second.acquire()
+    assert path.exists()
+    with pytest.raises(Timeout):
+        third.acquire()
+    second.release()
+    third.acquire()

@@ -488,7 +488,7 @@ def test_a_second_process_in_the_same_folder_is_refused(data, tmp_path):
         with pytest.raises(ValueError, match="another process is training in"):
             train.main(arguments(data, tmp_path / "run"))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
-    resume.lock(config).close()  # free again
+    resume.lock(config).lock.release()  # free again
 
 
 def test_an_out_dir_that_is_a_file_is_a_message(data, tmp_path):

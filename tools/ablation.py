@@ -45,6 +45,7 @@ from planning import isoflop_plot
 
 from scalegpt.config import command_line
 from scalegpt.errors import Mistake
+from scalegpt.files.folder import replacing
 from scalegpt.processes.command import run_command
 from scalegpt.processes.exits import Exit
 
@@ -231,16 +232,11 @@ def publish(record: Record, flags: argparse.Namespace) -> None:
                     f"--{name}={file} is not written: no run has an evaluation yet; "
                     "train first, or give the --out of runs that have"
                 )
-            target = os.path.realpath(file)  # what a link names, not the link
-            # In the same folder, so that it can take the target's place; plots go by the ending.
-            beside = Path(target).with_name(f".{os.getpid()}.{Path(file).name}")
             try:
-                writers[name](str(beside))
-                os.replace(beside, target)
+                with replacing(os.path.realpath(file)) as beside:  # what a link names
+                    writers[name](str(beside))
             except OSError as error:
                 raise Mistake(f"cannot write --{name}={file}: {error.strerror}") from None
-            finally:
-                beside.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from threading import Thread
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from tqdm import tqdm
 
 from scalegpt.config import command_line
@@ -30,7 +31,6 @@ from scalegpt.data.tokenizer import Tokenizer, load
 from scalegpt.errors import Mistake
 from scalegpt.files.folder import local_path
 from scalegpt.files.json_files import read_object
-from scalegpt.files.lock import hold
 
 SPLITS = ("train", "val")
 Document = str | Iterable[str]  # a text, or its consecutive chunks where it is too long to hold
@@ -113,7 +113,7 @@ def _new_or_kept(out: Path) -> Iterator[None]:
 @contextmanager
 def _only_writer(out: Path) -> Iterator[None]:
     """Wait for another process that prepares `out`: those of one job may start it together."""
-    with hold(out / "prepare.tmp"):
+    with FileLock(out / "prepare.tmp"):
         try:
             for path in out.glob("*.bin.partial"):  # of a killed run; they would count as used
                 path.unlink()

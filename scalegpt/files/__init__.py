@@ -1,1 +1,1 @@
-"""Files that are there whole or not at all, on a disk or behind a URL. No JAX."""
+"""This room reads and writes files, on a disk or behind a URL, whole or not at all; no JAX."""

@@ -1,43 +1,55 @@
-"""The user's cache folder: copies of what is elsewhere, and compiled programs."""
+"""The user's cache folder holds copies of files behind URLs, and compiled programs."""
 
 import hashlib
 import os
 import platform
+import posixpath
 from pathlib import Path
 
 
 def cache_folder(*parts: str) -> Path:
-    """`$XDG_CACHE_HOME/scalegpt`, else `~/.cache/scalegpt`, and what is below; it makes nothing."""
+    """Return `$XDG_CACHE_HOME/scalegpt/parts`, or `~/.cache/scalegpt/parts`; create nothing."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(home, "scalegpt", *parts)
 
 
-def keep_compiled() -> None:
-    """Let JAX keep compiled programs for the next process, unless the user has said where or not:
-    JAX_COMPILATION_CACHE_DIR=DIR, JAX_ENABLE_COMPILATION_CACHE=false. Before anything compiles.
+def name_of_url(url: str) -> str:
+    """Return a folder name for copies of what is at `url`: its last part and a hash of all of it.
 
-    They hold instructions of this kind of CPU, which a home folder may share with other kinds.
+    The hash keeps `gs://a/run` and `gs://b/run` apart.
     """
-    import jax  # not above: who only copies files needs none
+    url = url.rstrip("/")
+    return f"{posixpath.basename(url)}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
+
+
+def keep_compiled() -> None:
+    """Make JAX store compiled programs for later processes; call it before anything compiles.
+
+    The user's own settings win: JAX_COMPILATION_CACHE_DIR=DIR, or
+    JAX_ENABLE_COMPILATION_CACHE=false. Each kind of CPU has its own folder, because compiled
+    programs hold that CPU's instructions, and machines of several kinds may share a home folder.
+    """
+    import jax  # not at the top: a process that only copies files needs no JAX
 
     if jax.config.jax_compilation_cache_dir is None:
         kind = hashlib.sha256(_cpu().encode()).hexdigest()[:12]
         jax.config.update("jax_compilation_cache_dir", str(cache_folder("compiled", kind)))
-        # JAX's second leaves out most of a small run's programs, which are seconds together.
-        ours = {
+        # JAX stores only what took a second to compile, which leaves out most programs of a small
+        # run; together they take seconds.
+        settings = {
             "jax_compilation_cache_max_size": 4 * 2**30,
             "jax_persistent_cache_min_compile_time_secs": 0.1,
         }
-        for name, value in ours.items():
+        for name, value in settings.items():
             if name.upper() not in os.environ:
                 jax.config.update(name, value)
 
 
 def _cpu() -> str:
-    """What it is and can do."""
+    """Return the instruction sets of this CPU as Linux lists them, elsewhere its name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # not on Linux
         return platform.processor() or platform.machine()
-    said = [line for line in lines if line.startswith(("flags", "Features"))]
-    return "\n".join(dict.fromkeys(said))
+    features = [line for line in lines if line.startswith(("flags", "Features"))]
+    return "\n".join(dict.fromkeys(features))

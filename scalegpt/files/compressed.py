@@ -1,4 +1,4 @@
-"""Bytes of a file, unpacked by the end of its name: .gz, .xz, .bz2, .zst, or as they are."""
+"""Compressed files are read by the end of their names: .gz, .xz, .bz2, .zst, or none of these."""
 
 import bz2
 import gzip
@@ -15,7 +15,10 @@ BLOCK = 1 << 20  # bytes read at once
 
 
 def blocks(path: Path) -> Iterator[bytes]:
-    """The file, part by part. Raises ValueError when it cannot be read or is damaged."""
+    """Yield the uncompressed bytes, part by part.
+
+    Raises Mistake when the file cannot be read, is damaged or ends early.
+    """
     try:
         if path.suffix == ".zst":
             yield from _zstd_blocks(path)
@@ -28,7 +31,7 @@ def blocks(path: Path) -> Iterator[bytes]:
 
 
 def read_text(path: str | Path) -> str:
-    """The whole of a UTF-8 file. Raises ValueError as `blocks` does, and when it is not UTF-8."""
+    """Return the text of a UTF-8 file. Raises Mistake as `blocks` does, and for other encodings."""
     try:
         return b"".join(blocks(Path(path))).decode()
     except UnicodeDecodeError as error:
@@ -40,11 +43,11 @@ def _zstd_blocks(path: Path) -> Iterator[bytes]:
         import zstandard
     except ImportError as error:
         raise Mistake(f"{path} needs zstandard: pip install 'scalegpt[data]'") from error
-    # Not its stream_reader, which takes the end of a truncated file for the end of the text.
+    # zstandard's stream_reader would take the end of a truncated file for the end of the text.
     frame, packed = None, b""
     with open(path, "rb") as file:
         try:
-            while packed := packed or file.read(BLOCK >> 4):  # it may unpack to 1,000 times that
+            while packed := packed or file.read(BLOCK >> 4):  # 64 KiB may unpack to 64 MiB
                 frame = frame or zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
                 yield frame.decompress(packed)
                 packed = frame.unused_data

@@ -1,4 +1,4 @@
-"""JSON that somebody else has written: whatever is wrong with it is one ValueError."""
+"""JSON from elsewhere is read so that whatever is wrong with it is one message to the user."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from scalegpt.errors import Mistake
 
 
 def parse(text: str) -> Any:
-    """The value in `text`. Raises ValueError for what is no JSON, or nested without an end."""
+    """Return the value in `text`. Raises ValueError for invalid JSON, or JSON nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -18,7 +18,7 @@ def parse(text: str) -> Any:
 
 
 def read_object(path: Path, hint: str = "") -> dict[str, Any]:
-    """The object in a file. Raises ValueError, with `hint` as what to do about it."""
+    """Return the JSON object in a file. Raises Mistake, ending with `hint`: what to do about it."""
     try:
         values = parse(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -31,7 +31,7 @@ def read_object(path: Path, hint: str = "") -> dict[str, Any]:
 
 
 def complete_rows(lines: Iterable[str]) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl, without what a killed process tore."""
+    """Return the rows of metrics.jsonl, without lines that a killed process left half-written."""
     rows = []
     for line in lines:
         try:

@@ -1,18 +1,15 @@
-"""The small files of a run, which grow: config, metrics, TensorBoard's; checkpoints are elsewhere.
+"""A run's folder holds small files that grow (config, metrics, TensorBoard) beside checkpoints.
 
-They are in run.out_dir. Where that is a URL, whose objects cannot grow, they are in a folder of the
-user's cache; each checkpoint takes them along to the URL, and a machine that has not got them, or
-older ones, fetches them from there.
+The small files are in run.out_dir. Where that is a URL, whose objects cannot grow, they are in a
+folder of the user's cache. Each checkpoint copies them to the URL, and a machine that has none of
+them, or older ones, fetches them from there.
 """
 
-import hashlib
-import os
-import posixpath
 from pathlib import Path
 
 from scalegpt.errors import Mistake
-from scalegpt.files.cache import cache_folder
-from scalegpt.files.folder import Folder, is_url, open_folder
+from scalegpt.files.cache import cache_folder, name_of_url
+from scalegpt.files.folder import Folder, is_url, open_folder, replace_file
 
 FOLDER = "checkpoints"
 BAD_UPDATES = "bad_updates.jsonl"
@@ -21,31 +18,30 @@ _LOGS = "tensorboard"
 
 
 def is_run(folder: str | Path) -> bool:
-    """Whether it is the folder of a run, or of imported weights, and not of Hugging Face's kind."""
+    """Tell whether `folder` is a run's, or of imported weights, and not one of Hugging Face's."""
     if is_url(folder):
         return bool((open_folder(folder) / FOLDER).names())
     return Path(folder, FOLDER).expanduser().is_dir()
 
 
 def has_imported_weights(out_dir: str | Path) -> bool:
-    """Whether it has a step 0, which no run saves."""
+    """Tell whether `out_dir` has a checkpoint of step 0, which imports write and no run saves."""
     return bool((open_folder(out_dir) / FOLDER / "0").names())
 
 
 def local(out_dir: str) -> Path:
-    """Where the files are on this machine, whether they are there or not."""
-    if not is_url(out_dir):
-        return Path(out_dir).expanduser()
-    url = out_dir.rstrip("/")
-    name = f"{posixpath.basename(url)}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
-    return cache_folder("runs", name)
+    """Return the folder of this machine that the small files are in; it may not exist yet."""
+    if is_url(out_dir):
+        return cache_folder("runs", name_of_url(out_dir))
+    return Path(out_dir).expanduser()
 
 
 def fetch(out_dir: str, is_main: bool = True) -> Path:
-    """Bring what the URL has to `local`, which is returned; a local run's are there anyway.
+    """Copy the small files from the URL to `local`, which is returned; nothing for a local run.
 
-    The main process takes all, any other the config. The URL decides what the run is, as others may
-    have gone on with it; a local file counts only where it continues the URL's. Raises ValueError.
+    The main process takes all of them, any other only the config. The URL decides what the run is,
+    because other machines may have gone on with it; a local file is kept only where it begins with
+    the URL's. Raises Mistake.
     """
     here = local(out_dir)
     if not is_url(out_dir):
@@ -54,7 +50,7 @@ def fetch(out_dir: str, is_main: bool = True) -> Path:
     try:
         here.mkdir(parents=True, exist_ok=True)
         names = [name for name in _FILES if remote.has(name)]
-        if _FILES[0] not in names:  # there is no such run, or no more
+        if _FILES[0] not in names:  # the URL has no run, or no longer
             (here / _FILES[0]).unlink(missing_ok=True)
             if is_main:
                 _set_aside(here)
@@ -63,7 +59,7 @@ def fetch(out_dir: str, is_main: bool = True) -> Path:
         for name in [*names, *logs] if is_main else _FILES[:1]:
             _fetch_file(remote, here, name)
     except Exception as error:  # each file system has its own
-        raise Mistake(f"cannot read run.out_dir={out_dir}: {_said(error)}") from error
+        raise Mistake(f"cannot read run.out_dir={out_dir}: {_first_line(error)}") from error
     return here
 
 
@@ -74,13 +70,11 @@ def _fetch_file(remote: Folder, here: Path, name: str) -> None:
             if file.read(len(data)) == data:
                 return
     target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    beside.write_bytes(data)
-    beside.replace(target)
+    replace_file(target, data)
 
 
 def _set_aside(here: Path) -> None:
-    """What a run of the same URL left that is no more."""
+    """Rename the files of an earlier run with the same URL, which has been removed there."""
     for name in (*_FILES[1:], _LOGS):
         if (here / name).exists():
             taken = {path.name for path in here.iterdir()}
@@ -89,7 +83,10 @@ def _set_aside(here: Path) -> None:
 
 
 def push(out_dir: str) -> None:
-    """Copy the files to the URL, as they are now; by the main process. Raises what goes wrong."""
+    """Copy the small files to the URL, in the main process; nothing for a local run.
+
+    Raises whatever the URL's file system raises.
+    """
     if not is_url(out_dir):
         return
     here, remote = local(out_dir), open_folder(out_dir)
@@ -106,12 +103,12 @@ def push(out_dir: str) -> None:
 
 
 def push_or_explain(out_dir: str) -> None:
-    """`push` for a user who has just named that URL. Raises ValueError."""
+    """Do as `push`, for a user who has just named that URL. Raises Mistake."""
     try:
         push(out_dir)
     except Exception as error:
-        raise Mistake(f"cannot write to run.out_dir={out_dir}: {_said(error)}") from error
+        raise Mistake(f"cannot write to run.out_dir={out_dir}: {_first_line(error)}") from error
 
 
-def _said(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or ['no reason given'])[0]}"

@@ -1,44 +1,34 @@
-"""Files of a URL, brought to the local disk once: whole, and by one process of each machine."""
+"""Files behind a URL are copied to the local disk once: whole, by one process of each machine."""
 
-import hashlib
-import os
 import posixpath
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from filelock import FileLock
 from tqdm import tqdm
 
 from scalegpt.errors import Mistake
-from scalegpt.files.cache import cache_folder
-from scalegpt.files.lock import hold
+from scalegpt.files.cache import cache_folder, name_of_url
+from scalegpt.files.folder import open_url, replacing
 
 CHUNK = 1 << 24  # bytes per read: large enough to run at disk speed, small in memory
 
 
 def stage(url: str, files: Sequence[str], cache_dir: str | None = None) -> Path:
-    """The local folder with those of `files` that `url` has, copied where it is not up to date.
+    """Return a local folder with those of `files` that `url` has, copying what is not up to date.
 
-    cache_dir: default `$XDG_CACHE_HOME/scalegpt`, else `~/.cache/scalegpt`. Raises ValueError for a
+    cache_dir: default `$XDG_CACHE_HOME/scalegpt`, else `~/.cache/scalegpt`. Raises Mistake for a
     URL that cannot be read, a full disk, or a copy that ended early.
     """
-    import fsspec
-
     url = url.rstrip("/")
-    protocol = url.split("://")[0]
-    try:
-        fs, root = fsspec.core.url_to_fs(url)
-    except OSError as error:  # some connect at once
-        raise Mistake(f"cannot read {url}: {error}; is the network up?") from error
-    except (ImportError, ValueError) as error:
-        extra = '"scalegpt[tpu]"' if protocol in ("gs", "gcs") else "the package it names"
-        raise Mistake(f"cannot read {url}: {error}. Fix: pip install {extra}") from error
-    name = f"{posixpath.basename(url)}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
-    folder = Path(cache_dir or cache_folder(), name)
+    fs, root = open_url(url, "read")
+    folder = Path(cache_dir or cache_folder(), name_of_url(url))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Eight processes of one machine must not fill its disk with eight copies.
-        with hold(folder / "lock"):
+        with FileLock(folder / "lock"):
             for file in files:
                 _stage_file(fs, posixpath.join(root, file), folder / file)
     except OSError as error:  # of the network or of the disk
@@ -49,7 +39,8 @@ def stage(url: str, files: Sequence[str], cache_dir: str | None = None) -> Path:
     return folder
 
 
-def _stage_file(fs, source: str, target: Path) -> None:
+def _stage_file(fs: Any, source: str, target: Path) -> None:
+    """Copy `source` to `target`, unless the stamp beside `target` tells that it is the same."""
     stamp_file = target.with_name(target.name + ".stamp")
     try:
         info = fs.info(source)
@@ -68,19 +59,14 @@ def _stage_file(fs, source: str, target: Path) -> None:
             f"{source} has {size:,} bytes, and {target.parent} has room for {free:,}; free some, "
             "or choose another cache folder"
         )
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     bar = tqdm(total=size, desc=source, unit="B", unit_scale=True, disable=(size or 0) < CHUNK)
-    try:
+    with replacing(target) as partial:
         with fs.open(source, "rb") as reader, open(partial, "wb") as writer, bar:
             while chunk := reader.read(CHUNK):
                 writer.write(chunk)
                 bar.update(len(chunk))
-        if size is not None and partial.stat().st_size != size:
-            raise Mistake(
-                f"{source}: {partial.stat().st_size} of {size} bytes arrived; start again"
-            )
-        # The stamp goes last and the file appears whole: a kill in between costs a download.
-        os.replace(partial, target)
-        stamp_file.write_text(stamp)
-    finally:
-        partial.unlink(missing_ok=True)
+        arrived = partial.stat().st_size
+        if size is not None and arrived != size:
+            raise Mistake(f"{source}: {arrived} of {size} bytes arrived; start again")
+    # The stamp goes last: a kill before it costs a download, never a wrong file.
+    stamp_file.write_text(stamp)

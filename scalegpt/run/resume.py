@@ -3,10 +3,11 @@
 import math
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from scalegpt.checkpoints import manifest
 from scalegpt.checkpoints.checkpoints import Checkpoints
@@ -16,23 +17,22 @@ from scalegpt.config.loading import load, validate
 from scalegpt.errors import Mistake
 from scalegpt.files import run_folder
 from scalegpt.files.folder import open_folder
-from scalegpt.files.lock import hold
 from scalegpt.files.run_folder import FOLDER, has_imported_weights
 from scalegpt.step.build import Steps
 from scalegpt.step.update import State
 from scalegpt.weights import init_from
 
 
-def lock(config: Config) -> TextIO:
-    """Keep a second process out of run.out_dir until the file is closed, or this process ends.
+def lock(config: Config) -> AcquireReturnProxy:
+    """Keep other processes out of run.out_dir until a `with` block or this process ends.
 
-    Raises ValueError when another process trains there already.
+    Raises Mistake when another process trains there already.
     """
     folder = run_folder.local(config.run.out_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return hold(folder / ".lock", wait=False)
-    except BlockingIOError:
+        return FileLock(folder / ".lock", timeout=0).acquire()
+    except Timeout:
         raise Mistake(
             f"another process is training in {folder}; stop it, or choose another run.out_dir"
         ) from None

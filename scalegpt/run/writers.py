@@ -10,6 +10,7 @@ from typing import Any
 
 from scalegpt.errors import Mistake
 from scalegpt.files import json_files
+from scalegpt.files.folder import replace_file
 
 Row = dict[str, Any]
 Say = Callable[[str], None]
@@ -43,10 +44,7 @@ class JsonlWriter:
             kept = [
                 row for row in self.earlier if row["step"] < resume_step + ("time/step" not in row)
             ]
-            # Written beside it and renamed: killed at any point, the file is the old or the new.
-            beside = path.with_name(path.name + ".tmp")
-            beside.write_text("".join(json.dumps(row) + "\n" for row in kept))
-            beside.replace(path)
+            replace_file(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
         elif path.exists() and path.stat().st_size:
             raise Mistake(f"{path} is another run's: choose a new run.out_dir, or move it away")
         # Unbuffered: what the disk did not take is known to the byte.
