@@ -1,14 +1,14 @@
-"""Figures of a trained model: loss over text, and tasks; `python -m scalegpt.evaluate`.
+"""This command measures a trained model: its loss over text and its scores in tasks.
 
-Evaluation shares no random key and no position with training: how often it happens changes
-nothing in the run.
+Evaluation shares no random key and no data position with training, so that a run is the same
+however often it is evaluated.
 """
 
 import argparse
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -19,74 +19,115 @@ from scalegpt.data.token_files import Split, open_split
 from scalegpt.errors import Mistake
 from scalegpt.files.cache import keep_compiled
 from scalegpt.inference import tasks
-from scalegpt.inference.batching import Figures
 from scalegpt.inference.likelihood import scorer
-from scalegpt.inference.text_loss import losses, text_split
+from scalegpt.inference.results import Figures
+from scalegpt.inference.text_loss import text_evaluator, text_split
 from scalegpt.processes import startup
 from scalegpt.processes.command import run_command
 from scalegpt.weights import trained
 
 
+class _Inputs(NamedTuple):
+    """The model to evaluate, and what on: text (splits with their weights) and opened tasks."""
+
+    model: trained.Trained
+    splits: list[Split]
+    weights: list[float]
+    opened: list[tasks.Task]
+
+
+# Name of a text or task, its figures, and over how many samples of which unit they are.
+_Result = tuple[str, Figures, int, str]
+
+
 def main(argv: list[str]) -> int:
     flags = _parser().parse_args(argv)
     _check(flags)
-    config = None
-    if flags.config is not None:
-        config = loading.validate(loading.load(flags.config), flags.config)
-        if not config.run.init_from:
-            raise Mistake(
-                f"{flags.config} has no run.init_from, which names the weights to evaluate; for "
-                f"those of the run itself: --run {config.run.out_dir}"
-            )
-    asked = dict(zip(flags.task, flags.file, strict=True))
-    if config and not (asked or flags.text or flags.data):
-        asked, flags.limit = config.eval.tasks, flags.limit or config.eval.task_examples
-    microbatch = flags.microbatch or (config and config.batch.microbatch) or 8
-    # Before the weights are read, maybe downloaded; of a run's own data only they can tell.
-    splits, weights = _splits(flags, config.data) if config else ([], [])
-    keep_compiled()
-    startup.start(trained.machine(flags, config).distributed)
-    loaded = trained.load(flags, microbatch, config)
-    model, steps = loaded.config.model, loaded.steps
-    if config:
-        _refuse_other_model(config, loaded)
-    else:
-        splits, weights = _splits(flags, loaded.config.data)
-    for split in splits:
-        _refuse_other_tokens(split, loaded)
-    codec = loaded.codec() if asked or flags.text else None
-    # Everything is read before anything is computed: a mistake shall not cost an hour.
-    opened = [tasks.open_task(n, f, codec, model.block_size, flags.limit) for n, f in asked.items()]
-    if flags.text:
-        splits, weights = [text_split(flags.text, codec)], [1.0]
-    results: list[tuple[str, Figures, int, str]] = []
-    if splits:
-        windows = flags.windows or (config and config.eval.windows)
-        evaluate, count = losses(steps, splits, weights, windows, shown=True)
-        file = Path(flags.data) if flags.data else None
-        name = file.stem if file and file.is_file() else flags.split or "val"
-        name = "text" if flags.text else name
-        results.append((name, evaluate(loaded.params), count, "tokens"))
-    score = scorer(steps)
-    for task in opened:
-        found = tasks.run(task, score, loaded.params, shown=True)
-        results.append((task.name, found, len(task.gold), "examples"))
-    for name, figures, _, _ in results:
-        if not all(math.isfinite(value) for value, _ in figures.values()):
-            raise Mistake(
-                f"a figure of {loaded.name} over {name} is not finite: the tokens are others than "
-                "their meta.json says, or the weights are broken"
-            )
+    config = _read_config(flags.config) if flags.config is not None else None
+    task_files = _task_files(flags, config)
+    inputs = _load(flags, config, task_files)
+    results = _results(flags, config, inputs)
+    _refuse_not_finite(inputs.model, results)
     if jax.process_index() == 0:
-        at = "" if loaded.step is None else f", step {loaded.step}"
-        on = [split.name for split in splits] + [Path(file).name for file in asked.values()]
-        title = f"{loaded.name}{at}, on {', '.join(on)}"
-        print(_json(loaded, results) if flags.json else f"{title}\n{_table(results)}")
+        model, names = inputs.model, [split.name for split in inputs.splits]
+        names += [Path(file).name for file in task_files.values()]
+        step = "" if model.step is None else f", step {model.step}"
+        title = f"{model.name}{step}, on {', '.join(names)}"
+        print(_json(model, results) if flags.json else f"{title}\n{_table(results)}")
     return 0
 
 
-def _json(loaded: trained.Trained, results: list[tuple[str, Figures, int, str]]) -> str:
-    row: dict[str, Any] = {"model": loaded.name, "step": loaded.step}
+def _read_config(file: str) -> Config:
+    config = loading.validate(loading.load(file), file)
+    if not config.run.init_from:
+        raise Mistake(
+            f"{file} has no run.init_from, which names the weights to evaluate; for "
+            f"those of the run itself: --run {config.run.out_dir}"
+        )
+    return config
+
+
+def _task_files(flags: argparse.Namespace, config: Config | None) -> dict[str, str]:
+    """Return each task's file by --task, or else by eval.tasks, together with its --limit."""
+    files = dict(zip(flags.task, flags.file, strict=True))
+    if config and not (files or flags.text or flags.data):
+        files, flags.limit = config.eval.tasks, flags.limit or config.eval.task_examples
+    return files
+
+
+def _load(flags: argparse.Namespace, config: Config | None, task_files: dict[str, str]) -> _Inputs:
+    """Read everything before anything is computed, so that a mistake does not cost an hour."""
+    microbatch = flags.microbatch or (config and config.batch.microbatch) or 8
+    # A config's data come before its weights, which may be a download; of --run and --hf only the
+    # weights' own config names the data.
+    splits, weights = _splits(flags, config.data) if config else ([], [])
+    keep_compiled()
+    startup.start(trained.machine(flags, config).distributed)
+    model = trained.load(flags, microbatch, config)
+    if config:
+        _refuse_other_model(config, model)
+    else:
+        splits, weights = _splits(flags, model.config.data)
+    for split in splits:
+        _refuse_other_tokens(split, model)
+    codec = model.codec() if task_files or flags.text else None
+    block_size = model.config.model.block_size
+    opened = [
+        tasks.open_task(name, file, codec, block_size, flags.limit)
+        for name, file in task_files.items()
+    ]
+    if flags.text:
+        splits, weights = [text_split(flags.text, codec)], [1.0]
+    return _Inputs(model, splits, weights, opened)
+
+
+def _results(flags: argparse.Namespace, config: Config | None, inputs: _Inputs) -> list[_Result]:
+    (model, splits, weights, opened), results = inputs, []
+    if splits:
+        windows = flags.windows or (config and config.eval.windows)
+        evaluate, count = text_evaluator(model.steps, splits, weights, windows, shown=True)
+        file = Path(flags.data) if flags.data else None
+        name = file.stem if file and file.is_file() else flags.split or "val"
+        name = "text" if flags.text else name
+        results.append((name, evaluate(model.params), count, "tokens"))
+    score = scorer(model.steps)
+    for task in opened:
+        figures = tasks.run(task, score, model.params, shown=True)
+        results.append((task.name, figures, len(task.gold), "examples"))
+    return results
+
+
+def _refuse_not_finite(model: trained.Trained, results: list[_Result]) -> None:
+    for name, figures, _, _ in results:
+        if not all(math.isfinite(value) for value, _ in figures.values()):
+            raise Mistake(
+                f"a figure of {model.name} over {name} is not finite: the tokens are others "
+                "than their meta.json says, or the weights are broken"
+            )
+
+
+def _json(model: trained.Trained, results: list[_Result]) -> str:
+    row: dict[str, Any] = {"model": model.name, "step": model.step}
     for name, figures, count, unit in results:
         for key, (value, error) in figures.items():
             row |= {f"{name}/{key}": value, f"{name}/{key}_stderr": error}
@@ -94,7 +135,7 @@ def _json(loaded: trained.Trained, results: list[tuple[str, Figures, int, str]])
     return json.dumps(row)
 
 
-def _table(results: list[tuple[str, Figures, int, str]]) -> str:
+def _table(results: list[_Result]) -> str:
     lines = [
         (f"{name}/{key}", f"{value:.6g}", f"± {error:.3g}", f"{count:,} {unit}")
         for name, figures, count, unit in results
@@ -149,11 +190,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(flags: argparse.Namespace) -> None:
-    """What can be told before JAX starts and weights are read."""
+    """Raise Mistake for what can be told before JAX starts and weights are read."""
     for name in ("microbatch", "windows", "limit"):
         if getattr(flags, name) is not None and getattr(flags, name) < 1:
             raise Mistake(f"--{name}={getattr(flags, name)} must be at least 1")
-    if (flags.microbatch or 1) > 1 << 16:  # rows of a batch, padded to so many
+    if (flags.microbatch or 1) > 1 << 16:  # every batch is padded to so many rows
         raise Mistake(f"--microbatch={flags.microbatch} must be at most {1 << 16}")
     if len(flags.task) != len(flags.file) or len(set(flags.task)) != len(flags.task):
         raise Mistake("each --task needs its --file, and each task can be given once")
@@ -170,40 +211,39 @@ def _check(flags: argparse.Namespace) -> None:
         raise Mistake(f"{flags.hf} has no data of its own; give --data, --text or --task")
 
 
-def _refuse_other_model(config: Config, loaded: trained.Trained) -> None:
-    """The weights decide what the model is, so the config must not say that it is another."""
-    neutral = NOT_SHAPING - {"block_size"}
-    theirs = loaded.config.model
-    for key in sorted(config.model.model_fields_set - neutral):
-        if getattr(config.model, key) != getattr(theirs, key):
+def _refuse_other_model(config: Config, model: trained.Trained) -> None:
+    """Raise Mistake if the config says that the model is another than the weights make it."""
+    loaded = model.config.model
+    for key in sorted(config.model.model_fields_set - (NOT_SHAPING - {"block_size"})):
+        if getattr(config.model, key) != getattr(loaded, key):
             raise Mistake(
-                f"model.{key}={getattr(config.model, key)}, but {loaded.name} of run.init_from has "
-                f"{getattr(theirs, key)}"
+                f"model.{key}={getattr(config.model, key)}, but {model.name} of run.init_from has "
+                f"{getattr(loaded, key)}"
             )
 
 
 def _splits(flags: argparse.Namespace, data: DataConfig) -> tuple[list[Split], list[float]]:
-    """The token files asked for, else those of `data`; none if only something else is asked for."""
+    """Open the token files of --data, or else of `data`; none if only text or tasks are wanted."""
     if flags.text or (flags.task and not flags.data):
         return [], []
-    shares = {flags.data: 1.0} if flags.data else data.weights
-    if "" in shares:
+    weights = {flags.data: 1.0} if flags.data else data.weights
+    if "" in weights:
         raise Mistake("an imported model has no data of its own; give --data, --text or --task")
-    splits = [open_split(path, flags.split or "val", data.cache_dir) for path in shares]
-    return splits, list(shares.values())
+    splits = [open_split(path, flags.split or "val", data.cache_dir) for path in weights]
+    return splits, list(weights.values())
 
 
-def _refuse_other_tokens(split: Split, loaded: trained.Trained) -> None:
-    size = loaded.config.model.vocab_size
+def _refuse_other_tokens(split: Split, model: trained.Trained) -> None:
+    size = model.config.model.vocab_size
     if split.vocab_size > size:
         raise Mistake(
             f"{split.name} has {split.vocab_size} token ids, the model only {size}; prepare the "
             "text with the model's tokenizer"
         )
-    if loaded.tokenizer is not None and not tokenizer.same(loaded.tokenizer, split.tokenizer):
+    if model.tokenizer is not None and not tokenizer.same(model.tokenizer, split.tokenizer):
         raise Mistake(
             f"{split.name} was made with tokenizer {tokenizer.kind(split.tokenizer)}, the model "
-            f"with another, {tokenizer.kind(loaded.tokenizer)}, so that ids do not mean the same; "
+            f"with another, {tokenizer.kind(model.tokenizer)}, so that ids do not mean the same; "
             "prepare the text again"
         )
 

@@ -1,4 +1,4 @@
-"""Text from a trained model: `python -m scalegpt.generate --run out/NAME --prompt "..."`."""
+"""This command writes text: `python -m scalegpt.generate --run out/NAME --prompt "..."`."""
 
 import argparse
 import contextlib
@@ -32,10 +32,37 @@ _HELP = {
     "repetition_penalty": "above 1: tokens of the text so far become less likely",
 }
 
-_MOST = {"num_samples": 1 << 16, "max_new_tokens": 2**31 - 1}  # a list of samples; JAX's counter
+# Each sample is an entry of a list, and JAX counts tokens in an int32.
+_MOST = {"num_samples": 1 << 16, "max_new_tokens": 2**31 - 1}
 
 
 def main(argv: list[str]) -> int:
+    flags = _parser().parse_args(argv)
+    _check(flags)
+    sampler = Sampler(**{option.name: getattr(flags, option.name) for option in fields(Sampler)})
+    prompts, interactive = _prompts(flags)
+    model = _load(flags)
+    codec = model.codec()
+    write = decoder(model.steps, model.params, sampler, codec.vocab_size, keep=False)
+    for texts in prompts:
+        try:
+            ids = [prompt_ids(codec, text) for text in texts]
+            _check_length(flags, max(map(len, ids)), model.config.model.block_size)
+        except ValueError as error:
+            if not interactive:
+                raise
+            print(f"error: {error}")  # the next prompt may be good
+            continue
+        try:
+            _write(flags, write, codec, texts, ids)
+        except KeyboardInterrupt:
+            if not interactive:
+                raise
+            print()
+    return 0
+
+
+def _parser() -> command_line.Parser:
     parser = command_line.Parser(
         prog="scalegpt.generate",
         description="Continue texts with a trained model. Without a prompt: standard input, or, "
@@ -70,7 +97,10 @@ def main(argv: list[str]) -> int:
         "block_size tokens, slowly, or refuse",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object a sample")
-    flags = parser.parse_args(argv)
+    return parser
+
+
+def _check(flags: argparse.Namespace) -> None:
     for name in ("num_samples", "max_new_tokens"):
         if not 1 <= (value := getattr(flags, name)) <= _MOST[name]:
             flag = name.replace("_", "-")
@@ -79,32 +109,15 @@ def main(argv: list[str]) -> int:
         raise Mistake(f"--seed={flags.seed} must be from 0 to {2**32 - 1}")
     if "" in flags.stop:
         raise Mistake("--stop='' would end every text before it begins; give some text")
-    sampler = Sampler(**{option.name: getattr(flags, option.name) for option in fields(Sampler)})
-    prompts, interactive = _prompts(flags)
+
+
+def _load(flags: argparse.Namespace) -> trained.Trained:
     keep_compiled()
     startup.start(trained.machine(flags).distributed)
     model = trained.load(flags, microbatch=1)
     if flags.prompt is None and flags.prompt_file is None and jax.process_count() > 1:
         raise Mistake("several processes need --prompt or --prompt-file: each has its own input")
-    codec = model.codec()
-    write = decoder(model.steps, model.params, sampler, codec.vocab_size, keep=False)
-    block = model.config.model.block_size
-    for texts in prompts:
-        try:
-            ids = [prompt_ids(codec, text) for text in texts]
-            _check_length(flags, max(map(len, ids)), block)
-        except ValueError as error:  # of this prompt; the next may do
-            if not interactive:
-                raise
-            print(f"error: {error}")
-            continue
-        try:
-            _write(flags, write, codec, texts, ids)
-        except KeyboardInterrupt:
-            if not interactive:
-                raise
-            print()
-    return 0
+    return model
 
 
 def _check_length(flags: argparse.Namespace, longest: int, block: int) -> None:
@@ -116,7 +129,7 @@ def _check_length(flags: argparse.Namespace, longest: int, block: int) -> None:
 
 
 def _prompts(flags: argparse.Namespace) -> tuple[Iterable[list[str]], bool]:
-    """Batches of prompts, and whether somebody is typing them."""
+    """Return batches of prompts, and whether somebody is typing them."""
     if flags.prompt is not None:
         return [flags.prompt], False
     if flags.prompt_file is not None:
@@ -125,19 +138,21 @@ def _prompts(flags: argparse.Namespace) -> tuple[Iterable[list[str]], bool]:
         except (OSError, UnicodeDecodeError) as error:
             raise Mistake(f"cannot read --prompt-file {flags.prompt_file}: {error}") from None
     if not sys.stdin.isatty():
-        return ([_piped()] for _ in range(1)), False  # not before it is asked for
+        return _piped_prompt(), False
     return _typed_prompts(), True
 
 
-def _piped() -> str:
+def _piped_prompt() -> Iterator[list[str]]:
+    """Yield the text of standard input; it is read when the model has been loaded."""
     try:
-        return sys.stdin.read()
+        text = sys.stdin.read()
     except UnicodeDecodeError as error:
         raise Mistake(f"standard input is not UTF-8 text: {error}; convert it first") from None
+    yield [text]
 
 
 def _typed_prompts() -> Iterator[list[str]]:
-    """Until Ctrl-D, or Ctrl-C where a prompt is asked for."""
+    """Yield each prompt that is typed, until Ctrl-D, or Ctrl-C instead of a prompt."""
     with contextlib.suppress(ImportError):  # Windows
         importlib.import_module("readline")  # editing and history for input()
     while True:
@@ -160,24 +175,24 @@ def _write(
     texts: list[str],
     ids: list[np.ndarray],
 ) -> None:
-    """Print the samples of all prompts, the first one while it is made, then the speed."""
-    asked = [pair for pair in zip(texts, ids, strict=True) for _ in range(flags.num_samples)]
+    """Print the samples of all prompts, the first one while it is written, then the speed."""
+    pairs = [pair for pair in zip(texts, ids, strict=True) for _ in range(flags.num_samples)]
     is_main, stream = jax.process_index() == 0, not flags.json
     printed, began, first = "", time.perf_counter(), 0.0
 
-    def watch(written: list[Continuation]) -> None:
+    def watch(samples: list[Continuation]) -> None:
         nonlocal printed, first
         first = first or time.perf_counter()
         if is_main and stream:
-            print(written[0].text[len(printed) :], end="", flush=True)
-            printed = written[0].text
+            print(samples[0].text[len(printed) :], end="", flush=True)
+            printed = samples[0].text
 
     if is_main and stream:
-        print(asked[0][0], end="", flush=True)
-    written = continuations(
+        print(pairs[0][0], end="", flush=True)
+    samples = continuations(
         write,
         codec,
-        [x for _, x in asked],
+        [prompt for _, prompt in pairs],
         max_new_tokens=flags.max_new_tokens,
         seed=flags.seed,
         stops=flags.stop,
@@ -187,21 +202,21 @@ def _write(
     if not is_main:
         return
     if stream:
-        rest = zip(asked[1:], written[1:], strict=True)
-        print("".join(f"\n---------------\n{text}{done.text}" for (text, _), done in rest))
+        others = zip(pairs[1:], samples[1:], strict=True)
+        print("".join(f"\n---------------\n{text}{x.text}" for (text, _), x in others))
     else:
-        for (text, x), done in zip(asked, written, strict=True):
+        for (text, prompt), sample in zip(pairs, samples, strict=True):
             row = {
                 "prompt": text,
-                "text": done.text,
-                "finish": done.finish,
-                "prompt_tokens": len(x),
-                "new_tokens": len(done.ids),
+                "text": sample.text,
+                "finish": sample.finish,
+                "prompt_tokens": len(prompt),
+                "new_tokens": len(sample.ids),
             }
             print(json.dumps(row, ensure_ascii=False))
-    later, seconds = sum(len(done.ids) for done in written) - len(asked), ended - first
+    later, seconds = sum(len(sample.ids) for sample in samples) - len(pairs), ended - first
     speed = f", then {later / seconds:.1f} tokens/s" if later > 0 else ""
-    prompts = " + ".join(str(len(x)) for x in ids)
+    prompts = " + ".join(str(len(prompt)) for prompt in ids)
     print(
         f"[{prompts} tokens of prompt, first new token after {first - began:.1f} s{speed}]",
         file=sys.stderr,

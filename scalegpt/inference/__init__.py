@@ -1,1 +1,1 @@
-"""What a model with weights says: how likely a text is, and what comes next."""
+"""This room uses a model with its weights: how likely is a text, and which text comes next?"""

@@ -1,4 +1,4 @@
-"""Texts being written after prompts, token by token."""
+"""A continuation is the text that a model writes after a prompt, token by token."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,10 +12,10 @@ from scalegpt.inference.decode import Decoder
 
 @dataclass
 class Continuation:
-    """What has been written after one prompt. text: what is certain of it so far.
+    """A continuation holds what has been written after one prompt.
 
-    finish: why it ended, None while it has not: end_of_text, stop (a stop string, which is not part
-    of the text) or length.
+    text: the part that no later token can change. finish: why the text ended, which is end_of_text,
+    stop (a stop string, which is not part of the text) or length; None while it goes on.
     """
 
     codec: Tokenizer
@@ -25,7 +25,7 @@ class Continuation:
     finish: str | None = None
 
     def add(self, token: int) -> None:
-        """One more token; it is ignored when the text has ended."""
+        """Append a token, unless the text has ended."""
         if self.finish:
             return
         if token == self.codec.eot:
@@ -33,13 +33,13 @@ class Continuation:
             return
         self.ids.append(token)
         text = self._decoded()
-        if found := [at for stop in self.stops if (at := text.find(stop)) >= 0]:
-            self.text, self.finish = text[: min(found)], "stop"
+        if places := [at for stop in self.stops if (at := text.find(stop)) >= 0]:
+            self.text, self.finish = text[: min(places)], "stop"
             return
-        # Not yet certain: half a UTF-8 character, and what may become a stop string.
+        # The next token may complete half a UTF-8 character, or the beginning of a stop string.
         text = text.rstrip("\ufffd")
-        held = [n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
-        self.text = text[: len(text) - max(held, default=0)]
+        begun = [n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
+        self.text = text[: len(text) - max(begun, default=0)]
 
     def end(self, finish: str) -> None:
         if self.finish is None:
@@ -61,7 +61,7 @@ def continuations(
 ) -> list[Continuation]:
     """Continue each prompt until end of text, a stop string or max_new_tokens.
 
-    watch: called after each token, with all texts. Every process must call this together.
+    watch: called with all texts after each token. Every process of a run must call this together.
     """
     texts = [Continuation(codec, stops) for _ in prompts]
     for ids in write.ids(prompts, max_new_tokens, seed):
@@ -77,7 +77,10 @@ def continuations(
 
 
 def prompt_ids(codec: Tokenizer, text: str) -> np.ndarray:
-    """An empty prompt is the start of a new text. Raises ValueError for what is no text."""
+    """Encode a prompt; an empty one becomes the end-of-text mark, which begins a new text.
+
+    Raises Mistake for a prompt that is not UTF-8, or empty where the tokenizer has no mark.
+    """
     try:
         text.encode()
     except UnicodeEncodeError:  # bytes of a command line or a pipe that Python could not decode

@@ -1,12 +1,13 @@
-"""Token by token: prefill of the prompts, then a step that reads each weight once.
+"""Decoding fills a key-value cache with the prompts, then draws one token a step from it.
 
 Shapes: N texts, P tokens of a padded prompt, S slots of the cache, V padded vocabulary.
-Each function is compiled for powers of two of P and S, so neither a growing text nor a prompt of
+P and S are powers of two, at most block_size for P, so that neither a growing text nor a prompt of
 about the same length compiles anything anew.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -25,11 +26,11 @@ from scalegpt.step.build import Steps
 
 @dataclass(frozen=True)
 class Decoder:
-    """A model ready to write, with one way of sampling; `decoder` makes it.
+    """A decoder is a model and a sampler, compiled to continue texts; `decoder` makes one.
 
-    params: as `separate_layers` leaves them. prefill(params, tokens [N, P], first [N], seen, key,
-    i, slots) and step(params, ids [N], (cache, seen), key, i) -> (ids [N], (cache, seen)).
-    begin(tokens [N, 1], first [N], slots) -> (ids [N], cache), what a first step needs.
+    params: as `separate_layers` returns them. prefill(params, tokens [N, P], first [N], seen, key,
+    i, slots) and step(params, ids [N], (cache, seen), key, i) -> (ids [N], (cache, seen)), where
+    seen is as for `sample_token`. begin(tokens [N, 1], first [N], slots) -> (ids [N], empty cache).
     """
 
     steps: Steps
@@ -43,10 +44,10 @@ class Decoder:
     def ids(
         self, prompts: Sequence[np.ndarray], max_new_tokens: int, seed: int = 1337
     ) -> Iterator[np.ndarray]:
-        """The next id of each of N prompts, int32 [N], max_new_tokens times.
+        """Yield the next id of each of N prompts, int32 [N], max_new_tokens times.
 
         prompts: ids, at least one each, of any lengths. Past block_size a text is continued from
-        its last block_size tokens; as all positions shift, nothing cached can serve, and each
+        its last block_size tokens; all positions then shift, so the cache is of no use and each
         token costs a whole forward pass. Every process of a run must call this together.
         """
         block, shards = self.steps.model.config.block_size, sharding.row_shards(self.steps.mesh)
@@ -58,11 +59,11 @@ class Decoder:
         new, state = self._read(texts, key, 0, from_cache)
         for i in range(1, max_new_tokens):
             if i < from_cache:
-                # Before the ids of the last step are looked at, so that the device never waits.
+                # Dispatched before the ids of the last step are read, so the device never waits.
                 with jax.set_mesh(self.steps.mesh):
                     following, state = self.step(self.params, new, state, key, i)
-            yield (now := np.asarray(new))[: len(prompts)]
-            for text, token in zip(texts, now.tolist(), strict=True):
+            yield (ids := np.asarray(new))[: len(prompts)]
+            for text, token in zip(texts, ids.tolist(), strict=True):
                 text.append(token)
             if i >= from_cache:
                 following, state = self._read(texts, key, i, 1)
@@ -74,7 +75,7 @@ class Decoder:
         steps, config = self.steps, self.steps.model.config
         windows = [text[-config.block_size :] for text in texts]
         longest = max(map(len, windows))
-        # One token each, as of a text from nothing, is what a step reads: no prefill to compile.
+        # A step can read prompts of one token, so that no prefill need be compiled for them.
         width = 1 if longest == 1 else min(config.block_size, _bucket(longest))
         first = np.array([width - len(window) for window in windows], np.int32)
         tokens = np.array([[0] * (width - len(window)) + window for window in windows], np.int32)
@@ -99,30 +100,16 @@ class Decoder:
 def decoder(
     steps: Steps, params: Any, sampler: Sampler, vocab_size: int, keep: bool = True
 ) -> Decoder:
-    """steps: of `build_for_use`; params: theirs, which are copied.
+    """Return a Decoder for the parameters of `build_for_use`'s steps, which are copied.
 
-    vocab_size: ids that the tokenizer knows; of a model's others none is ever drawn. keep: False
-    deletes each of params' layers as it is copied, for a model of which two would not fit.
+    vocab_size: ids that the tokenizer knows; a model's others are never drawn. keep: False deletes
+    each of params' layers as it is copied, for a model that would not fit into memory twice.
     """
     model = steps.model
     vocab_size = min(vocab_size, model.config.vocab_size)
     with jax.set_mesh(steps.mesh):
         params = _for_decoding(params, model.dtype, keep)
-
-    def draw(params: Any, tokens: Array, cache: Cache, seen: Any, key: Array, i: Array) -> tuple:
-        with nn.logical_axis_rules(tuple(sharding.RULES.items())):
-            hidden, cache = model.apply({"params": params}, tokens, cache=cache)
-            scores = logits(hidden[:, -1], head_table(params), model.config)
-            # Sorting a vocabulary that is split would move it about more than once.
-            scores = constrain(scores, "batch", None)[:, :vocab_size]
-            ids = sample_token(scores, jax.random.fold_in(key, i), sampler, seen)
-            if seen is not None:
-                seen = seen.at[jnp.arange(len(ids)), ids].set(True)
-            return constrain(ids, None), (cache, seen)
-
-    def begin(tokens: Array, first: Array, slots: int) -> tuple[Array, Cache]:
-        with nn.logical_axis_rules(tuple(sharding.RULES.items())):
-            return constrain(tokens[:, 0], None), _empty_cache(model, first, slots)
+    begin, draw = partial(_begin, model), partial(_draw, model, sampler, vocab_size)
 
     def prefill(
         params: Any, tokens: Array, first: Array, seen: Any, key: Array, i: Array, slots: int
@@ -143,6 +130,34 @@ def decoder(
     )
 
 
+def _draw(
+    model: GPT,
+    sampler: Sampler,
+    vocab_size: int,
+    params: Any,
+    tokens: Array,
+    cache: Cache,
+    seen: Array | None,
+    key: Array,
+    i: Array,
+) -> tuple[Array, tuple[Cache, Array | None]]:
+    """Append tokens [N, P] to the cache and draw the ids [N] that follow them, for step i."""
+    with nn.logical_axis_rules(tuple(sharding.RULES.items())):
+        hidden, cache = model.apply({"params": params}, tokens, cache=cache)
+        scores = logits(hidden[:, -1], head_table(params), model.config)
+        # Gathered over the vocabulary once: sorting it while it is split would move it repeatedly.
+        scores = constrain(scores, "batch", None)[:, :vocab_size]
+        ids = sample_token(scores, jax.random.fold_in(key, i), sampler, seen)
+        if seen is not None:
+            seen = seen.at[jnp.arange(len(ids)), ids].set(True)
+        return constrain(ids, None), (cache, seen)
+
+
+def _begin(model: GPT, tokens: Array, first: Array, slots: int) -> tuple[Array, Cache]:
+    with nn.logical_axis_rules(tuple(sharding.RULES.items())):
+        return constrain(tokens[:, 0], None), _empty_cache(model, first, slots)
+
+
 def _empty_cache(model: GPT, first: Array, slots: int) -> Cache:
     c = model.config
     shape = (len(first), c.n_head, slots, c.head_dim)
@@ -155,28 +170,29 @@ def _empty_cache(model: GPT, first: Array, slots: int) -> Cache:
 
 
 def _for_decoding(params: Any, dtype: Any, keep: bool) -> Any:
-    """Layers apart, and what only products read rounded once, not anew for every token."""
+    """Copy the parameters with each layer apart and each kernel in the dtype of its products.
 
-    @jax.jit
-    def apart(part: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(cast, separate_layers(part))
+    Otherwise every token would round the float32 weights again. keep: as for `decoder`.
+    """
 
     def cast(path: tuple, x: Array) -> Array:
         return x.astype(dtype) if path[-1].key.endswith("kernel") else x
 
-    done = {path: leaf for path, leaf in flatten_dict(params).items() if path[0] != "h"}
+    @jax.jit
+    def convert(part: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(cast, separate_layers(part))
+
+    leaves = {path: leaf for path, leaf in flatten_dict(params).items() if path[0] != "h"}
     if dtype != jnp.float32:
-        done[("head_kernel",)] = apart({"head_kernel": params.get("head_kernel", params["wte"])})[
-            "head_kernel"
-        ]
-    if keep:  # then one program, not one for each parameter
-        return unflatten_dict(done) | apart({"h": params["h"]})
+        leaves |= flatten_dict(convert({"head_kernel": params.get("head_kernel", params["wte"])}))
+    if keep:  # one program, not one for each parameter
+        return unflatten_dict(leaves) | convert({"h": params["h"]})
     for path, leaf in flatten_dict({"h": params["h"]}).items():
-        done |= flatten_dict(apart(unflatten_dict({path: leaf})))
+        leaves |= flatten_dict(convert(unflatten_dict({path: leaf})))
         leaf.delete()
-    return unflatten_dict(done)
+    return unflatten_dict(leaves)
 
 
 def _bucket(n: int) -> int:
-    """The next power of two, from 16 on."""
+    """Round up to a power of two, at least 16."""
     return max(16, 1 << (n - 1).bit_length())

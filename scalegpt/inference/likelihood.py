@@ -1,10 +1,11 @@
-"""How likely a model finds given continuations, for rows of any length and on any mesh.
+"""A model's log-likelihood of given continuations, for rows of any length and on any mesh.
 
 Shapes: M rows of a batch, W positions, K scored positions, D embed, V vocab.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -15,20 +16,23 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
 from scalegpt.config.recipe import ModelConfig
-from scalegpt.inference.batching import fetch, progress
-from scalegpt.model.gpt import head_table, logits
+from scalegpt.inference.results import fetch, progress
+from scalegpt.model.gpt import GPT, head_table, logits
 from scalegpt.model.layers import constrain
 from scalegpt.step import sharding
 from scalegpt.step.build import Steps
 
-# (parameters, rows, what the progress bar says, or "" for none) -> [n] sums of log-likelihood in
-# nats, float64, and [n] whether greedy decoding gives the continuation, in the order of the rows.
+# (parameters, n rows, the progress bar's label or "") -> for each row in order, the sum of its
+# log-likelihoods in nats, float64 [n], and whether greedy decoding gives the continuation [n].
 Scorer = Callable[[Any, list["Row"], str], tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
 class Row:
-    """ids [n + 1], n at most block_size; the last `scored` of them are to be predicted."""
+    """A row is a context and its continuation, as ids [n + 1], n at most block_size.
+
+    scored: how many ids at the end are the continuation.
+    """
 
     ids: np.ndarray
     scored: int
@@ -37,20 +41,20 @@ class Row:
 def log_likelihood(
     hidden: Array, table: Array, targets: Array, config: ModelConfig
 ) -> tuple[Array, Array]:
-    """Sum of the targets' log-likelihoods [M], and whether each is the likeliest id [M].
+    """Return the sum of each row's log-likelihoods [M], and whether greedy decoding agrees [M].
 
-    hidden [M, K, D], targets [M, K], -1 where nothing is scored. Logits exist for `loss_chunk`
-    positions at a time. Of ids equally likely the first is greedy's, as with torch and NumPy.
+    hidden [M, K, D], table [V, D], targets [M, K] with -1 where nothing is scored. Logits exist for
+    `loss_chunk` positions at a time. Greedy takes the first of equals, as torch and NumPy do.
     """
 
     def part(args: tuple[Array, Array]) -> tuple[Array, Array]:
         hidden, targets = args
         scores = constrain(logits(hidden, table, config), "batch", "position", "act_vocab")
         ids, scored = jnp.arange(scores.shape[-1]), targets >= 0
-        right = jnp.where(ids == targets[..., None], scores, 0).sum(-1, keepdims=True)
-        # As argmax(scores) != targets, which takes twice the time on a CPU.
-        beaten = (scores > right) | ((scores == right) & (ids < targets[..., None]))
-        total = jnp.where(scored, right[..., 0] - jax.nn.logsumexp(scores, -1), 0).sum(-1)
+        target = jnp.where(ids == targets[..., None], scores, 0).sum(-1, keepdims=True)
+        # The same as argmax(scores) != targets, which takes twice the time on a CPU.
+        beaten = (scores > target) | ((scores == target) & (ids < targets[..., None]))
+        total = jnp.where(scored, target[..., 0] - jax.nn.logsumexp(scores, -1), 0).sum(-1)
         return total, ~(scored & beaten.any(-1)).any(-1)
 
     rows, slots, width = hidden.shape
@@ -62,58 +66,33 @@ def log_likelihood(
     return totals.sum(0), greedy.all(0)
 
 
-def scorer(steps: Steps, between: Callable[[], None] = lambda: None) -> Scorer:
-    """Compiled once for each of a few widths. Every process of a run must call it together.
-    between: called before each batch.
+def scorer(steps: Steps, check_stop: Callable[[], None] = lambda: None) -> Scorer:
+    """Return a function that scores rows; every process of a run must call it together.
 
-    A row's width follows from its own length alone, and nothing in a row sees another, so that
-    no figure depends on microbatch or mesh.
+    A row's width follows from its own length alone, and no row sees another, so that no figure
+    depends on microbatch or mesh. One program is compiled for each of a few widths. check_stop:
+    called before each batch.
     """
-    config, batch = steps.model.config, steps.layout[1]
-    local = sharding.local_rows(steps.mesh, batch)
     everywhere = NamedSharding(steps.mesh, PartitionSpec())
-    shortest = 32 if steps.model.attention == "xla" else 128  # the kernels' tiles
+    score = jax.jit(partial(_score_batch, steps.model), out_shardings=everywhere)
+    batch = steps.layout[1]
+    local = sharding.local_rows(steps.mesh, batch)
 
-    def score(params: Any, inputs: Array, positions: Array, targets: Array) -> Any:
-        with nn.logical_axis_rules(tuple(sharding.RULES.items())):
-            hidden = steps.model.apply({"params": params}, inputs)
-            # Most of a row is context: its logits would cost more than all the rest.
-            hidden = jnp.take_along_axis(hidden, positions[..., None], axis=1)
-            hidden = constrain(hidden, "batch", "position", "act_embed")
-            table = head_table(params)
-            return log_likelihood(hidden, table, targets, config)
-
-    score = jax.jit(score, out_shardings=everywhere)
-
-    def shape(row: Row) -> tuple[int, int]:
-        """(W, K)"""
-        length = len(row.ids) - 1
-        assert 0 < row.scored <= length <= config.block_size, (row.scored, length)
-        width = min(config.block_size, max(shortest, 1 << (length - 1).bit_length()))
-        return width, min(width, shortest if row.scored <= shortest else width)
-
-    def dispatch(params: Any, rows: list[Row], groups: list[np.ndarray]) -> Iterator[Any]:
-        for group in groups:
-            between()
-            arrays = _padded([rows[i] for i in group], batch, *shape(rows[group[0]]))
-            arrays = [
-                sharding.to_global(a[local], local, steps.eval_sharding, batch) for a in arrays
-            ]
-            with jax.set_mesh(steps.mesh):
-                yield score(params, *arrays)
+    def dispatch(params: Any, rows: list[Row], shape: tuple[int, int]) -> Any:
+        check_stop()
+        arrays = [
+            sharding.to_global(a[local], local, steps.eval_sharding, batch)
+            for a in _padded(rows, batch, *shape)
+        ]
+        with jax.set_mesh(steps.mesh):
+            return score(params, *arrays)
 
     def run(params: Any, rows: list[Row], what: str) -> tuple[np.ndarray, np.ndarray]:
-        by_shape: dict[tuple[int, int], list[int]] = {}
-        for i, row in enumerate(rows):
-            by_shape.setdefault(shape(row), []).append(i)
-        groups = [
-            np.array(indices[i : i + batch])
-            for _, indices in sorted(by_shape.items())
-            for i in range(0, len(indices), batch)
-        ]
         sums, greedy = np.zeros(len(rows)), np.zeros(len(rows), bool)
+        groups = _groups(rows, batch, steps.model)
+        dispatched = (dispatch(params, [rows[i] for i in group], shape) for shape, group in groups)
         with progress(what, len(rows), "row") as bar:
-            for group, result in zip(groups, fetch(dispatch(params, rows, groups)), strict=True):
+            for (_, group), result in zip(groups, fetch(dispatched), strict=True):
                 sums[group], greedy[group] = (x[: len(group)] for x in result)
                 bar.update(len(group))
         return sums, greedy
@@ -121,8 +100,41 @@ def scorer(steps: Steps, between: Callable[[], None] = lambda: None) -> Scorer:
     return run
 
 
+def _score_batch(
+    model: GPT, params: Any, inputs: Array, positions: Array, targets: Array
+) -> tuple[Array, Array]:
+    """Score inputs [M, W] at positions [M, K] for targets [M, K]; see `log_likelihood`."""
+    with nn.logical_axis_rules(tuple(sharding.RULES.items())):
+        hidden = model.apply({"params": params}, inputs)
+        # Most of a row is context: its logits would cost more than all the rest.
+        hidden = jnp.take_along_axis(hidden, positions[..., None], axis=1)
+        hidden = constrain(hidden, "batch", "position", "act_embed")
+        return log_likelihood(hidden, head_table(params), targets, model.config)
+
+
+def _groups(rows: list[Row], batch: int, model: GPT) -> list[tuple[tuple[int, int], np.ndarray]]:
+    """Sort rows into batches of one padded shape: ((W, K), indices of at most `batch` rows)."""
+    by_shape: dict[tuple[int, int], list[int]] = {}
+    for i, row in enumerate(rows):
+        by_shape.setdefault(_padded_shape(row, model), []).append(i)
+    return [
+        (shape, np.array(indices[i : i + batch]))
+        for shape, indices in sorted(by_shape.items())
+        for i in range(0, len(indices), batch)
+    ]
+
+
+def _padded_shape(row: Row, model: GPT) -> tuple[int, int]:
+    """Return (W, K) for a row: powers of two, so that few programs are compiled."""
+    length, block_size = len(row.ids) - 1, model.config.block_size
+    assert 0 < row.scored <= length <= block_size, (row.scored, length)
+    shortest = 32 if model.attention == "xla" else 128  # the tiles of the attention kernels
+    width = min(block_size, max(shortest, 1 << (length - 1).bit_length()))
+    return width, min(width, shortest if row.scored <= shortest else width)
+
+
 def _padded(rows: list[Row], batch: int, width: int, slots: int) -> tuple[np.ndarray, ...]:
-    """Inputs [M, W], and positions and targets [M, K] of what is scored, padded on the right."""
+    """Return inputs [M, W], and positions and targets [M, K] to score, padded on the right."""
     inputs = np.zeros((batch, width), np.int32)
     positions, targets = np.zeros((batch, slots), np.int32), np.full((batch, slots), -1, np.int32)
     for i, row in enumerate(rows):

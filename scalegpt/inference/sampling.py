@@ -1,4 +1,4 @@
-"""Which token comes next: greedy, temperature, top-k, top-p, min-p, repetition penalty."""
+"""A sampler draws the next token: temperature, top-k, top-p, min-p, repetition penalty."""
 
 from dataclasses import dataclass, fields
 from math import inf
@@ -12,7 +12,10 @@ from scalegpt.errors import Mistake
 
 @dataclass(frozen=True)
 class Sampler:
-    """How a token is drawn from logits, in the order in which transformers applies the same."""
+    """A sampler says how a token is drawn; transformers applies the same rules in the same order.
+
+    temperature: 0 is greedy. Raises Mistake for a value without a meaning.
+    """
 
     temperature: float = 0.8
     top_k: int = 200
@@ -21,7 +24,6 @@ class Sampler:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a value without a meaning."""
         allowed = {
             "temperature": (0 <= self.temperature < inf, "from 0, which is greedy, upwards"),
             "top_k": (self.top_k >= 0, "at least 0, which keeps all tokens"),
@@ -30,19 +32,19 @@ class Sampler:
             "repetition_penalty": (0 < self.repetition_penalty < inf, "above 0; 1 is none"),
         }
         for field in fields(self):
-            good, why = allowed[field.name]
-            if not good:
+            is_allowed, rule = allowed[field.name]
+            if not is_allowed:
                 name, value = field.name.replace("_", "-"), getattr(self, field.name)
-                raise Mistake(f"--{name}={value} must be {why}")
+                raise Mistake(f"--{name}={value} must be {rule}")
 
 
 def sample_token(scores: Array, key: Array, sampler: Sampler, seen: Array | None = None) -> Array:
-    """One id [N] int32 for each row of float32 logits [N, V], the row's key folded from `key`.
+    """Draw one id [N] int32 for each row of float32 logits [N, V], with a key folded from `key`.
 
-    seen: [N, V] bool, ids of the text so far, whose logits repetition_penalty divides when they
-    are positive and multiplies when they are not (CTRL, arXiv:1909.05858, section 4.1). top_p
-    keeps the likeliest ids until their probability reaches it (arXiv:1904.09751); min_p those at
-    least that likely, relative to the likeliest (arXiv:2407.01082).
+    seen: [N, V] bool, ids of the text so far. repetition_penalty divides their logits where these
+    are positive and multiplies them where not (CTRL, arXiv:1909.05858, section 4.1). top_p keeps
+    the likeliest ids until together they have that probability (arXiv:1904.09751). min_p keeps
+    ids whose probability is at least that share of the likeliest's (arXiv:2407.01082).
     """
     if sampler.repetition_penalty != 1:
         penalty = sampler.repetition_penalty
@@ -50,7 +52,7 @@ def sample_token(scores: Array, key: Array, sampler: Sampler, seen: Array | None
     if sampler.temperature == 0:
         return scores.argmax(-1).astype(jnp.int32)
     scores, ids = scores / sampler.temperature, None
-    if sampler.top_k or sampler.top_p < 1:  # from here on sorted, and no more than have to be
+    if sampler.top_k or sampler.top_p < 1:  # sort no more than these need
         size = scores.shape[-1]
         scores, ids = jax.lax.top_k(scores, min(sampler.top_k or size, size))
     if sampler.top_p < 1:

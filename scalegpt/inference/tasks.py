@@ -1,4 +1,4 @@
-"""HellaSwag, LAMBADA and multiple choice by log-likelihood, as EleutherAI's harness defines them.
+"""Tasks are scored by log-likelihood, as EleutherAI's evaluation harness defines them.
 
 A task is a file with one JSON object a line, plain or packed as .xz, .gz, .bz2 or .zst:
 hellaswag        activity_label, ctx_a, ctx_b, endings and label, as published
@@ -21,15 +21,17 @@ from scalegpt.data.tokenizer import Tokenizer
 from scalegpt.errors import Mistake
 from scalegpt.files import json_files
 from scalegpt.files.compressed import read_text
-from scalegpt.inference.batching import Figures
 from scalegpt.inference.likelihood import Row, Scorer, scorer
+from scalegpt.inference.results import Figures
 from scalegpt.step.build import Steps
 
 
 @dataclass(frozen=True)
 class Task:
-    """An encoded task. Each example has a row for each of its choices, `lengths` characters long;
-    `gold` is the index of the right one."""
+    """A task is a list of encoded examples, each with a row for each of its choices.
+
+    gold: the index of each example's right choice. lengths: characters of each example's choices.
+    """
 
     name: str
     gold: list[int]
@@ -42,8 +44,8 @@ def open_task(
 ) -> Task:
     """Read and encode a task, or its first `limit` examples.
 
-    Raises ValueError naming the file and line of what is no example of this task, and of a choice
-    that the model has no room for.
+    Raises Mistake, with file and line, for a line that is no example of this task, and for a choice
+    that does not fit into block_size.
     """
     task = Task(name, [], [], [])
     for number, line in enumerate(read_text(path).split("\n"), 1):
@@ -66,65 +68,70 @@ def open_task(
 
 
 def encode_pair(codec: Tokenizer, context: str, continuation: str, block_size: int) -> Row:
-    """Context and continuation as ids, as the harness's `TemplateLM._encode_pair` does it.
+    """Encode context and continuation as the harness's `TemplateLM._encode_pair` does.
 
-    Space at the end of the context goes to the continuation, whose ids are those of the whole
-    text beyond as many as the context has alone. An empty context is the end-of-text mark. What
-    is too long loses its beginning. Raises ValueError where nothing of the context would be left.
+    Space at the end of the context moves to the continuation. The continuation's ids are those of
+    the whole text after the first n, where n is the number of ids of the context alone. An empty
+    context becomes the end-of-text mark. A row that is too long loses its beginning. Raises Mistake
+    where nothing of the context would be left.
     """
-    kept = context.rstrip()
-    continuation, context = context[len(kept) :] + continuation, kept
+    stripped = context.rstrip()
+    continuation, context = context[len(stripped) :] + continuation, stripped
     if context:
-        before = codec.encode(context)
-        after = codec.encode(context + continuation)[len(before) :]
+        context_ids = codec.encode(context)
+        scored_ids = codec.encode(context + continuation)[len(context_ids) :]
     elif codec.eot is None:
         raise Mistake(f"the context is empty, and tokenizer {codec.name} has no mark for that")
     else:
-        before, after = np.array([codec.eot], np.int32), codec.encode(continuation)
-    if not 0 < len(after) <= block_size:
+        context_ids, scored_ids = np.array([codec.eot], np.int32), codec.encode(continuation)
+    if not 0 < len(scored_ids) <= block_size:
         raise Mistake(
-            f"{continuation[:40]!r} has {len(after)} tokens, the model room for {block_size}"
+            f"{continuation[:40]!r} has {len(scored_ids)} tokens, the model room for {block_size}"
         )
-    return Row(np.concatenate([before, after])[-(block_size + 1) :], len(after))
+    return Row(np.concatenate([context_ids, scored_ids])[-(block_size + 1) :], len(scored_ids))
 
 
 def figures(task: Task, sums: np.ndarray, greedy: np.ndarray) -> Figures:
-    """The task's figures from its rows' log-likelihoods, examples being the samples of the errors.
+    """Compute the task's figures from its rows' log-likelihoods; standard errors are over examples.
 
-    Choices: acc, the likeliest is right; acc_norm, the likeliest for its length in characters is.
-    LAMBADA: acc, greedy decoding gives the word; perplexity, of whole words; its error is the
-    delta method's, where the harness resamples.
+    Of choices, acc is the share of examples whose likeliest choice is right, and acc_norm the same
+    with log-likelihoods divided by the choice's length in characters. Of LAMBADA, acc is the share
+    of words that greedy decoding gives, and perplexity is that of whole words; its error is by the
+    delta method (the harness bootstraps).
     """
     if task.name == "lambada":
         mean, error = _mean(sums)
         perplexity = math.exp(min(-mean, 700))
         return {"acc": _mean(greedy), "perplexity": (perplexity, perplexity * error)}
-    right, right_norm = [], []
+    correct, correct_norm = [], []
     ends = np.cumsum([len(lengths) for lengths in task.lengths])
     parts = np.split(sums, ends[:-1])
     for gold, lengths, scores in zip(task.gold, task.lengths, parts, strict=True):
-        right.append(np.argmax(scores) == gold)  # the first of equals, as the harness
-        right_norm.append(np.argmax(scores / np.array(lengths)) == gold)
-    return {"acc": _mean(right), "acc_norm": _mean(right_norm)}
+        correct.append(np.argmax(scores) == gold)  # the first of equals, as the harness
+        correct_norm.append(np.argmax(scores / np.array(lengths)) == gold)
+    return {"acc": _mean(correct), "acc_norm": _mean(correct_norm)}
 
 
 def _mean(samples: Any) -> tuple[float, float]:
-    """Mean and its standard error, 0 of a single sample."""
+    """Return the mean and its standard error, which is 0 for a single sample."""
     x = np.asarray(samples, np.float64)
     spread = x.std(ddof=1) if len(x) > 1 else 0.0
     return float(x.mean()), float(spread / math.sqrt(len(x)))
 
 
 def run(task: Task, score: Scorer, params: Any, shown: bool = False) -> Figures:
-    """The task's figures for these weights; shown: with a progress bar."""
+    """Score a task with these parameters; shown: with a progress bar."""
     return figures(task, *score(params, task.rows, task.name if shown else ""))
 
 
 def in_training(
-    config: EvalConfig, tokenizer_spec: Any, steps: Steps, between: Callable[[], None]
+    config: EvalConfig, tokenizer_spec: Any, steps: Steps, check_stop: Callable[[], None]
 ) -> Callable[[Any], dict[str, float]]:
-    """params -> TASK/acc and its like, of eval.tasks; every mistake in them is raised here.
-    between: called before each batch."""
+    """Return a function from parameters to the figures of eval.tasks, such as hellaswag/acc.
+
+    check_stop: called before each batch. The tasks are read at once, so that a Mistake in their
+    files is raised before training begins.
+    """
     if not config.tasks:
         return lambda params: {}
     codec, block_size = tokenizer.load(tokenizer_spec), steps.model.config.block_size
@@ -132,13 +139,13 @@ def in_training(
         open_task(name, path, codec, block_size, config.task_examples)
         for name, path in config.tasks.items()
     ]
-    score = scorer(steps, between)
+    score = scorer(steps, check_stop)
 
     def evaluate(params: Any) -> dict[str, float]:
         row = {}
         for task in opened:
-            found = run(task, score, params)
-            row |= {f"{task.name}/{key}": value for key, (value, _) in found.items()}
+            scores = run(task, score, params)
+            row |= {f"{task.name}/{key}": value for key, (value, _) in scores.items()}
         return row
 
     return evaluate
@@ -152,7 +159,7 @@ def _value(line: str) -> Any:
 
 
 class _Fields:
-    """A line's object; a field that is not there, or of another type, is a ValueError."""
+    """The fields of a line's JSON object, by type; a missing or wrong one raises Mistake."""
 
     def __init__(self, row: Any) -> None:
         if not isinstance(row, dict):
@@ -189,8 +196,8 @@ class _Fields:
         for name in names:
             if name in self._row:
                 return name, self._row[name]
-        found = ", ".join(map(repr, self._row)) or "nothing"
-        raise Mistake(f"it has no {' or '.join(map(repr, names))}, only {found}")
+        present = ", ".join(map(repr, self._row)) or "nothing"
+        raise Mistake(f"it has no {' or '.join(map(repr, names))}, only {present}")
 
 
 Example = tuple[str, list[str], int]  # context, choices, which is right
@@ -204,7 +211,7 @@ def _hellaswag(row: _Fields) -> Example:
 
 
 def _clean(text: str) -> str:
-    """Without the marks that are left of WikiHow's pages."""
+    """Remove the marks that WikiHow's pages have left in the text, as the harness does."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 

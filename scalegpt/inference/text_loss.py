@@ -1,4 +1,7 @@
-"""Cross-entropy over text: windows of block_size side by side, each without what came before it."""
+"""The loss over text is its mean cross-entropy, read in windows of block_size tokens.
+
+The windows lie side by side, and the model sees none of the text before a window.
+"""
 
 import math
 from collections.abc import Callable, Iterator
@@ -12,8 +15,7 @@ from scalegpt.data.token_files import Split
 from scalegpt.data.tokenizer import Tokenizer
 from scalegpt.errors import Mistake
 from scalegpt.files.compressed import read_text
-from scalegpt.inference.batching import Figures, progress
-from scalegpt.inference.likelihood import fetch
+from scalegpt.inference.results import Figures, fetch, progress
 from scalegpt.step import sharding
 from scalegpt.step.build import Steps
 
@@ -23,17 +25,17 @@ def mean_loss(
     params: Any,
     batches: EvalBatches,
     what: str = "",
-    between: Callable[[], None] = lambda: None,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> tuple[float, float]:
-    """Mean cross-entropy a token in nats, and its standard error with windows as samples.
+    """Return the mean cross-entropy of a token in nats, and its standard error over windows.
 
-    Every process gets the same figures; they do not depend on batch size or mesh. what: for the
-    progress bar; "" is for none. between: called before each batch.
+    Every process gets the same figures, and they depend neither on batch size nor on mesh. what:
+    the progress bar's label, "" for no bar. check_stop: called before each batch.
     """
 
     def dispatch() -> Iterator[Any]:
         for batch in batches:
-            between()
+            check_stop()
             tokens = sharding.to_global(
                 batch, batches.rows, steps.eval_sharding, batches.rows_per_batch
             )
@@ -52,57 +54,62 @@ def mean_loss(
     return float(loss), math.sqrt(spread) / float(counts.sum())
 
 
-def losses(
+def text_evaluator(
     steps: Steps,
     splits: list[Split],
     weights: list[float],
     windows: int | None,
     shown: bool,
-    between: Callable[[], None] = lambda: None,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> tuple[Callable[[Any], Figures], int]:
-    """params -> loss, perplexity and, where bytes are known, bits_per_byte; how many tokens each is
-    the mean of.
+    """Return a function from parameters to `text_figures`, and the number of tokens it predicts.
 
-    Of a mixture each figure is of the mean by the mixture's weights; NAME/loss are its parts.
-    Errors of perplexity are the delta method's.
+    windows: how many of each split, None for all. shown: with a progress bar. check_stop: called
+    before each batch.
     """
     rows_per_batch = steps.layout[1]
     rows = sharding.local_rows(steps.mesh, rows_per_batch)
     block = steps.model.config.block_size
     all_batches = [EvalBatches(s.tokens, block, rows_per_batch, rows, windows) for s in splits]
-    names = [split.name for split in splits]
 
     def evaluate(params: Any) -> Figures:
-        results = np.array(
-            [
-                mean_loss(steps, params, batches, name if shown else "", between)
-                for name, batches in zip(names, all_batches, strict=True)
-            ]
-        )
-
-        def mixed(results: np.ndarray) -> tuple[float, float]:
-            value = np.dot(weights, results[:, 0])
-            return float(value), float(np.linalg.norm(weights * results[:, 1]))
-
-        loss, error = mixed(results)
-        perplexity = math.exp(min(loss, 700))
-        figures = {"loss": (loss, error), "perplexity": (perplexity, perplexity * error)}
-        if all(split.bytes_per_token for split in splits):
-            rates = np.array([[split.bytes_per_token] for split in splits])
-            figures["bits_per_byte"] = mixed(results / math.log(2) / rates)
-        if len(splits) > 1:
-            parts = zip(names, results.tolist(), strict=True)
-            figures |= {f"{name}/loss": tuple(result) for name, result in parts}
-        return figures
+        losses = [
+            mean_loss(steps, params, batches, split.name if shown else "", check_stop)
+            for split, batches in zip(splits, all_batches, strict=True)
+        ]
+        return text_figures(splits, weights, np.array(losses))
 
     return evaluate, sum(batches.tokens for batches in all_batches)
 
 
+def text_figures(splits: list[Split], weights: list[float], losses: np.ndarray) -> Figures:
+    """Return loss, perplexity and, where all splits know their bytes, bits_per_byte.
+
+    losses [splits, 2]: mean loss and standard error of each. The figures of several splits are
+    means by `weights`, and NAME/loss is that of one. Perplexity's error is by the delta method.
+    """
+
+    def mean(values: np.ndarray) -> tuple[float, float]:
+        value = np.dot(weights, values[:, 0])
+        return float(value), float(np.linalg.norm(weights * values[:, 1]))
+
+    loss, error = mean(losses)
+    perplexity = math.exp(min(loss, 700))  # math.exp(710) overflows
+    figures = {"loss": (loss, error), "perplexity": (perplexity, perplexity * error)}
+    if all(split.bytes_per_token for split in splits):
+        rates = np.array([[split.bytes_per_token] for split in splits])
+        figures["bits_per_byte"] = mean(losses / math.log(2) / rates)
+    if len(splits) > 1:
+        parts = zip(splits, losses.tolist(), strict=True)
+        figures |= {f"{split.name}/loss": tuple(part) for split, part in parts}
+    return figures
+
+
 def text_split(path: str, codec: Tokenizer) -> Split:
-    """A text file as tokens, after the end-of-text mark where there is one. Raises ValueError."""
+    """Encode a text file, after an end-of-text mark if the tokenizer has one. Raises Mistake."""
     text = read_text(path)
     ids, size = codec.encode(text), len(text.encode())
-    if codec.eot is None:  # then nothing predicts the first token, and its bytes do not count
+    if codec.eot is None:  # nothing predicts the first token, so its bytes must not count
         size -= len(codec.decode(ids[:1]).encode())
     else:
         ids = np.concatenate([[codec.eot], ids])

@@ -1,4 +1,4 @@
-"""The evaluations of a run while it trains."""
+"""A run evaluates itself while it trains: the loss over its validation data, and eval.tasks."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from scalegpt.config import Config
 from scalegpt.data.token_files import Dataset, Split
 from scalegpt.inference import tasks
-from scalegpt.inference.text_loss import losses
+from scalegpt.inference.text_loss import text_evaluator
 from scalegpt.step.build import Steps
 
 
@@ -14,22 +14,23 @@ def validation(
     config: Config,
     datasets: list[Dataset],
     steps: Steps,
-    between: Callable[[], None] = lambda: None,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> Callable[[Any], dict[str, float]]:
-    """params -> the evaluation row of metrics.jsonl: the loss over each val.bin, and eval.tasks.
+    """Return a function from parameters to an evaluation row of metrics.jsonl.
 
-    between: called before each batch. Raises ValueError for tasks that cannot be scored.
+    check_stop: called before each batch; it raises when the run was asked to stop. Raises Mistake
+    for tasks that cannot be scored.
     """
     splits = [
         Split(d.name, d.tokenizer, d.vocab_size, d.val, d.val_bytes_per_token) for d in datasets
     ]
     weights = list(config.data.weights.values())
-    loss = losses(steps, splits, weights, config.eval.windows, False, between)[0]
-    scores = tasks.in_training(config.eval, datasets[0].tokenizer, steps, between)
+    text_figures = text_evaluator(steps, splits, weights, config.eval.windows, False, check_stop)[0]
+    task_figures = tasks.in_training(config.eval, datasets[0].tokenizer, steps, check_stop)
 
     def evaluate(params: Any) -> dict[str, float]:
-        figures = loss(params)
+        figures = text_figures(params)
         row = {f"val/{key}": value for key, (value, _) in figures.items()}
-        return {**row, "val/loss_stderr": figures["loss"][1], **scores(params)}
+        return {**row, "val/loss_stderr": figures["loss"][1], **task_figures(params)}
 
     return evaluate

@@ -1,1 +1,1 @@
-"""Trained weights, from and to Hugging Face's formats and runs."""
+"""This room reads trained weights of runs and of Hugging Face, and writes the latter's formats."""

@@ -1,4 +1,7 @@
-"""A trained model as a folder: Hugging Face's GPT-2, for everybody, or our own, for any model."""
+"""A trained model is exported as a folder of Hugging Face's, in GPT-2's format or in our own.
+
+Many programs read GPT-2's format, but only models of GPT-2's kind fit it; ours takes any model.
+"""
 
 import json
 from pathlib import Path
@@ -21,7 +24,7 @@ from scalegpt.weights.tensor_files import SAFE
 from scalegpt.weights.tokenizer_files import tokenizer_files
 from scalegpt.weights.trained import Trained
 
-# What GPT-2's format has one value for: nothing else can be written in it.
+# GPT-2's format has no key for these, so a model must have GPT-2's own values.
 _ONLY = {
     "position": "learned",
     "norm": "layernorm",
@@ -34,10 +37,10 @@ _ONLY = {
 
 
 def export_gpt2(model: Trained, folder: Path) -> None:
-    """What `transformers` loads as it is, into an empty folder.
+    """Write a model into an empty folder as GPT-2, which `transformers` loads without our code.
 
-    The padding of the vocabulary is cut off, and biases that the model has not are zero.
-    Raises ValueError with the reason for a model that the format cannot express.
+    The padding of the vocabulary is cut off, and a model without biases gets zeros for them.
+    Raises Mistake with the reason for a model that the format cannot express.
     """
     config = model.config.model
     names = {ours: theirs for theirs, ours in ACTIVATIONS.items() if theirs != "gelu_pytorch_tanh"}
@@ -50,8 +53,8 @@ def export_gpt2(model: Trained, folder: Path) -> None:
             )
     files = tokenizer_files(model.tokenizer, config.block_size)
     tensors = gpt2_tensors(config, model.params)
-    end = tokenizer.load(model.tokenizer).eot if model.tokenizer else None
-    ends = {"bos_token_id": end, "eos_token_id": end}
+    eot = tokenizer.load(model.tokenizer).eot if model.tokenizer else None
+    marks = {"bos_token_id": eot, "eos_token_id": eot}
     files["config.json"] = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -65,10 +68,10 @@ def export_gpt2(model: Trained, folder: Path) -> None:
         "layer_norm_epsilon": LAYER_NORM_EPS,
         "tie_word_embeddings": config.tie_word_embeddings,
         **{f"{part}_pdrop": config.dropout for part in ("embd", "attn", "resid")},
-        **ends,
+        **marks,
         "dtype": "float32",
     }
-    files["generation_config.json"] = {"_from_model_config": True, **ends}
+    files["generation_config.json"] = {"_from_model_config": True, **marks}
     use = _USE.format(folder=folder.name)
     if not config.bias:
         use += "\n\nThe model has no biases; GPT-2's format has, and they are 0."
@@ -78,7 +81,7 @@ def export_gpt2(model: Trained, folder: Path) -> None:
 
 
 def export_own(model: Trained, folder: Path) -> None:
-    """Every leaf under its path, with the configuration and the tokenizer, bit for bit."""
+    """Write a model's leaves bit for bit, each under its path, with its shape and tokenizer."""
     leaves = traverse_util.flatten_dict(model.params, sep="/")
     tensors = {path: np.ascontiguousarray(leaf) for path, leaf in leaves.items()}
     values = {"model_type": OWN_TYPE, "model": model.config.model.model_dump()}
@@ -88,7 +91,7 @@ def export_own(model: Trained, folder: Path) -> None:
 
 
 def gpt2_tensors(config: ModelConfig, params: Any) -> dict[str, np.ndarray]:
-    """The tensors of GPT-2's format by name; views of the parameters, on a CPU without a copy."""
+    """Return the tensors of GPT-2's format by name; on a CPU they are views of the parameters."""
     leaves = traverse_util.flatten_dict(params, sep="/")
     leaves = {path: np.ascontiguousarray(leaf) for path, leaf in leaves.items()}
     tensors = {}
@@ -144,13 +147,13 @@ def _write(
         text = json.dumps(content, indent=2, ensure_ascii=False)
         (folder / name).write_text(text + "\n", encoding="utf-8")
     try:
-        # Without this metadata transformers refuses.
+        # Without this metadata transformers refuses the file.
         save_file(tensors, folder / SAFE, metadata={"format": "pt"})
-    except SafetensorError as error:  # the disk's, in its own words
+    except SafetensorError as error:  # safetensors wraps the disk's errors, such as a full disk
         raise Mistake(
             f"cannot write {SAFE}: {error}; free some room, or choose another --out"
         ) from None
-    # safetensors leaves its file to its owner alone.
+    # safetensors makes a file that only its owner may read.
     (folder / SAFE).chmod((folder / "config.json").stat().st_mode)
     config = model.config
     figures = {**_figures(model), "context": f"{config.model.block_size} tokens"}
@@ -169,12 +172,12 @@ def _write(
 
 
 def _figures(model: Trained) -> dict[str, str]:
-    """What is known of a run at this checkpoint: its evaluation, if there was one at this step."""
+    """Return the rows of the card's table: data, updates and the evaluation at this checkpoint."""
     figures = {"data": ", ".join(Path(path).name for path in model.config.data.weights if path)}
     if model.step:
         figures["updates"] = f"{model.step:,}"
     path = Path(model.name) / "metrics.jsonl"
-    # The last row may be half written.
+    # Complete rows only: a run that goes on may have written half of the last one.
     rows = complete_rows(path.read_text(errors="replace").splitlines()) if path.is_file() else ()
     for row in rows:
         if row["step"] == model.step and "val/loss" in row:

@@ -1,7 +1,8 @@
-"""Weights from Hugging Face's GPT-2 format, and from the folders of our own that `export` writes.
+"""Models are read from folders in Hugging Face's GPT-2 format, and in our own that `export` writes.
 
 A folder holds config.json and model.safetensors, or shards with an index, or pytorch_model.bin.
-GPT-2's Conv1D kernels are [in, out], so each of our leaves is its tensors stacked and reshaped.
+GPT-2's Conv1D kernels are [in, out] as ours are, so a leaf [L, ...] of our parameters is the L
+layers' tensors stacked and reshaped.
 """
 
 import hashlib
@@ -24,10 +25,12 @@ from scalegpt.files.run_folder import is_run
 from scalegpt.model.layers import LAYER_NORM_EPS
 from scalegpt.weights.tensor_files import INDEX, SAFE, TORCH, open_tensors
 
-HUB_SECONDS = 15  # of silence, after which there is no network
-OWN_TYPE = "scalegpt"  # model_type of our own format: leaves of the parameter tree by their path
+HUB_SECONDS = 15  # without an answer from Hugging Face, there is no network
+OWN_TYPE = "scalegpt"  # model_type of our own format, which names tensors by their path in params
+# A Config has to name data and a folder; a model that belongs to no run has neither.
+NO_RUN = {"data": {"path": ""}, "run": {"out_dir": "none"}}
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
-# A layer's tensors: GPT-2's name -> (ours, the shape there in multiples of n_embd).
+# A layer's tensors: GPT-2's name -> (our name, GPT-2's shape in multiples of n_embd).
 _LAYER = {
     "ln_1.weight": ("ln_1/scale", (1,)),
     "ln_1.bias": ("ln_1/bias", (1,)),
@@ -45,12 +48,15 @@ _LAYER = {
 # Causal masks that old versions of transformers saved beside the weights.
 _BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
-# Of the sorted items of GPT-2's vocabulary: other languages' GPT-2s have 50257 tokens too.
+# SHA-256 of the sorted items of GPT-2's vocabulary; GPT-2s of other languages have 50257, too.
 _GPT2_VOCAB = "71cca498f566a6fce90612118ffe70ec265ffdc746e7e6743a2253d346af4d30"
 
 
 class Place(NamedTuple):
-    """Where a tensor of a file goes: a leaf's path, which layer of it, and the tensor's shape."""
+    """A place is where a tensor of a file goes: a leaf of the parameters, and a layer of that leaf.
+
+    shape: the tensor's in the file. layer: None where the leaf is not stacked over layers.
+    """
 
     leaf: str
     layer: int | None
@@ -58,9 +64,9 @@ class Place(NamedTuple):
 
 
 def locate(source: str) -> Path:
-    """A folder as it is, or a repository of Hugging Face, downloaded to its cache with progress.
+    """Return a folder as it is, or download a Hugging Face repository to the Hub's cache.
 
-    Raises ValueError saying what to place where, when it is neither or cannot be had.
+    Raises Mistake, which says what to place where, when `source` is neither or cannot be had.
     """
     folder = Path(source).expanduser()
     if source and folder.is_dir():
@@ -73,22 +79,23 @@ def locate(source: str) -> Path:
     import huggingface_hub
 
     print(f"{source} is no folder here; looking for it on Hugging Face ...", file=sys.stderr)
-    trouble, known = None, {}
-    try:  # snapshot_download waits for ever for a server that takes the call and never answers
+    unreachable, cache_only = None, {}
+    try:  # snapshot_download would wait for ever for a server that accepts and never answers
         huggingface_hub.HfApi().model_info(source, timeout=HUB_SECONDS)
     except Exception as error:
-        trouble, known = error, {"local_files_only": True}  # its cache may have it
+        unreachable, cache_only = error, {"local_files_only": True}
 
     def get(*patterns: str) -> Path:
         patterns = list(patterns)
-        return Path(huggingface_hub.snapshot_download(source, allow_patterns=patterns, **known))
+        download = huggingface_hub.snapshot_download
+        return Path(download(source, allow_patterns=patterns, **cache_only))
 
     try:
         folder = get("config.json", SAFE, INDEX, "model-*.safetensors", *_TOKENIZER)
         return folder if any(folder.glob("*.safetensors")) else get("config.json", TORCH)
-    # Not found, gated, no network, no space: each of them an error of another package.
+    # Not found, gated, no network and no space are exceptions of four packages.
     except Exception as error:
-        error = trouble or error
+        error = unreachable or error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise Mistake(
             f"{source} is not a folder, and cannot be had from Hugging Face: {reason}\n"
@@ -98,10 +105,10 @@ def locate(source: str) -> Path:
 
 
 def describe(folder: Path) -> tuple[ModelConfig, dict[str, Any] | None]:
-    """The model in a folder, without dropout, and its tokenizer's spec if it has one.
+    """Return the model in a folder, with dropout 0, and its tokenizer's spec if it has one.
 
-    50257 tokens without tokenizer files are taken for GPT-2's. Raises ValueError with the reason
-    for what our model cannot express.
+    A vocabulary of 50257 without tokenizer files is taken for GPT-2's. Raises Mistake with the
+    reason for a model that ours cannot express.
     """
     path = folder / "config.json"
     hint = f"; {folder} is the folder of a run, no model of Hugging Face" if is_run(folder) else ""
@@ -141,8 +148,7 @@ def describe(folder: Path) -> tuple[ModelConfig, dict[str, Any] | None]:
 
 
 def _model(values: dict[str, Any], path: Path) -> ModelConfig:
-    run = {"model": values, "data": {"path": ""}, "run": {"out_dir": "none"}}
-    model = validate(run, str(path)).model
+    model = validate({"model": values, **NO_RUN}, str(path)).model
     if model.vocab_size is None:
         raise Mistake(f"{path} does not give vocab_size")
     return model
@@ -167,7 +173,7 @@ def _tokenizer(folder: Path, vocab_size: int) -> dict[str, Any] | None:
 
 
 def gpt2_places(model: ModelConfig) -> dict[str, Place]:
-    """Every tensor of GPT-2's format of this model, without the prefix `transformer.`."""
+    """Return the place of every tensor of GPT-2's format, named without `transformer.`."""
     d, v = model.n_embd, model.vocab_size
     places = {
         "wte.weight": Place("wte", None, (v, d)),
@@ -183,12 +189,31 @@ def gpt2_places(model: ModelConfig) -> dict[str, Place]:
     return places
 
 
-def load_params(folder: Path, model: ModelConfig, abstract_params: Any) -> Any:
-    """The parameters in a folder, float32, in the shapes and shardings of `abstract_params`.
+def own_places(model: ModelConfig, leaves: dict[str, Any]) -> dict[str, Place]:
+    """Return the place of every tensor of our own format, where `model` is the file's.
 
-    model: as `describe` gives it, or with a smaller block_size (positions are cropped), or another
-    vocab_multiple (rows of padding are zero). Made leaf by leaf: the host holds one more leaf than
-    the devices. Raises ValueError listing every tensor that is missing, unexpected or misshapen.
+    leaves: those to load, which may have another padding or block_size than the file's.
+    """
+    rows = model.padded_vocab
+    leading = {
+        "wte": (rows,),
+        "head_kernel": (rows,),
+        "wpe": (model.block_size,),
+        "h/attn/value_table": (model.n_layer, rows),
+    }
+    places = {}
+    for path, leaf in leaves.items():
+        axes = leading.get(path, ())
+        places[path] = Place(path, None, (*axes, *leaf.shape[len(axes) :]))
+    return places
+
+
+def load_params(folder: Path, model: ModelConfig, abstract_params: Any) -> Any:
+    """Load the parameters in a folder, float32, in the shapes and shardings of `abstract_params`.
+
+    model: as `describe` returns it, or with a smaller block_size (positions are cropped) or another
+    vocab_multiple (rows of padding are zero). The host holds one leaf at a time. Raises Mistake
+    with every tensor that is missing, unexpected or misshapen.
     """
     source = describe(folder)[0]
     if model.block_size > source.block_size:
@@ -198,22 +223,10 @@ def load_params(folder: Path, model: ModelConfig, abstract_params: Any) -> Any:
         )
     assert model.vocab_size == source.vocab_size, (model.vocab_size, source.vocab_size)
     leaves = traverse_util.flatten_dict(abstract_params, sep="/")
-    if read_object(folder / "config.json")["model_type"] == OWN_TYPE:
-        rows = source.padded_vocab
-        first = {
-            "wte": (rows,),
-            "head_kernel": (rows,),
-            "wpe": (source.block_size,),
-            "h/attn/value_table": (source.n_layer, rows),
-        }
-        places = {
-            path: Place(path, None, (*first.get(path, ()), *leaf.shape[len(first.get(path, ())) :]))
-            for path, leaf in leaves.items()
-        }
-    else:
-        places = gpt2_places(source)
+    is_own = read_object(folder / "config.json")["model_type"] == OWN_TYPE
+    places = own_places(source, leaves) if is_own else gpt2_places(source)
     shapes, read = open_tensors(folder)
-    untied = _check(folder, shapes, places)
+    head_copy = _check(folder, shapes, places)
     tensors: dict[str, list[tuple[str, Place]]] = {path: [] for path in leaves}
     for name, place in places.items():
         tensors[place.leaf].append((name, place))
@@ -224,14 +237,14 @@ def load_params(folder: Path, model: ModelConfig, abstract_params: Any) -> Any:
             tensor = read(name)
             if not np.isfinite(tensor).all():
                 raise Mistake(f"{folder}: {name} holds numbers that are not finite")
-            if name == "wte.weight" and untied and not np.array_equal(tensor, read(untied)):
+            if name == "wte.weight" and head_copy and not np.array_equal(tensor, read(head_copy)):
                 raise Mistake(
-                    f"{folder}: {untied} differs from wte.weight, which config.json says it is; "
+                    f"{folder}: {head_copy} differs from wte.weight, which config.json says it is; "
                     'a model with a head of its own has "tie_word_embeddings": false'
                 )
             if place.layer is None:
-                kept = tuple(map(slice, np.minimum(whole.shape, tensor.shape)))
-                whole[kept] = tensor[kept]
+                common = tuple(map(slice, np.minimum(whole.shape, tensor.shape)))
+                whole[common] = tensor[common]
             else:
                 whole[place.layer] = tensor.reshape(leaf.shape[1:])
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: whole[index])
@@ -241,7 +254,10 @@ def load_params(folder: Path, model: ModelConfig, abstract_params: Any) -> Any:
 
 
 def _check(folder: Path, shapes: dict[str, Any], places: dict[str, Place]) -> str | None:
-    """That the file holds what it should; the name of a copy of a tied head, if there is one."""
+    """Raise Mistake unless the file holds what it should.
+
+    Returns the name of the file's copy of a tied head, if it has one.
+    """
     names = {name for name in shapes if name not in places and not _BUFFER.fullmatch(name)}
     head = "lm_head.weight" if "lm_head.weight" in names and "wte.weight" in places else None
     expected = {name: place.shape for name, place in places.items()}

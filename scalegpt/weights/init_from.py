@@ -1,4 +1,4 @@
-"""A new run that starts from trained weights: run.init_from."""
+"""A new run may start from trained weights, which run.init_from names."""
 
 from typing import Any
 
@@ -15,9 +15,10 @@ from scalegpt.weights import huggingface
 
 
 def weights(config: Config, abstract: Any) -> tuple[Any, str]:
-    """Load the weights that run.init_from names; returns them and where they came from.
+    """Load the weights that run.init_from names; return them and where they came from.
 
-    abstract: the parameters of this run, with their shapes and shardings. Raises ValueError.
+    abstract: the parameters of this run, with their shapes and shardings. Raises Mistake where the
+    weights cannot be read.
     """
     name = config.run.init_from
     if not is_run(name):
@@ -29,25 +30,25 @@ def weights(config: Config, abstract: Any) -> tuple[Any, str]:
     return params, f"{name}, step {step}"
 
 
-def _restore_cropped(source: Checkpoints, at: int, config: Config, abstract: Any) -> Any:
-    """A run's weights, of its positions only as many as this run has."""
-    theirs = validate(source.meta(at)["config"], f"step {at} of {source.folder}").model
-    if config.model.position != "learned" or theirs.block_size == config.model.block_size:
-        return source.restore_params(at, abstract)
+def _restore_cropped(source: Checkpoints, step: int, config: Config, abstract: Any) -> Any:
+    """Restore a run's weights, of which this run may use fewer learned positions."""
+    stored = validate(source.meta(step)["config"], f"step {step} of {source.folder}").model
+    if config.model.position != "learned" or stored.block_size == config.model.block_size:
+        return source.restore_params(step, abstract)
     wpe = abstract["wpe"]
-    all_of_it = jax.ShapeDtypeStruct(
-        (theirs.block_size, wpe.shape[1]), wpe.dtype, sharding=wpe.sharding
+    stored_wpe = jax.ShapeDtypeStruct(
+        (stored.block_size, wpe.shape[1]), wpe.dtype, sharding=wpe.sharding
     )
-    params = source.restore_params(at, {**abstract, "wpe": all_of_it})
+    params = source.restore_params(step, {**abstract, "wpe": stored_wpe})
     crop = jax.jit(lambda x: x[: config.model.block_size], out_shardings=wpe.sharding)
     return {**params, "wpe": crop(params["wpe"])}
 
 
 def check(config: Config, tokenizer_spec: Any) -> None:
-    """That run.init_from is there and holds a model of this shape, for the same tokens.
+    """Raise Mistake unless run.init_from holds a model of this shape, for the same tokens.
 
-    It may have more positions than this one and, of Hugging Face's format, other padding.
-    Raises ValueError naming the keys to set.
+    The model may have more positions than this run and, in Hugging Face's format, other padding.
+    The message names the keys to set.
     """
     source = config.run.init_from
     shaping = [key for key in type(config.model).model_fields if key not in NOT_SHAPING]
@@ -55,27 +56,31 @@ def check(config: Config, tokenizer_spec: Any) -> None:
         checkpoints = open_checkpoints(source)
         meta = checkpoints.meta(checkpoints.find(config.run.init_checkpoint))
         checkpoints.close()
-        theirs, spec = validate(meta["config"], source).model, meta["tokenizer"]
+        source_model, spec = validate(meta["config"], source).model, meta["tokenizer"]
         shaping += ["vocab_multiple"]
     else:
         try:
-            theirs, spec = huggingface.describe(huggingface.locate(source))
+            source_model, spec = huggingface.describe(huggingface.locate(source))
         except ValueError as error:
             raise Mistake(
                 f"{source} is not the folder of a run: it has no {FOLDER}/; nor can it be read as "
                 f"a model of Hugging Face: {error}"
             ) from None
-    if theirs.block_size < config.model.block_size:
+    if source_model.block_size < config.model.block_size:
         shaping += ["block_size"]
-    then, now = theirs.model_dump(), config.model.model_dump()
-    if differ := [key for key in shaping if then[key] != now[key]]:
-        changes = "; ".join(f"model.{key}: {then[key]} -> {now[key]}" for key in differ)
-        keys = " ".join(f"--model.{key}={_shown(then[key])}" for key in differ)
+    stored, wanted = source_model.model_dump(), config.model.model_dump()
+    if differ := [key for key in shaping if stored[key] != wanted[key]]:
+        changes = "; ".join(f"model.{key}: {stored[key]} -> {wanted[key]}" for key in differ)
+        keys = " ".join(f"--model.{key}={_shown(stored[key])}" for key in differ)
         raise Mistake(
             f"run.init_from={source} holds another model: {changes}\nto start from it set {keys}"
         )
-    known = spec is not None and tokenizer_spec is not None
-    if known and not tokenizer.same(spec, tokenizer_spec) and not config.run.allow_config_change:
+    both_known = spec is not None and tokenizer_spec is not None
+    if (
+        both_known
+        and not tokenizer.same(spec, tokenizer_spec)
+        and not config.run.allow_config_change
+    ):
         raise Mistake(
             f"run.init_from={source} was trained on tokens of {tokenizer.kind(spec)}, the data has "
             f"those of another tokenizer, {tokenizer.kind(tokenizer_spec)}; prepare it again, or "

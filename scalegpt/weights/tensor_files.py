@@ -1,4 +1,4 @@
-"""Named tensors in a folder: safetensors, whole or in shards, or PyTorch's own where torch is."""
+"""Named tensors are read from a folder's safetensors files, or from PyTorch's own file by torch."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +11,7 @@ from scalegpt.errors import Mistake
 from scalegpt.files.json_files import read_object
 
 SAFE, INDEX, TORCH = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
-_PREFIX = "transformer."  # GPT2LMHeadModel writes it, the official files are without
+_PREFIX = "transformer."  # GPT2LMHeadModel writes it; the official GPT-2 files lack it
 _FLOATS = ("F32", "F16", "BF16", "float32", "float16", "bfloat16")
 
 Shapes = dict[str, tuple[int, ...]]
@@ -19,10 +19,10 @@ Read = Callable[[str], np.ndarray]
 
 
 def open_tensors(folder: Path) -> tuple[Shapes, Read]:
-    """The shape of every tensor of a folder, and a function that reads one, once.
+    """Return the shapes of a folder's tensors, and a function that reads one by its name, once.
 
-    Names are without the prefix `transformer.`. Raises ValueError when there are no weights, a
-    shard is missing, a file is damaged, or a tensor holds no floating-point numbers.
+    Names are without the prefix `transformer.`. Raises Mistake when there are no weights, a shard
+    is missing, a file is damaged, or a tensor holds no floating-point numbers.
     """
     if (folder / SAFE).is_file():
         shapes, read = _safetensors([folder / SAFE])
@@ -39,7 +39,7 @@ def open_tensors(folder: Path) -> tuple[Shapes, Read]:
 
 
 def _shards(index: Path) -> list[str]:
-    """Names of the files beside an index. Raises ValueError for a name that leads elsewhere."""
+    """Return the names of the index's files. Raises Mistake for a name outside their folder."""
     names = read_object(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise Mistake(f"{index} has no weight_map from tensors to files; download it again")
@@ -56,7 +56,7 @@ def _safetensors(paths: list[Path]) -> tuple[Shapes, Read]:
     shapes, files = {}, {}
     for path in paths:
         try:
-            # Mapped into memory, every page once read would count as ours until the file closes.
+            # "pread": pages of a mapped file, once read, would count as this process's memory.
             file = safetensors.safe_open(path, framework="np", backend="pread")
         except (OSError, safetensors.SafetensorError) as error:
             raise Mistake(f"cannot read {path}: {error}") from None
@@ -77,7 +77,7 @@ def _torch(path: Path) -> tuple[Shapes, Read]:
         ) from error
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # it raises a dozen kinds for a file that is not its own
+    except Exception as error:  # torch.load has a dozen exceptions for a file of another format
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise Mistake(f"cannot read {path}: {reason}") from None
     if not isinstance(tensors, dict) or not all(
@@ -88,11 +88,11 @@ def _torch(path: Path) -> tuple[Shapes, Read]:
     for name, tensor in tensors.items():
         _check_dtype(path, name, str(tensor.dtype).removeprefix("torch."))
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    # Given away, so that the file's copy of the model goes as ours grows.
+    # pop, so that the file's copy of the model shrinks in memory as our parameters grow.
     return shapes, lambda name: tensors.pop(name).float().numpy()
 
 
 def _check_dtype(path: Path, name: str, dtype: str) -> None:
-    # The masks among GPT-2's buffers are bytes, and nobody reads them.
+    # GPT-2's masks, attn.bias, are stored as bytes; they are never read.
     if dtype not in _FLOATS and not name.endswith("attn.bias"):
         raise Mistake(f"{path}: {name} is stored as {dtype}; only 16 and 32 bit floats are read")

@@ -1,4 +1,4 @@
-"""A tokenizer as the files that `transformers.AutoTokenizer.from_pretrained` loads."""
+"""A tokenizer is written as the files that `transformers.AutoTokenizer.from_pretrained` loads."""
 
 from typing import Any
 
@@ -7,10 +7,10 @@ from scalegpt.data.tokenizer import END_OF_TEXT
 
 
 def tokenizer_files(spec: Any, block_size: int) -> dict[str, Any]:
-    """File name -> JSON value, for the same ids and the same text back; {} for no tokenizer.
+    """Return each file's JSON value by its name; {} where there is no tokenizer.
 
-    block_size: the longest text in tokens, for transformers to warn of. Raises ValueError as
-    `tokenizer.load`.
+    The files encode to the same ids, and decode them to the same text. block_size: transformers
+    warns of texts with more tokens. Raises Mistake as `tokenizer.load` does.
     """
     if spec is None:
         return {}
@@ -19,7 +19,7 @@ def tokenizer_files(spec: Any, block_size: int) -> dict[str, Any]:
         case {"kind": "gpt2"}:
             content, mark = _gpt2(), END_OF_TEXT
         case {"kind": "byte"}:
-            # NUL, which ends a text here, is no special token there: it would be cut out of texts.
+            # No mark: NUL ends a text here, but as a special token transformers would drop it.
             content, mark = _byte_level({c: i for i, c in enumerate(_BYTES)}, [], False), None
         case {"kind": "char", "chars": chars}:
             content, mark = _char(chars), None
@@ -37,7 +37,10 @@ def tokenizer_files(spec: Any, block_size: int) -> dict[str, Any]:
 
 
 def _byte_characters() -> str:
-    """The character that stands for each byte in GPT-2's vocabulary: printable ones for itself."""
+    """Return the characters that GPT-2's vocabulary writes for bytes 0 to 255.
+
+    A printable byte is its own character; the others take characters from U+0100 on.
+    """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return "".join(chr(b if b in printable else next(others)) for b in range(256))
@@ -61,7 +64,7 @@ def _gpt2() -> dict[str, Any]:
 
 
 def _last_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """The two parts whose merge makes `token`: what is left when all earlier merges are done."""
+    """Return the two parts whose merge makes `token`: those left after all earlier merges."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         pairs = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:], strict=False)]
@@ -71,7 +74,7 @@ def _last_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
 
 
 def _byte_level(vocab: dict[str, int], merges: list, words: bool) -> dict[str, Any]:
-    """BPE over bytes; words: texts are first cut by GPT-2's pattern."""
+    """Return BPE over bytes; words: whether texts are first cut into words by GPT-2's pattern."""
     bytes_ = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     return _file(
         {"type": "BPE", "vocab": vocab, "merges": merges},
@@ -81,7 +84,7 @@ def _byte_level(vocab: dict[str, int], merges: list, words: bool) -> dict[str, A
 
 
 def _char(chars: str) -> dict[str, Any]:
-    # The unknown token is one that the vocabulary has not, so an unknown character is an error.
+    # The vocabulary lacks the unknown token, so that an unknown character is an error.
     vocab = {c: i for i, c in enumerate(chars)}
     each = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated"}
     return _file(

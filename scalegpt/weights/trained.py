@@ -1,4 +1,4 @@
-"""A trained model, of a run or of Hugging Face's format, ready for use on any mesh."""
+"""A trained model is loaded from a run or from Hugging Face's format, for use on any mesh."""
 
 import argparse
 from dataclasses import dataclass
@@ -23,10 +23,10 @@ _SECTIONS = {"mesh": MeshConfig, "distributed": DistributedConfig}
 
 @dataclass(frozen=True)
 class Trained:
-    """Weights, and what is needed to use them.
+    """A trained model is its weights and what is needed to use them.
 
     name: for messages. tokenizer: a spec for `tokenizer.load`, or None when the source has none.
-    step: the update at which a run had these weights, None for a model of Hugging Face's format.
+    step: the update at which a run had these weights; None if they are from Hugging Face's format.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Trained:
     params: Any
 
     def codec(self) -> Tokenizer:
-        """Its tokenizer. Raises ValueError when it came without one."""
+        """Return the model's tokenizer. Raises Mistake when the model came without one."""
         if self.tokenizer is None:
             raise Mistake(
                 f"{self.name} came without a tokenizer, so it knows no text; if it is of Hugging "
@@ -47,9 +47,9 @@ class Trained:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> Any:
-    """Which model, in which precision, on which mesh; `load` reads them.
+    """Add the flags that `load` reads: which model, in which precision, on which mesh.
 
-    Returns the group of sources, of which one is required, for a command that has more of them.
+    Returns the argparse group of sources, one of which is required; a command may add others.
     """
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", help="out_dir of a training run")
@@ -72,7 +72,7 @@ def add_flags(parser: argparse.ArgumentParser) -> Any:
 
 
 def check_checkpoint(which: str | None) -> None:
-    """Raises ValueError for what --checkpoint cannot be."""
+    """Raise Mistake unless --checkpoint is best, latest or a step."""
     if which is not None:
         try:
             types.checkpoint(which)
@@ -81,28 +81,28 @@ def check_checkpoint(which: str | None) -> None:
 
 
 def machine(flags: argparse.Namespace, config: Config | None = None) -> Config:
-    """Return the mesh and the processes that the flags, else `config`, ask for; touches no device.
+    """Return the mesh and the processes that the flags, else `config`, ask for.
 
-    Raises ValueError for them, and for what --checkpoint cannot be.
+    No device is touched. Raises Mistake for them, and for a wrong --checkpoint.
     """
     check_checkpoint(flags.checkpoint)
-    stated = config.model_dump(include={"mesh", "distributed"}) if config else {}
+    defaults = config.model_dump(include={"mesh", "distributed"}) if config else {}
     sections = {
         name: {
-            **stated.get(name, {}),
+            **defaults.get(name, {}),
             **{k: v for k in keys.model_fields if (v := getattr(flags, f"{name}.{k}")) is not None},
         }
         for name, keys in _SECTIONS.items()
     }
-    rest = {"data": {"path": ""}, "run": {"out_dir": "none"}}
-    return validate({**sections, **rest}, "this command line")
+    return validate({**sections, **huggingface.NO_RUN}, "this command line")
 
 
 def load(flags: argparse.Namespace, microbatch: int, config: Config | None = None) -> Trained:
-    """Load the model that the flags name; the processes have been started. Raises ValueError.
+    """Load the model that the flags name, or else that of `config`'s run.init_from.
 
-    microbatch: sequences that each device works on at a time. config: a run's, whose run.init_from
-    is loaded where no flag names a model; its mesh and dtype hold where no flag gives another.
+    The processes of the run must have been started. microbatch: sequences that each device works on
+    at a time. The mesh and dtype of `config` hold where no flag gives another. Raises Mistake where
+    the model cannot be read.
     """
     which, dtype, run, name = flags.checkpoint, flags.dtype, flags.run, flags.hf
     if config and not (run or name):
@@ -121,7 +121,7 @@ def load(flags: argparse.Namespace, microbatch: int, config: Config | None = Non
 def from_run(
     out_dir: str, which: str, mesh: Mesh, microbatch: int, dtype: str | None = None
 ) -> Trained:
-    """which: best, latest or a step."""
+    """Load the model of a run from checkpoint `which`: best, latest or a step."""
     checkpoints = open_checkpoints(out_dir)
     for attempt in range(5):
         step = None
@@ -133,7 +133,7 @@ def from_run(
             steps = build_for_use(config, mesh, microbatch)
             params = checkpoints.restore_params(step, steps.abstract.params)
         except (ValueError, OSError):
-            # A run that goes on may have saved anew meanwhile, and removed what was just found.
+            # A run that goes on may have removed this checkpoint after saving a newer one.
             if which.isdigit() or attempt == 4 or step in checkpoints.steps:
                 raise
         else:
@@ -144,7 +144,7 @@ def from_run(
 def from_hugging_face(
     source: str, mesh: Mesh, microbatch: int, dtype: str | None = None
 ) -> Trained:
-    """source: as `hf.locate` takes it."""
+    """Load the model of a folder or of a Hugging Face repository, as `locate` finds it."""
     folder = huggingface.locate(source)
     model, tokenizer = huggingface.describe(folder)
     config = _with_dtype(config_of(model), dtype)
@@ -154,8 +154,8 @@ def from_hugging_face(
 
 
 def config_of(model: ModelConfig) -> Config:
-    """A run around a model that came without one: it has no data and no folder."""
-    return Config.model_validate({"model": model, "data": {"path": ""}, "run": {"out_dir": "none"}})
+    """Return a Config for a model that belongs to no run: it names no data and no folder."""
+    return Config.model_validate({"model": model, **huggingface.NO_RUN})
 
 
 def _with_dtype(config: Config, dtype: str | None) -> Config:
