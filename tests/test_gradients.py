@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from scalegpt.model import custom_gradients
-from scalegpt.model.custom_gradients import alone
+from scalegpt.model.custom_gradients import recompute
 from scalegpt.model.layers import gelu, layer_norm
 
 B, T, D, F, H, K = 2, 5, 6, 24, 2, 3
@@ -89,7 +89,7 @@ def test_bfloat16_on_a_cpu_is_rounded_once_and_keeps_no_stack_of_it(spec):
 @pytest.mark.parametrize(
     ("function", "axes"), [(gelu, ["btf"]), (jax.nn.gelu, ["btf"]), (layer_norm, ["btd", "d"])]
 )
-def test_alone_is_the_function_itself_and_its_gradient(function, axes):
+def test_recompute_is_the_function_itself_and_its_gradient(function, axes):
     args = [random(a, i) for i, a in enumerate(axes)]
     g = random(axes[0], 9)
 
@@ -98,7 +98,7 @@ def test_alone_is_the_function_itself_and_its_gradient(function, axes):
         return y, *pullback(jnp.asarray(g))
 
     with jax.set_mesh(CPU):
-        found = jax.jit(partial(both, partial(alone, function)))(*args)
+        found = jax.jit(partial(both, partial(recompute, function)))(*args)
     for mine, want in zip(found, both(function, *args), strict=True):
         np.testing.assert_allclose(mine, want, rtol=1e-5, atol=1e-6)
 
@@ -123,9 +123,9 @@ def test_accelerators_compile_it_as_they_like():
     for kind in ("cpu", "tpu"):
         device = AbstractDevice(kind, None, kind)
         with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=device)):
-            barriers[kind] = program(partial(alone, jax.nn.gelu), x).count("barrier")
+            barriers[kind] = program(partial(recompute, jax.nn.gelu), x).count("barrier")
     assert barriers["cpu"] > barriers["tpu"] == 0
-    assert "barrier" not in program(partial(alone, jax.nn.gelu), x), "there is no mesh"
+    assert "barrier" not in program(partial(recompute, jax.nn.gelu), x), "there is no mesh"
 
 
 def test_the_gradient_of_logsumexp_is_in_float64_and_takes_no_sum_where_it_was_kept():

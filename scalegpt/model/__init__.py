@@ -1,1 +1,1 @@
-"""The GPT as functions of arrays with named axes. It knows no mesh and no file."""
+"""This package is the GPT as functions of arrays with named axes; it knows no mesh and no file."""

@@ -1,4 +1,4 @@
-"""Causal attention behind one function: XLA, Flax's own, cuDNN flash and TPU splash attention.
+"""Compute causal attention by one of four implementations: XLA, Flax, cuDNN flash, TPU splash.
 
 `resolve` picks the implementation once, at start, so that it can be printed; `causal_attention`
 then runs exactly that one. Shapes: B batch, T time, H heads, K head dim.
@@ -20,10 +20,11 @@ from scalegpt.model.custom_gradients import on_cpu, product
 
 IMPLEMENTATIONS = ("xla", "flax", "cudnn", "splash")
 PLATFORMS = ("cpu", "gpu", "cuda", "rocm", "tpu")
-# The mesh axes over which the caller's batch and heads lie: only splash has to be told.
+# The mesh axes that split batch and heads; only splash has to be told. They repeat what is decided
+# in step/sharding.py, ROWS and RULES["act_heads"], which the model may not import.
 BATCH_AXES = ("replica", "data", "fsdp")
 HEAD_AXES = ("tensor",)
-# Of "xla": more or smaller blocks spare little more and compile longer.
+# How "xla" cuts up the queries: more or smaller blocks save little more and compile longer.
 QUERY_BLOCKS, LEAST_BLOCK = 4, 64
 
 
@@ -36,16 +37,16 @@ def resolve(
     head_dim: int = 64,
     device_kind: str = "",
 ) -> str:
-    """The implementation to run, one of IMPLEMENTATIONS; call it once and print the answer.
+    """Choose the implementation, one of IMPLEMENTATIONS; call this once and print the result.
 
-    platform: what the program is lowered for, one of PLATFORMS ("gpu" means "cuda"); device_kind:
-    JAX's name for the chip, "TPU v3". dropout: the training rate of attention dropout. dtype: the
-    compute dtype. "auto": splash on TPU from 2048 positions on, cuDNN on NVIDIA GPUs in bfloat16,
-    else XLA. Raises ValueError for an unknown name and an explicit choice that cannot work.
+    platform: what the program is lowered for, one of PLATFORMS ("gpu" means "cuda"). device_kind:
+    JAX's name for the chip, like "TPU v3". dropout: the training rate of attention dropout. dtype:
+    the compute dtype. "auto" means splash on a TPU from 2048 positions on, cuDNN on an NVIDIA GPU
+    in bfloat16, else XLA. Raises Mistake for an unknown name or a choice that cannot work.
     """
     if platform not in PLATFORMS:
         raise Mistake(f"unknown platform {platform!r}: use one of {', '.join(PLATFORMS)}")
-    tests = {
+    checks = {
         "cudnn": (
             (platform not in ("gpu", "cuda"), f"needs an NVIDIA GPU, not {platform!r}"),
             (dropout > 0, f"has no dropout by row, got dropout={dropout}"),
@@ -65,15 +66,15 @@ def resolve(
             (block_size % 128, f"needs a block size that 128 divides, not {block_size}"),
         ),
     }
-    wrong = {name: "; ".join(why for bad, why in tests[name] if bad) for name in tests}
+    obstacles = {name: "; ".join(why for bad, why in checks[name] if bad) for name in checks}
     if implementation == "auto":
-        if not wrong["splash"] and block_size >= 2048:
+        if not obstacles["splash"] and block_size >= 2048:
             return "splash"
-        return "xla" if wrong["cudnn"] else "cudnn"
+        return "xla" if obstacles["cudnn"] else "cudnn"
     if implementation not in IMPLEMENTATIONS:
         raise Mistake(f"unknown attention {implementation!r}: use 'auto' or {IMPLEMENTATIONS}")
-    if wrong.get(implementation):
-        raise Mistake(f"attention {implementation!r} {wrong[implementation]}: use auto or xla")
+    if obstacles.get(implementation):
+        raise Mistake(f"attention {implementation!r} {obstacles[implementation]}: use auto or xla")
     return implementation
 
 
@@ -86,15 +87,15 @@ def causal_attention(
     dropout_rate: float = 0.0,
     dropout_keys: Array | None = None,
 ) -> Array:
-    """softmax(q k' / sqrt(K)) v over past and present; q, k, v and the result are [B,T,H,K].
+    """Compute softmax(q k' / sqrt(K)) v, in which position t sees the positions 0..t.
 
-    q, k, v have one dtype, float32 or bfloat16, which is that of the products' operands and of the
-    result; scores and softmax are float32. Position t sees all of 0..t, so a row may be padded on
-    the right only: padding on the left would be attended to.
-    dropout_rate: the chance that a weight is dropped, by "xla" and "flax", which drop the same.
+    q, k, v and the result are [B,T,H,K] of one dtype, float32 or bfloat16, which the operands of
+    the products have, too; scores and softmax are float32. A row may be padded on the right only:
+    padding on the left would be attended to.
+    dropout_rate: the chance that a weight is dropped; "xla" and "flax" can, and drop the same ones.
     dropout_keys: [B] typed PRNG keys, one a row, so that what a row drops depends neither on the
     mesh nor on its microbatch; needed if dropout_rate > 0.
-    Raises ValueError for what the implementation cannot do. Source: Vaswani et al. 2017, eq. 1.
+    Raises Mistake for what the implementation cannot do. Source: Vaswani et al. 2017, eq. 1.
     """
     if not q.shape == k.shape == v.shape or q.ndim != 4 or not q.dtype == k.dtype == v.dtype:
         got = ", ".join(f"{x.dtype}{list(x.shape)}" for x in (q, k, v))
@@ -103,7 +104,7 @@ def causal_attention(
         raise Mistake(f"{implementation!r} has no dropout, got {dropout_rate}: use 'xla'")
     drop = _dropout(dropout_rate, dropout_keys, q.shape)
     if implementation == "xla":
-        return _xla(q, k, v, drop) if dropout_rate or on_cpu() else _recomputed(q, k, v)
+        return _xla(q, k, v, drop) if dropout_rate or on_cpu() else _xla_recomputing(q, k, v)
     if implementation == "flax":
         return _flax(q, k, v, drop)
     if implementation == "cudnn":
@@ -116,39 +117,44 @@ def causal_attention(
 def cached_attention(
     q: Array, k: Array, v: Array, past: tuple[Array, Array], first: Array, used: Array
 ) -> tuple[Array, tuple[Array, Array]]:
-    """Attention of new tokens q, k, v [B,T,H,K] over themselves and the past; `past` with them.
+    """Attend from new tokens to themselves and those in the cache; return also the cache with both.
 
-    past: keys and values [B,H,S,K], of which the slots before `used` are filled and T more will
-    be; row b begins at slot first[b], and what is before it is never seen.
+    q, k, v: of the new tokens, [B,T,H,K]. past: the cached keys and values, [B,H,S,K], of which
+    the slots before `used` are filled; the new tokens take the next T. Row b begins at slot
+    first[b]; nothing attends to the slots before that.
     """
     past = tuple(
         jax.lax.dynamic_update_slice_in_dim(old, new.swapaxes(1, 2), used, axis=2)
         for old, new in zip(past, (k, v), strict=True)
     )
-    now = used + jnp.arange(q.shape[1])
+    query_slots = used + jnp.arange(q.shape[1])
 
     def attend(slots: int, q: Array, k: Array, v: Array) -> Array:
         slot = jnp.arange(slots)
-        seen = (slot <= now[:, None]) & (slot >= first[:, None, None])
+        visible = (slot <= query_slots[:, None]) & (slot >= first[:, None, None])
         k, v = k[:, :, :slots], v[:, :, :slots]
         scores = jnp.einsum("bthk,bhsk->bhts", q, k, preferred_element_type=jnp.float32)
         scores = scores * q.shape[-1] ** -0.5
-        scores = jnp.where(seen[:, None], scores, jnp.finfo(jnp.float32).min)
+        scores = jnp.where(visible[:, None], scores, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores).astype(v.dtype)
         return jnp.einsum("bhts,bhsk->bthk", weights, v)
 
-    # Most of the cache is empty most of the time, and reading it would cost as much as the weights.
+    # Only the smallest of some sizes that holds the filled slots is read. Most of the cache is
+    # empty most of the time, and reading all of it would cost as much as reading the weights.
     size = past[0].shape[2]
     sizes = [2**i for i in range(7, size.bit_length()) if 2**i < size] + [size]
-    which = jnp.searchsorted(jnp.array(sizes), used + q.shape[1])
-    return jax.lax.switch(which, [partial(attend, n) for n in sizes], q, *past), past
+    smallest = jnp.searchsorted(jnp.array(sizes), used + q.shape[1])
+    return jax.lax.switch(smallest, [partial(attend, n) for n in sizes], q, *past), past
 
 
 def _dropout(
     rate: float, keys: Array | None, shape: tuple[int, ...]
 ) -> Callable[[Array, slice], Array]:
-    """Drops weights [B,H,t,s] of a slice of queries over the first s keys, and scales the rest up;
-    row b's mask depends on keys[b] alone."""
+    """Return a function that drops some attention weights and scales up the rest.
+
+    It takes weights [B,H,t,s] over the first s keys and the slice of the t queries among all T.
+    The mask of row b depends on keys[b] alone. Raises Mistake for a bad rate or keys.
+    """
     if not rate:
         return lambda weights, _: weights
     batch, time, heads, _ = shape
@@ -172,15 +178,17 @@ def _scores(spec: str, q: Array, k: Array) -> Array:
 
 
 def _blocks(time: int) -> list[tuple[slice, slice]]:
-    """(some queries, the keys that the last of them sees): most of the scores that no query sees
-    are not computed."""
+    """Split the queries into blocks, each with the keys that its last query sees, as slices.
+
+    Most of the scores that the causal mask would hide are then not computed.
+    """
     size = max(LEAST_BLOCK, -(-time // QUERY_BLOCKS))
     starts = range(0, time, size)
     return [(slice(i, end), slice(end)) for i in starts for end in [min(i + size, time)]]
 
 
-def _past_scores(q: Array, k: Array) -> Array:
-    """Float32 scores [B,H,t,s] of the last t of s positions."""
+def _causal_scores(q: Array, k: Array) -> Array:
+    """Compute the float32 scores [B,H,t,s] of the last t of s positions; later keys are masked."""
     scores = _scores("bthk,bshk->bhts", q, k) * q.shape[-1] ** -0.5
     t, s = scores.shape[2:]
     past = jnp.arange(s - t, s)[:, None] >= jnp.arange(s)
@@ -190,57 +198,60 @@ def _past_scores(q: Array, k: Array) -> Array:
 
 def _xla(q: Array, k: Array, v: Array, drop: Callable[[Array, slice], Array]) -> Array:
     blocks = []
-    for mine, seen in _blocks(q.shape[1]):
-        weights = jax.nn.softmax(_past_scores(q[:, mine], k[:, seen]))
-        weights = drop(weights, mine).astype(v.dtype)
-        blocks.append(product("bhts,bshk->bthk", weights, v[:, seen]))
+    for queries, keys in _blocks(q.shape[1]):
+        weights = jax.nn.softmax(_causal_scores(q[:, queries], k[:, keys]))
+        weights = drop(weights, queries).astype(v.dtype)
+        blocks.append(product("bhts,bshk->bthk", weights, v[:, keys]))
     return jnp.concatenate(blocks, axis=1)
 
 
 @jax.custom_vjp
-def _recomputed(q: Array, k: Array, v: Array) -> Array:
-    """`_xla` without dropout, with the gradient of flash attention, which computes the weights
-    again from q, k and the log of each query's sum of exponentials. To keep those of all layers
-    costs an accelerator more, in memory and in time: it is reading and writing that bounds it."""
-    return _recomputed_fwd(q, k, v)[0]
+def _xla_recomputing(q: Array, k: Array, v: Array) -> Array:
+    """Compute `_xla` without dropout; the backward pass recomputes the weights as flash attention.
+
+    It does so from q, k and the log of each query's sum of exponentials. Saving the weights of all
+    layers would cost an accelerator more memory and more time, as reads and writes bound its speed.
+    """
+    return _xla_recomputing_fwd(q, k, v)[0]
 
 
-def _recomputed_fwd(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
+def _xla_recomputing_fwd(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
     blocks, sums = [], []
-    for mine, seen in _blocks(q.shape[1]):
-        scores = _past_scores(q[:, mine], k[:, seen])
+    for queries, keys in _blocks(q.shape[1]):
+        scores = _causal_scores(q[:, queries], k[:, keys])
         sums.append(jax.nn.logsumexp(scores, axis=-1, keepdims=True))
         weights = jnp.exp(scores - sums[-1]).astype(v.dtype)
-        blocks.append(jnp.einsum("bhts,bshk->bthk", weights, v[:, seen]))
-    kept = jnp.concatenate(blocks, axis=1), jnp.concatenate(sums, axis=2)
-    y, sums = checkpoint_name(kept, "project")
+        blocks.append(jnp.einsum("bhts,bshk->bthk", weights, v[:, keys]))
+    results = jnp.concatenate(blocks, axis=1), jnp.concatenate(sums, axis=2)
+    y, sums = checkpoint_name(results, "project")
     return y, (q, k, v, y, sums)
 
 
-def _recomputed_bwd(kept: tuple[Array, ...], g: Array) -> tuple[Array, Array, Array]:
-    q, k, v, y, sums = kept
-    # Or else XLA, where layers are unrolled, would keep the scores of the forward pass after all.
+def _xla_recomputing_bwd(saved: tuple[Array, ...], g: Array) -> tuple[Array, Array, Array]:
+    q, k, v, y, sums = saved
+    # Without the barrier XLA would save the scores of the forward pass where layers are unrolled.
     k, g = jax.lax.optimization_barrier((k, g))
-    mean = (y.astype(jnp.float32) * g).sum(-1).swapaxes(1, 2)[..., None]  # of dweights, weighted
+    mean = (y.astype(jnp.float32) * g).sum(-1).swapaxes(1, 2)[..., None]  # dweights' weighted mean
     dq, dk, dv = [], jnp.zeros_like(k), jnp.zeros_like(v)
-    for mine, seen in _blocks(q.shape[1]):
-        weights = jnp.exp(_past_scores(q[:, mine], k[:, seen]) - sums[:, :, mine]).astype(v.dtype)
-        dweights = _scores("bthk,bshk->bhts", g[:, mine], v[:, seen])
-        dscores = weights * (dweights - mean[:, :, mine]) * q.shape[-1] ** -0.5
+    for queries, keys in _blocks(q.shape[1]):
+        scores = _causal_scores(q[:, queries], k[:, keys])
+        weights = jnp.exp(scores - sums[:, :, queries]).astype(v.dtype)
+        dweights = _scores("bthk,bshk->bhts", g[:, queries], v[:, keys])
+        dscores = weights * (dweights - mean[:, :, queries]) * q.shape[-1] ** -0.5
         dscores = dscores.astype(q.dtype)
-        dq.append(jnp.einsum("bhts,bshk->bthk", dscores, k[:, seen]))
-        ahead = ((0, 0), (0, q.shape[1] - seen.stop), (0, 0), (0, 0))
-        dk += jnp.pad(jnp.einsum("bhts,bthk->bshk", dscores, q[:, mine]), ahead)
-        dv += jnp.pad(jnp.einsum("bhts,bthk->bshk", weights, g[:, mine]), ahead)
+        dq.append(jnp.einsum("bhts,bshk->bthk", dscores, k[:, keys]))
+        later_keys = ((0, 0), (0, q.shape[1] - keys.stop), (0, 0), (0, 0))
+        dk += jnp.pad(jnp.einsum("bhts,bthk->bshk", dscores, q[:, queries]), later_keys)
+        dv += jnp.pad(jnp.einsum("bhts,bthk->bshk", weights, g[:, queries]), later_keys)
     return jnp.concatenate(dq, axis=1), dk, dv
 
 
-_recomputed.defvjp(_recomputed_fwd, _recomputed_bwd)
+_xla_recomputing.defvjp(_xla_recomputing_fwd, _xla_recomputing_bwd)
 
 
 def _flax(q: Array, k: Array, v: Array, drop: Callable[[Array, slice], Array]) -> Array:
-    # Flax alone rounds the scores to bfloat16 before the float32 softmax and draws its dropout
-    # from one key for the whole batch; its hooks for the two products put both right.
+    # By itself Flax rounds the scores to bfloat16 before the float32 softmax and draws dropout from
+    # one key for the whole batch. Its hooks for the two products correct both.
     return nn.dot_product_attention(
         q,
         k,
@@ -255,10 +266,10 @@ def _flax(q: Array, k: Array, v: Array, drop: Callable[[Array, slice], Array]) -
 
 
 def _splash(q: Array, k: Array, v: Array, interpret: bool = False) -> Array:
-    """TPU splash attention, each device on its own rows and heads; interpret runs it anywhere."""
+    """Run TPU splash attention, each device on its own rows and heads; interpret: on any device."""
     mesh = jax.sharding.get_abstract_mesh()
-    # Axes that a caller's shard_map made manual are split already; XLA cannot split a kernel over
-    # the rest, so here they become manual too.
+    # A caller's shard_map has split the arrays over its manual axes already. XLA cannot split a
+    # kernel over the other axes, so these become manual here.
     free = {a for a, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Auto}
     rows, heads = (tuple(a for a in axes if a in free) for axes in (BATCH_AXES, HEAD_AXES))
     for what, size, axes in (("rows", q.shape[0], rows), ("heads", q.shape[2], heads)):
@@ -278,7 +289,7 @@ def _splash(q: Array, k: Array, v: Array, interpret: bool = False) -> Array:
     varying = tuple(jax.typeof(q).manual_axis_type.varying)
     if not varying:
         return attend(q, k, v)
-    # A shard_map around us that tracks which values vary over its axes (check_vma=True) marks q, k
+    # A caller's shard_map that tracks which values vary over its axes (check_vma=True) marks q, k
     # and v, but the kernel marks neither result nor gradient, and JAX refuses the mismatch. So drop
     # the marks, differentiate without, and put them back. A bare pcast would psum the gradient.
     remember = partial(jax.lax.pcast, axis_name=varying, to="varying")
@@ -297,7 +308,7 @@ def _splash_kernel(q: Array, k: Array, v: Array, interpret: bool) -> Array:
 
     _, time, heads, head_dim = q.shape
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
-    block = math.gcd(time, 512)  # it has to divide T
+    block = math.gcd(time, 512)  # a block has to divide T
     sizes = splash.BlockSizes(**{f"block_{name}": block for name in names})
     mask = splash.MultiHeadMask([splash.CausalMask((time, time))] * heads)
     kernel = splash.make_splash_mha_single_device(

@@ -1,7 +1,7 @@
-"""Arithmetic of a run: parameters, FLOPs of a token, peak FLOP/s of a device, and MFU.
+"""Count a run's parameters and FLOPs, and compare its speed with its devices' peak: MFU.
 
-Plain integers and no JAX, so that a script or a test can ask without touching a device. `model`
-is a ModelConfig, or anything with n_layer L, n_embd D, block_size T, vocab_size V (the logical
+These are plain integers without JAX, so that a script or a test touches no device. `model` is a
+ModelConfig, or anything with n_layer L, n_embd D, block_size T, vocab_size V (the logical
 one: padded rows of the table are never counted), and the keys that say which parts it has.
 """
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def parameters_by_component(model: Any) -> dict[str, int]:
-    """Parameters of each component, over all layers; the values add up to `parameter_count`.
+    """Count each component's parameters, over all layers; they add up to `parameter_count`.
 
     GPT-2's layout as in nanoGPT: the MLP is 4 D wide, and a LayerNorm has a bias only when the
     linear layers have one. A tied head is `wte` itself.
@@ -36,15 +36,15 @@ def parameters_by_component(model: Any) -> dict[str, int]:
 
 
 def parameter_count(model: Any) -> int:
-    """All parameters, each once: 124,439,808 for GPT-2, 124,337,664 for it without biases."""
+    """Count all parameters, each once: 124,439,808 for GPT-2, or 124,337,664 without biases."""
     return sum(parameters_by_component(model).values())
 
 
 def used_parameters(model: Any) -> int:
-    """Parameters that multiply: all but `wpe`, value embeddings and, with an own head, `wte`.
+    """Count the parameters that multiply: not `wpe`, value embeddings or, with an own head, `wte`.
 
-    The N of PaLM's and Chinchilla's formulas as nanoGPT's notebooks read them: 123,653,376 for
-    GPT-2.
+    This is the N of PaLM's and Chinchilla's formulas as nanoGPT's notebooks read them: 123,653,376
+    for GPT-2.
     """
     parts = parameters_by_component(model)
     looked_up = parts["wpe"] + parts["value_embeddings"] + (parts["wte"] if parts["head"] else 0)
@@ -52,11 +52,11 @@ def used_parameters(model: Any) -> int:
 
 
 def flops_by_component(model: Any, causal: bool = False) -> dict[str, int]:
-    """FLOPs of the forward pass over one sequence of block_size tokens, over all layers.
+    """Count the FLOPs of the forward pass over one sequence of block_size tokens, over all layers.
 
-    Counts matrix products only, 2 FLOPs for a multiply-add: the 12 D^2 weights of each layer, the
+    Only matrix products count, 2 FLOPs for a multiply-add: the 12 D^2 weights of each layer, the
     head, and in attention q·k and scores·v (2 T^2 D each). Looking up embeddings costs nothing;
-    norms, biases, GELU and softmax are left out. `causal` counts half of T x T, the useful half.
+    norms, biases, GELU and softmax are left out. `causal`: only the useful half of T x T counts.
     Source: nanoGPT's transformer_sizing.ipynb, whose figures are those with causal=False.
     """
     L, T, D = model.n_layer, model.block_size, model.n_embd
@@ -73,12 +73,12 @@ def flops_by_component(model: Any, causal: bool = False) -> dict[str, int]:
 
 
 def forward_flops(model: Any, causal: bool = False) -> int:
-    """FLOPs of the forward pass over one sequence: 291,648,307,200 for GPT-2 as nanoGPT counts."""
+    """Count the forward FLOPs of one sequence: 291,648,307,200 for GPT-2 as nanoGPT counts."""
     return sum(flops_by_component(model, causal).values())
 
 
 def flops_per_token(model: Any, causal: bool = True) -> float:
-    """Model FLOPs of training on one token, forward and backward: 6 N + 12 L T D (half if causal).
+    """Count the FLOPs of training on a token, both passes: 6 N + 12 L T D (6 L T D if causal).
 
     N: weights of matrix products, head included. The backward pass costs twice the forward pass;
     recomputation (remat) is not model work and is not counted. Source: PaLM, arXiv:2204.02311,
@@ -88,7 +88,7 @@ def flops_per_token(model: Any, causal: bool = True) -> float:
 
 
 def palm_flops_per_token(model: Any) -> int:
-    """6 N + 12 L H Q T, the formula itself: it counts norms and biases as products too.
+    """Compute PaLM's 6 N + 12 L H Q T as it stands, which counts norms and biases as products too.
 
     Source: PaLM, arXiv:2204.02311, appendix B, with N as in nanoGPT's transformer_sizing.ipynb.
     """
@@ -141,7 +141,7 @@ _OTHER_PART = {"MIG", "Laptop", "Max-Q", "D", "Ti", "lite"}
 
 
 def peak_flops(device_kind: str, dtype: str = "bfloat16") -> float | None:
-    """Dense peak FLOP/s of one JAX device; None where it is not known, as for a CPU.
+    """Return the dense peak FLOP/s of one JAX device, or None where unknown, as for a CPU.
 
     The longest name that `device_kind` starts with, as whole words, decides: "TPU v5 lite" is not
     a "TPU v5", nor an L40S an L4. Only "bfloat16" and "float16" have figures: what float32
@@ -160,11 +160,11 @@ def peak_flops(device_kind: str, dtype: str = "bfloat16") -> float | None:
 def mfu(
     model: Any, tokens_per_second: float, device_kind: str, n_devices: int, dtype: str = "bfloat16"
 ) -> float | None:
-    """Model FLOPs utilisation, 0 to 1: useful FLOP/s over the peak of all devices.
+    """Compute the model FLOPs utilisation, 0 to 1: useful FLOP/s over the peak of all devices.
 
     Attention is counted causally: PaLM's and nanoGPT's full count reads higher for the same speed
-    (by 7 % for GPT-2 at T=1024). `tokens_per_second` is the whole run's; None if no peak is known
-    for products in `dtype`.
+    (by 7 % for GPT-2 at T=1024). `tokens_per_second` is the whole run's. None means that no peak is
+    known for products in `dtype`.
     """
     peak = peak_flops(device_kind, dtype)
     if peak is None:
@@ -179,7 +179,7 @@ def mfu_meter(
     say: Callable[[str], None] = print,
     dtype: str = "bfloat16",
 ) -> Callable[[float], float | None]:
-    """Tokens/s -> MFU, or None on a device of unknown peak, about which it says one line, now."""
+    """Return a function from tokens/s to MFU, or to None where no peak is known, and say so now."""
     if device_kind == "cpu":
         say("note: no MFU on a CPU")
     elif peak_flops(device_kind) is None:

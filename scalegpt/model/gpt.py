@@ -1,4 +1,4 @@
-"""GPT in Flax linen. Every parameter and activation carries logical axis names.
+"""This is the GPT in Flax linen; every parameter and activation carries logical axis names.
 
 Shapes: B rows, T positions, D embed, H heads, K head size, F = 4 D, V padded vocabulary, L layers.
 Layers are stacked: each block parameter has a leading axis `layers`, whether the compiler loops
@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from scalegpt.config.recipe import ModelConfig
 from scalegpt.errors import Mistake
 from scalegpt.model.attention import cached_attention, causal_attention
-from scalegpt.model.custom_gradients import alone, product
+from scalegpt.model.custom_gradients import product, recompute
 from scalegpt.model.layers import (
     ACTIVATIONS,
     constrain,
@@ -33,9 +33,9 @@ from scalegpt.model.layers import (
 
 @struct.dataclass
 class Cache:
-    """What decoding keeps of the tokens so far.
+    """A cache holds the keys and values of the tokens so far, for decoding.
 
-    layers: of each layer (keys, values), both [B, H, S, K]. All rows write to the same slots of S,
+    layers: (keys, values) of each layer, both [B, H, S, K]. All rows write to the same slots of S,
     so shorter texts are padded on the left: first [B] is where each one begins. used: slots filled.
     """
 
@@ -46,8 +46,8 @@ class Cache:
 
 @struct.dataclass
 class Context:
-    """What all layers read besides x: what entered the first one [B, T, D], the tokens [B, T], and
-    the tables of `rotate`."""
+    """A context holds what all layers read besides their input: x0, the input of the first one
+    [B, T, D], the tokens [B, T], and the cos and sin that `rotate` takes."""
 
     x0: Array
     tokens: Array
@@ -55,15 +55,16 @@ class Context:
 
 
 class _Layer(nn.Module):
-    """What all parts share: the configuration, the dtype of products, and how weights are made."""
+    """All parts of the model share this base: config, dtype of products, making of weights."""
 
     config: ModelConfig
     dtype: Any
     attention: str
 
     def weight(self, name: str, shape: tuple, axes: tuple, fan_in: int | None = None) -> Array:
-        """A float32 matrix, cast for products. fan_in: its rows; None: it writes into the residual
-        stream, whose variance shall not grow with depth. Fan-in init alone hurts deep models."""
+        """Make a float32 matrix and cast it for products. fan_in: its number of inputs, or None if
+        it writes into the residual stream, whose variance must not grow with depth: with fan-in
+        init alone, deep models train worse."""
         c = self.config
         if c.init == "gpt2":
             std = 0.02 if fan_in else 0.02 / (2 * c.n_layer) ** 0.5
@@ -72,12 +73,12 @@ class _Layer(nn.Module):
         return self.table(name, shape, axes, std).astype(self.dtype)
 
     def table(self, name: str, shape: tuple, axes: tuple, std: float) -> Array:
-        """A float32 parameter N(0, std)."""
+        """Make a float32 parameter drawn from N(0, std^2)."""
         init = nn.initializers.normal(std) if std else nn.initializers.zeros
         return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
 
     def scalars(self, name: str, values: Any) -> Array:
-        """A few float32 numbers, learned from `values` on."""
+        """Make a float32 vector that is learned, starting from `values`."""
         init = nn.with_logical_partitioning(lambda *_: jnp.array(values, jnp.float32), (None,))
         return self.param(name, init)
 
@@ -91,11 +92,11 @@ class _Layer(nn.Module):
 class Norm(_Layer):
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Normalise the last axis in float32; back to the dtype of products."""
+        """Normalise the last axis in float32, and return the dtype of products."""
         if self.config.norm == "rmsnorm":
-            return alone(rms_norm, x)
+            return recompute(rms_norm, x)
         ones = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
-        x = alone(layer_norm, x, self.param("scale", ones, x.shape[-1:], jnp.float32))
+        x = recompute(layer_norm, x, self.param("scale", ones, x.shape[-1:], jnp.float32))
         if self.config.bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("norm",))
             x = x + self.param("bias", zeros, x.shape[-1:], jnp.float32)
@@ -112,22 +113,22 @@ class Attention(_Layer):
         context: Context,
         cache: Cache | None = None,
     ) -> tuple[Array, Any]:
-        """Also this layer's keys and values with those of x, when there is a cache."""
+        """Return the output [B, T, D] and, with a cache, the layer's keys and values with x's."""
         c, (d, h, k) = self.config, (self.config.n_embd, self.config.n_head, self.config.head_dim)
         kernel = self.weight("qkv_kernel", (d, 3, h, k), ("embed", "qkv", "heads", "kv"), d)
         qkv = project("btd,dchk->btchk", x, kernel)
         qkv = qkv + self.bias("qkv_bias", (3, h, k), ("qkv", "heads", "kv"))
         qkv = constrain(qkv, "batch", "position", None, "act_heads", None)
-        # Not by index: three gradients filled up with zeros would be added.
-        parts = checkpoint_name(jnp.split(qkv, 3, axis=2), "project")
-        q, key, v = (x.squeeze(2) for x in parts)
+        # Indexing would make the gradient a sum of three arrays, each filled up with zeros.
+        split = checkpoint_name(jnp.split(qkv, 3, axis=2), "project")
+        q, key, v = (x.squeeze(2) for x in split)
         if c.value_embeddings:
             v = v + self.value_embedding(context.tokens)
         if c.qk_norm:
             q, key = rms_norm(q), rms_norm(key)
         if context.rotary is not None:
             q, key = rotate(q, *context.rotary), rotate(key, *context.rotary)
-        mask_keys = kept = None
+        mask_keys = layer_cache = None
         if keys is not None and c.dropout > 0:
             mask_keys = jax.vmap(lambda row: jax.random.fold_in(row, 3 * layer))(keys)
         if cache is None:
@@ -140,17 +141,18 @@ class Attention(_Layer):
                 dropout_keys=mask_keys,
             )
         else:
-            y, kept = cached_attention(q, key, v, cache.layers[layer], cache.first, cache.used)
+            past = cache.layers[layer]
+            y, layer_cache = cached_attention(q, key, v, past, cache.first, cache.used)
         kernel = self.weight("proj_kernel", (h, k, d), ("heads", "kv", "embed"))
         y = project("bthk,hkd->btd", y, kernel) + self.bias("proj_bias", (d,), ("norm",))
-        return dropout(y, c.dropout, keys, 3 * layer + 1), kept
+        return dropout(y, c.dropout, keys, 3 * layer + 1), layer_cache
 
     def value_embedding(self, tokens: Array) -> Array:
-        """[B, T, H, K] of tokens [B, T], by a learned strength of each head."""
+        """Look up embeddings [B, T, H, K] of tokens [B, T], scaled by a learned scalar a head."""
         c = self.config
         shape, axes = (c.padded_vocab, c.n_embd), ("vocab", "table_embed")
         table = self.table("value_table", shape, axes, 0.02)
-        # Whole, for the same reason as the table of the tokens themselves.
+        # Gathered before it is looked up, as the token table in `GPT._whole_texts` is.
         rows = constrain(constrain(table, "act_vocab", None), None, None)[tokens]
         strength = self.scalars("value_strength", [1.0] * c.n_head)
         rows = rows.reshape(*tokens.shape, c.n_head, c.head_dim) * strength[:, None]
@@ -163,7 +165,7 @@ class MLP(_Layer):
         c, (d, f) = self.config, (self.config.n_embd, 4 * self.config.n_embd)
         x = project("btd,df->btf", x, self.weight("up_kernel", (d, f), ("embed", "mlp"), d))
         x = constrain(x + self.bias("up_bias", (f,), ("mlp",)), "batch", "position", "act_mlp")
-        x = alone(ACTIVATIONS[c.activation], x)
+        x = recompute(ACTIVATIONS[c.activation], x)
         kernel = self.weight("down_kernel", (f, d), ("mlp", "embed"))
         x = project("btf,fd->btd", x, kernel) + self.bias("down_bias", (d,), ("norm",))
         return dropout(x, c.dropout, keys, 3 * layer + 2)
@@ -179,25 +181,25 @@ class Block(_Layer):
         context: Context,
         cache: Cache | None = None,
     ) -> tuple[Array, Any]:
-        part = (self.config, self.dtype, self.attention)
+        shared = (self.config, self.dtype, self.attention)
         if self.config.residual_scalars:
             a, b = self.scalars("residual_scalars", [1.0, 0.0]).astype(self.dtype)
             x = a * x + b * context.x0
-        normed = Norm(*part, name="ln_1")(x)
-        y, kept = Attention(*part, name="attn")(normed, layer, keys, context, cache)
+        normed = Norm(*shared, name="ln_1")(x)
+        y, layer_cache = Attention(*shared, name="attn")(normed, layer, keys, context, cache)
         x = constrain(x + y, "batch", "position", "act_embed")
-        y = MLP(*part, name="mlp")(Norm(*part, name="ln_2")(x), layer, keys)
-        return constrain(x + y, "batch", "position", "act_embed"), kept
+        y = MLP(*shared, name="mlp")(Norm(*shared, name="ln_2")(x), layer, keys)
+        return constrain(x + y, "batch", "position", "act_embed"), layer_cache
 
 
 class GPT(_Layer):
-    """Token ids [B, T] -> final hidden states [B, T, D]; `logits` turns those into logits."""
+    """Map token ids [B, T] to final hidden states [B, T, D]; `logits` turns those into logits."""
 
     @nn.compact
     def __call__(
         self, tokens: Array, dropout_keys: Array | None = None, cache: Cache | None = None
     ) -> Any:
-        """Return hidden states of whole texts; with a cache, of tokens that continue those in it.
+        """Return the hidden states of whole texts or, with a cache, of tokens that continue it.
 
         These are two programs: `_whole_texts` to train and evaluate, `_decode` to write. In the
         first, dropout_keys [B], one typed key a row, switch dropout on. Raises Mistake when T
@@ -232,12 +234,12 @@ class GPT(_Layer):
         return self._final_norm(x)
 
     def _decode(self, tokens: Array, cache: Cache) -> tuple[Array, Cache]:
-        """Return the hidden states of `tokens`, and the cache with these tokens in it, too.
+        """Return the hidden states of `tokens`, and the cache with these tokens added.
 
-        The parameters are `separate_layers` of the usual ones.
+        It needs the parameters as `separate_layers` returns them.
         """
         c, length = self.config, tokens.shape[1]
-        # Positions of padding are negative; nobody sees what comes of it.
+        # Positions of padding would be negative; no token attends to what is computed there.
         positions = jnp.maximum(cache.used + jnp.arange(length) - cache.first[:, None], 0)
         x = self._embed(self._token_table()[tokens], positions)
         rotary = None
@@ -251,8 +253,8 @@ class GPT(_Layer):
             layers.append(layer)
         return self._final_norm(x), Cache(tuple(layers), cache.first, cache.used + length)
 
-    # Linen's random keys follow from the order in which parameters are made: wte, wpe, the layers,
-    # head_kernel, ln_f. Another order would change the initial weights of a seed.
+    # Parameters are made in this order: wte, wpe, the layers, head_kernel, ln_f. Linen derives its
+    # random keys from it, so that another order would change the initial weights of a seed.
 
     def _token_table(self) -> Array:
         c = self.config
@@ -260,9 +262,9 @@ class GPT(_Layer):
         return self.table("wte", shape, axes, 0.02 if c.init == "gpt2" else 1.0)
 
     def _embed(self, rows: Array, positions: Any) -> Array:
-        """Rows of the token table, float32, and those of their positions -> [B, T, D].
+        """Add the position embeddings to rows of the token table, float32; return [B, T, D].
 
-        They are looked up and added in float32: in bfloat16 the gradients of a frequent token
+        Both are looked up and added in float32: in bfloat16 the gradients of a frequent token
         would be summed in bfloat16.
         """
         c = self.config
@@ -282,20 +284,23 @@ class GPT(_Layer):
 
 
 def separate_layers(params: Any) -> Any:
-    """The same parameters with h [L, ...] as h_0, h_1, ...: decoding would copy out each layer of
-    the stack for every token, which takes longer than all its products."""
+    """Split the stacked layers h [L, ...] of the parameters into h_0, h_1, ..., for decoding.
+
+    It would else copy each layer out of the stack for every token, which takes longer than all
+    its products.
+    """
     if "h" not in params:
         return params
     layers = range(jax.tree.leaves(params["h"])[0].shape[0])
-    parts = {f"h_{i}": jax.tree.map(lambda x, i=i: x[i], params["h"]) for i in layers}
-    return {name: x for name, x in params.items() if name != "h"} | parts
+    split = {f"h_{i}": jax.tree.map(lambda x, i=i: x[i], params["h"]) for i in layers}
+    return {name: x for name, x in params.items() if name != "h"} | split
 
 
 def _remat(config: ModelConfig) -> Callable:
     if config.remat == "none":
         return Block
     policy = jax.checkpoint_policies.save_only_these_names("project")
-    # Inside a loop nothing can be merged with the forward pass; unrolled it would be.
+    # XLA would merge the recomputation with the forward pass, but cannot do so inside a loop.
     return nn.remat(
         Block,
         policy=policy if config.remat == "dots" else None,
@@ -304,15 +309,18 @@ def _remat(config: ModelConfig) -> Callable:
 
 
 def head_table(params: Any) -> Array:
-    """The table [V, D] of the head, which is the embedding's when tied, gathered over fsdp once.
+    """Return the head's table [V, D], the embedding's when tied, gathered over fsdp.
 
-    Without this the chunked loss gathers it, and reduces its gradient, once a chunk.
+    Otherwise the chunked loss would gather it, and reduce its gradient, once a chunk.
     """
     return constrain(params.get("head_kernel", params["wte"]), "act_vocab", None)
 
 
 def logits(hidden: Array, table: Array, config: ModelConfig) -> Array:
-    """float32 logits [..., V] of hidden [..., D] by the head's table; padded ids get the lowest."""
+    """Compute float32 logits [..., V] from hidden [..., D] and the head's table.
+
+    The ids that only pad the vocabulary get the lowest float.
+    """
     rows = "bt"[: hidden.ndim - 1]
     y = product(f"{rows}d,vd->{rows}v", hidden, table.astype(hidden.dtype), jnp.float32)
     if cap := config.logit_softcap:

@@ -1,4 +1,4 @@
-"""What the model's layers compute besides matrix products; all of it without parameters.
+"""Define what the model's layers compute; nothing here has parameters of its own.
 
 Shapes: B rows, T positions, H heads, K head size.
 """
@@ -20,7 +20,7 @@ RMS_NORM_EPS = 1e-6
 
 
 def gelu(x: Array) -> Array:
-    """x times the normal distribution up to x, in float32; as x (arXiv:1606.08415).
+    """Multiply x by the normal distribution function of x, in float32 (arXiv:1606.08415).
 
     By erf, as in PyTorch: JAX's own is made of erfc, which takes a CPU three times as long.
     """
@@ -36,7 +36,7 @@ ACTIVATIONS = {"gelu_tanh": jax.nn.gelu, "gelu": gelu, "relu2": squared_relu}
 
 
 def constrain(x: Array, *names: str | None) -> Array:
-    """Place an activation by its logical axis names. A name without a rule is an error."""
+    """Shard an activation by its logical axis names. Raises KeyError for a name without a rule."""
     rules = dict(nn.get_logical_axis_rules())
     if not rules:  # outside of a mesh: initialisation, plain tests
         return x
@@ -47,7 +47,7 @@ def constrain(x: Array, *names: str | None) -> Array:
 def dropout(x: Array, rate: float, keys: Array | None, site: Array | int) -> Array:
     """Drop entries of x [B, ...], each row by its own key: no mesh or microbatch changes a mask.
 
-    keys: [B] typed PRNG keys, or None: identity. site: which dropout of the model this is.
+    keys: [B] typed PRNG keys, or None to drop nothing. site: which dropout of the model this is.
     """
     if keys is None or rate == 0:
         return x
@@ -58,22 +58,26 @@ def dropout(x: Array, rate: float, keys: Array | None, site: Array | int) -> Arr
 
 
 def layer_norm(x: Array, scale: Array) -> Array:
-    """LayerNorm of the last axis (arXiv:1607.06450) without bias, in float32."""
+    """Apply LayerNorm (arXiv:1607.06450) without bias to the last axis, in float32."""
     x = x.astype(jnp.float32)
     x = x - x.mean(-1, keepdims=True)
     return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + LAYER_NORM_EPS) * scale
 
 
 def rms_norm(x: Array) -> Array:
-    """x over the root mean square of its last axis, in float32; back to its dtype
-    (arXiv:1910.07467, without a gain)."""
+    """Divide x by the root mean square of its last axis, in float32, and return x's dtype.
+
+    Source: arXiv:1910.07467, without a gain.
+    """
     y = x.astype(jnp.float32)
     return (y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + RMS_NORM_EPS)).astype(x.dtype)
 
 
 def rotate(x: Array, cos: Any, sin: Any) -> Array:
-    """Rotary position embedding of x [B, T, H, K], cos, sin [T, K/2] or [B, T, K/2], one for each
-    position (arXiv:2104.09864)."""
+    """Rotate x [B, T, H, K] by the angles of its positions (rotary embedding, arXiv:2104.09864).
+
+    cos, sin: of these angles, [T, K/2] or [B, T, K/2].
+    """
     cos, sin = cos[..., None, :], sin[..., None, :]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = (first * cos - second * sin, second * cos + first * sin)
@@ -81,12 +85,12 @@ def rotate(x: Array, cos: Any, sin: Any) -> Array:
 
 
 def rotary_tables(length: int, head_dim: int, base: float) -> tuple[np.ndarray, np.ndarray]:
-    """cos and sin [T, K/2] in float32, computed in float64: large angles lose digits in float32."""
+    """Return cos and sin [T, K/2], computed in float64: in float32 large angles lose digits."""
     frequency = base ** (-np.arange(0, head_dim, 2) / head_dim)
     angle = np.arange(length)[:, None] * frequency
     return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
 
 
 def project(spec: str, x: Array, kernel: Array) -> Array:
-    """x times a weight matrix, under the name by which remat=dots keeps it."""
+    """Multiply x by a weight matrix; remat=dots saves the product by its name "project"."""
     return checkpoint_name(product(spec, x, kernel), "project")
