@@ -3,7 +3,7 @@
 import json
 import os
 import signal
-import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -14,9 +14,14 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_opti
 # Beside JAX's threads, torch with more than one spends ten times the CPU time.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-# Most tests compile what another has compiled; subprocesses do, too.
-_compiled = tempfile.TemporaryDirectory(prefix="scalegpt-compiled-")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+
+from scalegpt.files.cache import cache_folder, kind_of_cpu  # noqa: E402
+
+# Tests compile most of their time, and mostly what another test or an earlier run has compiled:
+# this process, subprocesses and the next `pytest` share one cache.
+COMPILED = cache_folder("tests", f"jax-{version('jax')}-{kind_of_cpu()}")
+COMPILED_GIB = 2
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(COMPILED)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 
@@ -35,6 +40,22 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("SCALEGPT_TEST_DATA", ROOT.parent / "shared" / "data"))
 if (SHARED / "tiktoken_cache").is_dir():
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Delete the oldest compiled programs, also of other versions of JAX, beyond COMPILED_GIB.
+
+    JAX's own limit would have it read the whole folder under a lock for each program it adds.
+    """
+    if hasattr(session.config, "workerinput"):  # a process of xdist; the one above has done it
+        return
+    programs = [(f.stat(), f) for f in COMPILED.parent.rglob("*") if f.is_file()]
+    excess = sum(stat.st_size for stat, _ in programs) - COMPILED_GIB * 2**30
+    for stat, program in sorted(programs, key=lambda entry: entry[0].st_mtime):
+        if excess <= 0:
+            break
+        program.unlink(missing_ok=True)
+        excess -= stat.st_size
 
 
 # Files that take longest, by their clock: begun last, one of them would keep one process busy

@@ -71,9 +71,9 @@ def test_programs_of_a_tenth_of_a_second_are_kept_if_nobody_said_otherwise(
 def test_each_kind_of_cpu_has_a_folder_of_its_own(monkeypatch):
     keys = ("jax_compilation_cache_dir", "jax_compilation_cache_max_size")
     before, found = {key: getattr(jax.config, key) for key in keys}, []
-    for kind in ("flags: sse", "flags: avx512"):
+    for kind in ("flags: sse\n", "flags: avx512\n"):
         jax.config.update("jax_compilation_cache_dir", None)
-        monkeypatch.setattr(cache, "_cpu", lambda kind=kind: kind)
+        monkeypatch.setattr(cache.Path, "read_text", lambda path, kind=kind: kind)
         cache.keep_compiled()
         found.append(jax.config.jax_compilation_cache_dir)
     for key, value in before.items():

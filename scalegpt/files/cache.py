@@ -32,8 +32,8 @@ def keep_compiled() -> None:
     import jax  # not at the top: a process that only copies files needs no JAX
 
     if jax.config.jax_compilation_cache_dir is None:
-        kind = hashlib.sha256(_cpu().encode()).hexdigest()[:12]
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder("compiled", kind)))
+        folder = cache_folder("compiled", kind_of_cpu())
+        jax.config.update("jax_compilation_cache_dir", str(folder))
         # JAX stores only what took a second to compile, which leaves out most programs of a small
         # run; together they take seconds.
         settings = {
@@ -45,11 +45,13 @@ def keep_compiled() -> None:
                 jax.config.update(name, value)
 
 
-def _cpu() -> str:
-    """Return the instruction sets of this CPU as Linux lists them, elsewhere its name."""
+def kind_of_cpu() -> str:
+    """Return a short name for the instruction sets of this CPU, for a folder of compiled programs."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # not on Linux
-        return platform.processor() or platform.machine()
-    features = [line for line in lines if line.startswith(("flags", "Features"))]
-    return "\n".join(dict.fromkeys(features))
+        features = platform.processor() or platform.machine()
+    else:
+        listed = [line for line in lines if line.startswith(("flags", "Features"))]
+        features = "\n".join(dict.fromkeys(listed))
+    return hashlib.sha256(features.encode()).hexdigest()[:12]
