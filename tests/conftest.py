@@ -29,6 +29,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import tiny_run  # noqa: E402
 
+from scalegpt import train  # noqa: E402
 from scalegpt.step import build as step  # noqa: E402
 from scalegpt.step import update  # noqa: E402
 
@@ -98,6 +99,22 @@ def built_once():
     step.build_steps = remembered
     yield
     step.build_steps = build
+
+
+@pytest.fixture(scope="session", autouse=True)
+def without_sample():
+    """Runs of tests end without a text, whose programs take longer to compile than to train."""
+    with pytest.MonkeyPatch.context() as patch:
+        write = train.sample
+        patch.setattr(train, "sample", lambda run, params: "no sample in tests")
+        yield write
+
+
+@pytest.fixture
+def with_sample(monkeypatch, without_sample):
+    """Lets a test have the text at the end of its runs. Its value is `train.sample`."""
+    monkeypatch.setattr(train, "sample", without_sample)
+    return without_sample
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PROGRAM = """
 import json, sys, time
 import jax
@@ -84,6 +86,7 @@ from_first("end", 1, Deadline(30))
 """
 
 
+@pytest.mark.slow
 def test_a_failure_on_one_counts_for_both_and_damage_is_found_by_both(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))

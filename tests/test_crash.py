@@ -14,6 +14,7 @@ def crash(data, out_dir, *flags: str) -> list[str]:
     return [*tiny_run.arguments(data, out_dir, **CHANGES), "--json", *flags]
 
 
+@pytest.mark.slow
 def test_five_kills_leave_the_unbroken_run_digit_for_digit(plays, tmp_path, capsys):
     assert crash_test.main(crash(plays, tmp_path / "crash", "--kills=5")) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -21,6 +22,7 @@ def test_five_kills_leave_the_unbroken_run_digit_for_digit(plays, tmp_path, caps
     assert report["moments"] == {"step": 2, "save": 1, "evaluation": 1, "start": 1}
 
 
+@pytest.mark.slow
 def test_a_killed_process_of_two_takes_the_other_down_and_both_continue(plays, tmp_path, capsys):
     flags = ("--kills=2", "--processes=2", "--devices=2", "--moments", "save", "step")
     assert crash_test.main(crash(plays, tmp_path / "crash", *flags)) == 0

@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import numpy as np
 import processes
 import pytest
 
+from scalegpt import evaluate, train
 from scalegpt.config import Config, DistributedConfig
 from scalegpt.processes import startup
 
@@ -41,6 +41,7 @@ def faulty(self, step):
     fault(str(step))
     return read(self, step)
 opened = train.open_datasets
+train.sample = lambda run, params: "no sample in tests"
 train.open_datasets = lambda *a: (time.sleep(int(ours.get("late", 0))), opened(*a))[1]
 check = startup.self_check
 startup.self_check = lambda facts: (fault("check"), check(facts))
@@ -50,13 +51,7 @@ run_command(train.main)
 """
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> str:
-    return str(tmp_path_factory.mktemp("compiled"))
-
-
 def launch(
-    cache: str,
     data: Path,
     out_dir: Path,
     count: int,
@@ -66,23 +61,22 @@ def launch(
 ) -> list[subprocess.Popen]:
     """each: what every process gets besides."""
     out_dir.parent.mkdir(exist_ok=True)
-    argv = [
+    each = [[f"record={out_dir.parent}/rows{i}", *(each[i] if each else [])] for i in range(count)]
+    command = ["-c", PROGRAM, *arguments(data, out_dir), *extra]
+    return processes.start(
+        command, count, devices, each, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0"
+    )
+
+
+def arguments(data: Path, out_dir: Path) -> list[str]:
+    return [
         *("--model.n_layer=1", "--model.n_head=2", "--model.n_embd=32", "--model.block_size=16"),
         *("--model.dropout=0.1", "--model.scan_layers=true", "--mesh.data=2", "--mesh.fsdp=-1"),
         *("--batch.sequences=16", "--batch.microbatch=2", "--optim.lr=1e-2"),
         *(f"--optim.steps={STEPS}", "--optim.warmup_steps=0", "--eval.every=12"),
         *("--eval.windows=9", "--checkpoint.every=16", "--log.every=1", "--log.tensorboard=false"),
-        *(f"--data.path={data}", f"--run.out_dir={out_dir}", *extra),
+        *(f"--data.path={data}", f"--run.out_dir={out_dir}"),
     ]
-    each = [[f"record={out_dir.parent}/rows{i}", *(each[i] if each else [])] for i in range(count)]
-    return processes.start(
-        ["-c", PROGRAM, *argv],
-        count,
-        devices,
-        each,
-        JAX_COMPILATION_CACHE_DIR=cache,
-        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
-    )
 
 
 def wait_for_step(running: list[subprocess.Popen], out_dir: Path, at: int) -> None:
@@ -111,13 +105,13 @@ def codes(running: list[subprocess.Popen]) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def alone(cache, bottles, tmp_path_factory) -> Path:
-    """The run of one process with four devices."""
+def alone(bottles, tmp_path_factory) -> Path:
+    """The run of one process, this one, with eight devices."""
     out_dir = tmp_path_factory.mktemp("alone") / "run"
-    running = launch(cache, bottles, out_dir, 1, devices=4)
-    outputs = processes.finish(running)
-    assert codes(running) == [0], outputs
-    assert json.loads((out_dir.parent / "rows0").read_text()) == [0, 1, 2, 3, 4, 5, 6, 7]
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    assert train.main(arguments(bottles, out_dir)) == 0
+    for number, handler in before.items():
+        signal.signal(number, handler)
     return out_dir
 
 
@@ -128,17 +122,17 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
         np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=0, atol=1e-5)
 
 
-def test_fault_18_two_processes_are_the_run_of_one(cache, bottles, alone, tmp_path):
+def test_fault_18_two_processes_are_the_run_of_one(bottles, alone, tmp_path, capsys):
     """Also when the second is late, when a signal to it stops both, and both continue."""
     shared = tmp_path / "shared" / "run"
-    two = launch(cache, bottles, shared, 2, each=[[], ["late=3"]])
+    two = launch(bottles, shared, 2, each=[[], ["late=3"]])
     wait_for_step(two, shared, 5)
     two[1].send_signal(signal.SIGINT)
     outputs = processes.finish(two)
     assert codes(two) == [3, 3], outputs
     stopped = max(rows(shared, "train/loss"))
     assert f"stopped on request after update {stopped}" in outputs[0][0] and stopped < STEPS
-    two = launch(cache, bottles, shared, 2)
+    two = launch(bottles, shared, 2)
     outputs = processes.finish(two)
     assert codes(two) == [0, 0], outputs
     assert f"continuing from step {stopped}" in outputs[0][0]
@@ -150,17 +144,16 @@ def test_fault_18_two_processes_are_the_run_of_one(cache, bottles, alone, tmp_pa
     assert read == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
     # One process on another mesh reads what two have written: the evaluation is theirs.
-    command = [sys.executable, "-m", "scalegpt.evaluate", "--run", str(shared), "--json"]
-    command += ["--checkpoint", "latest", "--windows", "9"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    row = json.loads(done.stdout.splitlines()[-1])
+    argv = ["--run", str(shared), "--checkpoint", "latest", "--windows", "9", "--json"]
+    assert evaluate.main(argv) == 0
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert row["step"] == STEPS
     assert abs(row["val/loss"] - rows(shared, "val/loss")[STEPS]) < 1e-5
 
 
+@pytest.mark.slow
 def test_four_processes_with_their_own_copies_of_the_data_are_the_run_of_one(
-    cache, bottles, alone, tmp_path
+    bottles, alone, tmp_path
 ):
     """Until a signal to one of them stops all."""
     each = []
@@ -169,7 +162,7 @@ def test_four_processes_with_their_own_copies_of_the_data_are_the_run_of_one(
         shutil.copytree(bottles, copy)
         each.append([f"--data.path={copy}"])
     shared = tmp_path / "four" / "run"
-    four = launch(cache, bottles, shared, 4, each=each)
+    four = launch(bottles, shared, 4, each=each)
     wait_for_step(four, shared, 8)
     four[2].send_signal(signal.SIGTERM)
     outputs = processes.finish(four)
@@ -182,11 +175,13 @@ def test_four_processes_with_their_own_copies_of_the_data_are_the_run_of_one(
     assert read == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
 
 
-@pytest.mark.parametrize(("victim", "when"), [(0, "12"), (1, "check")])
-def test_a_killed_process_ends_the_other_in_seconds(cache, bottles, tmp_path, victim, when):
+@pytest.mark.parametrize(
+    ("victim", "when"), [(0, "12"), pytest.param(1, "check", marks=pytest.mark.slow)]
+)
+def test_a_killed_process_ends_the_other_in_seconds(bottles, tmp_path, victim, when):
     """Process 0 is the coordinator, whose end JAX itself answers with SIGABRT."""
     each = [[f"fault=SIGKILL:{when}"] if i == victim else [] for i in range(2)]
-    two = launch(cache, bottles, tmp_path / "a" / "run", 2, each=each)
+    two = launch(bottles, tmp_path / "a" / "run", 2, each=each)
     two[victim].wait(120)
     began = time.monotonic()
     two[1 - victim].wait(60)
@@ -196,10 +191,11 @@ def test_a_killed_process_ends_the_other_in_seconds(cache, bottles, tmp_path, vi
     assert f"process {victim} (" in outputs[1 - victim][1] and "died" in outputs[1 - victim][1]
 
 
-def test_a_stopped_process_ends_the_other_at_the_deadline(cache, bottles, tmp_path):
+@pytest.mark.slow
+def test_a_stopped_process_ends_the_other_at_the_deadline(bottles, tmp_path):
     """With where it stands, the key to raise, the stacks, and the process that is missing."""
     each = [[], ["fault=SIGSTOP:check"]]
-    two = launch(cache, bottles, tmp_path / "a" / "run", 2, "--run.deadline_data=12", each=each)
+    two = launch(bottles, tmp_path / "a" / "run", 2, "--run.deadline_data=12", each=each)
     two[0].wait(100)
     two[1].kill()
     outputs = processes.finish(two)
@@ -209,25 +205,27 @@ def test_a_stopped_process_ends_the_other_at_the_deadline(cache, bottles, tmp_pa
     assert "in self_check" in said and "process 1 (" in said and "has said nothing for" in said
 
 
-def test_faulty_data_on_one_host_end_all(cache, bottles, tmp_path):
+@pytest.mark.slow
+def test_faulty_data_on_one_host_end_all(bottles, tmp_path):
     shutil.copytree(bottles, tmp_path / "bottles")
     with open(tmp_path / "bottles" / "train.bin", "r+b") as file:
         file.truncate(5000)
     each = [[], [f"--data.path={tmp_path / 'bottles'}"]]
-    two = launch(cache, bottles, tmp_path / "a" / "run", 2, each=each)
+    two = launch(bottles, tmp_path / "a" / "run", 2, each=each)
     outputs = processes.finish(two)
     assert codes(two) == [2, 2], outputs
     assert "train.bin" in outputs[1][1] and "process 1 (" in outputs[0][1]
     assert "train.bin" in outputs[0][1] and "Traceback" not in outputs[0][1]
 
 
-def test_processes_set_for_different_runs_are_refused(cache, bottles, tmp_path):
+@pytest.mark.slow
+def test_processes_set_for_different_runs_are_refused(bottles, tmp_path):
     """Before anything is restored or compiled, and in all of them."""
     shutil.copytree(bottles, tmp_path / "bottles")
     with open(tmp_path / "bottles" / "train.bin", "r+b") as file:
         file.write(b"\1\0\2\0")
     each = [[], [f"--data.path={tmp_path / 'bottles'}", "--run.seed=5"]]
-    two = launch(cache, bottles, tmp_path / "a" / "run", 2, each=each)
+    two = launch(bottles, tmp_path / "a" / "run", 2, each=each)
     outputs = processes.finish(two)
     assert codes(two) == [2, 2], outputs
     for _, said in outputs:

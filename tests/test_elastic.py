@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import processes
+import pytest
 import tiny_run
 
 from scalegpt.config.command_line import parse
@@ -54,6 +55,7 @@ def live(argv: list[str], folder, count: int, devices: int, mesh: dict, last: in
     return {int(step): digest for step, digest in json.loads(seen.read_text()).items()}
 
 
+@pytest.mark.slow
 def test_8_4_2_8_devices_in_1_2_1_4_processes_are_one_run(plays, tmp_path):
     argv = tiny_run.arguments(plays, tmp_path / "run")
     seen = [live(argv, tmp_path, *life) for life in LIVES]

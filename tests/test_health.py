@@ -35,7 +35,7 @@ def poison(monkeypatch, at: int, by: float) -> None:
     monkeypatch.setattr(update, "apply_gradients", poisoned)
 
 
-@pytest.mark.parametrize("by", [math.nan, math.inf])
+@pytest.mark.parametrize("by", [math.nan, pytest.param(math.inf, marks=pytest.mark.slow)])
 def test_the_run_ends_with_4_and_names_step_windows_norms_and_checkpoint(
     plays, tmp_path, monkeypatch, capsys, by
 ):
@@ -68,7 +68,14 @@ def test_windows_of_an_update_are_what_the_step_was_given(plays, tmp_path):
     np.testing.assert_array_equal(batch.reshape(ROWS, T + 1), expected)
 
 
-@pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, "pmap"])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        pytest.param({"data": 8}, marks=pytest.mark.slow),
+        pytest.param("pmap", marks=pytest.mark.slow),
+    ],
+)
 def test_a_bad_update_changes_no_weight_and_no_moment_on_any_mesh(plays, monkeypatch, mesh):
     poison(monkeypatch, 2, math.nan)
     argv = arguments(plays, "nowhere", model__vocab_size=40)
@@ -123,7 +130,7 @@ def test_deviation_is_numpys():
     assert float(health.deviation(jnp.full(health.WINDOW, 3.0), jnp.float32(3.001))) < 1
 
 
-@pytest.mark.parametrize("skip", ["false", "true"])
+@pytest.mark.parametrize("skip", ["true", pytest.param("false", marks=pytest.mark.slow)])
 def test_a_spike_is_warned_of_and_by_option_left_out(plays, tmp_path, monkeypatch, capsys, skip):
     at = health.ENOUGH + 3
     poison(monkeypatch, at, 50.0)

@@ -7,6 +7,7 @@ import psutil
 import pytest
 from tiny_run import arguments, rows, start, wait_for_step
 
+from scalegpt import train
 from scalegpt.checkpoints.checkpoints import Checkpoints
 from scalegpt.config import RunConfig
 from scalegpt.config.command_line import parse
@@ -65,6 +66,16 @@ def test_what_a_killed_process_did_after_its_checkpoint_is_lost():
     assert ledger.Ledger(p, earlier, None).row()["time/lost"] == 0
 
 
+def test_the_ledger_of_a_run_sums_to_the_life_of_its_process(plays, tmp_path):
+    assert train.main(arguments(plays, tmp_path / "run", optim__steps=2, eval__every=0)) == 0
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    last = [row for row in map(json.loads, lines) if "time/step" in row][-1]
+    total = sum(last[f"time/{name}"] for name in ledger.TIMES)
+    assert total == pytest.approx(last["time"] - psutil.Process().create_time(), rel=0.02)
+    assert min(last["time/step"], last["time/evaluation"], last["time/save"]) > 0
+
+
+@pytest.mark.slow
 def test_the_ledger_sums_to_the_wall_time_over_a_kill_and_a_restart(plays, tmp_path):
     """Within 2 % of what a clock outside of the processes says."""
     argv = arguments(plays, tmp_path / "run", optim__steps=300, checkpoint__every=50, eval__every=0)
@@ -94,6 +105,7 @@ def test_the_ledger_sums_to_the_wall_time_over_a_kill_and_a_restart(plays, tmp_p
     assert min(rows(tmp_path / "run", "memory/host_gib").values()) > 0.05
 
 
+@pytest.mark.slow
 def test_200_saves_and_evaluations_do_not_grow_the_memory(plays, tmp_path):
     """In the loop's own way: asynchronous, one after the other, with retention."""
     config = parse([*arguments(plays, tmp_path / "run"), "--eval.windows=8"], "test", {})[0]

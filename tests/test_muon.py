@@ -114,7 +114,13 @@ def alone() -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("mesh", "backend"), [(FSDP8, "jit"), (HYBRID, "jit"), (CUBE, "jit"), (DATA8, "pmap")]
+    ("mesh", "backend"),
+    [
+        (CUBE, "jit"),
+        pytest.param(FSDP8, "jit", marks=pytest.mark.slow),
+        pytest.param(HYBRID, "jit", marks=pytest.mark.slow),
+        pytest.param(DATA8, "pmap", marks=pytest.mark.slow),
+    ],
 )
 def test_losses_do_not_depend_on_mesh_and_backend(alone, mesh, backend):
     np.testing.assert_allclose(losses(make_config(mesh, backend)), alone, rtol=0, atol=1e-5)
@@ -249,6 +255,7 @@ def test_a_rate_of_null_is_not_given():
     assert config.lr == stored["lr"] and config.decay_steps is None
 
 
+@pytest.mark.slow
 def test_after_100_updates_the_modern_recipe_is_where_it_should_be(shared_data, tmp_path):
     """nanoGPT's settings are at 2.61 then; a wrong label, rate or initialisation is not below."""
     text = (shared_data / "tinyshakespeare" / "input.txt").read_text()

@@ -35,6 +35,7 @@ def in_this_process(monkeypatch, capsys, argv: list[str], *names: str) -> tuple[
     return code, json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_every_row_agrees_on_a_tiny_model(argv, tmp_path):
     """The command as a person types it, with its eight devices and its two processes."""
     environment = {
@@ -59,6 +60,15 @@ def test_every_row_agrees_on_a_tiny_model(argv, tmp_path):
     moved = {name: float(row[3]) for name, row in rows.items()}
     assert moved["jit, 1 device"] == 0 < moved["data 8"] == moved["data 8, accumulation 4"]
     assert moved["pmap 8, two processes"] == moved["pmap 8"] == moved["data 8"] < moved["fsdp 8"]
+
+
+def test_rows_agree_on_a_tiny_model(argv, monkeypatch, capsys):
+    names = ("jit, 1 device", "data 2 x fsdp 2 x tensor 2", "pmap 8, accumulation 4")
+    code, found = in_this_process(monkeypatch, capsys, argv, *names)
+    assert code == 0 and found["ok"]
+    assert [(row["name"], row["verdict"]) for row in found["rows"]] == [(n, "ok") for n in names]
+    # Equal to the digit would mean that a row is the reference itself.
+    assert [row["parameter_difference"] == 0 for row in found["rows"]] == [True, False, False]
 
 
 def test_a_gradient_of_the_wrong_size_fails_though_adamw_hides_it(argv, monkeypatch, capsys):

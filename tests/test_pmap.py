@@ -23,7 +23,7 @@ from scalegpt.processes import stop_request
 from scalegpt.step import build_for_training, sharding
 from scalegpt.step import pmap as pmap_step
 
-ROWS, T, VOCAB, UPDATES = 32, 16, 65, 8
+ROWS, T, VOCAB, UPDATES = 32, 16, 65, 5
 DATA8, SLICES = (("data", 8),), (("replica", 2), ("data", 4))
 
 
@@ -63,7 +63,14 @@ def trained(*case):
     return losses, norms, state
 
 
-@pytest.mark.parametrize(("mesh", "accumulation"), [(DATA8, 1), (DATA8, 4), (SLICES, 4)])
+@pytest.mark.parametrize(
+    ("mesh", "accumulation"),
+    [
+        (DATA8, 4),
+        pytest.param(DATA8, 1, marks=pytest.mark.slow),
+        pytest.param(SLICES, 4, marks=pytest.mark.slow),
+    ],
+)
 def test_losses_gradients_and_parameters_are_those_of_jit(mesh, accumulation):
     """Also with dropout and masked targets; jit accumulates nothing here, pmap 1 or 4 times."""
     losses, norms, state = trained("pmap", mesh, accumulation)
@@ -82,7 +89,7 @@ def test_the_state_lies_where_evaluation_and_checkpoints_expect_it():
     jax.tree.map(np.testing.assert_array_equal, steps.init().params, initial)
 
 
-@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("accumulation", [4, pytest.param(1, marks=pytest.mark.slow)])
 def test_fault_14_gradients_are_reduced_once_an_update(accumulation):
     steps = build("pmap", DATA8, accumulation)
     with warnings.catch_warnings(action="error"):
@@ -159,7 +166,10 @@ def close(ours: dict, theirs: dict) -> None:
     np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("first", "then"), [("jit", "pmap"), ("pmap", "jit"), ("pmap", "pmap")])
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [("jit", "pmap"), ("pmap", "jit"), pytest.param("pmap", "pmap", marks=pytest.mark.slow)],
+)
 def test_a_run_of_one_backend_continues_under_the_other(
     data, unbroken, tmp_path, monkeypatch, capsys, first, then
 ):
@@ -177,6 +187,7 @@ def test_a_run_of_one_backend_continues_under_the_other(
         jax.tree.map(np.testing.assert_array_equal, *states)
 
 
+@pytest.mark.slow
 def test_two_processes_are_the_run_of_one(data, unbroken, tmp_path, capsys):
     argv = arguments(data, tmp_path / "run", "pmap")
     outputs = ["".join(texts) for texts in processes.run("scalegpt.train", *argv)]
@@ -221,6 +232,7 @@ def test_compile_only_compiles_the_step_of_pmap(data, tmp_path, capsys):
     assert "'data': 8" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_compile_only_takes_a_tpu_that_is_not_here(monkeypatch, capsys):
     pytest.importorskip("libtpu", reason="compiling for a TPU needs the package libtpu")
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")

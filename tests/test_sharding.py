@@ -16,7 +16,8 @@ from scalegpt.config import BatchConfig, Config, MeshConfig
 from scalegpt.step import build as step
 from scalegpt.step import health, sharding
 
-LAYERS, D, T, CHUNK, VOCAB, ROWS, UPDATES = 2, 64, 32, 8, 65, 32, 30
+LAYERS, D, T, CHUNK, VOCAB, ROWS = 2, 64, 32, 8, 65, 32
+UPDATES, MORE_UPDATES = 10, 30
 ONE = (("data", 1),)
 FSDP8, DATA8 = (("data", 1), ("fsdp", 8)), (("data", 8),)
 HYBRID = (("data", 2), ("fsdp", 4))
@@ -35,7 +36,7 @@ def make_config(mesh: tuple, accumulation: int = 1, dropout: float = 0.0, **mode
         mesh=dict(mesh),
         batch=dict(sequences=ROWS, microbatch=ROWS // shards // accumulation),
         data=dict(path="unused"),
-        optim=dict(lr=1e-3, min_lr=1e-4, warmup_steps=3, steps=UPDATES),
+        optim=dict(lr=1e-3, min_lr=1e-4, warmup_steps=3, steps=MORE_UPDATES),
         run=dict(out_dir="unused"),
     )
 
@@ -53,14 +54,14 @@ def compiled(*args):
     return build(*args).lower().compile()
 
 
-def train(*args) -> SimpleNamespace:
+def train(case: tuple, updates: int = UPDATES) -> SimpleNamespace:
     """Losses of some updates on fixed random rows, and the parameters before and after."""
-    steps, update = build(*args), compiled(*args)
+    steps, update = build(*case), compiled(*case)
     a, m = steps.layout
     rng = np.random.default_rng(0)
     state = steps.init()
     first, losses, norms = jax.tree.map(np.asarray, state.params), [], []
-    for _ in range(UPDATES):
+    for _ in range(updates):
         tokens = rng.integers(0, VOCAB, (ROWS, T + 1), dtype=np.int32)
         tokens[:, 1::2] = tokens[:, :-1:2]  # half of the targets can be learnt
         tokens = jax.device_put(tokens.reshape(a, m, T + 1), steps.batch_sharding)
@@ -71,8 +72,8 @@ def train(*args) -> SimpleNamespace:
 
 
 @cache
-def trained(mesh: tuple, accumulation: int, dropout: float) -> SimpleNamespace:
-    return train(mesh, accumulation, dropout)
+def trained(*case) -> SimpleNamespace:
+    return train(case)
 
 
 # Dropout masks are keyed by row, so they are the same on every mesh and accumulation too.
@@ -89,22 +90,44 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("mesh", "accumulation", "dropout"), CASES)
-def test_losses_do_not_depend_on_mesh_and_accumulation(mesh, accumulation, dropout):
-    one, here = trained(ONE, 1, dropout), trained(mesh, accumulation, dropout)
-    assert one.losses[0] - one.losses[-1] > 0.1, "nothing was learnt, so nothing is compared"
+# Of each mesh axis, and of several.
+FAST = [(HYBRID, 2, 0.1), (CUBE, 2, 0.1), (SLICES, 4, 0.1)]
+
+
+def assert_same(one: SimpleNamespace, here: SimpleNamespace, learnt: float) -> None:
+    assert one.losses[0] - one.losses[-1] > learnt, "nothing was learnt, so nothing is compared"
     np.testing.assert_allclose(here.losses, one.losses, rtol=0, atol=1e-5)
     np.testing.assert_allclose(here.norms, one.norms, rtol=2e-4)
 
 
-@pytest.mark.parametrize("mesh", [DATA8, FSDP8, HYBRID, CUBE, TENSOR4, SLICES])
+@pytest.mark.parametrize("case", FAST)
+def test_losses_do_not_depend_on_mesh_and_accumulation(case):
+    assert_same(trained(ONE, 1, 0.1), trained(*case), 0.02)
+
+
+@cache
+def trained_for_longer(*case) -> SimpleNamespace:
+    return train(case, MORE_UPDATES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_losses_of_30_updates_do_not_depend_on_mesh_and_accumulation(case):
+    assert_same(trained_for_longer(ONE, 1, case[2]), trained_for_longer(*case), 0.1)
+
+
+SLOW_MESHES = [pytest.param(mesh, marks=pytest.mark.slow) for mesh in (DATA8, FSDP8, TENSOR4)]
+
+
+@pytest.mark.parametrize("mesh", [*SLOW_MESHES, HYBRID, CUBE, SLICES])
 def test_initial_parameters_are_bitwise_equal_on_every_mesh(mesh):
-    case = next(c for c in CASES if c[0] == mesh)
-    jax.tree.map(np.testing.assert_array_equal, trained(ONE, 1, 0.1).first, trained(*case).first)
+    case = next(c for c in [*FAST, *CASES] if c[0] == mesh)
+    here = build(*case).init().params
+    jax.tree.map(np.testing.assert_array_equal, trained(ONE, 1, 0.1).first, here)
 
 
 def test_a_rerun_is_bitwise_equal():
-    again = train(CUBE, 2, 0.1)
+    again = train((CUBE, 2, 0.1))
     assert again.losses == trained(CUBE, 2, 0.1).losses
     jax.tree.map(
         lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)),
@@ -113,6 +136,7 @@ def test_a_rerun_is_bitwise_equal():
     )
 
 
+@pytest.mark.slow
 def test_dropout_changes_the_losses():
     assert abs(trained(ONE, 1, 0.1).losses[1] - trained(ONE, 1, 0.0).losses[1]) > 1e-4
 
@@ -314,6 +338,7 @@ def traffic(mesh: tuple) -> SimpleNamespace:
     )
 
 
+@pytest.mark.slow
 def test_fault_14_gradients_are_reduced_over_data_once_an_update():
     """Under plain jit every microbatch reduces every layer: 4 x the bytes, over the slow links."""
     seen = traffic(DATA8)
@@ -358,7 +383,7 @@ def test_traffic_of_data_and_fsdp_is_near_the_least_possible():
     assert seen.table["all-reduce", "fsdp", 1] <= micro * (ends + 1000)
 
 
-@pytest.mark.parametrize("mesh", [FSDP8, HYBRID, CUBE])
+@pytest.mark.parametrize("mesh", [pytest.param(FSDP8, marks=pytest.mark.slow), HYBRID, CUBE])
 def test_the_chunked_loss_gathers_the_head_once_and_reduces_its_gradient_once(mesh):
     """Not once a chunk: 8 chunks of a 124M model would move 1.2 GB a microbatch."""
     seen = traffic(mesh)
@@ -385,6 +410,7 @@ def test_evaluation_gathers_the_head_once():
     assert {c.times for c in found} <= {1, LAYERS}, "something moves once a chunk"
 
 
+@pytest.mark.slow
 def test_the_optimizer_gathers_no_parameter():
     """Once an update only the two tables are gathered: for the loss and for the look-ups."""
     seen = traffic(FSDP8)

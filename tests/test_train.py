@@ -10,7 +10,18 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from tiny_run import ROWS, STEPS, TEXT, T, arguments, rows, start, wait_for_step, write_data
+from tiny_run import (
+    ROWS,
+    STEPS,
+    TEXT,
+    T,
+    arguments,
+    rows,
+    run_with_signal,
+    start,
+    wait_for_step,
+    write_data,
+)
 
 from scalegpt import evaluate, generate, train
 from scalegpt.checkpoints import writing
@@ -141,45 +152,61 @@ def test_a_request_during_an_evaluation_cuts_it_short_and_it_comes_first_on_cont
         assert sorted(rows(out_dir, key).items()) == sorted(rows(unbroken, key).items())
 
 
-LONG = {"optim.steps": 400, "eval.every": 0, "checkpoint.every": 50}
+LONGER = {"optim.steps": 40, "eval.every": 0, "checkpoint.every": 12}
 
 
 @pytest.fixture(scope="module")
-def long_run(data, tmp_path_factory) -> Path:
-    out_dir = tmp_path_factory.mktemp("runs") / "long"
+def longer_run(data, tmp_path_factory) -> Path:
+    out_dir = tmp_path_factory.mktemp("runs") / "longer"
     before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    assert train.main(arguments(data, out_dir, **LONG)) == 0
+    assert train.main(arguments(data, out_dir, **LONGER)) == 0
     for number, handler in before.items():
         signal.signal(number, handler)
     return out_dir
 
 
-def test_a_real_signal_saves_and_the_same_command_continues(data, long_run, tmp_path):
-    argv = arguments(data, tmp_path / "run", **LONG)
-    process = start(argv)
-    wait_for_step(process, tmp_path / "run", 20)
-    process.send_signal(signal.SIGINT)
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == 3, output
+def test_a_real_signal_saves_and_the_same_command_continues(data, longer_run, tmp_path):
+    argv = arguments(data, tmp_path / "run", **LONGER)
+    code, output = run_with_signal(argv, "SIGINT", 16)
+    assert code == 3, output
     assert "SIGINT: saving after this step" in output
     stopped = max(rows(tmp_path / "run"))
-    assert 20 <= stopped < 400 and f"stopped on request after update {stopped}" in output
+    assert 12 <= stopped < 40 and f"stopped on request after update {stopped}" in output
     assert train.main(argv) == 0
-    assert rows(tmp_path / "run") == rows(long_run)
+    assert rows(tmp_path / "run") == rows(longer_run)
 
 
-def test_after_kill_9_between_checkpoints_no_row_is_missing_or_twice(data, long_run, tmp_path):
+def test_after_kill_9_between_checkpoints_no_row_is_missing_or_twice(data, longer_run, tmp_path):
+    argv = arguments(data, tmp_path / "run", **LONGER)
+    code, output = run_with_signal(argv, "SIGKILL", 31)
+    assert code == -signal.SIGKILL, output
+    # More rows than the last checkpoint knows, and a torn line, as a kill can leave.
+    assert 24 < max(rows(tmp_path / "run")) < 31
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 999, "train/lo')
+    assert train.main(argv) == 0
+    assert list(rows(tmp_path / "run")) == list(range(1, 41))
+    assert rows(tmp_path / "run") == rows(longer_run)
+
+
+LONG = {"optim.steps": 400, "eval.every": 0, "checkpoint.every": 50}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "at", "code"), [("SIGINT", 20, 3), ("SIGKILL", 70, -9)])
+def test_a_run_of_400_updates_is_signalled_from_outside_and_continues(
+    data, tmp_path, name, at, code
+):
     argv = arguments(data, tmp_path / "run", **LONG)
     process = start(argv)
-    wait_for_step(process, tmp_path / "run", 70)
-    process.kill()
-    process.communicate(timeout=60)
-    reached = max(rows(tmp_path / "run"))
-    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
-        file.write('{"step": 999, "train/lo')  # a torn line, as a kill can leave
+    wait_for_step(process, tmp_path / "run", at)
+    process.send_signal(getattr(signal, name))
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == code, output
+    assert at <= max(rows(tmp_path / "run")) < 400
     assert train.main(argv) == 0
-    assert reached < 400 and list(rows(tmp_path / "run")) == list(range(1, 401))
-    assert rows(tmp_path / "run") == rows(long_run)
+    assert train.main(arguments(data, tmp_path / "long", **LONG)) == 0
+    assert rows(tmp_path / "run") == rows(tmp_path / "long")
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(data, unbroken, tmp_path):
@@ -327,14 +354,18 @@ def test_the_folder_holds_config_metrics_best_and_latest(data, unbroken, capsys)
     checkpoints.close()
 
 
-def test_without_a_tokenizer_that_can_begin_a_text_a_run_ends_without_a_sample(data, tmp_path):
+def test_without_a_tokenizer_that_can_begin_a_text_a_run_ends_without_a_sample(
+    data, tmp_path, with_sample
+):
     config = parse(arguments(data, tmp_path / "run"), "test", {})[0]
     run = SimpleNamespace(config=config, meta={"tokenizer": {"kind": "char", "chars": "ACGT"}})
-    said = train.sample(run, None)
+    said = with_sample(run, None)
     assert said == "no sample: char tokenizer has no '\\n' (U+000A); byte has all"
 
 
-def test_fault_21_the_default_run_saves_and_the_commands_it_names_work(data, tmp_path, capsys):
+def test_fault_21_the_default_run_saves_and_the_commands_it_names_work(
+    data, tmp_path, capsys, with_sample
+):
     changes = {"checkpoint.every": None, "eval.every": None, "optim.steps": 3}
     assert train.main(arguments(data, tmp_path / "run", **changes)) == 0
     printed = capsys.readouterr().out

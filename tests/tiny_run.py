@@ -68,6 +68,33 @@ def rows(out_dir: Path, key: str = "train/loss") -> dict[int, float]:
     return dict(found)
 
 
+# A run whose process gets a signal while it reads the batch of an update, two or three ahead.
+SIGNALLED = """
+import os, signal, sys
+from scalegpt import train
+from scalegpt.data.batches import TrainBatches
+from scalegpt.processes.command import run_command
+name, at = sys.argv.pop(1).split(":")
+read = TrainBatches.__getitem__
+def signalled(self, step):
+    if step + 1 == int(at):
+        os.kill(os.getpid(), getattr(signal, name))
+    return read(self, step)
+TrainBatches.__getitem__ = signalled
+train.sample = lambda run, params: "no sample in tests"
+run_command(train.main)
+"""
+
+
+def run_with_signal(argv: list[str], name: str, update: int) -> tuple[int, str]:
+    """The exit code and what was printed. A signal sent from outside would come at any update."""
+    command = [sys.executable, "-u", "-c", SIGNALLED, f"{name}:{update}", *argv]
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120
+    )
+    return done.returncode, done.stdout
+
+
 def start(argv: list[str], **environment) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-u", "-m", "scalegpt.train", *argv],
