@@ -28,6 +28,7 @@ def gib(printed: str, what: str) -> float:
     return float(re.search(rf"{what} ([\d.]+)", printed).group(1))
 
 
+@pytest.mark.oracle
 def test_the_step_of_v3_8_compiles_with_the_state_sharded(libtpu, capsys):
     mesh = ["--mesh.data=1", "--mesh.fsdp=8"]
     assert train.main([*V3_8, *SMALL, *mesh, "--compile-only", "v3-8"]) == 0
@@ -38,12 +39,14 @@ def test_the_step_of_v3_8_compiles_with_the_state_sharded(libtpu, capsys):
     assert gib(printed, "state and batch") <= 0.01 < whole
 
 
+@pytest.mark.oracle
 def test_a_step_that_does_not_fit_says_what_to_lower(libtpu):
     with pytest.raises(ValueError, match="does not fit.*(?s:.)*batch.microbatch"):
         large = ["--batch.microbatch=64", "--model.scan_layers=true"]
         train.main([*V3_8, *large, "--compile-only", "v3-8"])
 
 
+@pytest.mark.oracle
 def test_an_unknown_topology_names_some_that_are_known(libtpu):
     with pytest.raises(ValueError, match="v9-8.*v5e:4x4"):
         train.main([*V3_8, "--compile-only", "v9-8"])

@@ -471,6 +471,7 @@ def test_splash_says_what_it_cannot_split():
                 jax.eval_shape(lambda x: run("splash", x, x, x), x)
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize(
     "chip, sizes, nested",
     [

@@ -187,6 +187,7 @@ def test_trainers_take_turns_whose_order_turns_around_after_a_round_that_is_not_
 # --- trainers in PyTorch ---
 
 
+@pytest.mark.oracle
 def test_it_runs_against_nanogpt_and_transformers(capsys, checkout):
     torch = pytest.importorskip("torch")
     argv = [f"--against=nanogpt={checkout}", "--against=transformers", "--their-microbatch=8"]
@@ -206,6 +207,7 @@ def test_it_runs_against_nanogpt_and_transformers(capsys, checkout):
     assert torch.__version__, "the children had it too"
 
 
+@pytest.mark.oracle
 def test_texts_are_written_beside_transformers(capsys, monkeypatch):
     pytest.importorskip("torch")
     monkeypatch.setattr(decoding, "ADDED", 2**20)
@@ -225,6 +227,7 @@ def test_texts_are_written_beside_transformers(capsys, monkeypatch):
         assert row["share_of_bandwidth"] == pytest.approx(rate)
 
 
+@pytest.mark.oracle
 def test_a_compiled_trainer_makes_the_same_updates(checkout):
     """torch.compile, in the process that the tool starts; its own prints stay out of the pipe."""
     pytest.importorskip("torch")
@@ -236,6 +239,7 @@ def test_a_compiled_trainer_makes_the_same_updates(checkout):
         child.close()
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_an_update_in_pytorch_is_one_of_nanogpts(checkout, monkeypatch, microbatches):
     """The whole batch's mean loss, its gradient clipped to a norm of 0.5, one optimizer step."""
@@ -259,6 +263,7 @@ def test_an_update_in_pytorch_is_one_of_nanogpts(checkout, monkeypatch, microbat
         assert now.grad is None
 
 
+@pytest.mark.oracle
 def test_adamw_decays_what_nanogpts_does():
     torch = pytest.importorskip("torch")
     model = torch.nn.Linear(3, 3)
@@ -327,6 +332,7 @@ def test_a_missing_package_is_named(capsys, monkeypatch, checkout):
         assert f"needs {missing}: pip install {missing}" in refused(capsys, f"--against={what}")
 
 
+@pytest.mark.oracle
 def test_a_trainer_that_dies_is_quoted(capsys, checkout):
     pytest.importorskip("torch")
     (checkout / "model.py").write_text("raise RuntimeError('no such kernel')")

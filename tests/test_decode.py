@@ -226,6 +226,7 @@ def test_seed_decides_and_other_texts_do_not(steps):
     assert (five[0] == one[0]).all() and len({tuple(ids) for ids in five.tolist()}) == 5
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 def test_greedy_text_is_that_of_transformers(penalty):
     """Same weights; prompts of several lengths in one batch, which transformers masks too."""

@@ -119,6 +119,7 @@ def convert(*argv) -> int:
 # --- the same numbers as transformers
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("size", SIZES)
 def test_fault_10_logits_are_transformers_own_both_ways(size, tmp_path):
     """nanogpt-jax gave pretrained weights to a model with RoPE, and dropped their positions."""
@@ -356,6 +357,7 @@ def test_half_precision_becomes_float32(tmp_path, dtype):
     assert_same_tensors(params, leaves(read(write(tmp_path / "full", wider)).params))
 
 
+@pytest.mark.oracle
 def test_pytorchs_own_file_is_read_where_torch_is_there(tmp_path, monkeypatch):
     torch = pytest.importorskip("torch", reason="writes PyTorch's format")
     tensors = weights(odd())

@@ -184,6 +184,7 @@ def test_tensorboard_events_read_back(tmp_path):
     assert not any(e.HasField("session_log") for e in events(tmp_path / "tb"))
 
 
+@pytest.mark.oracle
 def test_a_run_imports_no_torch_and_leaves_it_importable(tmp_path):
     """tensorboardX would import it: two seconds of every start."""
     pytest.importorskip("torch")

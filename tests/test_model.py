@@ -219,6 +219,7 @@ def test_rotation_depends_on_the_distance_only():
     np.testing.assert_allclose(everywhere[0][0], q)  # position 0 does not turn
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("activation", ["gelu_new", "gelu"])
 def test_forward_matches_hugging_face(activation):
     torch = pytest.importorskip("torch", reason="the second opinion on GPT-2 needs torch")

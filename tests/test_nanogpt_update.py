@@ -148,6 +148,7 @@ def theirs(first: dict[str, np.ndarray]) -> list[SimpleNamespace]:
     return found
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize(("bias", "backend"), [(False, "jit"), (True, "pmap")])
 def test_updates_are_those_of_nanogpts_definition(bias, backend):
     mine = ours(bias, backend)

@@ -252,6 +252,7 @@ def test_fault_19_eps_and_betas_reach_the_update():
         assert np.abs(history[-1]["wte"] - usual).max() > 1e-3, key
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("gradient_scale", [0.01, 5.0])
 def test_adamw_matches_pytorch(gradient_scale):
     torch = pytest.importorskip("torch", reason="the second opinion on AdamW needs torch")

@@ -233,6 +233,7 @@ def test_compile_only_compiles_the_step_of_pmap(data, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.oracle
 def test_compile_only_takes_a_tpu_that_is_not_here(monkeypatch, capsys):
     pytest.importorskip("libtpu", reason="compiling for a TPU needs the package libtpu")
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")

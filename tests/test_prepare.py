@@ -166,6 +166,7 @@ def test_python_stdlib_needs_nothing_and_holds_out_whole_files(tmp_path):
     assert meta["val"]["bytes"] == meta["val"]["tokens"] == ids["val"].size  # NUL is a byte too
 
 
+@pytest.mark.oracle
 def test_openwebtext_is_nanogpts_split_and_tokens(wiki, tmp_path):
     datasets = pytest.importorskip("datasets", reason="pip install 'scalegpt[data]'")
     tiktoken = pytest.importorskip("tiktoken")
@@ -183,6 +184,7 @@ def test_openwebtext_is_nanogpts_split_and_tokens(wiki, tmp_path):
         assert ids[split].tolist() == expected
 
 
+@pytest.mark.oracle
 def test_openwebtext_reads_local_parquet_as_jsonl(wiki, wiki_jsonl, tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets", reason="pip install 'scalegpt[data]'")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))

@@ -131,6 +131,7 @@ def test_of_a_pickle_not_even_harmless_objects_are_made(tmp_path):
             token_files.read_meta(tmp_path)
 
 
+@pytest.mark.oracle
 def test_a_malicious_pytorch_model_is_refused_and_not_executed(tmp_path):
     torch = pytest.importorskip("torch", reason="PyTorch's own format needs torch")
     executed, file = tmp_path / "executed", tmp_path / tensor_files.TORCH

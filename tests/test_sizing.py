@@ -159,6 +159,7 @@ def test_memory_is_what_xla_says_within_a_factor_of_0_6_on_a_cpu(mesh, accumulat
     assert 0.6 * total < sum(parts.values()) < 1.2 * total
 
 
+@pytest.mark.oracle
 def test_memory_is_what_the_tpu_compiler_says_within_20_percent(monkeypatch):
     pytest.importorskip("libtpu", reason="compiling for a TPU needs the package libtpu")
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")

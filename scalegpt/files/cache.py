@@ -46,7 +46,7 @@ def keep_compiled() -> None:
 
 
 def kind_of_cpu() -> str:
-    """Return a short name for the instruction sets of this CPU, for a folder of compiled programs."""
+    """Return a short name of this CPU's instruction sets, for a folder of compiled programs."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # not on Linux
