@@ -303,7 +303,7 @@ def test_a_microbatch_that_does_not_divide_names_those_that_do():
 def test_a_model_that_does_not_divide_over_the_mesh_is_refused(mesh, model, match):
     config = make_config(tuple(mesh.items()), **model)
     with pytest.raises(ValueError, match=match):
-        sharding.check_divisible(config, sharding.make_mesh(config.mesh))
+        sharding.check_divisible(config.model, sharding.make_mesh(config.mesh))
 
 
 @pytest.mark.parametrize("mesh", [DATA8, FSDP8, HYBRID, CUBE, SLICES])

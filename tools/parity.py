@@ -165,7 +165,7 @@ def obstacle(row: Row, config: Config, devices: list[Any]) -> str | None:
         return f"this process holds all {len(devices)} {devices[0].platform} devices"
     try:
         mesh = sharding.make_mesh(config.mesh, devices[: prod(row.mesh.values())])
-        sharding.check_divisible(config, mesh)
+        sharding.check_divisible(config.model, mesh)
     except ValueError as error:
         return str(error)
     return None

@@ -156,7 +156,7 @@ def placement(config: Config, flags: Namespace) -> dict[str, Any]:
     fixed = math.prod(max(1, n) for n in config.mesh.model_dump().values())
     shape = sharding.mesh_shape(config.mesh, flags.devices or fixed, flags.device)
     mesh = AbstractMesh(shape, sharding.AXES)
-    sharding.check_divisible(config, mesh)
+    sharding.check_divisible(config.model, mesh)
     accumulation, rows = sharding.batch_layout(config.batch, mesh)
     microbatch = rows // sharding.row_shards(mesh)
     dtype = "bfloat16" if model.dtype == "auto" else model.dtype

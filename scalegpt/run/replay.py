@@ -27,7 +27,7 @@ from scalegpt.run.resume import check_same_run, initial_state
 from scalegpt.step import sharding
 from scalegpt.step.build import Steps
 from scalegpt.step.loss import row_losses
-from scalegpt.step.update import State, dropout_key
+from scalegpt.step.update import State, dropout_key, row_keys
 
 SHOWN = 10
 
@@ -76,9 +76,7 @@ def example_losses(config: Config, steps: Steps, state: State, batch: Array) -> 
     update has it."""
 
     def losses(params: Any, tokens: Array, rows: Array, key: Array) -> Array:
-        keys = None
-        if config.model.dropout > 0:
-            keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
+        keys = row_keys(steps.model, key, rows)
         with nn.logical_axis_rules(tuple(sharding.RULES.items())):
             sums = row_losses(steps.model, params, tokens, keys)
         return sums / jnp.maximum((tokens[:, 1:] >= 0).sum(-1), 1)

@@ -1,4 +1,4 @@
-"""From a config and a mesh to compiled functions: all that says jit, shard_map or optax."""
+"""This package turns a config and a mesh into compiled functions, by jit, shard_map and optax."""
 
 from jax.sharding import Mesh
 
@@ -11,6 +11,6 @@ __all__ = ["State", "Steps", "build_for_training"]
 
 
 def build_for_training(config: Config, mesh: Mesh) -> Steps:
-    """The functions of a run by the backend it asks for."""
+    """Build the functions of a run with the backend that run.backend names."""
     backend = pmap.build_steps if config.run.backend == "pmap" else build.build_steps
     return backend(config, mesh, *build.resolve(config, mesh))

@@ -1,4 +1,4 @@
-"""The compiled functions of a run on a mesh: initial state, training step, evaluation step.
+"""Build the compiled functions of a run on a mesh: initial state, training and evaluation step.
 
 Shapes: A microbatches, M sequences of a microbatch over all devices, T positions, D embed, V vocab.
 Token arrays are [A, M, T+1] int32: inputs are [..., :-1], targets [..., 1:]; -1 is masked.
@@ -25,17 +25,18 @@ from scalegpt.step.loss import row_losses
 from scalegpt.step.optimizer import optimizer
 from scalegpt.step.update import State
 
-# Of a microbatch on a CPU, about: what the backward pass needs of a layer is then still in a cache.
+# The tokens of a microbatch on a CPU, about: the backward pass of a layer then still finds in a
+# cache what the forward pass has saved.
 CPU_TOKENS = 1024
 
 
 @dataclass(frozen=True)
 class Steps:
-    """The compiled functions of a run on a mesh, and where their arguments lie.
+    """Steps are the compiled functions of a run on a mesh, and the shardings of their arguments.
 
-    init() -> State; train(state, tokens [A, M, T+1]) -> (State, metrics), the old state's buffers
-    are reused; evaluate(params, tokens [M, T+1]) -> ([M] sums of cross-entropy, [M] counts).
-    metrics: rows of metrics.jsonl, `nonfinite`, and `norms`, the gradient's by `layer_norms`.
+    init() -> State; train(state, tokens [A, M, T+1]) -> (State, metrics), which reuses the buffers
+    of the old state; evaluate(params, tokens [M, T+1]) -> ([M] sums of cross-entropy, [M] counts).
+    metrics: keys of metrics.jsonl, `nonfinite`, and `norms`, the gradient's by `layer_norms`.
     """
 
     mesh: Mesh
@@ -50,7 +51,7 @@ class Steps:
 
     @property
     def parameters(self) -> int:
-        """How many parameters the model has, each counted once."""
+        """Count the parameters of the model, each once."""
         return parameter_count(self.model.config)
 
     def init(self) -> State:
@@ -72,7 +73,7 @@ class Steps:
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.batch_sharding)
 
     def lower(self) -> Any:
-        """The training step as jax.stages.Lowered, for the machine that the mesh describes."""
+        """Lower the training step for the mesh's devices; returns jax.stages.Lowered."""
         with jax.set_mesh(self.mesh):
             return self.jit_train.lower(self.abstract, self.abstract_tokens)
 
@@ -80,23 +81,23 @@ class Steps:
 def build_steps(config: Config, mesh: Mesh, dtype: str, implementation: str) -> Steps:
     """Make the functions of a run; nothing is compiled or put on a device yet.
 
-    dtype and attention implementation: as `resolve` gives them. Raises Mistake when model or batch
-    do not fit the mesh.
+    dtype, implementation (of attention): as `resolve` returns them. Raises Mistake when the model
+    or the batch does not fit the mesh.
     """
-    sharding.check_divisible(config, mesh)
+    sharding.check_divisible(config.model, mesh)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     most = max(1, CPU_TOKENS // config.model.block_size) if on_cpu else None
     layout = sharding.batch_layout(config.batch, mesh, most)
     model = GPT(config.model, jnp.dtype(dtype), implementation)
     init = partial(initial_state, config, model)
     boxed = jax.eval_shape(init)
-    places = sharding.shardings(sharding.specs(boxed, sharding.RULES), mesh)
+    shardings = sharding.shardings(sharding.specs(boxed, sharding.RULES), mesh)
     abstract = jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
         nn.unbox(boxed),
-        places,
+        shardings,
     )
-    sums = gradient_sums_on(mesh, config, model)
+    sums = gradient_sums_on(mesh, model)
     replicated = NamedSharding(mesh, P())
     batches, windows = (sharding.batch_sharding(mesh, accumulated) for accumulated in (True, False))
     return Steps(
@@ -106,23 +107,23 @@ def build_steps(config: Config, mesh: Mesh, dtype: str, implementation: str) -> 
         abstract,
         batches,
         windows,
-        jit_init=jax.jit(lambda: nn.unbox(init()), out_shardings=places),
+        jit_init=jax.jit(lambda: nn.unbox(init()), out_shardings=shardings),
         jit_train=jax.jit(
             partial(train_step, config, model, sums, layout),
-            in_shardings=(places, batches),
-            out_shardings=(places, replicated),
+            in_shardings=(shardings, batches),
+            out_shardings=(shardings, replicated),
             donate_argnums=0,
         ),
         jit_evaluate=jax.jit(
             partial(evaluate_step, model),
-            in_shardings=(places.params, windows),
+            in_shardings=(shardings.params, windows),
             out_shardings=replicated,
         ),
     )
 
 
 def initial_state(config: Config, model: GPT) -> State:
-    """The state before the first update; its arrays are boxed with their logical axes."""
+    """Make the state before the first update; its arrays are boxed with their logical axes."""
     # Attention has no parameters, and its kernels refuse a batch of one row.
     plain = model.clone(attention="xla")
     params = plain.init(jax.random.key(config.run.seed), jnp.zeros((1, 1), jnp.int32))["params"]
@@ -130,15 +131,15 @@ def initial_state(config: Config, model: GPT) -> State:
     return State(jnp.zeros((), jnp.int32), params, opt_state, health.initial())
 
 
-def gradient_sums_on(mesh: Mesh, config: Config, model: GPT) -> Callable:
-    """`update.reduced_sums` on a mesh: each part along replica and data sums over its own rows.
+def gradient_sums_on(mesh: Mesh, model: GPT) -> Callable:
+    """Run `update.reduced_sums` on a mesh: each part along replica and data sums its own rows.
 
     Plain jit would reduce every layer's gradient in every microbatch, over the slow links too. With
     those axes manual (shard_map), there is one reduction an update, after the scan.
     """
     # Axes of size 1 stay out: XLA fails on a manual reduction over nothing beside automatic axes.
     manual = tuple(axis for axis in sharding.REDUCED if mesh.shape[axis] > 1)
-    sums = partial(_sums_of_part, config, model, manual)
+    sums = partial(_sums_of_part, model, manual)
     if not manual:
         return sums
     rows = P(None, manual)
@@ -148,13 +149,13 @@ def gradient_sums_on(mesh: Mesh, config: Config, model: GPT) -> Callable:
 
 
 def _sums_of_part(
-    config: Config, model: GPT, manual: tuple, params: Any, tokens: Array, rows: Array, key: Array
+    model: GPT, manual: tuple, params: Any, tokens: Array, rows: Array, key: Array
 ) -> tuple[Array, Any, Array]:
-    # Gradients of parameters that are the same in all parts would be reduced by shard_map itself,
-    # in each microbatch; those of parameters that it takes to vary between the parts are not.
+    # shard_map itself would reduce the gradient of a parameter that is the same in all parts, in
+    # each microbatch. It does not for a parameter that is marked as varying between them.
     params, key = jax.lax.pcast((params, key), manual, to="varying")
     with nn.logical_axis_rules(tuple(sharding.rules_within(manual).items())):
-        return update.reduced_sums(config, model, manual, params, tokens, rows, key)
+        return update.reduced_sums(model, manual, params, tokens, rows, key)
 
 
 def train_step(
@@ -165,19 +166,19 @@ def train_step(
     state: State,
     tokens: Array,
 ) -> tuple[State, dict[str, Array]]:
-    """One update from tokens [A, M, T+1]; `sums` as `gradient_sums_on` makes it."""
+    """Do one update from tokens [A, M, T+1]; sums: what `gradient_sums_on` returned."""
     rows = jnp.arange(layout[0] * layout[1], dtype=jnp.uint32).reshape(layout)
     return update.train_step(config, model, sums, rows, state, tokens)
 
 
 def evaluate_step(model: GPT, params: Any, tokens: Array) -> tuple[Array, Array]:
-    """For each row of tokens [M, T+1] the sum of its cross-entropies and how many they are."""
+    """Sum the cross-entropies of each row of tokens [M, T+1], and count them."""
     with nn.logical_axis_rules(tuple(sharding.RULES.items())):
         return row_losses(model, params, tokens, None), (tokens[:, 1:] >= 0).sum(-1)
 
 
 def resolve(config: Config, mesh: Mesh) -> tuple[str, str]:
-    """(dtype of matrix products, attention implementation) for the devices of the mesh."""
+    """Choose the dtype of matrix products and the attention implementation for the mesh."""
     c, device = config.model, mesh.devices.flat[0]
     dtype = c.dtype
     if dtype == "auto":
@@ -188,7 +189,7 @@ def resolve(config: Config, mesh: Mesh) -> tuple[str, str]:
 
 
 def build_for_use(config: Config, mesh: Mesh, microbatch: int) -> Steps:
-    """The functions of a trained run for evaluation or sampling, on a mesh of its own."""
+    """Build the functions of a trained run for evaluation or sampling, on whatever mesh is here."""
     sequences = microbatch * sharding.row_shards(mesh)
     batch = BatchConfig(sequences=sequences, microbatch=microbatch)
     # The dropout rate decides which kernels can train, and nothing here trains.

@@ -1,4 +1,4 @@
-"""Compile the training step for the machine here, or for a TPU slice that need not exist."""
+"""Compile the training step for this machine's devices, or for a TPU slice that need not exist."""
 
 import contextlib
 import time
@@ -14,9 +14,9 @@ from scalegpt.step import build_for_training, sharding
 
 
 def compile_only(config: Config, where: str) -> None:
-    """Compile the step for the devices "here" or a TPU topology, and print what it needs.
+    """Compile the step and print its memory and compile time. where: "here" or a TPU topology.
 
-    Raises ValueError for an unknown topology and for a step that does not fit its memory.
+    Raises Mistake for an unknown topology and for a step that does not fit the devices' memory.
     """
     mesh = sharding.make_mesh(config.mesh, None if where == "here" else tpu_devices(where))
     steps = build_for_training(config, mesh)
@@ -36,7 +36,7 @@ def compile_only(config: Config, where: str) -> None:
 
 @contextlib.contextmanager
 def memory_advice() -> Iterator[None]:
-    """Out of a device's memory, which JAX reports at length: ValueError with what helps."""
+    """Raise Mistake with advice where JAX, at length, reports that a device is out of memory."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -49,7 +49,7 @@ def memory_advice() -> Iterator[None]:
 
 
 def tpu_devices(name: str) -> Any:
-    """Devices of a TPU slice that need not exist, for the compiler only. Raises ValueError."""
+    """Describe the devices of a TPU slice for the compiler; it need not exist. Raises Mistake."""
     from jax.experimental import topologies
 
     extra = {}
@@ -57,7 +57,7 @@ def tpu_devices(name: str) -> Any:
         extra["chip_config_name"] = "megacore"
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=name, **extra).devices
-    except Exception as error:  # whatever libtpu says about the name, the user typed it
+    except Exception as error:  # of any type: libtpu's, about the name that the user typed
         raise Mistake(
             f"--compile-only={name}: {str(error).splitlines()[0]}; names are like v3-8, v4:2x2x1, "
             "v5e:4x4, v6e:2x2, and the package libtpu must be installed"

@@ -1,4 +1,4 @@
-"""A CPU as two JAX devices, each with half of the rows: two operations at work at a time."""
+"""Make two JAX devices of a CPU, each with half of the rows, so that two operations overlap."""
 
 import contextlib
 import os
@@ -7,28 +7,30 @@ import jax
 
 from scalegpt.config import Config, MeshConfig
 
-# Not one a core: each holds a copy of the state, and the rounding of a run would be the machine's.
+# One a core would be too many: each holds a copy of the state. And the rounding of a run would then
+# depend on the machine.
 DEVICES = 2
 
 
 def choose(config: Config) -> None:
-    """Make DEVICES of the CPU if nobody asked for another number; before JAX has its devices.
+    """Make DEVICES devices of the CPU if the user asked for no number; call it before JAX starts.
 
-    It says nothing about accelerators: where there is one, JAX does not train on the CPU.
+    This changes nothing for accelerators: where there is one, JAX does not train on the CPU.
     """
     if not fits(config):
         return
-    # XLA takes a thread a core. That is enough: each device waits in one collective at a time.
+    # XLA's one thread a core is enough: each device waits in one collective at a time.
     with contextlib.suppress(RuntimeError):  # JAX has its devices already
         jax.config.update("jax_num_cpu_devices", DEVICES)
 
 
 def fits(config: Config) -> bool:
-    """Whether DEVICES devices would do, and nothing was said about devices or mesh."""
-    said = jax.config.jax_num_cpu_devices != -1 or "device_count" in os.environ.get("XLA_FLAGS", "")
+    """Tell whether batch and cores allow DEVICES, and the user set neither devices nor mesh."""
+    set_number = jax.config.jax_num_cpu_devices != -1
+    set_number |= "device_count" in os.environ.get("XLA_FLAGS", "")
     batch = config.batch
     return not (
-        said
+        set_number
         or config.mesh != MeshConfig()
         or batch.sequences % (DEVICES * (batch.microbatch or 1))
         or _cores() < DEVICES
@@ -36,6 +38,6 @@ def fits(config: Config) -> bool:
 
 
 def _cores() -> int:
-    """Those that this process may use."""
+    """Count the cores that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)  # Linux has it
     return len(affinity(0)) if affinity else os.cpu_count() or 1

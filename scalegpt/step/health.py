@@ -1,7 +1,7 @@
-"""Healthy numbers: whether an update is applied, decided on the device, from its loss and gradient.
+"""Decide on the device, from an update's loss and gradient norm, whether the update is applied.
 
 An update that is not finite never reaches the weights. A spike is a loss far above the median of
-the last ones, in units of their spread: the median of absolute deviations, which neither a spike
+the last losses, in units of their spread: the median of absolute deviations, which neither a spike
 nor the fall of the loss moves much.
 """
 
@@ -16,16 +16,16 @@ from jax import Array
 from scalegpt.config import RunConfig
 
 WINDOW = 128  # losses that a spike is measured against
-ENOUGH = 32  # so many there must be before any loss is called a spike
+ENOUGH = 32  # losses that there must be before one is called a spike
 
 
 @struct.dataclass
 class Health:
-    """Part of the state, so that a run that continues judges as the unbroken one.
+    """Health is part of the state, so that a continued run judges updates as an unbroken one does.
 
-    recent: the last finite losses, [WINDOW] float32, NaN where there is none; those of updates that
-    were left out, too, or after a lasting rise all would be.
-    nonfinite, spikes: updates left out so far.
+    recent: the last finite losses, [WINDOW] float32, NaN where there is none. Losses of skipped
+    updates are recorded too: otherwise, after a lasting rise, the median would never move and every
+    later update would be skipped. nonfinite, spikes: how many updates were skipped for each.
     """
 
     recent: Array
@@ -34,33 +34,38 @@ class Health:
 
 
 def initial() -> Health:
+    """Make the health of a run before its first update."""
     zero = jnp.zeros((), jnp.int32)
     return Health(jnp.full(WINDOW, jnp.nan, jnp.float32), zero, zero)
 
 
 def deviation(recent: Array, loss: Array) -> Array:
-    """How far `loss` lies above the median of `recent`, in standard deviations as the median of
-    absolute deviations estimates them; 0 while there are not ENOUGH."""
+    """Measure how many standard deviations `loss` lies above the median of `recent`.
+
+    The median of absolute deviations estimates them. 0 while there are fewer than ENOUGH losses.
+    """
     median = jnp.nanmedian(recent)
     spread = 1.4826 * jnp.nanmedian(jnp.abs(recent - median))
-    # Of losses that hardly differ, the smallest step would be a spike.
+    # Without this floor the smallest rise would be a spike where losses hardly differ.
     spread = jnp.maximum(spread, 1e-3 * jnp.abs(median))
     return jnp.where(jnp.isfinite(recent).sum() >= ENOUGH, (loss - median) / spread, 0)
 
 
 def judge(run: RunConfig, health: Health, loss: Array, norm: Array) -> tuple[Array, Array, Health]:
-    """Whether to apply an update of this loss and gradient norm; its deviation; health after it."""
+    """Return whether to apply an update, the deviation of its loss, and the health after it.
+
+    loss, norm: of the update's gradient.
+    """
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    far = deviation(health.recent, loss)
-    left_out = finite & (far > run.spike) if run.skip_spikes else jnp.zeros((), bool)
-    apply = finite & ~left_out
+    deviations = deviation(health.recent, loss)
+    skipped = finite & (deviations > run.spike) if run.skip_spikes else jnp.zeros((), bool)
     recent = jnp.where(finite, jnp.append(health.recent[1:], loss), health.recent)
-    after = Health(recent, health.nonfinite + ~finite, health.spikes + left_out)
-    return apply, far, after
+    after = Health(recent, health.nonfinite + ~finite, health.spikes + skipped)
+    return finite & ~skipped, deviations, after
 
 
 def choose(apply: Array, new: Any, old: Any) -> Any:
-    """`new` where the update is applied. The schedule goes on in any case: it counts updates."""
+    """Take `new` where the update is applied, else `old`; the schedule counts it in any case."""
 
     def is_schedule(x: Any) -> bool:
         return isinstance(x, optax.ScaleByScheduleState)
@@ -71,11 +76,11 @@ def choose(apply: Array, new: Any, old: Any) -> Any:
 
 
 def layer_norms(tree: Any) -> dict[str, Array]:
-    """Name of a parameter -> its norm; of those of the layers, which are stacked, [L] of them."""
+    """Compute the norm of each parameter by its name; of the layers' stacked ones, [L] norms."""
 
     def norm(path: tuple, x: Array) -> Array:
         axes = tuple(range(1, x.ndim)) if path[0].key == "h" else None
         return jnp.sqrt(jnp.square(x).sum(axes))
 
-    flat = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(p, simple=True, separator="/"): norm(p, x) for p, x in flat}
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): norm(p, x) for p, x in leaves}

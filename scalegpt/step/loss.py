@@ -1,4 +1,4 @@
-"""The training loss: cross-entropy in chunks, so that the logits never exist whole."""
+"""Compute the training loss, cross-entropy, in chunks, so that the logits never exist whole."""
 
 from functools import partial
 from typing import Any
@@ -17,35 +17,35 @@ from scalegpt.step import sharding
 
 
 def token_losses(hidden: Array, table: Array, targets: Array, config: ModelConfig) -> Array:
-    """Sum of the cross-entropies of each row, [B] float32, from hidden [B, T, D].
+    """Sum the cross-entropies of each row, [B] float32, from hidden [B, T, D].
 
-    Logits exist for `loss_chunk` positions at a time and are computed again for the gradient, so
-    that [B, T, V] never does. Masked targets (-1) count nothing.
+    Logits exist for `loss_chunk` positions at a time and are recomputed for the gradient, so that
+    [B, T, V] never exists. Masked targets (-1) count as 0.
     """
 
     @partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names("logsumexp"))
-    def part(hidden: Array, targets: Array) -> Array:
+    def chunk_losses(hidden: Array, targets: Array) -> Array:
         scores = logits(hidden, table, config)
         scores = constrain(scores, "batch", "position", "act_vocab")
         # Not a gather: XLA cannot split one over a vocabulary sharded inside manual axes.
         is_target = jnp.arange(scores.shape[-1]) == targets[..., None]
-        right = jnp.where(is_target, scores, 0).sum(-1)
-        return jnp.where(targets >= 0, logsumexp(scores) - right, 0).sum(-1)
+        target_scores = jnp.where(is_target, scores, 0).sum(-1)
+        return jnp.where(targets >= 0, logsumexp(scores) - target_scores, 0).sum(-1)
 
     (b, t, d), chunk = hidden.shape, config.loss_chunk
     if t <= chunk:
-        return part(hidden, targets)
+        return chunk_losses(hidden, targets)
     pad = -t % chunk
     hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
     targets = jnp.pad(targets, ((0, 0), (0, pad)), constant_values=-1)
     hidden = hidden.reshape(b, -1, chunk, d).swapaxes(0, 1)
     targets = targets.reshape(b, -1, chunk).swapaxes(0, 1)
-    first = part(hidden[0], targets[0])
-    return jax.lax.scan(lambda c, x: (c + part(*x), None), first, (hidden[1:], targets[1:]))[0]
+    first, rest = chunk_losses(hidden[0], targets[0]), (hidden[1:], targets[1:])
+    return jax.lax.scan(lambda sums, x: (sums + chunk_losses(*x), None), first, rest)[0]
 
 
 def row_losses(model: GPT, params: Any, tokens: Array, dropout_keys: Array | None) -> Array:
-    """Sum of the cross-entropies of each row of tokens [B, T+1]: [B] float32."""
+    """Sum the cross-entropies of each row of tokens [B, T+1]: [B] float32."""
     inputs, targets = jnp.maximum(tokens[:, :-1], 0), tokens[:, 1:]
     hidden = model.apply({"params": params}, inputs, dropout_keys)
     table = head_table(params)
@@ -55,8 +55,8 @@ def row_losses(model: GPT, params: Any, tokens: Array, dropout_keys: Array | Non
     if split != {"fsdp"}:
         return losses(hidden, table, targets)
 
-    # The compiler would reduce the table's gradient over fsdp in every chunk. So each shard of the
-    # rows gets the copy that it has anyway as one of its own, and they are summed once.
+    # The compiler would reduce the table's gradient over fsdp in every chunk. So the rows of each
+    # shard use a copy of their own, which that shard has anyway; these gradients are summed once.
     shards = mesh.shape["fsdp"]
     copies = jnp.broadcast_to(table, (shards, *table.shape))
     copies = jax.lax.with_sharding_constraint(copies, P("fsdp", sharding.RULES["act_vocab"]))

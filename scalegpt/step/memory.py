@@ -1,8 +1,8 @@
-"""Memory of the training step on one device, as arithmetic: what lies there, in bytes.
+"""Estimate the memory of the training step on one device, in bytes, by arithmetic.
 
-Plain integers and no JAX, like flops.py. State and gradients are exact; the rest is an estimate of
-what XLA keeps for layers that are scanned (model.scan_layers). It was within 20 % of
-`memory_analysis()` for TPU programs (v3, v4, v5e; bfloat16; 43M to 1.5B parameters; chunked
+These are plain integers without JAX, as in model/flops.py. State and gradients are exact; the rest
+estimates what XLA keeps for layers that are scanned (model.scan_layers). The estimate was within
+20 % of `memory_analysis()` for TPU programs (v3, v4, v5e; bfloat16; 43M to 1.5B parameters; chunked
 logits), and down to 0.6 of it on a CPU. Unrolled layers may need half as much on a TPU, and on a
 CPU, where XLA then ignores model.remat, as much as without remat. The compiler has the last word:
 `scalegpt.train --compile-only`.
@@ -19,10 +19,10 @@ REMAT = ("none", "dots", "full")
 
 
 def parameters_on_device(model: Any, mesh: Mapping[str, int]) -> int:
-    """Elements of the parameters on each device, padded rows of the tables included.
+    """Count the parameters on each device, padded rows of the tables included.
 
-    The same as sharding.RULES would give: matrices are split over fsdp and tensor, positions over
-    fsdp, the biases inside attention and MLP over tensor, norms and the other biases not at all.
+    They are split as sharding.RULES says: matrices over fsdp and tensor, positions over fsdp, the
+    biases inside attention and MLP over tensor, norms and the other biases not at all.
     """
     L, D, fsdp, tensor = model.n_layer, model.n_embd, mesh["fsdp"], mesh["tensor"]
     tables = 1 if model.tie_word_embeddings else 2
@@ -36,8 +36,11 @@ def parameters_on_device(model: Any, mesh: Mapping[str, int]) -> int:
 
 
 def moment_bytes(parameters: int, model: Any, optim: OptimConfig, shards: int = 1) -> int:
-    """Of the optimizer's float32 state: AdamW's two moments of each parameter, of which Muon spares
-    one for the layers' matrices, split into so many shards; and the averaged weights."""
+    """Count the bytes of the optimizer's float32 state, the averaged weights included.
+
+    AdamW has two moments of each parameter; Muon needs one less for the layers' matrices, which are
+    split into `shards`.
+    """
     spared = 12 * model.n_layer * model.n_embd**2 // shards if optim.name == "muon" else 0
     return (12 if optim.average else 8) * parameters - 4 * spared
 
@@ -52,12 +55,12 @@ def on_device(
     remat: str | None = None,
     optim: OptimConfig = _ADAMW,
 ) -> dict[str, int]:
-    """Bytes on each device while it trains; their sum is the peak.
+    """Estimate the bytes on each device while it trains; their sum is the peak.
 
     mesh: sizes of fsdp and tensor. microbatch: sequences of one device (or group of tensor
     shards). itemsize: bytes of an element in matrix products, 2 or 4. fused_attention: no T x T
-    scores are kept, as by a kernel (cuDNN, splash), and by XLA but on a CPU and with dropout.
-    remat: other than the model's own.
+    scores are saved; true of cuDNN and splash, and of XLA unless on a CPU or with dropout.
+    remat: in place of the model's own.
     """
     remat = remat or model.remat
     L, D, T, tensor = model.n_layer, model.n_embd, model.block_size, mesh["tensor"]
@@ -65,20 +68,20 @@ def on_device(
     tokens = microbatch * T  # the residual stream is not split over tensor
     parameters = parameters_on_device(model, mesh)
 
-    # Fitted: of a score, float32 weights and 2.5 copies in the products' dtype; of the rest, 17
+    # Fitted: for a score, float32 weights and 2.5 copies in the products' dtype; for the rest, 17
     # values a position and channel, 12 of which are split over tensor.
     scores = 0 if fused_attention else tokens * T * model.n_head // tensor
     layer = tokens * D * itemsize * (5 + 12 / tensor) + scores * (4 + 2.5 * itemsize)
-    kept = {
+    activations = {
         "none": L * layer,
         "dots": L * tokens * D * itemsize * (3 + 7 / tensor),
         "full": L * tokens * D * itemsize,
     }[remat]
     logits = microbatch * min(model.loss_chunk, T) * rows * (4 + itemsize)  # and their gradient
-    # One layer's backward pass and the logits are never alive together. Without remat there is
-    # nothing to make again for a layer.
+    # One layer's backward pass and the logits are never alive together. Without remat a layer
+    # recomputes nothing.
     scratch = logits if remat == "none" else max(layer, logits)
-    # Two layers and the head, cast or gathered.
+    # Of the weights cast or gathered for products, two layers and the head exist at a time.
     used_in_place = itemsize == 4 and mesh["fsdp"] == 1
     copies = 0 if used_in_place else itemsize * (24 * D * D // tensor + rows * D)
     return {
@@ -87,12 +90,12 @@ def on_device(
         "gradients": 4 * parameters,
         "gradients of a microbatch": 4 * parameters if accumulation > 1 else 0,
         "weights as products use them": copies,
-        "activations kept": round(kept),
+        "activations kept": round(activations),
         "scratch": round(scratch),
     }
 
 
 def checkpoint_bytes(model: Any, optim: OptimConfig) -> int:
-    """Of weights and moments: 1.49 GB for nanoGPT's 124M and AdamW, as its notebook estimates."""
+    """Count the bytes of weights and moments: 1.49 GB for nanoGPT's 124M, as its notebook does."""
     parameters = parameter_count(model)
     return 4 * parameters + moment_bytes(parameters, model, optim)

@@ -1,4 +1,4 @@
-"""Learning-rate schedules, what decays, AdamW, and Muon with AdamW for the rest.
+"""Make the optimizer and its learning-rate schedule: AdamW, or Muon with AdamW for the rest.
 
 A step is an optimizer update throughout.
 """
@@ -19,7 +19,7 @@ Schedule = Callable[[Any], Any]
 
 
 def schedule(config: OptimConfig) -> Schedule:
-    """Update index (from 0) -> learning rate, float32.
+    """Return a function from the index of an update, from 0, to its float32 learning rate.
 
     Warm-up is nanoGPT's: lr (i + 1) / (warmup + 1), so that update 0 already moves. The decay
     reaches min_lr at update `decay_steps` and stays there.
@@ -43,9 +43,9 @@ def schedule(config: OptimConfig) -> Schedule:
 
 
 def decay_mask(config: OptimConfig) -> Callable[[Any], Any]:
-    """Parameters -> which of them weight decay shrinks.
+    """Return a function that marks which parameters weight decay shrinks.
 
-    By name, not by number of axes: stacked layers give LayerNorm scales two axes.
+    It goes by name, not by number of axes: stacked layers give LayerNorm scales two axes.
     """
 
     def decays(path: tuple) -> bool:
@@ -59,12 +59,12 @@ def decay_mask(config: OptimConfig) -> Callable[[Any], Any]:
 
 
 def optimizer(config: OptimConfig, dtype: Any = jnp.float32) -> optax.GradientTransformation:
-    """AdamW (arXiv:1711.05101) on globally clipped gradients; with Muon, only for what is no matrix
-    of the layers. State is in the parameters' dtype, Muon's products are in `dtype`."""
+    """Make AdamW (arXiv:1711.05101) on globally clipped gradients, or Muon for the layers' matrices
+    and AdamW for the rest. State has the parameters' dtype, Muon's products are in `dtype`."""
     clip = optax.clip_by_global_norm(config.grad_clip) if config.grad_clip else optax.identity()
     average = [tail_average(config)] if config.average else []
     if config.name == "adamw":
-        return optax.chain(clip, *_steps(config, _adam(config), config.lr), *average)
+        return optax.chain(clip, *_decayed_and_scaled(config, _adam(config), config.lr), *average)
     muon = scale_by_muon(_momentum(config), config.ns_steps, dtype)
     directions = {
         "matrices": (muon, config.lr),
@@ -72,12 +72,15 @@ def optimizer(config: OptimConfig, dtype: Any = jnp.float32) -> optax.GradientTr
         "head": (_adam(config), config.head_lr),
         "scalars": (_adam(config), config.scalar_lr),
     }
-    groups = {name: optax.chain(*_steps(config, *pair)) for name, pair in directions.items()}
-    return optax.chain(clip, by_group(groups, group), *average)
+    transforms = {
+        name: optax.chain(*_decayed_and_scaled(config, direction, lr))
+        for name, (direction, lr) in directions.items()
+    }
+    return optax.chain(clip, by_group(transforms, group), *average)
 
 
 def group(path: str) -> str:
-    """Which of Muon's groups a parameter belongs to, by its path "h/mlp/up_kernel"."""
+    """Name the group of a parameter when training with Muon, from a path like "h/mlp/up_kernel"."""
     if path in LAYOUTS:
         return "matrices"
     name = path.rpartition("/")[2]
@@ -92,26 +95,26 @@ def group(path: str) -> str:
 def by_group(
     transforms: dict[str, optax.GradientTransformation], group: Callable[[str], str]
 ) -> optax.GradientTransformation:
-    """Each transform for the parameters of its group, as a flat {path: parameter}.
+    """Apply each transform to the parameters of its group, given as a flat {path: parameter}.
 
-    Not optax.partition, whose masked leaves cannot carry the names of axes.
+    This is not optax.partition, as its masked leaves cannot carry the names of axes.
     """
 
     def split(tree: Any) -> dict[str, dict[str, Any]]:
-        parts: dict[str, dict[str, Any]] = {name: {} for name in transforms}
+        groups: dict[str, dict[str, Any]] = {name: {} for name in transforms}
         for path, leaf in flatten_dict(tree, sep="/").items():
-            parts[group(path)][path] = leaf
-        return parts
+            groups[group(path)][path] = leaf
+        return groups
 
     def init(params: Any) -> dict[str, Any]:
-        return {name: transforms[name].init(part) for name, part in split(params).items()}
+        return {name: transforms[name].init(own) for name, own in split(params).items()}
 
     def update(grads: Any, state: dict[str, Any], params: Any) -> tuple[Any, dict[str, Any]]:
-        merged, after, parts = {}, {}, split(params)
-        for name, part in split(grads).items():
-            updates, after[name] = transforms[name].update(part, state[name], parts[name])
-            merged |= updates
-        return unflatten_dict(merged, sep="/"), after
+        updates, new_state, params = {}, {}, split(params)
+        for name, own in split(grads).items():
+            own_updates, new_state[name] = transforms[name].update(own, state[name], params[name])
+            updates |= own_updates
+        return unflatten_dict(updates, sep="/"), new_state
 
     return optax.GradientTransformation(init, update)
 
@@ -120,10 +123,13 @@ def _adam(config: OptimConfig) -> optax.GradientTransformation:
     return optax.scale_by_adam(config.beta1, config.beta2, config.eps)
 
 
-def _steps(
+def _decayed_and_scaled(
     config: OptimConfig, direction: optax.GradientTransformation, lr: float
 ) -> list[optax.GradientTransformation]:
-    """In a direction by a peak learning rate, with weight decay (decoupled, times the rate)."""
+    """Chain a direction with what all optimizers share: + weight_decay p, then x -learning rate.
+
+    So the decay is decoupled, as AdamW's. lr: the peak; the schedule's shape is the run's.
+    """
     decay = cautious_decay if config.cautious_decay else optax.add_decayed_weights
     rate, share = schedule(config), lr / config.lr
     return [
@@ -134,8 +140,10 @@ def _steps(
 
 
 def cautious_decay(weight_decay: float, mask: Callable[[Any], Any]) -> optax.GradientTransformation:
-    """optax.add_decayed_weights, but only for entries that the update moves towards zero, too
-    (arXiv:2510.12402)."""
+    """Add weight decay only to entries that the update moves towards zero, too (arXiv:2510.12402).
+
+    Otherwise it is optax.add_decayed_weights.
+    """
 
     def update(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
         def add(decays: bool, u: Array, p: Array) -> Array:
@@ -147,15 +155,15 @@ def cautious_decay(weight_decay: float, mask: Callable[[Any], Any]) -> optax.Gra
 
 
 class AverageState(NamedTuple):
-    """count: updates so far. average: of the weights after each update of the tail; before it, the
-    last weights."""
+    """count: updates so far. average: the mean of the weights after each update of the tail, or,
+    before the tail begins, the last weights."""
 
     count: Array
     average: Any
 
 
 def tail_average(config: OptimConfig) -> optax.GradientTransformation:
-    """Keeps the mean of the weights over the last share of the run; changes no update."""
+    """Keep the mean of the weights over the last share of the run; no update is changed."""
     start = round((1 - config.average) * config.steps)
 
     def init(params: Any) -> AverageState:
@@ -163,10 +171,10 @@ def tail_average(config: OptimConfig) -> optax.GradientTransformation:
 
     def update(updates: Any, state: AverageState, params: Any) -> tuple[Any, AverageState]:
         count = state.count + 1
-        tail = jnp.maximum(1, count - start)  # updates in it, this one included
+        length = jnp.maximum(1, count - start)  # of the tail so far, with this update
 
         def mean(a: Array, p: Array, u: Array) -> Array:
-            return jnp.where(tail == 1, p + u, a + (p + u - a) / tail)
+            return jnp.where(length == 1, p + u, a + (p + u - a) / length)
 
         return updates, AverageState(count, jax.tree.map(mean, state.average, params, updates))
 
@@ -174,16 +182,15 @@ def tail_average(config: OptimConfig) -> optax.GradientTransformation:
 
 
 def swap_average(params: Any, opt_state: Any) -> tuple[Any, Any]:
-    """The averaged weights in place of the last ones, and those in the optimizer's state; twice is
-    as before. The same of a run that averages nothing."""
-    if not isinstance(opt_state[-1], AverageState):
+    """Swap the last weights with the averaged ones of the optimizer's state, if it has any."""
+    *others, average = opt_state
+    if not isinstance(average, AverageState):
         return params, opt_state
-    last = opt_state[-1]
-    return last.average, (*opt_state[:-1], last._replace(average=params))
+    return average.average, (*others, average._replace(average=params))
 
 
 def _momentum(config: OptimConfig) -> Callable[[Array], Any]:
-    """Updates so far -> momentum: it rises from 0.85 over momentum_warmup updates."""
+    """Return a function from updates so far to momentum, rising from 0.85 in momentum_warmup."""
     if not config.momentum_warmup:
         return lambda i: config.momentum
     return optax.linear_schedule(0.85, config.momentum, config.momentum_warmup)

@@ -1,8 +1,8 @@
-"""The reference backend: the same training under jax.pmap, for people who know pmap loops.
+"""Train under jax.pmap, for people who know pmap loops: the reference for the jit backend.
 
-Each device has a whole copy of the state and its own rows. Loss, accumulation, optimizer,
-initial weights, token layout, dropout keys, evaluation and checkpoints are those of step.py: only
-how gradients are reduced differs, and with it their rounding. `run.backend: pmap` chooses it.
+Each device has a whole copy of the state and its own rows. Loss, accumulation, optimizer, initial
+weights, token layout, dropout keys, evaluation and checkpoints are those of build.py; only the
+reduction of gradients differs, and with it their rounding. `run.backend: pmap` chooses it.
 """
 
 from dataclasses import dataclass
@@ -21,19 +21,19 @@ from scalegpt.step import build, update
 from scalegpt.step.build import Steps
 from scalegpt.step.update import State
 
-AXIS = "device"  # pmap's only one: all devices of the mesh in a row
+AXIS = "device"  # pmap's only axis: all devices of the mesh in a row
 
 
 @dataclass(frozen=True)
 class PmapSteps(Steps):
-    """As Steps, of the same arrays; `jit_train` is made by pmap, over what `jit_split` gives."""
+    """These are Steps whose `jit_train` is made by pmap and takes what `jit_split` returns."""
 
     jit_split: Any
 
     def train(self, state: State, tokens: Array) -> tuple[State, dict[str, Array]]:
         # Outside of jax.set_mesh: pmap has a mesh of its own and refuses another one around it.
         state, metrics = self.jit_train(state, self.jit_split(tokens))
-        # pmap returns the copies of this process alone; nothing is moved by calling them global.
+        # pmap returns the copies of this process only; making global arrays of them moves nothing.
         return jax.tree.map(_as_global, state, self.abstract), metrics
 
     def lower(self) -> Any:
@@ -41,7 +41,7 @@ class PmapSteps(Steps):
 
 
 def build_steps(config: Config, mesh: Mesh, dtype: str, implementation: str) -> PmapSteps:
-    """As `step.build_steps`. Raises ValueError also for a mesh that splits the model."""
+    """Do what build.build_steps does. Raises Mistake also for a mesh that splits the model."""
     for axis in ("fsdp", "tensor"):
         if mesh.shape[axis] > 1:
             raise Mistake(
@@ -55,18 +55,18 @@ def build_steps(config: Config, mesh: Mesh, dtype: str, implementation: str) -> 
     mesh = Mesh(grid, mesh.axis_names, axis_types=mesh.axis_types)
     steps = build.build_steps(config, mesh, dtype, implementation)
     accumulation, microbatch = steps.layout
-    mine = microbatch // mesh.size  # sequences of a microbatch on one device
+    per_device = microbatch // mesh.size  # sequences of a microbatch on one device
 
     def train(state: State, tokens: Array) -> tuple[State, dict[str, Array]]:
-        """One device's part: tokens [A, mine, T+1]."""
-        first = jax.lax.axis_index(AXIS) * mine
-        rows = jnp.arange(accumulation)[:, None] * microbatch + first + jnp.arange(mine)
-        sums = partial(update.reduced_sums, config, steps.model, AXIS)
+        """Do one device's part of an update, with tokens [A, per_device, T+1]."""
+        first = jax.lax.axis_index(AXIS) * per_device
+        rows = jnp.arange(accumulation)[:, None] * microbatch + first + jnp.arange(per_device)
+        sums = partial(update.reduced_sums, steps.model, AXIS)
         return update.train_step(config, steps.model, sums, rows.astype(jnp.uint32), state, tokens)
 
     def split(tokens: Array) -> Array:
-        """[A, M, T+1] -> [A, devices, mine, T+1]: an axis for pmap to map over."""
-        return tokens.reshape(accumulation, mesh.size, mine, -1)
+        """Reshape [A, M, T+1] to [A, devices, per_device, T+1]: pmap maps over the devices."""
+        return tokens.reshape(accumulation, mesh.size, per_device, -1)
 
     mapped = jax.pmap(
         train, AXIS, in_axes=(None, 1), out_axes=None, devices=devices, donate_argnums=0

@@ -1,4 +1,4 @@
-"""The mesh, the one table from logical axis names to mesh axes, and what follows from both."""
+"""Make the mesh, and shard arrays over it by one table from logical axis names to mesh axes."""
 
 from collections.abc import Sequence
 from math import lcm, prod
@@ -11,20 +11,20 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from scalegpt.config import BatchConfig, Config, MeshConfig
+from scalegpt.config import BatchConfig, MeshConfig, ModelConfig
 from scalegpt.config.types import divisors
 from scalegpt.errors import Mistake
 
 AXES = ("replica", "data", "fsdp", "tensor")
 REDUCED = ("replica", "data")  # gradients are summed over these once an update
-ROWS = ("replica", "data", "fsdp")  # these hold different rows of the batch
+ROWS = ("replica", "data", "fsdp")  # the rows of a batch are split over these
 
-# Parameters and activations have different names, so that a rule for one never moves the other.
+# Parameters and activations have different names, so that a rule for one never reshards the other.
 RULES = {
     # parameters
     "layers": None,
     "vocab": ("tensor", "fsdp"),
-    "table_embed": None,  # split over embed, XLA would rematerialise the whole table
+    "table_embed": None,  # else XLA would rematerialise the whole table
     "embed": "fsdp",
     "qkv": None,
     "heads": "tensor",
@@ -42,14 +42,15 @@ RULES = {
 
 
 def rules_within(manual: Sequence[str]) -> dict[str, Any]:
-    """The table inside a jax.shard_map that took the axes `manual` out of the compiler's hands."""
+    """Return the RULES that hold inside a jax.shard_map over the axes `manual`."""
     return {**RULES, "batch": tuple(axis for axis in ROWS if axis not in manual)}
 
 
 def mesh_shape(config: MeshConfig, devices: int, what: str) -> tuple[int, ...]:
-    """Sizes of AXES on so many devices; a size of -1 becomes what is left. what: of the devices.
+    """Return the sizes of AXES on so many devices; a size of -1 becomes what is left.
 
-    Raises ValueError when the sizes do not multiply to the number of devices.
+    what: the kind of devices, for the message. Raises Mistake when the sizes do not multiply to the
+    number of devices.
     """
     sizes = {axis: getattr(config, axis) for axis in AXES}
     fixed = prod(size for size in sizes.values() if size != -1)
@@ -63,7 +64,7 @@ def mesh_shape(config: MeshConfig, devices: int, what: str) -> tuple[int, ...]:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh over all devices. Raises ValueError as `mesh_shape` does."""
+    """Make the mesh over all devices. Raises Mistake as `mesh_shape` does."""
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(config, len(devices), devices[0].platform)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
@@ -81,17 +82,17 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def row_shards(mesh: Mesh | AbstractMesh) -> int:
-    """How many parts the rows of a batch are split into."""
+    """Count the parts that the rows of a batch are split into."""
     return prod(mesh.shape[axis] for axis in ROWS)
 
 
 def batch_layout(
     batch: BatchConfig, mesh: Mesh | AbstractMesh, most: int | None = None
 ) -> tuple[int, int]:
-    """(A, M): microbatches of an update, and sequences of each over all devices.
+    """Return (A, M): microbatches of an update, and sequences of each over all devices.
 
-    most: sequences that a device shall hold at a time where batch.microbatch does not say.
-    Raises ValueError when batch.sequences is not A * M for whole numbers, naming ones that are.
+    most: sequences of a microbatch on one device, at most, where batch.microbatch does not say.
+    Raises Mistake, naming numbers that work, when batch.sequences is not A * M for whole numbers.
     """
     shards = row_shards(mesh)
     per_shard, rest = divmod(batch.sequences, shards)
@@ -111,9 +112,9 @@ def batch_layout(
     return per_shard // microbatch, microbatch * shards
 
 
-def check_divisible(config: Config, mesh: Mesh | AbstractMesh) -> None:
-    """Raises ValueError when an axis of the model does not divide over its mesh axes."""
-    model, fsdp, tensor = config.model, mesh.shape["fsdp"], mesh.shape["tensor"]
+def check_divisible(model: ModelConfig, mesh: Mesh | AbstractMesh) -> None:
+    """Raise Mistake when an axis of the model does not divide over its mesh axes."""
+    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
     if model.n_head % tensor:
         raise Mistake(
             f"model.n_head={model.n_head} does not divide over mesh.tensor={tensor}; "
@@ -132,7 +133,7 @@ def check_divisible(config: Config, mesh: Mesh | AbstractMesh) -> None:
 
 
 def specs(boxed: Any, rules: dict[str, Any]) -> Any:
-    """PartitionSpecs of a tree whose leaves are boxed with logical names, and P() for the rest."""
+    """Return the PartitionSpecs of a tree with boxed logical axis names; leaves without get P()."""
 
     def spec(names: P) -> P:
         if unknown := [name for name in names if name is not None and name not in rules]:
@@ -143,27 +144,27 @@ def specs(boxed: Any, rules: dict[str, Any]) -> Any:
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
-    """PartitionSpecs -> NamedShardings."""
+    """Turn PartitionSpecs into NamedShardings."""
     return jax.tree.map(
         lambda spec: NamedSharding(mesh, spec), tree, is_leaf=lambda x: isinstance(x, P)
     )
 
 
 def batch_sharding(mesh: Mesh, accumulated: bool) -> NamedSharding:
-    """Of tokens [A, M, T+1] (accumulated) or [M, T+1]: rows are split, nothing else."""
+    """Split the rows of tokens [A, M, T+1] (accumulated) or [M, T+1], and nothing else."""
     return NamedSharding(mesh, P(None, ROWS) if accumulated else P(ROWS))
 
 
 def local_rows(mesh: Mesh, rows: int) -> np.ndarray:
-    """Which of `rows` rows the devices of this process hold, in order."""
-    parts = batch_sharding(mesh, accumulated=False).addressable_devices_indices_map((rows,))
-    return np.unique(np.concatenate([np.arange(rows)[index] for index in parts.values()]))
+    """Return which of `rows` rows the devices of this process hold, in order."""
+    slices = batch_sharding(mesh, accumulated=False).addressable_devices_indices_map((rows,))
+    return np.unique(np.concatenate([np.arange(rows)[index] for index in slices.values()]))
 
 
 def to_global(local: np.ndarray, rows: np.ndarray, sharding: NamedSharding, total: int) -> Any:
-    """This process's rows, [A, len(rows), ...] or [len(rows), ...], as part of a global array.
+    """Make a global array of each process's own rows, [A, len(rows), ...] or [len(rows), ...].
 
-    rows: what `local_rows` gave for `total` rows.
+    rows: what `local_rows` returned for `total` rows.
     """
     axis = 1 if len(sharding.spec) == 2 else 0
     shape = (*local.shape[:axis], total, *local.shape[axis + 1 :])

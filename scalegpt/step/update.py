@@ -1,4 +1,4 @@
-"""One optimizer update as functions of arrays: accumulation, gradients, what the optimizer does."""
+"""Do one optimizer update: accumulate gradients, reduce them, let the optimizer act."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +18,7 @@ from scalegpt.step.optimizer import optimizer, schedule, swap_average
 
 @struct.dataclass
 class State:
-    """What an update changes. `step` counts the updates made so far."""
+    """The state is all that an update changes; `step` counts the updates so far."""
 
     step: Array
     params: Any
@@ -53,43 +53,30 @@ def accumulate(loss: Callable, params: Any, tokens: Array, rows: Array) -> tuple
     return jax.lax.scan(add, (zero, jax.tree.map(jnp.zeros_like, params)), (tokens, rows))[0]
 
 
-def gradient_sums(
-    config: Config, model: GPT, params: Any, tokens: Array, rows: Array, key: Array
-) -> tuple[Array, Any]:
-    """Sum loss and gradient over a run's microbatches, with dropout where the model has it.
-
-    key: the update's `dropout_key`; each row folds its number in the global batch into it, so that
-    what a row drops does not depend on the mesh.
-    """
-
-    def loss(params: Any, tokens: Array, rows: Array) -> Array:
-        keys = None
-        if config.model.dropout > 0:
-            keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
-        return row_losses(model, params, tokens, keys).sum()
-
-    return accumulate(loss, params, tokens, rows)
-
-
 def reduced_sums(
-    config: Config, model: GPT, axes: Any, params: Any, tokens: Array, rows: Array, key: Array
+    model: GPT, axes: Any, params: Any, tokens: Array, rows: Array, key: Array
 ) -> tuple[Array, Any, Array]:
     """Sum loss, gradient and targets over this part's tokens [A, m, T+1], then over all parts.
 
     axes: the manual mesh axes, or pmap's, along which the parts lie. The sums over them are the one
     reduction of an update. Sums, not means: masked tokens may make the counts of the parts differ.
+    rows: [A, m], the numbers of the rows in the global batch. key: the update's `dropout_key`.
     """
-    total, grads = gradient_sums(config, model, params, tokens, rows, key)
+
+    def loss(params: Any, tokens: Array, rows: Array) -> Array:
+        return row_losses(model, params, tokens, row_keys(model, key, rows)).sum()
+
+    total, grads = accumulate(loss, params, tokens, rows)
     return jax.lax.psum((total, grads, target_count(tokens)), axes)
 
 
 def train_step(
     config: Config, model: GPT, sums: Callable, rows: Array, state: State, tokens: Array
 ) -> tuple[State, dict[str, Array]]:
-    """One update, under jit or pmap: sum the gradients, then let the optimizer act.
+    """Do one update, under jit or pmap: sum the gradients, then let the optimizer act.
 
     sums: (params, tokens, rows, key) -> what `reduced_sums` returns. rows: [A, M], the numbers of
-    the rows of `tokens` in the global batch, from which their dropout keys follow.
+    the rows of `tokens` in the global batch.
     """
     key = dropout_key(config.run.seed, state.step)
     return apply_gradients(config, model.dtype, state, *sums(state.params, tokens, rows, key))
@@ -104,8 +91,18 @@ def target_count(tokens: Array) -> Array:
 
 
 def dropout_key(seed: int, step: Array) -> Array:
-    """The key of update `step`, which each row's dropout key is folded from."""
+    """Derive the dropout key of update `step` from the run's seed."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), step)
+
+
+def row_keys(model: GPT, key: Array, rows: Array) -> Array | None:
+    """Derive a dropout key for each row from an update's key; None for a model without dropout.
+
+    rows: their numbers in the global batch, so that what a row drops does not depend on the mesh.
+    """
+    if model.config.dropout == 0:
+        return None
+    return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
 
 
 def apply_gradients(
@@ -116,11 +113,11 @@ def apply_gradients(
     dtype: of the matrix products within the optimizer (Muon's). An update that `health.judge` finds
     bad is not applied, but its step counts.
     """
-    share = 1 / jnp.maximum(count, 1)  # a division is not fused into its uses, a product is
-    grads = jax.tree.map(lambda g: g * share, grads)
+    scale = 1 / jnp.maximum(count, 1)  # XLA fuses a product into its uses, but not a division
+    grads = jax.tree.map(lambda g: g * scale, grads)
     tx = optimizer(config.optim, dtype)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    loss, norm = total * share, optax.tree.norm(grads)
+    loss, norm = total * scale, optax.tree.norm(grads)
     apply, deviation, after = health.judge(config.run, state.health, loss, norm)
     metrics = {
         "train/loss": loss,
