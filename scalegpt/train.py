@@ -1,13 +1,13 @@
-"""The training loop: `python -m scalegpt.train --config configs/demo.yaml`.
+"""Train a model: `python -m scalegpt.train --config configs/demo.yaml`.
 
 Exit codes: 0 done; 2 the user's mistake; 3 stopped on request, state saved; 4 stopped on a
-non-finite loss or gradient, nothing bad saved; 5 a deadline passed, another process died, or no
-checkpoint could be written for checkpoint.patience, or the last one.
+non-finite loss or gradient, nothing bad saved; 5 a deadline passed, another process died, or the
+last checkpoint, or any for checkpoint.patience, could not be written.
 """
 
 if __name__ == "__main__":
-    # Until StopRequest listens, which is after JAX is imported: a KeyboardInterrupt in the midst of
-    # that may be swallowed, or end in a page of JAX's own.
+    # Signals end the process at once until StopRequest listens, after the import of JAX. During the
+    # import a KeyboardInterrupt may be swallowed, or end in a page of JAX's traceback.
     from scalegpt.processes.exits import leave_on_signals
 
     leave_on_signals()
@@ -100,7 +100,7 @@ def main(argv: list[str]) -> int:
 
 @dataclass(frozen=True)
 class Run:
-    """What the loop of a run works with. `meta`: what each checkpoint says about the run."""
+    """A run is all that its loop works with. `meta`: what each checkpoint says about the run."""
 
     config: Config
     datasets: list[Dataset]
@@ -135,16 +135,16 @@ def train(config: Config, phases: Phases, stop: StopRequest) -> int:
         "tokenizer": datasets[0].tokenizer,
         "data": {d.name: d.fingerprint for d in datasets},
         "best_loss": math.inf,
-        "evaluation_due": False,  # a request to stop has cut it short
+        "evaluation_due": False,  # True if a request to stop has cut it short
     }
     with phases("restore"):
         start = checkpoints.continue_from() or 0
     with phases("self-check"):
         startup.self_check(startup.facts(config, meta["data"], start))
     if start > 0:
-        before = checkpoints.meta(start)
-        meta["best_loss"] = check_same_run(config, meta, before)
-        meta["evaluation_due"] = before.get("evaluation_due", False)
+        stored_meta = checkpoints.meta(start)
+        meta["best_loss"] = check_same_run(config, meta, stored_meta)
+        meta["evaluation_due"] = stored_meta.get("evaluation_due", False)
     notes: list[str] = []
     with phases("restore" if start else "weights"):
         state = initial_state(config, steps, checkpoints, start, notes.append)
@@ -163,7 +163,7 @@ def train(config: Config, phases: Phases, stop: StopRequest) -> int:
     progress = Progress(config, datasets, metrics, phases, start, mfu)
     run = Run(config, datasets, steps, validate, checkpoints, meta, metrics, progress, phases, stop)
     try:
-        # The mark of a run that may be continued comes after all that can refuse to start one.
+        # config.yaml marks a run that may be continued; all that can refuse a start comes before.
         if is_main:
             write_config(config)
         metrics.say("\n".join([reports.describe(config, datasets, steps), *notes]))
@@ -177,7 +177,7 @@ def train(config: Config, phases: Phases, stop: StopRequest) -> int:
                 end = error
             return finish(run, state, start, end)
     except BaseException as error:
-        fail(error)  # the clean-up would wait for processes that wait for this one
+        fail(error)  # a clean-up would wait for processes that wait for this one
         raise
     finally:
         metrics.close()
@@ -196,7 +196,7 @@ def before_the_first_update(run: Run, state: State, start: int) -> None:
         run.metrics.ledger(start)
     if start == 0:
         evaluate(run, state, 0)
-        run.meta["best_loss"] = math.inf  # of weights that nobody has trained
+        run.meta["best_loss"] = math.inf  # untrained weights are never the best
     elif run.meta["evaluation_due"]:
         run.checkpoints.evaluated(start, run.meta, evaluate(run, state, start))
     run.metrics.say(f"start    {run.phases}")
@@ -205,7 +205,7 @@ def before_the_first_update(run: Run, state: State, start: int) -> None:
 
 
 def loop(run: Run, state: State, start: int) -> State:
-    """Do updates `start` + 1 to optim.steps, and what happens every so many of them.
+    """Do updates `start` + 1 to optim.steps, with the evaluations and saves in between.
 
     Returns the state after the last one. Raises Stopped, NotFinite or NotSaved to end before it.
     """
@@ -214,7 +214,7 @@ def loop(run: Run, state: State, start: int) -> State:
     began = time.perf_counter()
     run.phases.begin("compile", start)
     for step in range(start + 1, total + 1):
-        # The device computes the update before meanwhile, and need not wait for this batch.
+        # Meanwhile the device computes the update before, so that it need not wait for this batch.
         with run.phases("wait for data"):
             batch = next(batches)
         state, values = run.steps.train(state, batch)  # dispatched, not waited for
@@ -251,14 +251,14 @@ def loop(run: Run, state: State, start: int) -> State:
 
 
 def due(step: int, every: int) -> bool:
-    """Whether something that happens every so many updates, 0 meaning never, happens now."""
+    """Tell whether what happens every `every` updates happens after `step`; 0 means never."""
     return every > 0 and step % every == 0
 
 
 def evaluate(run: Run, state: State, step: int) -> float:
     """Write the evaluation row of `step` and return its loss. Raises Interrupted.
 
-    The row is there before any checkpoint of the same step, so that the best one has its loss.
+    The row is written before any checkpoint of that step, so that the best one's loss is known.
     """
     with run.phases("evaluation"):
         row = run.validate(state.swapped().params)
@@ -303,10 +303,10 @@ def finish(run: Run, state: State, start: int, end: Ended | None) -> Exit:
 
 
 def sample(run: Run, params: Any) -> str:
-    """A text that the model writes from nothing, or why it cannot be had.
+    """Return a text that the model writes from nothing, or the reason why it cannot.
 
-    A tokenizer may want a network or a package that only some processes have. All processes write
-    together, so that either all of them do or none does.
+    A tokenizer may need the network or a package that only some processes have. All processes
+    write together, so either all of them do or none does.
     """
     problem = None
     try:
@@ -315,11 +315,11 @@ def sample(run: Run, params: Any) -> str:
     except ValueError as error:
         problem = str(error)
     problems = gather("sample", problem, Deadline(run.config.run.deadline_evaluation))
-    if why := next(filter(None, problems), None):
-        return f"no sample: {why}"
-    write = decoder(run.steps, params, Sampler(), codec.vocab_size)
+    if first := next(filter(None, problems), None):
+        return f"no sample: {first}"
+    decode = decoder(run.steps, params, Sampler(), codec.vocab_size)
     longest = min(200, run.config.model.block_size)
-    text = continuations(write, codec, [start], max_new_tokens=longest)[0].text
+    text = continuations(decode, codec, [start], max_new_tokens=longest)[0].text
     return f"--- a sample ---\n{text}\n----------------"
 
 

@@ -55,7 +55,7 @@ class Context:
 
 
 class _Layer(nn.Module):
-    """All parts of the model share this base: config, dtype of products, making of weights."""
+    """This base of all parts of the model has their config and dtype, and makes their weights."""
 
     config: ModelConfig
     dtype: Any

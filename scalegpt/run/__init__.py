@@ -1,1 +1,1 @@
-"""One run and its folder: may it go on, its rows, its time ledger, what it says."""
+"""This package is about one run and its folder: resuming, metrics, time ledger, reports."""

@@ -1,4 +1,4 @@
-"""From a run's configuration to its data sets, and to the batches of each update on the devices."""
+"""Read the batches of a run's updates and put them on the devices."""
 
 from collections.abc import Iterator
 
@@ -15,7 +15,7 @@ from scalegpt.step.build import Steps
 def batches_from(
     config: Config, datasets: list[Dataset], steps: Steps, start: int
 ) -> Iterator[jax.Array]:
-    """Yields the global batch [A, M, T+1] of each update from `start` on, already on the devices.
+    """Yield the global batch [A, M, T+1] of each update after `start`, already on the devices.
 
     A process reads the rows of its own devices only.
     """

@@ -1,4 +1,4 @@
-"""What a run reports: fixed metric keys and the places that rows go to.
+"""Send rows of metrics with fixed keys to all places that keep or show them.
 
 The same keys go to metrics.jsonl (always), TensorBoard and W&B (optional), and a person sees them
 on the console. Only the main process of a run writes anything.
@@ -40,7 +40,7 @@ TRAIN_KEYS = (
     "memory/host_gib",
     "time",
 )
-# A mixture adds val/NAME/loss for each of its data sets, eval.tasks TASK/acc and TASK_KEYS' others.
+# A mixture adds val/NAME/loss for each of its data sets, and each of eval.tasks adds TASK_KEYS.
 EVAL_KEYS = (
     "step",
     "val/loss",
@@ -66,7 +66,7 @@ _SHOWN = {
 
 
 class Console:
-    """Progress for a person: a live line on a terminal, a plain line per row anywhere else."""
+    """A console shows progress to a person: a live line on a terminal, elsewhere a line a row."""
 
     def __init__(self, total_steps: int, start_step: int = 0, stream: TextIO | None = None) -> None:
         self._total, self._stream, self._bar = total_steps, stream or sys.stdout, None
@@ -79,27 +79,27 @@ class Console:
             )
 
     def say(self, text: str) -> None:
-        """A line that stays; on a terminal, above the live one."""
+        """Print a line that stays; on a terminal, above the live one."""
         if self._bar is None:
-            with contextlib.suppress(BrokenPipeError):  # `| head` shall not end a run
+            with contextlib.suppress(BrokenPipeError):  # so that `| head` does not end a run
                 print(text, file=self._stream, flush=True)
         else:
             self._bar.write(text, file=self._stream)
 
     def write(self, row: Row) -> None:
-        if "time/step" in row:  # the ledger's, told once, at the end
+        if "time/step" in row:  # a row of the ledger, which `summary` prints once, at the end
             return
         parts = [f"step {row['step']}/{self._total}"]
         parts += [form.format(row[key]) for key, form in _SHOWN.items() if key in row]
         parts += [f"{key} {row[key]:.4g}" for key in row if _of_task(key)]
-        if "perf/step_seconds" in row:  # of steps alone: evaluations and saves come on top
+        if "perf/step_seconds" in row:  # without evaluations and saves, which come on top
             left = (self._total - row["step"]) * row["perf/step_seconds"]
             parts.append(f"left {tqdm.format_interval(left)}")
         if self._bar is None or "train/loss" not in row:
             self.say(" | ".join(parts))
         else:
             self._bar.n = row["step"]
-            self._bar.ncols = shutil.get_terminal_size().columns  # 80 where tqdm's way says 0
+            self._bar.ncols = shutil.get_terminal_size().columns  # tqdm itself may find 0
             self._bar.set_description_str("  ".join(parts))
 
     def close(self) -> None:
@@ -108,7 +108,7 @@ class Console:
 
 
 def check_packages(log: Any) -> None:
-    """Raises ValueError where a row could not be written for want of a package; imports nothing."""
+    """Raise Mistake if a package that the log section needs is not installed; import nothing."""
     if log.wandb and importlib.util.find_spec("wandb") is None:
         raise Mistake(
             "log.wandb=true needs a package that is not installed: "
@@ -117,10 +117,11 @@ def check_packages(log: Any) -> None:
 
 
 class Metrics:
-    """Sends each row everywhere; does nothing at all where `is_main` is false.
+    """Metrics sends each row to all writers; it does nothing at all where `is_main` is false.
 
-    `log` is the config's log section, `config` the whole of it (for W&B) and `resume_step` the step
-    of the checkpoint that the run continues from. Raises ValueError as the writers do.
+    `log` is the config's log section, `config` the whole of it (for W&B). `resume_step`: up to
+    which step the rows of earlier processes stay, as `rows_to_keep` says. Raises Mistake as the
+    writers do.
     """
 
     def __init__(
@@ -143,7 +144,7 @@ class Metrics:
             return
         console = Console(total_steps, resume_step or 0, stream)
         folder = run_folder.local(out_dir)
-        # Refuses before all others.
+        # The first writer, as it refuses a folder that holds another run.
         jsonl = JsonlWriter(folder / "metrics.jsonl", resume_step, console.say)
         self._ledger = ledger.Ledger(phases, jsonl.earlier, resume_step)
         self._memory = psutil.Process()
@@ -164,31 +165,33 @@ class Metrics:
             )
 
     def train(self, row: Row) -> None:
-        """Write a row of TRAIN_KEYS; `time` and `memory/host_gib` are added. Values: Python, NumPy
-        or JAX scalars."""
+        """Write a row of TRAIN_KEYS, which gets `time` and `memory/host_gib`.
+
+        Values are Python, NumPy or JAX scalars.
+        """
         assert row.keys() <= set(TRAIN_KEYS), row.keys() - set(TRAIN_KEYS)
         if self._writers:
             memory = round(self._memory.memory_info().rss / 2**30, 4)
             self._write({**row, "memory/host_gib": memory})
 
     def evaluation(self, row: Row) -> None:
-        """Write a row of EVAL_KEYS, val/NAME/loss and those of tasks; `time` is added."""
-        extra = {key for key in row.keys() - set(EVAL_KEYS) if not _of_task(key)}
-        assert all(key.startswith("val/") and key.endswith("/loss") for key in extra), extra
+        """Write a row of EVAL_KEYS, val/NAME/loss and tasks' keys, which gets `time`."""
+        losses = {key for key in row.keys() - set(EVAL_KEYS) if not _of_task(key)}
+        assert all(key.startswith("val/") and key.endswith("/loss") for key in losses), losses
         self._write(row)
 
     def save_stalled(self, seconds: float) -> None:
-        """Note for how many seconds a save held training up; the next row of the ledger has it."""
+        """Note how many seconds a save held up training; the next row of the ledger has it."""
         self._stalled = {"perf/save_stall_seconds": round(seconds, 4)}
 
     def ledger(self, step: int) -> None:
-        """Write where the time went, up to now and update `step`, as `ledger.Ledger` has it."""
+        """Write where the time went up to now, after update `step`: a row of `ledger.Ledger`."""
         if self._ledger:
             self._write({"step": step, **self._ledger.row(), **self._stalled})
             self._stalled = {}
 
     def summary(self) -> None:
-        """Say where the time went."""
+        """Print where the time went."""
         if self._ledger:
             self.say(self._ledger.summary())
 

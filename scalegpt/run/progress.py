@@ -1,4 +1,4 @@
-"""The updates of a run as they are done: judged, reported, timed; and the ways a run ends early."""
+"""Judge, report and time the updates of a run as they are done; name the ways it ends early."""
 
 import math
 from collections.abc import Callable
@@ -41,10 +41,10 @@ class NotSaved(Ended):
 
 
 class Progress:
-    """Reads the metrics of each update one update behind the device, judges and reports them.
+    """Progress reads the metrics of updates one update behind the device, judges and reports them.
 
-    start: updates that were done before this process began. mfu: tokens/s -> MFU, or None where the
-    peak of the device is not known (`flops.mfu_meter`).
+    start: updates done before this process began. mfu: tokens/s -> MFU, or None where the peak of
+    the device is not known (`flops.mfu_meter`).
     """
 
     def __init__(
@@ -93,11 +93,11 @@ class Progress:
 
 
 class Throughput:
-    """Speed since the last reading, without compilation, evaluations and saves.
+    """Throughput measures the speed since its last reading, without evaluations and saves.
 
     A step is over when its loss is on the host, not when it is dispatched: call each method right
-    after that. `clock` counts the seconds of training alone. `start` ends a process's first step,
-    the one that compiles. `mfu` maps tokens/s to MFU (`flops.mfu_meter`).
+    after that. `clock` counts the seconds of training alone. Call `start` after a process's first
+    step, which compiles, so that it does not count. `mfu` maps tokens/s to MFU (`flops.mfu_meter`).
     """
 
     def __init__(
@@ -108,21 +108,21 @@ class Throughput:
         self._since = 0.0
 
     def start(self, step: int) -> None:
-        """`step` has just finished: count from here."""
+        """Count from here; `step` has just finished."""
         self._step, self._since = step, self._clock()
 
     def read(self, step: int, tokens_per_step: int) -> dict[str, float]:
-        """The perf/* keys of the steps since `start` or the last reading; {} if there are none.
+        """Return the perf/* keys of the steps since `start` or the last reading, {} without any.
 
         `tokens_per_step` is the global batch of an *update*, all its microbatches and devices.
         """
-        before, since = self._step, self._since
+        last_step, since = self._step, self._since
         self.start(step)
-        if before is None or step <= before:
+        if last_step is None or step <= last_step:
             return {}
-        seconds = (self._since - since) / (step - before)
+        seconds = (self._since - since) / (step - last_step)
         rate = tokens_per_step / seconds
         speed = {"perf/tokens_per_second": rate, "perf/step_seconds": seconds}
-        if (used := self._mfu(rate)) is not None:
-            speed["perf/mfu"] = used
+        if (mfu := self._mfu(rate)) is not None:
+            speed["perf/mfu"] = mfu
         return speed

@@ -1,7 +1,7 @@
-"""The batch of one update again, for a post-mortem: `--run.replay=STEP`; nothing is written.
+"""Repeat one update for a post-mortem, with `--run.replay=STEP`, and print what it saw.
 
-The state before the update is that of the last checkpoint before it, trained on from there; so what
-is seen is what the run had seen, dropout included.
+The state before that update comes from the last checkpoint before it, trained on from there; so
+loss and gradient are those of the run, dropout included. Nothing is written.
 """
 
 import math
@@ -29,19 +29,19 @@ from scalegpt.step.build import Steps
 from scalegpt.step.loss import row_losses
 from scalegpt.step.update import State, dropout_key, row_keys
 
-SHOWN = 10
+SHOWN = 10  # examples that are printed
 
 
 def replay(config: Config, datasets: list[Dataset], steps: Steps, phases: Phases) -> int:
-    """Print what update run.replay of the run in run.out_dir saw. Raises ValueError without one."""
-    done = config.run.replay
-    state, start = _state_before(config, datasets, steps, done, phases)
+    """Print what update run.replay of the run in run.out_dir saw. Raises Mistake without one."""
+    update = config.run.replay
+    state, start = _state_before(config, datasets, steps, update, phases)
     say = print if jax.process_index() == 0 else lambda *text: None
     batches = batches_from(config, datasets, steps, start)
     phases.begin("compile", start)
-    again = range(start + 1, done)
-    shown = jax.process_index() == 0 and len(again) > 1
-    for step in tqdm(again, desc="updates before it", leave=False, disable=not shown or None):
+    earlier = range(start + 1, update)
+    bar = jax.process_index() == 0 and len(earlier) > 1
+    for step in tqdm(earlier, desc="updates before it", leave=False, disable=not bar or None):
         state, values = steps.train(state, next(batches))
         float(values["train/loss"])
         phases.begin("step", step)
@@ -53,12 +53,12 @@ def replay(config: Config, datasets: list[Dataset], steps: Steps, phases: Phases
     tokens = {d.name: d.train for d in datasets}
     bad = int((~np.isfinite(losses)).sum())
     say(
-        f"update {done}, from the checkpoint of step {start}: loss "
+        f"update {update}, from the checkpoint of step {start}: loss "
         f"{float(values['train/loss']):.6f}, gradient norm {float(values['train/grad_norm']):.6g}, "
         f"{bad} of {len(losses)} examples not finite, median {np.nanmedian(losses):.4f}"
     )
     say("\nloss      data set:first token   text")
-    windows = windows_of(config, datasets, done)
+    windows = windows_of(config, datasets, update)
     # Not finite first, then the largest.
     order = np.argsort(np.where(np.isfinite(losses), -losses, -math.inf), kind="stable")
     for row in order[:SHOWN].tolist():
@@ -72,8 +72,10 @@ def replay(config: Config, datasets: list[Dataset], steps: Steps, phases: Phases
 
 
 def example_losses(config: Config, steps: Steps, state: State, batch: Array) -> np.ndarray:
-    """Mean cross-entropy of each row of the batch [A, M, T+1] in nats a token, [A * M], as the
-    update has it."""
+    """Compute the mean cross-entropy of each row of an update's batch [A, M, T+1].
+
+    Returns [A * M] float64, in nats a token, with the same dropout as in the update.
+    """
 
     def losses(params: Any, tokens: Array, rows: Array, key: Array) -> Array:
         keys = row_keys(steps.model, key, rows)
@@ -81,25 +83,24 @@ def example_losses(config: Config, steps: Steps, state: State, batch: Array) -> 
             sums = row_losses(steps.model, params, tokens, keys)
         return sums / jnp.maximum((tokens[:, 1:] >= 0).sum(-1), 1)
 
-    everywhere = NamedSharding(steps.mesh, PartitionSpec())
-    losses = jax.jit(losses, out_shardings=everywhere)
+    losses = jax.jit(losses, out_shardings=NamedSharding(steps.mesh, PartitionSpec()))
     rows = np.arange(batch.shape[0] * batch.shape[1], dtype=np.uint32).reshape(batch.shape[:2])
     with jax.set_mesh(steps.mesh):
         key = jax.jit(lambda step: dropout_key(config.run.seed, step))(state.step)
-        parts = [losses(state.params, batch[i], rows[i], key) for i in range(len(rows))]
-        return np.concatenate([np.asarray(part) for part in parts]).astype(np.float64)
+        microbatches = [losses(state.params, batch[i], rows[i], key) for i in range(len(rows))]
+        return np.concatenate([np.asarray(x) for x in microbatches]).astype(np.float64)
 
 
 def _state_before(
-    config: Config, datasets: list[Dataset], steps: Steps, done: int, phases: Phases
+    config: Config, datasets: list[Dataset], steps: Steps, update: int, phases: Phases
 ) -> tuple[State, int]:
-    """The state after the last checkpoint before update `done`, and its step."""
-    if done > config.optim.steps:
+    """Restore the last checkpoint before `update`; return the state and its step."""
+    if update > config.optim.steps:
         raise Mistake(
-            f"run.replay={done} is beyond the run's end, optim.steps={config.optim.steps}"
+            f"run.replay={update} is beyond the run's end, optim.steps={config.optim.steps}"
         )
     checkpoints = open_checkpoints(config.run.out_dir)
-    start = max((step for step in checkpoints.steps if step < done), default=0)
+    start = max((step for step in checkpoints.steps if step < update), default=0)
     if start:
         data = {d.name: d.fingerprint for d in datasets}
         check_same_run(config, {"data": data}, checkpoints.meta(start))

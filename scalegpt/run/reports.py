@@ -1,4 +1,4 @@
-"""What a run says to the person at the terminal, besides its rows of metrics."""
+"""Tell the person at the terminal what a run does, besides its rows of metrics."""
 
 import contextlib
 import json
@@ -22,7 +22,7 @@ from scalegpt.step.build import Steps
 
 
 def describe(config: Config, datasets: list[Dataset], steps: Steps) -> str:
-    """What is about to run."""
+    """Describe what is about to run, in a few lines."""
     devices, (accumulation, microbatch) = jax.devices(), steps.layout
     mesh = " x ".join(f"{a} {n}" for a, n in steps.mesh.shape.items() if n > 1) or "one device"
     if jax.process_count() > 1:
@@ -45,7 +45,7 @@ def describe(config: Config, datasets: list[Dataset], steps: Steps) -> str:
 
 
 def depth_line(config: Config) -> str:
-    """What followed from model.depth, or nothing."""
+    """Name what followed from model.depth; "" without it."""
     c, o = config.model, config.optim
     if not c.depth:
         return ""
@@ -63,17 +63,16 @@ def depth_line(config: Config) -> str:
 
 
 def muon_line(config: Config) -> str:
-    """What a config says otherwise than Muon's defaults, or nothing: AdamW's rates are too low."""
+    """Name the settings that differ from Muon's own, if any: AdamW's rates are too low for Muon."""
     optim = config.optim
     if optim.name != "muon" or config.model.depth:
         return ""
-    own = muons(config.model.model_dump())
-    given = [
+    differing = [
         f"{key} {getattr(optim, key)} (its own: {value})"
-        for key, value in own.items()
+        for key, value in muons(config.model.model_dump()).items()
         if getattr(optim, key) != value
     ]
-    return f"muon with {', '.join(given)}; null gives its own" if given else ""
+    return f"muon with {', '.join(differing)}; null gives its own" if differing else ""
 
 
 def finish(config: Config, checkpoints: Checkpoints, best_loss: float, metrics: Metrics) -> None:
@@ -88,41 +87,44 @@ def finish(config: Config, checkpoints: Checkpoints, best_loss: float, metrics: 
 
 
 def bad_update(
-    config: Config, datasets: list[Dataset], done: int, values: dict[str, Any], metrics: Metrics
+    config: Config, datasets: list[Dataset], step: int, values: dict[str, Any], metrics: Metrics
 ) -> None:
-    """Say of update `done` that its loss or gradient is not finite, or a spike, and note down in
-    the run's folder, for a post-mortem, which windows of text it had seen and its norms."""
+    """Warn of an update whose loss or gradient is not finite, or whose loss is a spike.
+
+    The windows of text that it saw and its gradient norms go to a file in the run's folder, for a
+    post-mortem. values: the metrics of the update, as `Steps.train` returns them.
+    """
     loss, norm = float(values["train/loss"]), float(values["train/grad_norm"])
     if math.isfinite(loss) and math.isfinite(norm):
         what = (
-            f"warning: loss {loss:.4f} of update {done} is {float(values['train/spike']):.1f} "
+            f"warning: loss {loss:.4f} of update {step} is {float(values['train/spike']):.1f} "
             f"deviations above the last ones"
         )
         what += ", the update is left out" if config.run.skip_spikes else ""
     else:
         what = (
-            f"warning: update {done} is not finite (loss {loss:.4f}, gradient norm {norm:.4g}),"
+            f"warning: update {step} is not finite (loss {loss:.4f}, gradient norm {norm:.4g}),"
             " it is not applied"
         )
     norms = {name: np.asarray(x).tolist() for name, x in values["norms"].items()}
-    windows = windows_of(config, datasets, done)
+    windows = windows_of(config, datasets, step)
     shown = ", ".join(f"{name}:{start}" for name, start in windows[:4])
     more = f", and {len(windows) - 4} more" if len(windows) > 4 else ""
     metrics.say(
         f"{what}\n  windows (data set:first token) {shown}{more}; gradient norms {_worst(norms)}\n"
         f"  all in {config.run.out_dir}/{run_folder.BAD_UPDATES}; the loss of each example: the "
-        f"same command with --run.replay={done}"
+        f"same command with --run.replay={step}"
     )
-    row = {"step": done, "loss": loss, "grad_norm": norm, "windows": windows, "norms": norms}
-    # A disk that is full is told of elsewhere, and is no reason to end a run.
+    row = {"step": step, "loss": loss, "grad_norm": norm, "windows": windows, "norms": norms}
+    # A full disk does not end the run here; the writers of metrics and checkpoints warn of it.
     if jax.process_index() == 0:
         path = run_folder.local(config.run.out_dir) / run_folder.BAD_UPDATES
         with contextlib.suppress(OSError), open(path, "a") as file:
-            file.write(json.dumps(row) + "\n")  # NaN and Infinity as Python's json has them
+            file.write(json.dumps(row) + "\n")  # NaN and Infinity as in Python's json
 
 
 def _worst(norms: dict[str, Any]) -> str:
-    """The largest gradient norms, or those that are not finite, by parameter and layer."""
+    """List the largest gradient norms by parameter and layer; those not finite come first."""
     flat = {}
     for name, x in norms.items():
         layers = enumerate(x) if isinstance(x, list) else [(None, x)]
@@ -133,10 +135,10 @@ def _worst(norms: dict[str, Any]) -> str:
     return ", ".join(f"{name} {v:.3g}" for name, v in ordered[:3]) + more
 
 
-def not_finite(done: int, allowed: int, checkpoints: Checkpoints, metrics: Metrics) -> None:
-    """A loss or the gradient of update `done` is NaN or infinite: one more than are allowed."""
+def not_finite(step: int, allowed: int, checkpoints: Checkpoints, metrics: Metrics) -> None:
+    """Say that the run stops: loss or gradient of more than `allowed` updates was not finite."""
     metrics.say(
-        f"error: loss or gradient of update {done} is not finite; stopped; "
+        f"error: loss or gradient of update {step} is not finite; stopped; "
         f"{checkpoints.last_good()} in {checkpoints.folder}. A lower optim.lr or a longer warm-up "
         f"may help; to go on without such updates: --run.skip_nonfinite=N leaves out up to N of "
         f"the whole run ({allowed} now)"
@@ -144,8 +146,10 @@ def not_finite(done: int, allowed: int, checkpoints: Checkpoints, metrics: Metri
 
 
 def not_saved(failure: Failure | None, checkpoints: Checkpoints, metrics: Metrics) -> None:
-    """Nothing that was computed here could be kept. failure: None, if the very last save went
-    well after all."""
+    """Say that the run stops because it could not save.
+
+    failure: None if the very last save went well after all.
+    """
     why = f" for {time.time() - failure.since:.0f} s: {failure.reason}" if failure else ""
     metrics.say(
         f"error: no checkpoint could be written{why}; stopped; {checkpoints.last_good()} in "

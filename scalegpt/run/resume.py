@@ -1,6 +1,7 @@
-"""What run.out_dir already holds, whether this run may continue it, and with what state."""
+"""Find out what run.out_dir holds, whether this run may continue it, and with what state."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,15 +42,15 @@ def lock(config: Config) -> AcquireReturnProxy:
 
 
 def stored_config(config: Config, tokenizer_spec: Any = None) -> Config | None:
-    """The configuration that run.out_dir was started with, if it was; it makes nothing.
+    """Return the configuration that run.out_dir was started with, or None; no file is made.
 
-    tokenizer_spec: the data's. Raises ValueError when this run would change the loss curve of the
+    tokenizer_spec: the data's. Raises Mistake when this run would change the loss curve of the
     stored one, or cannot start from run.init_from.
     """
     out_dir = config.run.out_dir
     path = run_folder.fetch(out_dir, jax.process_index() == 0) / "config.yaml"
     stored = None
-    if not path.exists() or not path.stat().st_size:  # gone, or as a power cut may leave it
+    if not path.exists() or not path.stat().st_size:  # deleted, or empty after a power cut
         stored = _from_checkpoints(out_dir)
     if stored is None and path.exists():
         stored = validate(load(path), str(path))
@@ -69,15 +70,15 @@ def stored_config(config: Config, tokenizer_spec: Any = None) -> Config | None:
 
 
 def _from_checkpoints(out_dir: str) -> Config | None:
-    # Not through Checkpoints, where processes agree: only some may find the folder there already,
-    # which the first has just made, and would ask for an answer that nobody gives.
-    found = manifest.steps(open_folder(out_dir) / FOLDER)
-    good = [content for step, content in found.items() if step and not isinstance(content, str)]
+    # Read without Checkpoints, in which processes agree: the first process may have made the folder
+    # just now, so that only some find it, and those would wait for the others for ever.
+    contents = manifest.steps(open_folder(out_dir) / FOLDER)
+    good = [content for step, content in contents.items() if step and not isinstance(content, str)]
     return validate(good[-1]["meta"]["config"], out_dir) if good else None
 
 
 def open_to_save(config: Config) -> Checkpoints:
-    """The run's own checkpoints; the small files of its folder go along with each."""
+    """Open the run's own checkpoints; each save also pushes the small files of its folder."""
     section = config.checkpoint
     return Checkpoints(
         config.run.out_dir,
@@ -90,19 +91,23 @@ def open_to_save(config: Config) -> Checkpoints:
 
 
 def check_same_run(config: Config, meta: dict[str, Any], stored: dict[str, Any]) -> float:
-    """Raises ValueError when the checkpoint was trained on other data; gives its best loss."""
-    # In order: a mixture deals its rows out by position, whatever the folders are called now.
-    then = list(stored["data"].values())
+    """Return the best loss of a checkpoint's run; raise Mistake if it was trained on other data.
+
+    meta, stored: what this run and the checkpoint say about themselves.
+    """
+    # Compared by position, not by name: a mixture deals its rows out by position.
+    stored_data = list(stored["data"].values())
     changes = [
         f"data {name}: other tokens"
-        for i, (name, now) in enumerate(meta["data"].items())
-        if then[i : i + 1] != [now]
+        for i, (name, fingerprint) in enumerate(meta["data"].items())
+        if stored_data[i : i + 1] != [fingerprint]
     ]
     refuse_changes(config, changes)
     return math.inf if stored["best_loss"] is None else stored["best_loss"]
 
 
 def refuse_changes(config: Config, changes: list[str]) -> None:
+    """Raise Mistake if there are changes and run.allow_config_change does not allow them."""
     if changes and not config.run.allow_config_change:
         raise Mistake(
             "\n  ".join([f"{config.run.out_dir} holds a run that differs:", *changes])
@@ -116,6 +121,7 @@ def config_path(config: Config) -> Path:
 
 
 def write_config(config: Config) -> None:
+    """Write config.yaml, which marks a run that may be continued. Raises Mistake."""
     path = config_path(config)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,7 +132,7 @@ def write_config(config: Config) -> None:
 
 
 def rows_to_keep(start: int, total: int, begun_before: bool) -> int | None:
-    """The step up to which metrics.jsonl keeps the rows that earlier processes have written.
+    """Return the step up to which metrics.jsonl keeps the rows that earlier processes have written.
 
     None: the run is new, and there are none. -1: it was begun before but nothing was saved, so that
     every row goes. `start`, the step of the checkpoint: later rows are done again. `start` + 1: the
@@ -140,13 +146,12 @@ def rows_to_keep(start: int, total: int, begun_before: bool) -> int | None:
 
 
 def initial_state(
-    config: Config,
-    steps: Steps,
-    checkpoints: Checkpoints,
-    start: int,
-    say: Any,
+    config: Config, steps: Steps, checkpoints: Checkpoints, start: int, say: Callable[[str], Any]
 ) -> State:
-    """Of this run's own checkpoint, else with the weights of run.init_from, else random."""
+    """Restore this run's own checkpoint, else take the weights of run.init_from, else random ones.
+
+    start: the step of the checkpoint, 0 without one.
+    """
     if start:
         say(f"continuing from step {start} in {checkpoints.folder}")
         return checkpoints.restore(start, steps.abstract).swapped()
@@ -157,6 +162,6 @@ def initial_state(
     params, name = init_from.weights(config, steps.abstract.params)
     say(f"weights from {name}")
     state = state.replace(params=params)
-    if config.optim.average:  # of one set of weights so far, these
+    if config.optim.average:  # the mean of one set of weights is that set
         state = state.swapped().replace(params=jax.tree.map(jnp.copy, params))
     return state

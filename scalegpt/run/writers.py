@@ -1,4 +1,4 @@
-"""The places that rows of metrics go to: metrics.jsonl always, TensorBoard and W&B if asked for."""
+"""Write rows of metrics to metrics.jsonl always, to TensorBoard and W&B if asked for."""
 
 import json
 import math
@@ -17,14 +17,14 @@ Say = Callable[[str], None]
 
 
 class JsonlWriter:
-    """Appends rows to a JSON-lines file, a whole line each, at once.
+    """The writer appends rows to a JSON-lines file, each at once and as a whole line.
 
-    Lines are strict JSON: a NaN or an infinity, which JSON has not, is written as null.
-    Continuing after step s (`resume_step`) first drops what a killed run left behind: rows of
-    later steps, the ledger's of s, which a new one replaces, and a torn last line. So the loop goes
-    on with s + 1 and nothing is there twice. `earlier` keeps the rows that there were.
-    A disk that is full holds lines back until it is not; `say` warns once.
-    Raises ValueError on a new run (`resume_step=None`) whose file exists: runs never overwrite.
+    Lines are strict JSON: NaN and infinity, which JSON lacks, are written as null.
+    A run that continues after step s (`resume_step`) first drops what a killed process left: rows
+    of later steps, the ledger's row of s, which a new one replaces, and a torn last line. So the
+    loop goes on with s + 1 and no row is there twice. `earlier`: the rows as they were before.
+    Lines that a full disk does not take are held back until it does; `say` warns once.
+    Raises Mistake on a new run (`resume_step=None`) whose file exists: runs never overwrite.
     """
 
     def __init__(
@@ -41,13 +41,13 @@ class JsonlWriter:
             say(f"warning: {path} is not there: the rows that this run has written are lost")
         if path.exists() and resume_step is not None:
             self.earlier = json_files.complete_rows(path.read_text(errors="replace").splitlines())
-            kept = [
+            rows = [
                 row for row in self.earlier if row["step"] < resume_step + ("time/step" not in row)
             ]
-            replace_file(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+            replace_file(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
         elif path.exists() and path.stat().st_size:
             raise Mistake(f"{path} is another run's: choose a new run.out_dir, or move it away")
-        # Unbuffered: what the disk did not take is known to the byte.
+        # Unbuffered, so that `write` knows to the byte what the disk took.
         self._file, self._held, self._say = path.open("ab", buffering=0), b"", say
         self._warned = False
 
@@ -85,10 +85,10 @@ class JsonlWriter:
 
 
 class TensorBoardWriter:
-    """Rows as TensorBoard scalars; on continuing, TensorBoard hides what came after that step."""
+    """The writer makes TensorBoard scalars of rows; TensorBoard hides those after `resume_step`."""
 
     def __init__(self, folder: str | Path, resume_step: int | None = None) -> None:
-        # It would import torch, where there is one, for the name of a type: seconds.
+        # Where torch is installed, tensorboardX imports it for the name of a type: for seconds.
         without_torch = sys.modules.setdefault("torch", None) is None
         try:
             from tensorboardX import SummaryWriter
@@ -97,12 +97,12 @@ class TensorBoardWriter:
             if without_torch:
                 del sys.modules["torch"]
 
-        purge = None if resume_step is None else resume_step + 1  # it hides this step and later
+        purge = None if resume_step is None else resume_step + 1  # hidden from this step on
         self._writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=10)
         self._summary, self.close = Summary, self._writer.close
 
     def write(self, row: Row) -> None:
-        # One event for them all: add_scalar's, one for each, cost a millisecond a row.
+        # One event a row: add_scalar writes one a value, which costs a millisecond a row.
         values = [
             self._summary.Value(tag=key, simple_value=value)
             for key, value in row.items()
@@ -113,11 +113,10 @@ class TensorBoardWriter:
 
 
 class WandbWriter:
-    """Rows to Weights & Biases, which may fail in any way without stopping or holding up a run.
+    """The writer sends rows to Weights & Biases, whose failures neither stop nor hold up a run.
 
-    Without credentials: W&B's offline mode. Any other trouble: one warning, and the writer is off.
-    A continued run keeps its W&B id, in out_dir/wandb_id.txt, and W&B ignores the steps that it
-    already has.
+    Without credentials it logs offline. Any other trouble turns it off with one warning. A
+    continued run keeps its W&B id, in out_dir/wandb_id.txt, and W&B ignores steps that it has.
     """
 
     def __init__(
@@ -145,7 +144,7 @@ class WandbWriter:
                     "warning: no W&B credentials, so W&B logs offline; to upload later: "
                     f"wandb login && wandb sync {out_dir}/wandb/offline-run-*"
                 )
-            known = id_file.read_text().strip() if resume and id_file.exists() else None
+            run_id = id_file.read_text().strip() if resume and id_file.exists() else None
             self._run = wandb.init(
                 project=project,
                 name=name,
@@ -153,9 +152,9 @@ class WandbWriter:
                 config=config,
                 dir=str(out_dir),
                 mode=mode,
-                id=known,
-                resume="allow" if known else None,
-                # Without it a run whose network died waits for ever at its end.
+                id=run_id,
+                resume="allow" if run_id else None,
+                # Without this limit a run whose network died waits for ever at its end.
                 settings=wandb.Settings(finish_timeout=60),
             )
             id_file.write_text(self._run.id + "\n")
@@ -166,7 +165,7 @@ class WandbWriter:
         try:
             call()
         except Exception as error:
-            # All of them on purpose: a bad key, a full disk, a fault of W&B's server or client
+            # Any exception, on purpose: a bad key, a full disk, a fault of W&B's server or client
             # must not end days of training, whose rows are in metrics.jsonl anyway.
             self._run = None
             self._say(f"warning: W&B is off from here on ({type(error).__name__}: {error})")
