@@ -137,7 +137,7 @@ def test_the_figures_of_a_run_are_those_of_its_definition(tmp_path):
 
 
 def test_a_known_device_has_an_mfu_and_a_ratio_is_of_the_same_round(capsys):
-    config, _ = command_line.parse(ARGV, "bench", bench.FLAGS, bench.DEFAULTS)
+    config, _ = command_line.parse(ARGV, "bench", bench.FLAGS, bench.NO_RUN)
     mesh = SimpleNamespace(devices=np.array([SimpleNamespace(device_kind="NVIDIA A100")]), size=2)
     model = SimpleNamespace(dtype="bfloat16", attention="cudnn")
     ours = SimpleNamespace(
@@ -342,7 +342,7 @@ def test_a_trainer_that_dies_is_quoted(capsys, checkout):
 
 def test_several_gpus_are_no_match_for_one(capsys):
     config, flags = command_line.parse(
-        [*ARGV, "--against=transformers"], "bench", bench.FLAGS, bench.DEFAULTS
+        [*ARGV, "--against=transformers"], "bench", bench.FLAGS, bench.NO_RUN
     )
     device = SimpleNamespace(platform="gpu")
     mesh = SimpleNamespace(devices=np.array([device] * 8), size=8)

@@ -39,9 +39,10 @@ from typing import Any
 import jax
 import numpy as np
 from benchmarks import decoding, profiling, pytorch
-from sizing import DEFAULTS, with_vocabulary
+from sizing import with_vocabulary
 
 from scalegpt.config import Config, command_line
+from scalegpt.config.loading import NO_RUN
 from scalegpt.data.datasets import open_datasets
 from scalegpt.data.token_files import Dataset
 from scalegpt.errors import Mistake
@@ -73,7 +74,7 @@ COLUMNS = f"{'':20} {'tokens/s':>10} {'step ms: median':>16} {'least':>9} {'most
 
 
 def main(argv: list[str]) -> int:
-    config, flags = command_line.parse(argv, "tools/bench.py", FLAGS, DEFAULTS)
+    config, flags = command_line.parse(argv, "tools/bench.py", FLAGS, NO_RUN)
     flags.steps = (128 if flags.decode else 10) if flags.steps is None else flags.steps
     for name in ("rounds", "steps", "decode", "their_microbatch"):
         if (value := getattr(flags, name)) is not None and np.min(value) < 1:

@@ -19,6 +19,7 @@ from planning import scaling_laws
 from planning.isoflop_plot import check_file, draw, short
 
 from scalegpt.config import Config, command_line
+from scalegpt.config.loading import NO_RUN
 from scalegpt.data.token_files import read_meta
 from scalegpt.errors import Mistake
 from scalegpt.model import attention, flops
@@ -26,8 +27,6 @@ from scalegpt.processes.command import run_command
 from scalegpt.step import memory, sharding
 
 GPT2_VOCABULARY = 50257
-# A run without one of these cannot train, but can be sized.
-DEFAULTS = {"data": {"path": ""}, "run": {"out_dir": "none"}}
 FLAGS = {
     "--device": {
         "default": "NVIDIA A100",
@@ -57,7 +56,7 @@ COUNTS = ("full", "causal")
 
 
 def main(argv: list[str]) -> int:
-    config, flags = command_line.parse(argv, "tools/sizing.py", FLAGS, DEFAULTS)
+    config, flags = command_line.parse(argv, "tools/sizing.py", FLAGS, NO_RUN)
     check(flags)
     config, source = with_vocabulary(config)
     report = size(config, flags)

@@ -1,4 +1,4 @@
-"""A run on paper: typed keys, YAML, the command line, and what may differ. No JAX."""
+"""This room describes a run on paper: typed keys, YAML, command line, what may differ; no JAX."""
 
 from scalegpt.config.recipe import ModelConfig, OptimConfig
 from scalegpt.config.schema import (

@@ -1,4 +1,4 @@
-"""From `--section.key=value` and flags to a validated run; a mistake becomes one clear line."""
+"""`--section.key=value` and flags become a validated run; each mistake becomes one clear line."""
 
 import argparse
 import os
@@ -18,10 +18,11 @@ def parse(
     flags: dict[str, dict[str, Any]],
     defaults: dict[str, dict[str, Any]] | None = None,
 ) -> tuple[Config, argparse.Namespace]:
-    """Command line -> the run and the values of `flags` (name -> keywords of `add_argument`).
+    """Return the run that a command line describes, and the values of the command's own flags.
 
-    Later wins: Config's defaults, then `defaults` (section -> key -> value), then `--config FILE`,
-    then `--section.key=value`. Raises ValueError with one line for each mistake.
+    flags: name -> keywords of argparse's `add_argument`. Later sources win over earlier ones:
+    Config's defaults, `defaults` (section -> key -> value), `--config FILE`, `--section.key=value`.
+    Raises Mistake with one line for each mistake.
     """
     parser = Parser(prog=prog, allow_abbrev=False)
     parser.add_argument(
@@ -37,15 +38,15 @@ def parse(
     except SettingsError as error:
         raise Mistake(f"{error}; write --section.key=value, one for each key") from None
     for section, key in (("data", "path"), ("eval", "tasks")):
-        if isinstance(given := overrides.get(section), dict) and key in given:
-            overrides[section] = {**given, key: _mapping(f"--{section}.{key}", given[key])}
+        if isinstance(keys := overrides.get(section), dict) and key in keys:
+            overrides[section] = {**keys, key: _mapping(f"--{section}.{key}", keys[key])}
     values = {} if flag_values.config is None else load(flag_values.config)
     for section, keys in (defaults or {}).items():
         if isinstance(stored := values.get(section, {}), dict):
             values[section] = {**keys, **stored}
     for section, keys in overrides.items():
         stored = values.get(section, {})
-        if isinstance(stored, dict):  # else the file is wrong, which validate will say
+        if isinstance(stored, dict):  # else the file is wrong, and `validate` will say so
             values[section] = {**stored, **keys} if isinstance(keys, dict) else keys
     source = "this command line"
     if flag_values.config:
@@ -64,20 +65,22 @@ class _EvalOnCommandLine(EvalConfig):
 
 
 class _CommandLine(Config, BaseSettings):
-    """Config as pydantic-settings wants it for a command line; nothing reads the environment."""
+    """Config in the form that pydantic-settings parses; environment variables are not read."""
 
-    # Of a type that may be a dictionary it would split "lang=en" and quote "C:\text".
+    # Texts here, because pydantic-settings would split "lang=en" and quote "C:\text" for a key
+    # that may be a dictionary; `_mapping` makes the dictionary.
     data: _DataOnCommandLine
     eval: _EvalOnCommandLine = _EvalOnCommandLine()
     model_config = SettingsConfigDict(extra="forbid", nested_model_default_partial_update=True)
 
 
 class Parser(argparse.ArgumentParser):
-    """Of every command: a mistake is one line, without the usage of all flags."""
+    """Every command parses its flags with this; a mistake is one line, not the usage of all."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Refuses an empty name, and a name given twice: it would be taken for both, and argparse
-        would drop the first in silence. Of numbers, choices and configuration keys the later wins.
+        """Refuse a text flag that is empty or given twice; argparse would silently keep the last.
+
+        For numbers, choices and configuration keys the last one wins.
         """
         given: dict[str, str] = {}
         args = list(sys.argv[1:] if args is None else args)
@@ -87,7 +90,7 @@ class Parser(argparse.ArgumentParser):
             text = getattr(action, "type", None) in (None, os.path.expanduser)
             if type(action) is not argparse._StoreAction or action.choices or not text:
                 continue
-            if "." in name:  # a key, whose type tells
+            if "." in name:  # a configuration key, which pydantic checks
                 continue
             value = value if equals else following
             if name in given:
@@ -98,7 +101,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        """A ValueError like every other mistake, naming the nearest flag."""
+        """Raise Mistake, naming the nearest flag, where argparse would print its usage and exit."""
         if message.startswith("unrecognized arguments: "):
             flag = (message.removeprefix("unrecognized arguments: ").split() or ["''"])[0]
             known = [name.removeprefix("--") for name in self._option_string_actions]
@@ -110,7 +113,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _mapping(flag: str, value: Any) -> Any:
-    """The value of a flag that may be "{name: value, ...}", as in a file."""
+    """Return a flag's value; "{name: value, ...}" becomes a dictionary, as in a YAML file."""
     if not isinstance(value, str) or not value.startswith("{"):
         return value
     try:

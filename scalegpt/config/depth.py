@@ -1,4 +1,4 @@
-"""One dial: `model.depth` sets the whole recipe, by rules measured elsewhere; no JAX here.
+"""`model.depth` sets the whole recipe, by rules that others have measured; no JAX here.
 
 At depth 12 it is the tuned recipe for a model of GPT-2's size (`recipe.MUON`, batches of 2^19
 tokens); other depths follow from it: width 64 a layer, heads of 128, 12 tokens for each weight of
@@ -21,11 +21,11 @@ VOCABULARY = 50257  # GPT-2's, where model.vocab_size is not given: data are ope
 
 
 def derived(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """section -> key -> value, of all that `model.depth` sets and `values`, a run's sections as
-    they were given, do not. A width, context or batch that is given is what the rest follows from;
-    null is not given.
+    """Return the keys that follow from `model.depth`, as section -> key -> value.
 
-    Raises ValueError for a depth that is no number from 1 to 1000, or not the given n_layer.
+    values: a run's sections as the user gave them. A key given there is not returned, and the rest
+    follows from it: a given width, context or batch sets the tokens and rates. null is not given.
+    Raises Mistake for a depth that is not a number from 1 to 1000, or differs from a given n_layer.
     """
     given = {
         name: {k: v for k, v in values.get(name, {}).items() if v is not None}
@@ -41,7 +41,7 @@ def derived(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
     model.setdefault("n_embd", width(depth))
     model.setdefault("block_size", 1024)
     layers = _whole("model.n_layer", model["n_layer"])
-    # "gpt2" is an architecture of any size as well; the others are sizes.
+    # The preset "gpt2" may have any number of layers; the other presets are sizes.
     preset = str(model["preset"])
     is_size = preset in GPT2_SIZES and preset != "gpt2" and "n_layer" not in given["model"]
     if depth != (GPT2_SIZES[preset][0] if is_size else layers):
@@ -56,23 +56,24 @@ def derived(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
     length = _whole("model.block_size", model["block_size"])
 
     tokens = TOKENS_PER_WEIGHT * weights(layers, embd, vocabulary)
-    tuned = TOKENS_PER_WEIGHT * weights(DEPTH, width(DEPTH), VOCABULARY)
-    size = 2 ** round(math.log2(BATCH * (tokens / tuned) ** 0.383))
-    batch.setdefault("sequences", max(1, size // length))
-    size = _whole("batch.sequences", batch["sequences"]) * length
-    by_batch = math.sqrt(size / BATCH)
-    adam = by_batch * math.sqrt(width(DEPTH) / embd)
+    tuned_tokens = TOKENS_PER_WEIGHT * weights(DEPTH, width(DEPTH), VOCABULARY)
+    batch_tokens = 2 ** round(math.log2(BATCH * (tokens / tuned_tokens) ** 0.383))
+    batch.setdefault("sequences", max(1, batch_tokens // length))
+    batch_tokens = _whole("batch.sequences", batch["sequences"]) * length
+    batch_factor = math.sqrt(batch_tokens / BATCH)
+    adam_factor = batch_factor * math.sqrt(width(DEPTH) / embd)
 
     optim.setdefault("name", "muon")
-    optim.setdefault("steps", max(1, round(tokens / size)))
+    optim.setdefault("steps", max(1, round(tokens / batch_tokens)))
     steps = _whole("optim.steps", optim["steps"])
     if optim["name"] != "muon":
         optim.setdefault("warmup_steps", steps // 20)
     else:
-        optim.setdefault("lr", _round(MUON["lr"] * by_batch))
+        optim.setdefault("lr", _round(MUON["lr"] * batch_factor))
         for key in ("embedding_lr", "head_lr", "scalar_lr"):
-            optim.setdefault(key, _round(muons(model)[key] * adam))
-        optim.setdefault("weight_decay", _round(WEIGHT_DECAY * by_batch * tuned / (steps * size)))
+            optim.setdefault(key, _round(muons(model)[key] * adam_factor))
+        decay = WEIGHT_DECAY * batch_factor * tuned_tokens / (steps * batch_tokens)
+        optim.setdefault("weight_decay", _round(decay))
         optim.setdefault("cautious_decay", str(optim["weight_decay"]) not in ("0", "0.0"))
         optim.setdefault("momentum_warmup", min(300, steps // 10))
     full = {"model": model, "batch": batch, "optim": optim}
@@ -83,17 +84,17 @@ def derived(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def width(depth: int) -> int:
-    """64 a layer, rounded up to whole heads of 128."""
+    """Return n_embd: 64 for each layer, rounded up to a whole number of heads of size 128."""
     return -(-64 * depth // 128) * 128
 
 
 def weights(layers: int, embd: int, vocabulary: int) -> int:
-    """Of the layers' matrices and the head: what tokens are counted against."""
+    """Return the number of weights in the layers' matrices and the head; tokens scale with it."""
     return 12 * layers * embd**2 + vocabulary * embd
 
 
 def _whole(key: str, value: Any) -> int:
-    """A number that pydantic has not seen yet. Raises ValueError."""
+    """Return a count that pydantic has not validated yet. Raises Mistake."""
     try:
         number = int(value)
     except (TypeError, ValueError, OverflowError):

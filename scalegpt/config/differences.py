@@ -1,8 +1,8 @@
-"""What may differ between two configurations of one run."""
+"""A stored run may be continued with some keys changed; this file says which."""
 
 from scalegpt.config import Config
 
-# Keys of the compared sections that change speed or memory, never the loss curve.
+# These keys of the compared sections change speed or memory, never the loss curve.
 _NEUTRAL = {
     *("model.preset", "model.depth", "model.attention", "model.scan_layers", "model.remat"),
     "model.loss_chunk",
@@ -10,28 +10,28 @@ _NEUTRAL = {
 }
 
 
-def curve_diff(stored: Config, asked: Config) -> list[str]:
-    """Keys that would change the loss curve, as `key: stored -> asked`.
+def curve_diff(stored: Config, requested: Config) -> list[str]:
+    """Return the changed keys that would change the loss curve, as `key: stored -> requested`.
 
-    Of the data's path only a mixture's weights are among them: checkpoints carry a fingerprint
-    of the files themselves.
+    The names of data sets are not compared, only the weights of a mixture: checkpoints carry a
+    fingerprint of the token files themselves.
     """
-    old, new = stored.model_dump(), asked.model_dump()
+    old, new = stored.model_dump(), requested.model_dump()
     lines = [
         f"{section}.{key}: {old[section][key]} -> {value}"
         for section in ("model", "batch", "data", "optim")
         for key, value in new[section].items()
         if f"{section}.{key}" not in _NEUTRAL and old[section][key] != value
     ]
-    shares = [list(c.data.weights.values()) for c in (stored, asked)]
+    shares = [list(c.data.weights.values()) for c in (stored, requested)]
     if shares[0] != shares[1]:
-        lines.append(f"data.path: {stored.data.path} -> {asked.data.path}")
-    if stored.run.seed != asked.run.seed:
-        lines.append(f"run.seed: {stored.run.seed} -> {asked.run.seed}")
+        lines.append(f"data.path: {stored.data.path} -> {requested.data.path}")
+    if stored.run.seed != requested.run.seed:
+        lines.append(f"run.seed: {stored.run.seed} -> {requested.run.seed}")
     return lines
 
 
-# Keys of a model that may differ where weights are taken over, besides those of its speed.
+# These keys of a model may differ from those of the run whose weights it starts from.
 NOT_SHAPING = {
     *(key.partition(".")[2] for key in _NEUTRAL if key.startswith("model.")),
     *("dtype", "dropout", "init", "block_size", "vocab_multiple"),

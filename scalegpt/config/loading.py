@@ -1,4 +1,4 @@
-"""From a YAML file to a validated run; a mistake in it becomes one clear line."""
+"""A YAML file becomes a validated configuration; each mistake in it becomes one clear line."""
 
 import difflib
 import reprlib
@@ -12,20 +12,18 @@ from scalegpt.config import Config
 from scalegpt.config.presets import own_configs
 from scalegpt.errors import Mistake
 
-# What a union calls the branches it tried.
+# A Config has to name data and a folder; a model or a mesh that belongs to no run has neither.
+NO_RUN = {"data": {"path": ""}, "run": {"out_dir": "none"}}
+# pydantic names the branches of a union that it tried by these prefixes.
 _BRANCHES = ("str", "dict[", "function-", "constrained-str")
-
 _REPR = reprlib.Repr()
-
 _REPR.maxstring, _REPR.maxother, _REPR.maxlong = 200, 200, 60
-
 _REPR.maxlevel, _REPR.maxlist, _REPR.maxdict = 2, 4, 4
-
 _START = "or start from a whole one: --config configs/demo.yaml"
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """The sections in a YAML file, not yet validated. Raises ValueError.
+    """Return the sections of a YAML file, not yet validated. Raises Mistake.
 
     path: a file, or the name of one of scalegpt's own: `demo`, `demo.yaml`, `configs/demo.yaml`.
     """
@@ -49,7 +47,7 @@ def load(path: str | Path) -> dict[str, Any]:
         values = {}
     if not isinstance(values, dict):
         raise Mistake(f"config {path} holds a {type(values).__name__}, not sections of keys")
-    # "optim:" with every key commented out is None, and means the defaults.
+    # A section whose keys are all commented out is None in YAML, and means the defaults.
     return {name: {} if section is None else section for name, section in values.items()}
 
 
@@ -58,8 +56,11 @@ def _name(path: str | Path) -> str:
 
 
 def validate(values: dict[str, Any], source: str) -> Config:
-    """Raises ValueError: one line for each mistake, with the key, the value and the fix."""
-    for name in ("data", "run"):  # so that what is missing is named as data.path, not as data
+    """Return the configuration with these sections, which come from `source`, as messages call it.
+
+    Raises Mistake: one line for each mistake, with the key, the value and the fix.
+    """
+    for name in ("data", "run"):  # a missing section is reported as its key data.path is
         values = {**values, name: values.get(name, {})}
     try:
         return Config.model_validate(values)
@@ -68,26 +69,33 @@ def validate(values: dict[str, Any], source: str) -> Config:
         raise Mistake("\n  ".join([f"{source} makes no run:", *lines])) from None
 
 
+def validate_sections(values: dict[str, Any], source: str) -> Config:
+    """Validate some sections, as model or mesh, without a run. Raises Mistake as `validate`."""
+    return validate({**values, **NO_RUN}, source)
+
+
 def nearest(name: str, known: list[str], prefix: str = "") -> str:
+    """Return "did you mean NAME?" for the known key that `name` probably means, or ""."""
     section, _, key = name.rpartition(".")
     keys = [k.split(".")[-1] for k in known]
     # The right key in the wrong section, or without one, is nearer than any mistyped one.
     near = [key] if key in keys else difflib.get_close_matches(key, keys, n=1)
-    there = [k for k in known if k.split(".")[-1] in near]
-    there.sort(key=lambda k: not k.startswith(f"{section}."))
-    return f"did you mean {prefix}{there[0]}?" if there else ""
+    candidates = [k for k in known if k.split(".")[-1] in near]
+    candidates.sort(key=lambda k: not k.startswith(f"{section}."))
+    return f"did you mean {prefix}{candidates[0]}?" if candidates else ""
 
 
 def _explain(detail: Any) -> str:
+    """Return one line for one of pydantic's errors."""
     # A union names the branch it tried ("str", "dict[str,...]"): noise for whoever typed a value.
-    where = [str(part) for part in detail["loc"] if not str(part).startswith(_BRANCHES)]
-    key, kind, value = ".".join(where), detail["type"], detail["input"]
+    path = [str(part) for part in detail["loc"] if not str(part).startswith(_BRANCHES)]
+    key, kind, value = ".".join(path), detail["type"], detail["input"]
     if kind == "extra_forbidden":
         sections = Config.model_fields
         keys = {s: list(field.annotation.model_fields) for s, field in sections.items()}
         known = [*sections, *(f"{s}.{k}" for s, names in keys.items() for k in names)]
-        here = ", ".join(keys.get(where[0], sections))
-        return f"unknown key {key}={_shown(value)}; {nearest(key, known) or f'there are {here}'}"
+        names = ", ".join(keys.get(path[0], sections))
+        return f"unknown key {key}={_shown(value)}; {nearest(key, known) or f'there are {names}'}"
     if kind == "missing":
         return f"{key} is missing; give --{key}=..., {_START}"
     if kind == "value_error":
@@ -96,7 +104,7 @@ def _explain(detail: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    """As repr, but of a bounded size: aliases make a short YAML file a huge value."""
+    """Return repr(value) cut to a bounded size: YAML's aliases make a short file a huge value."""
     try:
         return _REPR.repr(value)
     except ValueError:  # Python writes no number of more than 4,300 digits
@@ -104,6 +112,8 @@ def _shown(value: Any) -> str:
 
 
 class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, which also refuses a key that is there twice."""
+
     def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict:
         seen: set[str] = set()
         for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
@@ -116,12 +126,12 @@ class _Loader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str) -> Any:
-    """The value in `text`. Raises ValueError for what is no YAML of plain values."""
+    """Return the value in `text`. Raises Mistake where that is not YAML of plain values."""
     try:
-        # A SafeLoader: of Python it makes numbers, texts, dates, lists and dictionaries only.
+        # A SafeLoader makes numbers, texts, dates, lists and dictionaries, and no other objects.
         return yaml.load(text, Loader=_Loader)
     except RecursionError:
         raise Mistake("it is nested too deeply") from None
-    # Its own errors, and of "2024-13-01", "!!int x" or "!!bool x" whatever Python says to them.
+    # "2024-13-01", "!!int x" or "!!bool x" raise Python's errors, not YAML's.
     except Exception as error:
         raise Mistake(str(error)) from None

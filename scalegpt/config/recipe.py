@@ -1,4 +1,4 @@
-"""What decides the loss curve: the model and the optimizer, with their presets; no JAX here."""
+"""The model and optimizer sections, with their presets, decide the loss curve; no JAX here."""
 
 from typing import Annotated, Any, Literal
 
@@ -23,7 +23,7 @@ GPT2_SIZES = {
     "gpt2-large": (36, 20, 1280),
     "gpt2-xl": (48, 25, 1600),
 }
-# What modded-nanogpt and nanochat agree on, without what only pays with kernels of its own.
+# modded-nanogpt and nanochat agree on these; left out is what pays only with custom kernels.
 MODERN = {
     "position": "rope",
     "norm": "rmsnorm",
@@ -35,8 +35,8 @@ MODERN = {
     "logit_softcap": 15.0,
     "bias": False,
 }
-# Muon's defaults where AdamW's would be wrong: its steps are all of one size, so that the learning
-# rate is the schedule, and what it does not train wants rates of its own.
+# Muon's defaults, where AdamW's would be wrong: Muon's updates all have the same size, so that the
+# learning rate alone sets the pace, and the parameters that AdamW trains beside it need their own.
 MUON = {
     "lr": 0.02,
     "min_lr": 0.0,
@@ -59,8 +59,11 @@ TIED_EMBEDDING_LR = 0.02
 
 
 def muons(model: dict[str, Any]) -> dict[str, Any]:
-    """Muon's defaults for a model's section, validated or not. A tied table is the head, too, and
-    starts fifty times smaller than a modern one: steps for that would wreck it."""
+    """Return Muon's defaults for a model section, which may not be validated yet.
+
+    A tied embedding table is the head, too, and starts fifty times smaller than a modern one: the
+    embedding rate for a modern table would wreck it.
+    """
     tied = model.get("tie_word_embeddings")
     tied = model.get("preset") != "modern" if tied is None else str(tied).lower() not in _FALSE
     return MUON | ({"embedding_lr": TIED_EMBEDDING_LR} if tied else {})
@@ -70,14 +73,14 @@ _FALSE = ("false", "0", "off", "no", "f", "n")  # as pydantic reads a command li
 
 
 class ModelConfig(Section):
-    """The GPT. Defaults are nanoGPT's 124M model; `preset` gives the GPT-2 sizes."""
+    """The GPT's architecture; the defaults are nanoGPT's 124M model, presets are GPT-2's sizes."""
 
     preset: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "modern"] | None = None
-    """gpt2*: its n_layer, n_head, n_embd, block_size 1024, bias; modern: an architecture that needs
-    fewer tokens, of any size; keys that are given override it"""
+    """gpt2*: its n_layer, n_head, n_embd, block_size 1024, bias; modern: an architecture of any
+    size that needs fewer tokens; keys that are given override the preset's"""
     depth: Annotated[int, Field(ge=1, le=1000)] | None = None
     """one dial: layers, from which width, heads, batch, optimizer, rates and updates follow by the
-    rules of `scalegpt.depth`; what is given stays"""
+    rules of scalegpt/config/depth.py; keys that are given stay"""
     n_layer: Annotated[int, Field(ge=1, le=10_000)] = 12
     n_head: Width = 12
     n_embd: Width = 768
@@ -102,25 +105,25 @@ class ModelConfig(Section):
     qk_norm: bool = False
     """queries and keys are normalised (rmsnorm) in each head, before rotation"""
     embedding_norm: bool = False
-    """what enters the first layer is normalised (rmsnorm)"""
+    """the embeddings are normalised (rmsnorm) before the first layer"""
     init: Literal["gpt2", "zero_out"] = "gpt2"
-    """gpt2: N(0, 0.02), less into the residual stream; zero_out: 0 into the residual stream and for
-    a head of its own, embeddings N(0, 1), other matrices N(0, 0.25 / rows)"""
+    """gpt2: N(0, 0.02), smaller for projections into the residual stream; zero_out: 0 for those and
+    for an untied head, embeddings N(0, 1), other matrices N(0, 0.25 / rows)"""
     logit_softcap: Amount = 0.0
     """logits z become c z / sqrt(z^2 + c^2), which stays below c; 0: none"""
     residual_scalars: bool = False
-    """each layer reads a x + b x0, x0 being what enters the first; learned, from a = 1 and b = 0"""
+    """each layer reads a x + b x0, with x0 the input of the first; a, b learned from 1 and 0"""
     value_embeddings: bool = False
-    """each layer adds to its values an embedding of the token, of a table of its own"""
+    """each layer adds to its attention values an embedding of the token, from its own table"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of matrix products; auto: bfloat16 on accelerators, float32 on CPU"""
+    """precision of matrix products; auto: bfloat16 on accelerators, float32 on CPU"""
     attention: Literal["auto", "xla", "flax", "cudnn", "splash"] = "auto"
     scan_layers: bool = False
     """compile one layer and loop over it (fast compile), or unroll (fast step on CPU and TPU)"""
     remat: Literal["none", "dots", "full"] = "none"
     """what the backward pass recomputes: little, all but matrix products, whole layers"""
     loss_chunk: Positive = 128
-    """positions whose logits are held at a time, in each sequence"""
+    """positions of each sequence whose logits are in memory at a time"""
 
     @model_validator(mode="before")
     @classmethod
@@ -153,7 +156,7 @@ class ModelConfig(Section):
 
     @property
     def padded_vocab(self) -> int:
-        """Rows of the embedding table."""
+        """The number of rows of the embedding table."""
         assert self.vocab_size is not None, "the vocabulary is known once the data is open"
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
@@ -163,24 +166,24 @@ class OptimConfig(Section):
     """muon: Muon for the matrices of the layers, AdamW for the rest, and defaults of its own for
     lr, min_lr, schedule, cooldown, warmup_steps, beta1, eps, weight_decay, decay and grad_clip"""
     lr: Share = 6e-4
-    """peak learning rate; with muon: of the matrices"""
+    """peak learning rate; with muon: that of the matrices"""
     embedding_lr: Share | None = None
     """with muon: AdamW's peak learning rate for embeddings, by the same schedule"""
     head_lr: Share | None = None
-    """with muon: for a head of its own"""
+    """with muon: AdamW's peak learning rate for an untied head"""
     scalar_lr: Share | None = None
-    """with muon: for norms, biases and scalars"""
+    """with muon: AdamW's peak learning rate for norms, biases and scalars"""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    """with muon: of its Nesterov momentum"""
+    """with muon: Nesterov momentum"""
     momentum_warmup: Whole = 0
     """with muon: updates in which the momentum rises from 0.85"""
     ns_steps: Annotated[int, Field(ge=1, le=20)] = 5
     """with muon: Newton-Schulz iterations of an update"""
     average: Rate = 0.0
-    """share of the updates, the last ones, the mean of whose weights is evaluated and kept for use;
-    0: the last weights"""
+    """share of the run, at its end, over which the weights are averaged; the average is evaluated
+    and saved for use. 0: the last weights are"""
     cautious_decay: bool = False
-    """weight decay only where the update shrinks the weight, too"""
+    """weight decay only for weights that the update shrinks, too"""
     min_lr: Amount = 6e-5
     """learning rate at the end of the decay"""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
@@ -197,7 +200,7 @@ class OptimConfig(Section):
     eps: Share = 1e-8
     weight_decay: Amount = 0.1
     decay: Literal["matrices", "no_embeddings", "all"] = "matrices"
-    """what decays: matrices and embeddings (nanoGPT), matrices only, every parameter"""
+    """which parameters decay: matrices and embeddings (nanoGPT), matrices only, or all"""
     grad_clip: Amount = 1.0
     """largest global gradient norm; 0: no clipping"""
 
@@ -205,7 +208,7 @@ class OptimConfig(Section):
     @classmethod
     def _fill_muon(cls, values: Any) -> Any:
         if isinstance(values, dict) and values.get("name") == "muon":
-            # A rate of null, as AdamW's are stored, is not given.
+            # AdamW's runs store the rates that only Muon has as null, which means not given.
             given = {k: v for k, v in values.items() if v is not None or k not in MUON}
             return {**MUON, **given}
         return values

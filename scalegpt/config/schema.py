@@ -1,4 +1,4 @@
-"""What a run is: a frozen, typed configuration in sections; no JAX here."""
+"""`Config` describes a run: frozen, typed keys in sections; no JAX here."""
 
 from typing import Annotated, Any, Literal
 
@@ -46,10 +46,10 @@ class MeshConfig(Section):
 
 class BatchConfig(Section):
     sequences: Positive = 480
-    """of an optimizer update, over all devices: the run's batch, whatever the machine"""
+    """sequences of one optimizer update, over all devices; the same on every machine"""
     microbatch: Positive | None = None
-    """sequences a device holds at a time; accumulation follows from it. Default: all at once, on a
-    CPU about 1024 tokens"""
+    """sequences a device computes at a time; gradient accumulation follows from it. Default: all of
+    the device's at once, on a CPU about 1024 tokens"""
 
 
 class DataConfig(Section):
@@ -64,7 +64,7 @@ class DataConfig(Section):
 
     @property
     def weights(self) -> dict[str, float]:
-        """Data set -> share of the rows."""
+        """The share of a batch's rows that each data set gives; the shares sum to 1."""
         if isinstance(self.path, str):
             return {self.path: 1.0}
         return {name: w / sum(self.path.values()) for name, w in self.path.items()}
@@ -76,20 +76,20 @@ class EvalConfig(Section):
     windows: Positive | None = None
     """evaluate on the first so many windows of val.bin; default: the whole file"""
     tasks: dict[Literal["hellaswag", "lambada", "multiple_choice"], Name] = {}
-    """also score these, {task: jsonl file}; see `python -m scalegpt.evaluate --help`"""
+    """also score these tasks, {task: jsonl file}; see `python -m scalegpt.evaluate --help`"""
     task_examples: Positive | None = None
-    """of each task the first so many examples; default: all"""
+    """how many examples of each task are scored, from its first on; default: all"""
 
 
 class CheckpointConfig(Section):
     every: Whole = 1000
-    """updates between checkpoints; 0: only at the end. The best one is kept besides"""
+    """updates between checkpoints; 0: only at the end"""
     keep: Positive = 2
-    """how many of the latest are kept"""
+    """how many of the latest checkpoints are kept; the best one is kept, too"""
     keep_every: Whole = 0
-    """those of every so many updates are kept for good, a multiple of `every`; 0: none"""
+    """each checkpoint at a multiple of so many updates is kept for good; 0: none"""
     patience: Seconds = 3600.0
-    """seconds that training goes on while no checkpoint can be written; then exit code 5"""
+    """seconds that training goes on while no checkpoint can be written; then it ends with code 5"""
 
     @model_validator(mode="after")
     def _check(self) -> "CheckpointConfig":
@@ -117,30 +117,30 @@ class RunConfig(Section):
     """the run's folder; a second start with the same folder continues the run"""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 1337
     backend: Literal["jit", "pmap"] = "jit"
-    """what runs the update; pmap: copies of the whole model, to compare with"""
+    """what compiles the update; pmap: a copy of the whole model on each device, for comparison"""
     init_from: Place | None = None
     """start from the weights of another run (its out_dir), or of Hugging Face: gpt2-xl, a folder"""
     init_checkpoint: Which = "best"
-    """which of its checkpoints: best, latest or a step"""
+    """which checkpoint of init_from's run: best, latest or a step"""
     allow_config_change: bool = False
     """continue although model, batch, data or optimizer differ from the stored run"""
     skip_nonfinite: Whole = 0
-    """updates whose loss or gradient is not finite that are left out before the run stops"""
+    """how many updates with a loss or gradient that is not finite are left out before a stop"""
     skip_spikes: bool = False
     """leave out an update whose loss is a spike; otherwise it is only warned of"""
     spike: Share = 10.0
     """a loss so many deviations above the median of the last 128 updates is a spike"""
     replay: Positive | None = None
-    """run this update's batch again for a post-mortem: the loss of each example; writes nothing"""
+    """compute this update's batch again and print the loss of each example; writes nothing"""
     deadline_start: Seconds = 900.0
     """seconds for each phase of the start: processes, devices, mesh"""
     deadline_data: Seconds = 7200.0
-    """of opening the data, maybe copied from a URL; and of waiting for the hosts that still do"""
+    """seconds to open the data, maybe copied from a URL, and to wait for hosts that still do"""
     deadline_restore: Seconds = 3600.0
     deadline_compile: Seconds = 3600.0
-    """of the first update"""
+    """seconds for the first update, which is compiled"""
     deadline_step: Seconds = 1800.0
-    """of any other, and of its data"""
+    """seconds for any other update, with reading its data"""
     deadline_evaluation: Seconds = 7200.0
     deadline_save: Seconds = 1800.0
 
@@ -155,7 +155,7 @@ class DistributedConfig(Section):
 
 
 class Config(Section):
-    """A run."""
+    """A run: its model, data, batch, optimizer, and where and how it is trained and kept."""
 
     model: ModelConfig = ModelConfig()
     mesh: MeshConfig = MeshConfig()
@@ -171,12 +171,12 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, values: Any) -> Any:
-        """What follows from another section: all that model.depth sets, and a rate of Muon's."""
+        """Fill in keys that follow from other sections: model.depth's, and a rate of Muon's."""
         if not isinstance(values, dict):
             return values
         given = {s: values.get(s) for s in ("model", "batch", "optim") if s in values}
         if not all(isinstance(keys, dict) for keys in given.values()):
-            return values  # an error is to come
+            return values  # validation of that section will report it
         model = given.get("model", {})
         if model.get("depth") is not None:
             given = {s: {**given.get(s, {}), **keys} for s, keys in derived(given).items()}
@@ -189,12 +189,12 @@ class Config(Section):
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
 
     def with_vocab(self, vocab_size: int) -> "Config":
-        """The same run with the vocabulary of its data filled in; an explicit larger one stays."""
-        asked = self.model.vocab_size
-        if asked is not None and asked < vocab_size:
+        """Return the same run with the data's vocabulary size; an explicit larger one stays."""
+        explicit = self.model.vocab_size
+        if explicit is not None and explicit < vocab_size:
             raise Mistake(
-                f"model.vocab_size={asked} is smaller than the data's {vocab_size} token ids; "
+                f"model.vocab_size={explicit} is smaller than the data's {vocab_size} token ids; "
                 "leave it out to take the data's"
             )
-        model = self.model.model_copy(update={"vocab_size": asked or vocab_size})
+        model = self.model.model_copy(update={"vocab_size": explicit or vocab_size})
         return self.model_copy(update={"model": model})

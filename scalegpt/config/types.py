@@ -1,4 +1,4 @@
-"""The kinds of values that a configuration has, with limits that hold wherever they are used."""
+"""These types of configuration values carry limits that hold for every key of that type."""
 
 import math
 import os.path
@@ -10,13 +10,15 @@ from pydantic_core import PydanticCustomError
 
 
 class Section(BaseModel):
+    """A frozen group of keys; unknown keys are errors, and a key's docstring is its `--help`."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 LARGEST = 2**31 - 1  # JAX counts in int32
 Positive = Annotated[int, Field(ge=1, le=LARGEST)]
 Whole = Annotated[int, Field(ge=0, le=LARGEST)]
-MeshAxis = Annotated[int, Field(ge=-1, le=LARGEST)]  # -1: what is left
+MeshAxis = Annotated[int, Field(ge=-1, le=LARGEST)]  # -1: all devices that are left
 Width = Annotated[int, Field(ge=1, le=2**20)]
 Rate = Annotated[float, Field(ge=0, le=1)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -25,15 +27,15 @@ Seconds = Share
 
 
 def _plain(text: str) -> str:
-    """Such names are those of files and logs, where control characters are a trap."""
+    """Refuse control characters, which hide in the names of files and in logs."""
     if bad := [c for c in text if unicodedata.category(c) in ("Cc", "Cs")]:
-        said = "holds the character {character}, which is no part of a name"
-        raise PydanticCustomError("plain", said, {"character": repr(bad[0])})
+        message = "holds the character {character}, which is no part of a name"
+        raise PydanticCustomError("plain", message, {"character": repr(bad[0])})
     return text
 
 
 def checkpoint(text: str) -> str:
-    """Which of a run's checkpoints."""
+    """Return `text` if it chooses a checkpoint: best, latest or a step; raise pydantic's error."""
     if text in ("best", "latest") or (text.isdecimal() and text.isascii() and len(text) <= 10):
         return text
     raise PydanticCustomError("checkpoint", "is not best, latest or the number of a step")
@@ -48,16 +50,17 @@ def _named(text: str) -> str:
 Text = Annotated[str, AfterValidator(_plain)]
 Which = Annotated[str, AfterValidator(checkpoint)]
 Name = Annotated[Text, AfterValidator(_named)]  # of a file, a folder, a project
-# A shell leaves the "~" of --key=~/runs as it is, and rm -r of a folder "~" is a trap.
+# A shell does not expand "~" in --key=~/runs, and a folder named "~" invites rm -r ~.
 Place = Annotated[Name, AfterValidator(os.path.expanduser)]
 
 
 def divisors(n: int) -> list[int]:
-    """In order, by trial up to the root: n may be what somebody has mistyped."""
+    """Return the divisors of n in order, in sqrt(n) steps: a mistyped n may be huge."""
     small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
     return sorted({*small, *(n // d for d in small)})
 
 
 def divisors_near(n: int, wanted: int) -> str:
+    """Return the two divisors of n nearest to `wanted`, for a message: "6 or 8"."""
     near = sorted(divisors(n), key=lambda d: abs(d - wanted))
     return " or ".join(str(d) for d in sorted(near[:2]))

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from scalegpt.config.loading import validate
+from scalegpt.config.loading import validate_sections
 from scalegpt.config.recipe import ModelConfig
 from scalegpt.data import tokenizer
 from scalegpt.errors import Mistake
@@ -27,8 +27,6 @@ from scalegpt.weights.tensor_files import INDEX, SAFE, TORCH, open_tensors
 
 HUB_SECONDS = 15  # without an answer from Hugging Face, there is no network
 OWN_TYPE = "scalegpt"  # model_type of our own format, which names tensors by their path in params
-# A Config has to name data and a folder; a model that belongs to no run has neither.
-NO_RUN = {"data": {"path": ""}, "run": {"out_dir": "none"}}
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 # A layer's tensors: GPT-2's name -> (our name, GPT-2's shape in multiples of n_embd).
 _LAYER = {
@@ -148,7 +146,7 @@ def describe(folder: Path) -> tuple[ModelConfig, dict[str, Any] | None]:
 
 
 def _model(values: dict[str, Any], path: Path) -> ModelConfig:
-    model = validate({"model": values, **NO_RUN}, str(path)).model
+    model = validate_sections({"model": values}, str(path)).model
     if model.vocab_size is None:
         raise Mistake(f"{path} does not give vocab_size")
     return model

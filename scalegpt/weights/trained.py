@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from scalegpt.checkpoints.checkpoints import PARAMS, open_checkpoints
 from scalegpt.config import Config, DistributedConfig, MeshConfig, types
-from scalegpt.config.loading import validate
+from scalegpt.config.loading import NO_RUN, validate, validate_sections
 from scalegpt.config.recipe import ModelConfig
 from scalegpt.data import tokenizer
 from scalegpt.data.tokenizer import Tokenizer
@@ -94,7 +94,7 @@ def machine(flags: argparse.Namespace, config: Config | None = None) -> Config:
         }
         for name, keys in _SECTIONS.items()
     }
-    return validate({**sections, **huggingface.NO_RUN}, "this command line")
+    return validate_sections(sections, "this command line")
 
 
 def load(flags: argparse.Namespace, microbatch: int, config: Config | None = None) -> Trained:
@@ -155,7 +155,7 @@ def from_hugging_face(
 
 def config_of(model: ModelConfig) -> Config:
     """Return a Config for a model that belongs to no run: it names no data and no folder."""
-    return Config.model_validate({"model": model, **huggingface.NO_RUN})
+    return Config.model_validate({"model": model, **NO_RUN})
 
 
 def _with_dtype(config: Config, dtype: str | None) -> Config:
