@@ -14,8 +14,8 @@ import ablation
 import numpy as np
 import pytest
 import tiny_run
-from ablations import plan
 from ablations import record as ablation_record
+from ablations.plan import read_plan
 from ablations.plot import draw
 from ablations.record import training_seconds
 from ablations.report import cost_to_reach, markdown, summarise, table
@@ -198,7 +198,7 @@ def test_the_reference_reaches_its_own_loss_with_any_seeds():
 
 def test_markdown_is_the_same_table(finished):
     file, out, _ = finished
-    summary = summarise(ablation_record.measure(plan.read(str(file), str(out), [])))
+    summary = summarise(ablation_record.measure(read_plan(str(file), str(out), [])))
     lines = markdown(summary).splitlines()
     assert lines[1] == "| --- |" + " ---: |" * 10
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:4]]
@@ -260,7 +260,7 @@ def test_the_mean_curve_is_read_not_the_runs(tmp_path):
         }
     )
     (tmp_path / "record.json").write_text(text)
-    record = ablation_record.read(str(tmp_path / "record.json"))
+    record = ablation_record.read_record(str(tmp_path / "record.json"))
     arms = (summary := summarise(record))["arms"]
     assert summary["target"] == 4
     for axis, at in (("tokens", 100), ("flops", 6000), ("seconds", 1)):

@@ -7,7 +7,7 @@ import sys
 
 import ablation
 import pytest
-from ablations import plan as ablation_plan
+from ablations.plan import read_plan
 from ablations.record import Curve
 from conftest import ROOT
 from tiny_ablation import ARMS, write
@@ -120,7 +120,7 @@ def test_a_run_that_ends_with_a_users_mistake_is_the_last(tmp_path, monkeypatch,
 def test_damaged_metrics_are_one_message(line, message, tmp_path):
     file = str(write(tmp_path, "data", seeds=[1]))
     argv, out = ["--model.vocab_size=65"], str(tmp_path / "out")
-    run = ablation_plan.read(file, out, argv).runs[0]
+    run = read_plan(file, out, argv).runs[0]
     (metrics := run.folder / "metrics.jsonl").parent.mkdir(parents=True)
     (run.folder / "config.yaml").write_text(run.config.to_yaml())
     metrics.write_text(line) if line else metrics.mkdir()
@@ -204,7 +204,7 @@ def test_a_run_is_what_file_arm_and_overrides_say_later_wins(tmp_path):
         },
     }
     file = write(tmp_path, "data", arms, config=str(ROOT / "configs" / "demo.yaml"))
-    a, b = ablation_plan.read(str(file), "out", ["--optim.steps=7"]).runs[:2]
+    a, b = read_plan(str(file), "out", ["--optim.steps=7"]).runs[:2]
     assert (a.config.optim.lr, b.config.optim.lr) == (1e-2, 2e-3)
     assert a.config.optim.beta2 == 0.99  # the base file's
     assert a.config.optim.steps == b.config.optim.steps == 7
@@ -233,6 +233,6 @@ def test_a_file_of_the_repository_is_a_plan_and_opens_with_four_lines_of_comment
     lines = path.read_text(encoding="utf-8").splitlines()
     assert all(line.startswith("# ") for line in lines[:4]) and not lines[4].startswith("#")
     assert f"tools/ablation.py configs/ablations/{path.name} --out " in lines[3]
-    plan = ablation_plan.read(str(path), "out", [])
+    plan = read_plan(str(path), "out", [])
     configs = [r.config.model_dump(exclude={"run"}) for r in plan.runs[: len(plan.arms)]]
     assert all(configs.count(config) == 1 for config in configs)

@@ -347,7 +347,7 @@ def test_several_gpus_are_no_match_for_one(capsys):
     device = SimpleNamespace(platform="gpu")
     mesh = SimpleNamespace(devices=np.array([device] * 8), size=8)
     with pytest.raises(ValueError, match="one GPU, not on 8 x gpu; CUDA_VISIBLE_DEVICES=0"):
-        bench.theirs(config, flags, SimpleNamespace(mesh=mesh))
+        bench.pytorch_settings(config, flags, SimpleNamespace(mesh=mesh))
 
 
 def test_a_profile_beside_an_idle_libtpu_is_refused(monkeypatch, tmp_path):

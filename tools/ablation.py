@@ -1,4 +1,4 @@
-"""Several arms of one run, with several seeds each, then a table and a picture of what they cost.
+"""An ablation trains several arms of one run, each with several seeds, and reports what they cost.
 
     python tools/ablation.py configs/ablations/NAME.yaml --out out/NAME [--section.key=value ...]
     python tools/ablation.py configs/ablations/NAME.yaml --out out/NAME --report --plot curves.png
@@ -14,10 +14,11 @@ The file names what all arms have in common and what each changes:
     seeds: [1, 2, 3]
     reference: baseline                        # default: the first arm
 
-Each run is a process of scalegpt.train with DIR/ARM/seed-N as its run.out_dir, one after another,
-all arms with the first seed first. The same command continues what was interrupted and leaves out
-what is done. `--section.key=value` is for all arms. Seconds are of updates alone: compare them only
-where all runs had the same machine to themselves. Losses of different tokenizers do not compare.
+Each run is a process of scalegpt.train with DIR/ARM/seed-N as its run.out_dir. Runs are made one
+after another, all arms with the first seed first. The same command continues runs that were
+interrupted and leaves out those that are done. `--section.key=value` is for all arms. Seconds count
+updates alone: compare them only where all runs had the same machine to themselves. Losses of
+different tokenizers do not compare.
 
 Exit codes: 0 done; 1 a run failed, as on a loss that is not finite (the others go on); 2 the user's
 mistake, such as data that are not there (nothing goes on); 3 stopped by Ctrl-C or SIGTERM, with the
@@ -35,11 +36,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ablations import plan as ablation_plan
-from ablations import record
-from ablations.plan import Plan, Run
+from ablations.plan import Plan, Run, read_plan
 from ablations.plot import draw
-from ablations.record import Record, existing, finished, measure
+from ablations.record import Record, existing, finished, measure, read_record, write_record
 from ablations.report import markdown, summarise, table
 from planning import isoflop_plot
 
@@ -49,39 +48,39 @@ from scalegpt.files.folder import replacing
 from scalegpt.processes.command import run_command
 from scalegpt.processes.exits import Exit
 
-DONE, FAILED = 0, 1
+A_RUN_FAILED = 1  # exit code: the other runs were made
 FILES = ("markdown", "record", "plot")
 
 
 def main(argv: list[str]) -> int:
     flags, overrides = parse(argv)
     if flags.recorded:
-        publish(record.read(flags.recorded), flags)
-        return DONE
-    plan = ablation_plan.read(flags.file, flags.out, overrides)
+        publish(read_record(flags.recorded), flags)
+        return Exit.DONE
+    plan = read_plan(flags.file, flags.out, overrides)
     if unknown := [arm for arm in flags.arms or () if arm not in plan.arms]:
         raise Mistake(f"--arms {unknown[0]} is none of the arms {', '.join(plan.arms)}")
-    measure(plan)  # refuses what is another run's, or damaged, before any begins
+    measure(plan)  # before any run begins, this refuses folders that are damaged or another run's
     chosen = [run for run in plan.runs if run.arm in (flags.arms or plan.arms)]
     todo = [run for run in chosen if not finished(run)]
     for run in () if flags.report else todo:
-        if not os.access(there := existing(run.folder), os.W_OK | os.X_OK):
-            raise Mistake(f"{there} may not be written to; give another --out")
+        if not os.access(folder := existing(run.folder), os.W_OK | os.X_OK):
+            raise Mistake(f"{folder} may not be written to; give another --out")
     if flags.dry_run:
         print("\n".join(shlex.join(run.command) for run in todo) or "all runs are done")
-        return DONE
-    code = DONE if flags.report else train(todo, plan, sys.stderr if flags.json else None)
+        return Exit.DONE
+    code = Exit.DONE if flags.report else train(todo, plan, sys.stderr if flags.json else None)
     try:
         publish(measure(plan), flags)
     except ValueError as error:
-        if code == DONE:
+        if code == Exit.DONE:
             raise
-        print(f"error: {error}", file=sys.stderr)  # the exit code is of what came first
+        print(f"error: {error}", file=sys.stderr)  # the exit code stays that of the runs
     return code
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The flags, and the overrides for all arms. Raises ValueError."""
+    """Return the checked flags, and the overrides for all arms. Raises Mistake."""
     parser = command_line.Parser(
         prog="ablation.py",
         description=__doc__,
@@ -104,6 +103,15 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         name, equals, _ = word.partition("=")
         if not name.startswith("--") or "." not in name or not equals:
             parser.error(f"unrecognized arguments: {word}")
+    check_runs(flags, overrides)
+    check_files(flags)
+    if flags.plot:
+        isoflop_plot.check_file(flags.plot)
+    return flags, overrides
+
+
+def check_runs(flags: argparse.Namespace, overrides: list[str]) -> None:
+    """Raise Mistake for flags that do not say, or say twice, which runs are meant."""
     if flags.recorded:
         if flags.file or flags.out or flags.arms or flags.dry_run or overrides:
             raise Mistake("--from reports a record alone: leave out FILE, --out and all of runs")
@@ -118,17 +126,13 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         raise Mistake(f"--out={flags.out} must be a local folder")
     elif flags.report and not Path(flags.out).is_dir():
         raise Mistake(f"--report: there is no folder --out={flags.out}; give that of the runs")
-    check_files(flags)
-    if flags.plot:
-        isoflop_plot.check_file(flags.plot)
-    return flags, overrides
 
 
 def check_files(flags: argparse.Namespace) -> None:
-    """Raises ValueError for what could not be written, or would be written over something else."""
+    """Raise Mistake for a file that could not be written, or that is the file of another flag."""
     taken = {
-        os.path.realpath(path): what
-        for what, path in (
+        os.path.realpath(path): use
+        for use, path in (
             ("the file of the arms", flags.file),
             ("--out", flags.out),
             ("--from", flags.recorded),
@@ -141,9 +145,11 @@ def check_files(flags: argparse.Namespace) -> None:
         path = Path(os.path.realpath(file))
         if not path.parent.is_dir():
             raise Mistake(f"--{name}={file}: there is no folder {Path(file).parent}")
-        if what := taken.get(str(path)):
-            raise Mistake(f"--{name}={file} is {what}, too; give another file")
-        if path.exists() and not path.is_file():  # os.replace would take a device away
+        if use := taken.get(str(path)):
+            raise Mistake(f"--{name}={file} is {use}, too; give another file")
+        if (
+            path.exists() and not path.is_file()
+        ):  # os.replace would delete a device such as /dev/null
             kind = "a folder" if path.is_dir() else "no ordinary file"
             raise Mistake(f"--{name}={file} is {kind}; give a file")
         if not os.access(path if path.exists() else path.parent, os.W_OK):
@@ -152,77 +158,81 @@ def check_files(flags: argparse.Namespace) -> None:
 
 
 class Children:
-    """Processes, one at a time. Ctrl-C and SIGTERM go on to the one that runs, once each."""
+    """Runs are child processes, one at a time, which get each Ctrl-C and SIGTERM exactly once."""
 
     def __init__(self) -> None:
         self.stopped = False
         self._process: subprocess.Popen | None = None
-        self._held: int | None = None  # a signal that came before it was there
-        self._before = {n: signal.signal(n, self._pass_on) for n in (signal.SIGINT, signal.SIGTERM)}
+        self._early_signal: int | None = None  # one that came while the process was being started
+        stopping = signal.SIGINT, signal.SIGTERM
+        self._handlers = {number: signal.signal(number, self._pass_on) for number in stopping}
 
     def _pass_on(self, number: int, frame: Any) -> None:
         self.stopped = True
         if self._process:
             self._process.send_signal(number)
         else:
-            self._held = number
+            self._early_signal = number
 
     def run(self, command: list[str], output: Any) -> int:
-        """Returns the exit code; after a signal nothing begins, as if it had stopped at once."""
+        """Run a command and return its exit code; after a signal, begin nothing: Exit.STOPPED."""
         if self.stopped:
             return Exit.STOPPED
         # A group of its own: else it would have Ctrl-C from the terminal and from here, and of two
         # signals the second ends a run without saving.
         self._process = subprocess.Popen(command, stdout=output, process_group=0)
-        if self._held:
-            self._process.send_signal(self._held)
+        if self._early_signal:
+            self._process.send_signal(self._early_signal)
         code = self._process.wait()
         self._process = None
         return code
 
     def close(self) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
 
 def train(runs: list[Run], plan: Plan, output: Any) -> int:
-    """Make the runs, with a table after each seed; output: a file, or None for standard output.
-    Returns the exit code. A run that ends with a user's mistake is the last: the others would,
-    too, as what the arms differ in was checked before."""
-    children, code = Children(), DONE
+    """Train the runs, print a table after each seed, and return the exit code.
+
+    output: a file, or None for standard output. A run that ends with a user's mistake is the last:
+    the arms' own keys were checked before, so every other run would make the same mistake.
+    """
+    children, result = Children(), Exit.DONE
     say = partial(print, file=output, flush=True)
     try:
         for i, run in enumerate(runs):
             if i and run.seed != runs[i - 1].seed:
                 say(f"\n{table(summarise(measure(plan)))}")
             say(f"\n=== {run.arm}, seed {run.seed} (run {i + 1} of {len(runs)})")
-            left = children.run(run.command, output)
-            if children.stopped or left == Exit.STOPPED:
+            code = children.run(run.command, output)
+            if children.stopped or code == Exit.STOPPED:
                 say("\nstopped; the same command continues")
                 return Exit.STOPPED
-            if left == Exit.MISTAKE:
+            if code == Exit.MISTAKE:
                 say(
-                    f"\n{run.arm}, seed {run.seed} failed with exit code {left}, for the reason "
+                    f"\n{run.arm}, seed {run.seed} failed with exit code {code}, for the reason "
                     "given above; the same command goes on once that is mended"
                 )
                 return Exit.MISTAKE
-            if left:
-                say(f"\n{run.arm}, seed {run.seed} failed with exit code {left}; going on")
-                code = FAILED
-        return code
+            if code:
+                say(f"\n{run.arm}, seed {run.seed} failed with exit code {code}; going on")
+                result = A_RUN_FAILED
+        return result
     finally:
         children.close()
 
 
 def publish(record: Record, flags: argparse.Namespace) -> None:
-    """Print the report, and write the files that were asked for.
+    """Print the report, and write the files that the flags name.
 
-    Raises ValueError where they cannot be written, or would have nothing in them."""
+    Raises Mistake where a file cannot be written, or there is no evaluation to write.
+    """
     summary = summarise(record)
     print(json.dumps(summary, indent=2) if flags.json else f"\n{table(summary)}", flush=True)
     writers = {
         "markdown": lambda file: Path(file).write_text(markdown(summary), encoding="utf-8"),
-        "record": lambda file: record.write(record, file),
+        "record": lambda file: write_record(record, file),
         "plot": lambda file: draw(record, file),
     }
     for name in FILES:
@@ -233,7 +243,8 @@ def publish(record: Record, flags: argparse.Namespace) -> None:
                     "train first, or give the --out of runs that have"
                 )
             try:
-                with replacing(os.path.realpath(file)) as beside:  # what a link names
+                # The real path, as otherwise the file would take the place of a link to it.
+                with replacing(os.path.realpath(file)) as beside:
                     writers[name](str(beside))
             except OSError as error:
                 raise Mistake(f"cannot write --{name}={file}: {error.strerror}") from None

@@ -1,4 +1,4 @@
-"""How fast a run trains here, alone or against nanoGPT or transformers, turn by turn.
+"""This tool measures how fast a run trains here, alone or against nanoGPT or transformers.
 
     python tools/bench.py --config configs/demo.yaml [--section.key=value ...]
     python tools/bench.py --config configs/shakespeare_char_cpu.yaml --model.vocab_size=65 \\
@@ -6,26 +6,26 @@
     python tools/bench.py --config configs/gpt2_124m.yaml --profile out/trace
     python tools/bench.py --config configs/gpt2_124m.yaml --decode 1 16 64 --against transformers
 
-Updates by the step and the input pipeline of scalegpt.train, on random tokens, so that no data set
-is needed. In each round every trainer makes --steps updates, one trainer after the other, and the
-next round turns the order around: a machine that slows down slows all of them, so the ratio of a
-round means something even where its times do not.
+Updates are made by the step and the input pipeline of scalegpt.train, on random tokens, so that no
+data set is needed. In each round every trainer makes --steps updates, one trainer after the other,
+and the next round reverses the order. A machine that slows down slows all trainers, so the ratios
+of a round mean something even where its times do not.
 
 step       seconds of an update, the mean of a turn: median, least and most over all turns
-tokens/s   tokens of an update / its median
+tokens/s   tokens of an update / its median time
 MFU        model FLOPs over the peak of the devices, attention counted causally, and in full as
            nanoGPT and PaLM count it; TFLOP/s where no peak is known, as on a CPU
 compile    the first update less a median one, with no cache of compiled programs
-dispatch   seconds of an update in which the host hands it over; a CPU may compute meanwhile
+dispatch   seconds of an update in which the host dispatches it; a CPU may compute meanwhile
 data       seconds of an update in which the host waits for its batch
-memory     the most that a device held, or that the process did where the device does not tell
+memory     the peak of a device, or of the process where the device does not tell
 
-The others train the same shapes in PyTorch, with nanoGPT's optimizer and clipping: in float32 on a
-CPU, as nanoGPT does, and in this run's precision on a GPU. They hold as many sequences at a time as
-batch.microbatch says, and all at once where it says nothing.
+The trainers of --against train the same shapes in PyTorch, with nanoGPT's optimizer and clipping:
+in float32 on a CPU, as nanoGPT does, and in this run's precision on a GPU. They hold as many
+sequences at a time as batch.microbatch says, and all at once where it is not set.
 
-With --decode nobody trains: random weights continue random prompts of 16 tokens, several texts at
-a time, as scalegpt.generate does, and as the others' own `generate` does.
+With --decode nothing is trained: random weights continue random prompts of 16 tokens, several texts
+at a time, as scalegpt.generate does, and as the `generate` of --against does.
 """
 
 import json
@@ -69,26 +69,16 @@ FLAGS = {
     "--profile": {"metavar": "DIR", "help": "trace one more turn, and print what is costliest"},
     "--json": {"action": "store_true", "help": "print one JSON object"},
 }
-RANDOM_TOKENS = 2**21  # of the data set that is made up, at least
+RANDOM_TOKENS = 2**21  # the least size of the random data set
 COLUMNS = f"{'':20} {'tokens/s':>10} {'step ms: median':>16} {'least':>9} {'most':>9}"
 
 
 def main(argv: list[str]) -> int:
     config, flags = command_line.parse(argv, "tools/bench.py", FLAGS, NO_RUN)
     flags.steps = (128 if flags.decode else 10) if flags.steps is None else flags.steps
-    for name in ("rounds", "steps", "decode", "their_microbatch"):
-        if (value := getattr(flags, name)) is not None and np.min(value) < 1:
-            raise Mistake(f"--{name.replace('_', '-')}={value} must be at least 1")
-    names = ("their_mode", "their_microbatch", "their_dtype", "profile", "real_data")
-    for name in (name for name in names if getattr(flags, name) not in (None, False)):
-        if name.startswith("their") and not flags.against:
-            raise Mistake(f"--{name.replace('_', '-')} is for a trainer of --against")
-        if flags.decode and name != "their_dtype":
-            raise Mistake(f"--decode does not go with --{name.replace('_', '-')}")
-    for what in flags.against:
-        pytorch.check(what, config.model)
+    check(config, flags)
     jax.config.update("jax_enable_compilation_cache", False)
-    # JAX would take most of a GPU's memory at once, and leave none to torch.
+    # Otherwise JAX takes most of a GPU's memory at once, and leaves none to torch.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if not flags.decode:
         cpu_devices.choose(config)
@@ -100,26 +90,47 @@ def main(argv: list[str]) -> int:
     else:
         config, _ = with_vocabulary(config)
         datasets = [random_tokens(config)]
-    load = os.getloadavg()[0]  # before there is any of ours
+    load = {"load_average": os.getloadavg()[0]}  # read before this process adds to it
     if flags.decode:
-        steps = build_for_use(config, sharding.make_mesh(config.mesh), 1)
-        found = decoding.measure(config, flags, theirs(config, flags, steps), turns)
-        report = {"load_average": load, **about(config, steps), **found}
-        return show(report, flags, decoding.table)
+        return show(load | measure_decoding(config, flags), flags, decoding.table)
+    return show(load | measure_training(config, flags, datasets), flags, tables)
+
+
+def check(config: Config, flags: Namespace) -> None:
+    """Raise Mistake for flags that make no sense, alone or together."""
+    for name in ("rounds", "steps", "decode", "their_microbatch"):
+        if (value := getattr(flags, name)) is not None and np.min(value) < 1:
+            raise Mistake(f"--{name.replace('_', '-')}={value} must be at least 1")
+    names = ("their_mode", "their_microbatch", "their_dtype", "profile", "real_data")
+    for name in (name for name in names if getattr(flags, name) not in (None, False)):
+        if name.startswith("their") and not flags.against:
+            raise Mistake(f"--{name.replace('_', '-')} is for a trainer of --against")
+        if flags.decode and name != "their_dtype":
+            raise Mistake(f"--decode does not go with --{name.replace('_', '-')}")
+    for trainer in flags.against:
+        pytorch.check(trainer, config.model)
+
+
+def measure_decoding(config: Config, flags: Namespace) -> dict[str, Any]:
+    steps = build_for_use(config, sharding.make_mesh(config.mesh), 1)
+    figures = decoding.measure(config, flags, pytorch_settings(config, flags, steps), turns)
+    return {**about(config, steps), **figures}
+
+
+def measure_training(config: Config, flags: Namespace, datasets: list[Dataset]) -> dict[str, Any]:
     steps = build_for_training(config, sharding.make_mesh(config.mesh))
     trainers: list[Any] = []
     try:
-        for settings in theirs(config, flags, steps):
+        for settings in pytorch_settings(config, flags, steps):
             trainers.append(pytorch.Child(settings))
-        trainers.insert(0, Ours(steps, batches_from(config, datasets, steps, 0)))
-        blocks = turns(trainers, flags.rounds, flags.steps)
-        report = {"load_average": load, **summary(config, trainers, blocks)}
+        trainers.insert(0, Trainer(steps, batches_from(config, datasets, steps, 0)))
+        report = summary(config, trainers, turns(trainers, flags.rounds, flags.steps))
         if flags.profile:
             report["operations"] = profiling.trace(trainers[0], flags.steps, flags.profile)
+        return report
     finally:
         for trainer in trainers:
             trainer.close()
-    return show(report, flags, tables)
 
 
 def show(report: dict[str, Any], flags: Namespace, table: Callable) -> int:
@@ -138,8 +149,8 @@ def random_tokens(config: Config) -> Dataset:
     return Dataset("random", "none", vocab, ids, ids, None, "random")
 
 
-class Ours:
-    """The run on all devices here. Compiled, and one update old, once it is made."""
+class Trainer:
+    """scalegpt trains the run on all devices; the constructor compiles and makes one update."""
 
     name = "scalegpt"
 
@@ -151,23 +162,23 @@ class Ours:
         self.built["first"] = self.block(1)["seconds"]
 
     def close(self) -> None:
-        self.batches.close()  # and with it the thread that reads ahead
+        self.batches.close()  # ends the thread that reads ahead
 
     def block(self, updates: int) -> dict[str, Any]:
-        """Seconds of an update, of its dispatch and of its wait for data; bytes at the peak.
+        """Measure seconds of an update, of its dispatch and of its wait for data, and peak bytes.
 
-        As in training, an update's loss is read once the next update is on its way.
+        As in training, an update's loss is read after the next update has been dispatched.
         """
         dispatch, data, pending, began = 0.0, 0.0, None, time.perf_counter()
         for _ in range(updates):
-            asked = time.perf_counter()
+            waiting = time.perf_counter()
             batch = next(self.batches)
             ready = time.perf_counter()
-            self.state, values = self.steps.train(self.state, batch)
-            data, dispatch = data + ready - asked, dispatch + time.perf_counter() - ready
+            self.state, metrics = self.steps.train(self.state, batch)
+            data, dispatch = data + ready - waiting, dispatch + time.perf_counter() - ready
             if pending is not None:
                 float(pending)
-            pending = values["train/loss"]
+            pending = metrics["train/loss"]
         float(pending)
         seconds = time.perf_counter() - began
         stats = [d.memory_stats() for d in self.steps.mesh.local_devices]
@@ -176,8 +187,8 @@ class Ours:
         return {key: value / updates for key, value in times.items()} | {"memory": peak}
 
 
-def theirs(config: Config, flags: Namespace, steps: Steps) -> list[dict[str, Any]]:
-    """The settings of each trainer in PyTorch. Raises ValueError for what it cannot be told."""
+def pytorch_settings(config: Config, flags: Namespace, steps: Steps) -> list[dict[str, Any]]:
+    """Return the settings of each trainer of --against. Raises Mistake where it cannot run."""
     if not flags.against:
         return []
     mesh, model, optim = steps.mesh, config.model, config.optim
@@ -191,7 +202,7 @@ def theirs(config: Config, flags: Namespace, steps: Steps) -> list[dict[str, Any
     rows = flags.their_microbatch or config.batch.microbatch or sequences
     if sequences % rows:
         raise Mistake(f"--their-microbatch={rows} does not divide batch.sequences={sequences}")
-    ours_dtype = "float32" if platform == "cpu" else str(steps.model.dtype)
+    own_dtype = "float32" if platform == "cpu" else str(steps.model.dtype)
     shape = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout", "bias")
     common = {
         "shape": {key: getattr(model, key) for key in shape},
@@ -199,7 +210,7 @@ def theirs(config: Config, flags: Namespace, steps: Steps) -> list[dict[str, Any
         "microbatches": sequences // rows,
         "rows": rows,
         "gpu": platform != "cpu",
-        "dtype": flags.their_dtype or ours_dtype,
+        "dtype": flags.their_dtype or own_dtype,
         "optim": {
             "lr": optim.lr,
             "betas": (optim.beta1, optim.beta2),
@@ -209,30 +220,30 @@ def theirs(config: Config, flags: Namespace, steps: Steps) -> list[dict[str, Any
     }
     mode = "eager" if flags.decode else flags.their_mode
     modes = [mode] if mode else pytorch.MODES
-    return [{**common, "trainer": what, "mode": mode} for what in flags.against for mode in modes]
+    return [{**common, "trainer": name, "mode": mode} for name in flags.against for mode in modes]
 
 
 def turns(trainers: list[Any], rounds: int, updates: int) -> list[list[dict[str, Any]]]:
-    """[round][trainer] -> what its block said. One round more goes before, and is not counted."""
-    found = []
+    """Return each trainer's figures by round: [round][trainer]. A round of warm-up is left out."""
+    figures = []
     for turn in range(rounds + 1):
         order = range(len(trainers)) if turn % 2 else reversed(range(len(trainers)))
-        said = {i: trainers[i].block(updates) for i in order}
-        found.append([said[i] for i in range(len(trainers))])
-    return found[1:]
+        by_trainer = {i: trainers[i].block(updates) for i in order}
+        figures.append([by_trainer[i] for i in range(len(trainers))])
+    return figures[1:]
 
 
 def summary(
     config: Config, trainers: list[Any], blocks: list[list[dict[str, Any]]]
 ) -> dict[str, Any]:
-    """All figures: seconds, bytes, tokens/s, FLOP/s; a ratio is our tokens/s over the other's."""
+    """Summarise all turns; `ratio` is scalegpt's tokens/s over the other trainer's."""
     steps, batch = trainers[0].steps, config.batch
     device, tokens = steps.mesh.devices.flat[0], batch.sequences * config.model.block_size
     peak = flops.peak_flops(device.device_kind, str(steps.model.dtype))
     rows = []
     for i, trainer in enumerate(trainers):
-        mine = [turn[i] for turn in blocks]
-        seconds = [block["seconds"] for block in mine]
+        own_blocks = [turn[i] for turn in blocks]
+        seconds = [block["seconds"] for block in own_blocks]
         median = statistics.median(seconds)
         row = {"name": trainer.name, "parameters": trainer.built["parameters"]}
         row["tokens_per_second"] = tokens / median
@@ -245,10 +256,10 @@ def summary(
             kind: rate / peak / steps.mesh.size for kind, rate in row["flops_per_second"].items()
         }
         row["compile_seconds"] = max(0.0, trainer.built["first"] - median)
-        row["peak_memory_bytes"] = max(block["memory"] for block in mine)
+        row["peak_memory_bytes"] = max(block["memory"] for block in own_blocks)
         if i == 0:
             for key in ("dispatch", "data"):
-                row[f"{key}_seconds"] = statistics.median(block[key] for block in mine)
+                row[f"{key}_seconds"] = statistics.median(block[key] for block in own_blocks)
         else:
             pairs = [turn[i]["seconds"] / turn[0]["seconds"] for turn in blocks]
             row["ratio"] = {"pairs": pairs, "median": statistics.median(pairs)}
@@ -258,7 +269,7 @@ def summary(
 
 
 def about(config: Config, steps: Steps) -> dict[str, Any]:
-    """What was measured, and on what."""
+    """Describe the model that was measured, and the devices."""
     keys = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
     kind = steps.mesh.devices.flat[0].device_kind
     return {
@@ -270,7 +281,7 @@ def about(config: Config, steps: Steps) -> dict[str, Any]:
 
 
 def tables(report: dict[str, Any]) -> str:
-    """The report for a person."""
+    """Return the report as text for a terminal."""
     shape, batch, devices = (report[key] for key in ("model", "batch", "devices"))
     ours, *others = report["trainers"]
     lines = [

@@ -1,12 +1,12 @@
-"""The checkpoints of a run: what there is, whether it is whole, how two differ, and removing some.
+"""This tool lists, verifies, compares and removes the checkpoints of a run.
 
 python tools/checkpoint.py list out/NAME [--verify]
 python tools/checkpoint.py verify out/NAME [--step N]
 python tools/checkpoint.py diff out/NAME:1000 out/NAME:2000
 python tools/checkpoint.py prune out/NAME --keep 2 [--keep-every 10000] [--dry-run]
 
-A run is its out_dir, a folder or a URL. Exit codes: 0 done, and all is whole or equal; 1 something
-is damaged, or differs; 2 the user's mistake, as to compare a damaged one.
+A run is named by its out_dir, a folder or a URL. Exit codes: 0 done, and all is whole or equal; 1
+something is damaged, or differs; 2 the user's mistake, as to compare a damaged checkpoint.
 """
 
 import argparse
@@ -28,10 +28,17 @@ from scalegpt.run.resume import lock
 
 
 def main(argv: list[str]) -> int:
-    parser = command_line.Parser(
+    flags = parser().parse_args(argv)
+    # A look at files needs no accelerator, and a TPU would be taken from whatever trains on it.
+    jax.config.update("jax_platforms", "cpu")
+    return flags.function(flags)
+
+
+def parser() -> command_line.Parser:
+    whole = command_line.Parser(
         prog="checkpoint.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    commands = parser.add_subparsers(required=True, metavar="list|verify|diff|prune")
+    commands = whole.add_subparsers(required=True, metavar="list|verify|diff|prune")
 
     def command(name: str, function: Any, summary: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=summary, description=summary)
@@ -56,10 +63,7 @@ def main(argv: list[str]) -> int:
     sub.add_argument("--keep", type=int, required=True, help="how many of the latest stay")
     sub.add_argument("--keep-every", type=int, default=0, help="those of every so many steps stay")
     sub.add_argument("--dry-run", action="store_true", help="only say what would be removed")
-    flags = parser.parse_args(argv)
-    # A look at files needs no accelerator, and a TPU would be taken from whatever trains on it.
-    jax.config.update("jax_platforms", "cpu")
-    return flags.function(flags)
+    return whole
 
 
 def folder_of(run: str) -> Folder:
@@ -68,38 +72,39 @@ def folder_of(run: str) -> Folder:
     return open_folder(run) / FOLDER
 
 
-def losses_of(found: dict[int, Any]) -> dict[int, float | None]:
-    return {s: m["val_loss"] for s, m in found.items() if not isinstance(m, str)}
+def losses_of(contents: dict[int, Any]) -> dict[int, float | None]:
+    """Return the loss of each step that has a manifest; others have a text, what is wrong."""
+    return {step: x["val_loss"] for step, x in contents.items() if not isinstance(x, str)}
 
 
 def marks(losses: dict[int, float | None]) -> dict[int, str]:
-    """step -> best, latest."""
-    evaluated = {s: loss for s, loss in losses.items() if loss is not None}
-    found = [(manifest.best(evaluated), "best")] if evaluated else []
-    found += [(max(losses), "latest")] if losses else []
-    return {s: ", ".join(text for at, text in found if at == s) for s, _ in found}
+    """Return the names, best and latest, of the steps that have them."""
+    evaluated = {step: loss for step, loss in losses.items() if loss is not None}
+    pairs = [(manifest.best(evaluated), "best")] if evaluated else []
+    pairs += [(max(losses), "latest")] if losses else []
+    return {step: ", ".join(name for s, name in pairs if s == step) for step, _ in pairs}
 
 
 def list_(flags: argparse.Namespace) -> int:
     folder = folder_of(flags.run)
-    found = manifest.steps(folder)
-    names = marks(losses_of(found))
+    contents = manifest.steps(folder)
+    names = marks(losses_of(contents))
     code = 0
     print(f"{'step':>9}  {'date':16}  {'size':>10}  {'val loss':>8}  state")
-    for step, content in found.items():
-        here = folder / str(step)
-        bytes_ = f"{sum(here.files().values()) / 1e6:,.1f} MB"
+    for step, content in contents.items():
+        step_folder = folder / str(step)
+        size = f"{sum(step_folder.files().values()) / 1e6:,.1f} MB"
         if isinstance(content, str):
             code = code or int(content != manifest.NEVER_FINISHED)
-            print(f"{step:>9}  {'':16}  {bytes_:>10}  {'':8}  {state_of(content)}")
+            print(f"{step:>9}  {'':16}  {size:>10}  {'':8}  {state_of(content)}")
             continue
         loss = "" if content["val_loss"] is None else f"{content['val_loss']:.4f}"
         date = time.strftime("%Y-%m-%d %H:%M", time.localtime(content["time"]))
-        wrong = problems(here, content) if flags.verify else []
-        code = code or int(bool(wrong))
-        state = f"damaged: {wrong[0]}" if wrong else "good" if flags.verify else "has a manifest"
+        faults = problems(step_folder, content) if flags.verify else []
+        code = code or int(bool(faults))
+        state = f"damaged: {faults[0]}" if faults else "good" if flags.verify else "has a manifest"
         state += f" ({names[step]})" if step in names else ""
-        print(f"{step:>9}  {date:16}  {bytes_:>10}  {loss:>8}  {state}")
+        print(f"{step:>9}  {date:16}  {size:>10}  {loss:>8}  {state}")
     for name in folder.names():
         if not name.isdigit():
             print(f"{name}: no checkpoint")
@@ -116,24 +121,24 @@ def problems(folder: Folder, content: manifest.Manifest) -> list[str]:
 
 def verify(flags: argparse.Namespace) -> int:
     folder = folder_of(flags.run)
-    found = manifest.steps(folder)
+    contents = manifest.steps(folder)
     if flags.step is not None:
-        if flags.step not in found:
-            there = ", ".join(map(str, found)) or "none"
-            raise Mistake(f"there is no step {flags.step} in {folder}; there are {there}")
-        found = {flags.step: found[flags.step]}
-    if not found:
+        if flags.step not in contents:
+            steps = ", ".join(map(str, contents)) or "none"
+            raise Mistake(f"there is no step {flags.step} in {folder}; there are {steps}")
+        contents = {flags.step: contents[flags.step]}
+    if not contents:
         raise Mistake(f"there is no checkpoint in {folder}")
     code = 0
-    for step, content in found.items():
-        wrong = [content] if isinstance(content, str) else problems(folder / str(step), content)
-        if wrong == [manifest.NEVER_FINISHED]:
-            print(f"step {step}: {wrong[0]}; it is no checkpoint")
-        elif wrong and not (folder / str(step)).names():
+    for step, content in contents.items():
+        faults = [content] if isinstance(content, str) else problems(folder / str(step), content)
+        if faults == [manifest.NEVER_FINISHED]:
+            print(f"step {step}: {faults[0]}; it is no checkpoint")
+        elif faults and not (folder / str(step)).names():
             print(f"step {step}: removed meanwhile")
-        elif wrong:
+        elif faults:
             code = 1
-            print("\n".join(f"step {step}: DAMAGED: {line}" for line in wrong))
+            print("\n".join(f"step {step}: DAMAGED: {line}" for line in faults))
         else:
             count = len(content["files"])
             print(f"step {step}: good, {count} files, {sum_of(content) / 1e6:,.1f} MB")
@@ -146,40 +151,49 @@ def sum_of(content: manifest.Manifest) -> int:
 
 def diff(flags: argparse.Namespace) -> int:
     (a, tree_a, config_a), (b, tree_b, config_b) = map(look_up, (flags.a, flags.b))
+    changes = config_changes(config_a, config_b)
+    if changes:
+        print("\n".join(["config:", *(f"  {line}" for line in changes)]))
+    else:
+        print("config: the same")
+    both = [name for name in tree_a if tree_a[name] == tree_b.get(name)]
+    unlike = [name for name in {**tree_a, **tree_b} if name not in both]
+    for name in unlike:
+        print(f"{name}: {tree_a.get(name, 'absent')} -> {tree_b.get(name, 'absent')}")
+    width, differ = max(map(len, both), default=0), 0
+    for name in both:
+        # float64 copies of one array at a time, as all of them may not fit into memory.
+        x, y = (np.asarray(arrays[name], np.float64) for arrays in (a, b))
+        if not np.array_equal(x, y, equal_nan=True):
+            differ += 1
+            print(f"{name:{width}}  {difference(x, y)}")
+    print(f"{len(both) - differ} of {len(both)} arrays are equal")
+    return int(bool(changes or unlike or differ))
+
+
+def config_changes(a: dict[str, dict], b: dict[str, dict]) -> list[str]:
     old, new = (
         {f"{section}.{key}": x for section, keys in config.items() for key, x in keys.items()}
-        for config in (config_a, config_b)
+        for config in (a, b)
     )
-    lines = [
+    return [
         f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
         for key in {**old, **new}
         if old.get(key) != new.get(key)
     ]
-    print("\n".join(["config:", *(f"  {line}" for line in lines)]) if lines else "config: the same")
-    both = [n for n in tree_a if tree_a[n] == tree_b.get(n)]
-    other = [n for n in {**tree_a, **tree_b} if n not in both]
-    for name in other:
-        print(f"{name}: {tree_a.get(name, 'absent')} -> {tree_b.get(name, 'absent')}")
-    width, differ = max(map(len, both), default=0), 0
-    for name in both:
-        # One array at a time is not how Orbax reads; an item at a time is held, of each.
-        x, y = (np.asarray(arrays[name], np.float64) for arrays in (a, b))
-        if not np.array_equal(x, y, equal_nan=True):
-            differ += 1
-            # A history that is not yet full holds NaN, which has no difference.
-            numbers = ~np.isnan(x) & ~np.isnan(y)
-            gap, size = (np.max(np.abs(z), initial=0.0, where=numbers) for z in (x - y, x))
-            one = np.sum(np.isnan(x) != np.isnan(y))
-            alone = f", and {one} NaN in one alone" if one else ""
-            print(
-                f"{name:{width}}  largest difference {gap:.3e}, of values up to {size:.3e}{alone}"
-            )
-    print(f"{len(both) - differ} of {len(both)} arrays are equal")
-    return int(bool(lines or other or differ))
+
+
+def difference(x: np.ndarray, y: np.ndarray) -> str:
+    """Describe how two arrays differ; a history that is not yet full has NaN in both."""
+    numbers = ~np.isnan(x) & ~np.isnan(y)
+    gap, size = (np.max(np.abs(z), initial=0.0, where=numbers) for z in (x - y, x))
+    unpaired = np.sum(np.isnan(x) != np.isnan(y))
+    nans = f", and {unpaired} NaN in one alone" if unpaired else ""
+    return f"largest difference {gap:.3e}, of values up to {size:.3e}{nans}"
 
 
 def look_up(source: str) -> tuple[dict[str, Any], dict[str, str], dict[str, dict]]:
-    """name -> array, name -> dtype[shape], the config's sections; of RUN or RUN:WHICH."""
+    """Read RUN or RUN:WHICH: arrays by name, dtype[shape] by name, and the config's sections."""
     run, which = source, "latest"
     if not is_run(run) and ":" in run:
         run, _, which = source.rpartition(":")
@@ -188,7 +202,7 @@ def look_up(source: str) -> tuple[dict[str, Any], dict[str, str], dict[str, dict
     step = checkpoints.find(which)
     content = manifest.read(folder / str(step), step)
     items = sorted({name.split("/")[0] for name in content["tree"]})
-    checkpoints.find(str(step), items)  # that it is whole
+    checkpoints.find(str(step), items)  # raises Mistake unless all items are whole
     arrays = manifest.flatten({name: checkpoints.read_item(step, name) for name in items})
     return arrays, content["tree"], content["meta"].get("config", {})
 
@@ -201,21 +215,22 @@ def prune(flags: argparse.Namespace) -> int:
     folder = folder_of(flags.run)
     run = {"data": {"path": ""}, "run": {"out_dir": flags.run}}
     with lock(loading.validate(run, "this command line")):
-        found = manifest.steps(folder)
-        losses = losses_of(found)
+        contents = manifest.steps(folder)
+        losses = losses_of(contents)
         candidates = manifest.removable(losses, flags.keep, flags.keep_every)
-        damaged = set(found) - set(losses)
+        damaged = set(contents) - set(losses)
         if candidates:
-            damaged |= {s for s in losses if problems(folder / str(s), found[s])}
+            damaged |= {s for s in losses if problems(folder / str(s), contents[s])}
             good = {s: loss for s, loss in losses.items() if s not in damaged}
             candidates = manifest.removable(good, flags.keep, flags.keep_every)
         for step in sorted(damaged):
-            what = found[step] if isinstance(found[step], str) else "a file of it is damaged"
-            print(f"stays   step {step}: {what}")
+            content = contents[step]
+            reason = content if isinstance(content, str) else "a file of it is damaged"
+            print(f"stays   step {step}: {reason}")
         for step in candidates:
             print(
                 f"{'would remove' if flags.dry_run else 'removed'} step {step}, "
-                f"{sum_of(found[step]) / 1e6:,.1f} MB"
+                f"{sum_of(contents[step]) / 1e6:,.1f} MB"
             )
             if not flags.dry_run:
                 retire(folder / str(step))

@@ -1,4 +1,4 @@
-"""Weights between scalegpt and Hugging Face, and whether two models are the same.
+"""This tool converts weights between scalegpt and Hugging Face, and compares two models.
 
 python tools/convert_hf.py import gpt2 --out out/gpt2
 python tools/convert_hf.py export --run out/NAME --out NAME
@@ -41,8 +41,19 @@ from scalegpt.weights import export, huggingface, trained
 
 
 def main(argv: list[str]) -> int:
-    parser = command_line.Parser(prog="convert_hf.py", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(required=True)
+    flags = parser().parse_args(argv)
+    if flags.function is check and not 0 <= flags.tolerance < math.inf:
+        raise Mistake(f"--tolerance={flags.tolerance} must be at least 0, and finite")
+    if flags.function is export_:
+        trained.check_checkpoint(flags.checkpoint)
+    # Converting needs no accelerator, and a TPU would be taken from whatever trains on it.
+    jax.config.update("jax_platforms", "cpu")
+    return flags.function(flags)
+
+
+def parser() -> command_line.Parser:
+    whole = command_line.Parser(prog="convert_hf.py", description=__doc__.splitlines()[0])
+    commands = whole.add_subparsers(required=True)
 
     def command(name: str, function: Any, summary: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=summary, description=summary)
@@ -84,28 +95,18 @@ def main(argv: list[str]) -> int:
         help="on the start of this .bin, or of a data set's val.bin (default: on random tokens)",
     )
     sub.add_argument("--tolerance", type=float, default=2e-4, help="of a logit (default: 2e-4)")
-    flags = parser.parse_args(argv)
-    if flags.function is check and not 0 <= flags.tolerance < math.inf:
-        raise Mistake(f"--tolerance={flags.tolerance} must be at least 0, and finite")
-    if flags.function is export_:
-        trained.check_checkpoint(flags.checkpoint)
-    # Converting needs no accelerator, and a TPU would be taken from whatever trains on it.
-    jax.config.update("jax_platforms", "cpu")
-    return flags.function(flags)
+    return whole
 
 
 def import_(flags: argparse.Namespace) -> int:
-    """A run's folder with the weights of a model of Hugging Face; nothing to continue."""
+    """Make a run's folder with weights of Hugging Face, which can be used but not continued."""
     began, out = time.perf_counter(), flags.out
     refuse_existing(out)
     folder = huggingface.locate(flags.source)
     model, spec = huggingface.describe(folder)
-    asked = {
-        "block_size": flags.block_size,
-        "vocab_multiple": flags.vocab_multiple,
-        "dropout": flags.dropout,
-    }
-    values = model.model_dump() | {key: v for key, v in asked.items() if v is not None}
+    keys = ("block_size", "vocab_multiple", "dropout")
+    changes = {key: value for key in keys if (value := getattr(flags, key)) is not None}
+    values = model.model_dump() | changes
     config = loading.validate(
         {"model": values, "data": {"path": ""}, "run": {"out_dir": str(out)}}, "this command line"
     )
@@ -129,7 +130,7 @@ def import_(flags: argparse.Namespace) -> int:
 
 
 def export_(flags: argparse.Namespace) -> int:
-    """A folder for transformers, or for --hf, with the weights of a run."""
+    """Make a folder for transformers, or for --hf, with the weights of a run."""
     began, out = time.perf_counter(), flags.out
     refuse_existing(out)
     loaded = trained.from_run(flags.run, flags.checkpoint, one_device(), 1)
@@ -148,16 +149,16 @@ def export_(flags: argparse.Namespace) -> int:
 
 
 def check(flags: argparse.Namespace) -> int:
-    """Whether no logit of two models differs by more than the tolerance; 1 if one does."""
+    """Compare the logits of two models; the exit code is 1 if any differs beyond the tolerance."""
     sources = flags.a, flags.b
-    (model_a, spec), (model_b, other) = map(look_up, sources)
+    (model_a, spec_a), (model_b, spec_b) = map(look_up, sources)
     if (a := model_a.vocab_size) != (b := model_b.vocab_size):
         raise Mistake(f"{flags.a} has {a} tokens, {flags.b} {b}: there is nothing to compare")
     length = min(model_a.block_size, model_b.block_size)
-    tokens = tokens_for(flags, spec or other, length, model_a.vocab_size)
+    tokens = tokens_for(flags, spec_a or spec_b, length, model_a.vocab_size)
     scores = [outputs(source, tokens[None])[-1][0] for source in sources]
     difference = np.abs(scores[0] - scores[1])
-    where = np.unravel_index(difference.argmax(), difference.shape)  # of a NaN, if there is one
+    where = np.unravel_index(difference.argmax(), difference.shape)  # argmax finds a NaN
     print(
         f"largest logit difference {difference[where]:.3e} over {len(tokens)} positions, tolerance "
         f"{flags.tolerance:.0e}\n  at position {where[0]}, token {where[1]}: "
@@ -171,7 +172,7 @@ def check(flags: argparse.Namespace) -> int:
 
 
 def first_difference(sources: tuple[str, str], tokens: np.ndarray) -> str:
-    """In words: the first layer whose results differ by more than rounding."""
+    """Name the first layer whose results differ by more than rounding."""
     states = [outputs(source, tokens[None], by_layer=True) for source in sources]
     if len(states[0]) != len(states[1]) or states[0][0].shape != states[1][0].shape:
         return "the models have other numbers of layers or other widths"
@@ -182,15 +183,17 @@ def first_difference(sources: tuple[str, str], tokens: np.ndarray) -> str:
         "in the head",
     ]
     for name, a, b in zip(names, *states, strict=True):
-        # Above what rounding does to numbers of this size.
+        # More than rounding does to numbers of this size; a NaN, too.
         if not np.abs(a - b).max() <= 1e-4 * np.abs(a).max():
             return f"they first differ {name} (counted from 0), by {np.abs(a - b).max():.3e}"
     return "no layer differs by more than 1e-4 of its largest value: it is rounding"
 
 
 def outputs(source: str, tokens: np.ndarray, by_layer: bool = False) -> list[np.ndarray]:
-    """[logits [B, T, V]] for tokens [B, T]; before it, by_layer: the embedding [B, T, D] and what
-    each layer and ln_f give."""
+    """Return a list of the logits [B, T, V] for tokens [B, T].
+
+    by_layer: before them, the embedding and the output of each layer and of ln_f, all [B, T, D].
+    """
     load = trained.from_run if is_run(source) else trained.from_hugging_face
     which = ("best",) if is_run(source) else ()
     loaded = load(source, *which, one_device(), 1, "float32")
@@ -202,7 +205,7 @@ def outputs(source: str, tokens: np.ndarray, by_layer: bool = False) -> list[np.
     return [*map(np.asarray, states), np.asarray(scores)[..., : config.vocab_size]]
 
 
-# The model is an argument, so that two of one shape are compiled once.
+# The model is a static argument, so that two models of one shape are compiled once.
 @partial(jax.jit, static_argnums=0)
 def _forward(model: GPT, params: Any, tokens: np.ndarray) -> tuple[jax.Array, jax.Array]:
     hidden = model.apply({"params": params}, tokens)
@@ -226,7 +229,7 @@ def _states(model: GPT, params: Any, tokens: np.ndarray) -> list[jax.Array]:
 
 
 def tokens_for(flags: argparse.Namespace, spec: Any, length: int, vocab: int) -> np.ndarray:
-    """Ids [T], T at most `length`: of the prompt, of the data, or random ones."""
+    """Return ids [T], T at most `length`: of the prompt, of the data, or random ones."""
     if flags.prompt is not None:
         if spec is None:
             raise Mistake("neither model has a tokenizer for --prompt; use --data, or neither")
@@ -243,12 +246,12 @@ def tokens_for(flags: argparse.Namespace, spec: Any, length: int, vocab: int) ->
 
 
 def one_device() -> Mesh:
-    """Others, simulated ones too, would each hold a copy of the model."""
+    """Return a mesh of one device; each other, though simulated, would hold a copy of the model."""
     return sharding.make_mesh(MeshConfig(), jax.devices()[:1])
 
 
 def look_up(source: str) -> tuple[ModelConfig, Any]:
-    """(model, tokenizer spec) of either kind, without the weights."""
+    """Return the model and the tokenizer spec of a run or folder, without reading weights."""
     if not is_run(source):
         return huggingface.describe(huggingface.locate(source))
     checkpoints = open_checkpoints(source)
@@ -279,17 +282,17 @@ def refuse_existing(path: Path) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `path` when it is whole, and is gone when it fails."""
+    """Yield a folder to fill; it becomes `path` when it is whole, and is removed on an error."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent)
     except OSError as error:
         raise Mistake(f"cannot write to --out={path}: {error}") from None
-    with scratch as beside:
-        inside = Path(beside, path.name)
-        inside.mkdir()
-        yield inside
-        inside.replace(path)
+    with scratch as parent:
+        folder = Path(parent, path.name)
+        folder.mkdir()
+        yield folder
+        folder.replace(path)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""Kill a run at random moments, again and again, and show that it is the unbroken run all the same.
+"""This tool kills a run at random moments and shows that its rows are those of an unbroken run.
 
     python tools/crash_test.py --config configs/demo.yaml --kills 30 [--processes 2]
         --optim.steps=300 --eval.every=20 --eval.windows=64 --checkpoint.every=10
 
-First the run is made once without a fault, in run.out_dir/unbroken; then again, in
-run.out_dir/killed, while SIGKILL ends it during start-up, steps, evaluations and saves, in turn; a
-finished run begins anew until all kills are spent. After each kill the same command continues. In
-the end every row of metrics.jsonl must be there once, with the same losses, digit for digit: exit
-code 0, otherwise 1. With --processes N one of them is killed, and the others must leave by
-themselves with exit code 5.
+First the run is made without a fault, in run.out_dir/unbroken. Then it is made again, in
+run.out_dir/killed, while SIGKILL ends it during start-up, steps, evaluations and saves, in turn.
+After each kill the same command continues the run; a finished run begins anew until all kills are
+spent. In the end every row of metrics.jsonl must be there once, with the same losses, digit for
+digit: exit code 0, otherwise 1. With --processes N one process is killed, and the others must leave
+by themselves with exit code 5.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from typing import Any
 from scalegpt.config import Config, command_line
 from scalegpt.errors import Mistake
 from scalegpt.processes.command import run_command
+from scalegpt.processes.exits import Exit
 
 FLAGS = {
     "--kills": {"type": int, "default": 30, "help": "how many (default 30)"},
@@ -53,15 +54,17 @@ COMPARED = (
     "val/loss",
     "val/best_loss",
 )
-PATIENCE = 60  # seconds for the others to leave
-STILL_THERE = 999  # instead of an exit code
-STUCK = 600  # seconds for anything else
+PATIENCE = 60  # seconds in which the other processes must leave
+STILL_THERE = 999  # the exit code of a process that did not leave
+STUCK = 600  # seconds without the moment to kill, after which the run hangs
 
 
 @dataclass(frozen=True)
 class Kill:
-    """moment: what was under way; step: of the last row; process: the one that was killed, among
-    `codes`, all exit codes; noticed: seconds until the last of the others had left."""
+    """A kill ended one process of a run during `moment`, after the row of `step`.
+
+    codes: exit codes of all processes. noticed: seconds until the last of the others had left.
+    """
 
     moment: str
     step: int
@@ -72,7 +75,8 @@ class Kill:
     @property
     def faults(self) -> list[str]:
         others = [code for i, code in enumerate(self.codes) if i != self.process]
-        return [f"the others left with {others}, not with 5"] if set(others) - {5} else []
+        failed = set(others) - {Exit.FAILED}
+        return [f"the others left with {others}, not with {Exit.FAILED}"] if failed else []
 
     def __str__(self) -> str:
         where = f"during {self.moment} after row {self.step}"
@@ -83,52 +87,62 @@ class Kill:
 
 def main(argv: list[str]) -> int:
     config, flags = command_line.parse(argv, "tools/crash_test.py", FLAGS)
-    if flags.kills < 1 or flags.processes < 1 or flags.devices < 1:
-        raise Mistake("--kills, --processes and --devices are 1 or more")
-    if flags.hours is not None and not 0 < flags.hours < 1000:
-        raise Mistake(f"--hours={flags.hours} must be above 0 and below 1000")
     folder = Path(config.run.out_dir)
-    if folder.exists() and (folder.is_file() or any(folder.iterdir())):
-        raise Mistake(f"run.out_dir={folder} is not empty; give a folder of its own")
+    check(flags, folder)
     folder.mkdir(parents=True, exist_ok=True)
     command, began = write_command(config, folder, flags), time.time()
     print("the unbroken run ...", flush=True)
     if fault := finish(command.start(folder / "unbroken"), folder / "unbroken"):
         raise Mistake(f"the run itself fails: {fault}")
-    expected, kills, rounds = rows(folder / "unbroken"), [], 0
+    expected = rows(folder / "unbroken")
+    kills: list[Kill] = []
     faults: list[str] = []
-    rng = random.Random(flags.random_seed)
+    rng, runs = random.Random(flags.random_seed), 0
     until = began + 3600 * flags.hours if flags.hours else None
 
     def more() -> bool:
         return time.time() < until if until else len(kills) < flags.kills
 
     while more() and not faults:
-        rounds += 1
+        runs += 1
         shutil.rmtree(folder / "killed", ignore_errors=True)
-        for done in one_run(command, folder / "killed", config, flags, rng, more, len(kills)):
-            kills.append(done)
-            print(f"kill {len(kills)}: {done}", flush=True)
-            faults += done.faults
+        for kill in one_run(command, folder / "killed", config, flags, rng, more, len(kills)):
+            kills.append(kill)
+            print(f"kill {len(kills)}: {kill}", flush=True)
+            faults += kill.faults
         faults += compare(expected, folder / "killed")
-    moments = {m: sum(k.moment == m for k in kills) for m in flags.moments}
     report = {
         "kills": len(kills),
-        "moments": moments,
-        "runs": rounds,
+        "moments": {m: sum(k.moment == m for k in kills) for m in flags.moments},
+        "runs": runs,
         "rows": len(expected),
         "slowest_notice_seconds": round(max((k.noticed for k in kills), default=0.0), 1),
         "seconds": round(time.time() - began),
         "faults": faults,
     }
-    if flags.json:
-        print(json.dumps(report))
-    else:
-        said = ", ".join(f"{n} during {m}" for m, n in moments.items())
-        verdict = "each is there once, digit for digit the unbroken run's"
-        verdict = "\n".join(["", *(f"FAULT {x}" for x in faults)]) if faults else verdict
-        print(f"{len(kills)} kills ({said}) in {rounds} runs of {len(expected)} values: {verdict}")
+    print(json.dumps(report) if flags.json else summary(report))
     return 1 if faults else 0
+
+
+def check(flags: argparse.Namespace, folder: Path) -> None:
+    if flags.kills < 1 or flags.processes < 1 or flags.devices < 1:
+        raise Mistake("--kills, --processes and --devices are 1 or more")
+    if flags.hours is not None and not 0 < flags.hours < 1000:
+        raise Mistake(f"--hours={flags.hours} must be above 0 and below 1000")
+    if folder.exists() and (folder.is_file() or any(folder.iterdir())):
+        raise Mistake(f"run.out_dir={folder} is not empty; give a folder of its own")
+
+
+def summary(report: dict[str, Any]) -> str:
+    """Return the report as text for a terminal."""
+    moments = ", ".join(f"{n} during {moment}" for moment, n in report["moments"].items())
+    verdict = "each is there once, digit for digit the unbroken run's"
+    if report["faults"]:
+        verdict = "\n".join(["", *(f"FAULT {fault}" for fault in report["faults"])])
+    return (
+        f"{report['kills']} kills ({moments}) in {report['runs']} runs of {report['rows']} values: "
+        f"{verdict}"
+    )
 
 
 def one_run(
@@ -140,13 +154,16 @@ def one_run(
     more: Callable[[], bool],
     kills: int,
 ) -> Iterator[Kill]:
-    """Start the command until the run is done, killing it as long as there are `more` to come."""
+    """Start the command until the run is done, and kill it as long as `more()` kills are to come.
+
+    kills: how many there have been.
+    """
     while True:
         processes = command.start(out_dir)
         moment = flags.moments[kills % len(flags.moments)]
         if more() and wait_for(moment, processes, out_dir, config, rng):
             kills += 1
-            yield kill(moment, processes, out_dir, rng)
+            yield kill_one(moment, processes, out_dir, rng)
         elif fault := finish(processes, out_dir):
             raise RuntimeError(f"after {kills} kills the same command does not go on: {fault}")
         else:
@@ -160,7 +177,7 @@ class Command:
     environment: dict[str, str]
 
     def start(self, out_dir: Path) -> list[subprocess.Popen]:
-        """The processes of the run; their output goes to files, for nobody empties pipes here."""
+        """Start the run's processes, with output to files: a pipe that nobody reads would fill."""
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
@@ -208,8 +225,8 @@ def wait_for(
     config: Config,
     rng: random.Random,
 ) -> bool:
-    """Until the moment to kill; False when the processes ended before."""
-    began, before = time.monotonic(), last_step(out_dir)
+    """Wait until the moment to kill; False when the processes ended before."""
+    began, old_step = time.monotonic(), last_step(out_dir)
     if moment == "start":
         delay = rng.uniform(0.2, 8)
         while time.monotonic() < began + delay:
@@ -217,20 +234,20 @@ def wait_for(
                 return False
             time.sleep(0.01)
         return True
-    wanted = rng.randint(1, 2 * max(1, config.checkpoint.every))  # updates of this life
+    updates = rng.randint(1, 2 * max(1, config.checkpoint.every))  # of this start, before the kill
     saves = {p.name for p in (out_dir / "checkpoints").glob("*")}
     first = None
     while processes[0].poll() is None:
         if time.monotonic() > began + STUCK:
             raise RuntimeError(f"nothing has happened for {STUCK} s in {out_dir}")
         step, val = last_step(out_dir), last_step(out_dir, "val/loss")
-        if first is None and step != before:
+        if first is None and step != old_step:
             first = step
-        ready = first is not None and step >= first + wanted
+        ready = first is not None and step >= first + updates
         if moment == "evaluation":
             ready = first is not None and step % max(1, config.eval.every) == 0 and val < step
         elif moment == "save":
-            # A folder that is not there yet in full: Orbax's own, or ours without its last file.
+            # A new folder is a save that has begun: Orbax's temporary one, or a checkpoint's.
             new = {p.name for p in (out_dir / "checkpoints").glob("*")} - saves
             ready = bool(new)
         if ready:
@@ -240,7 +257,10 @@ def wait_for(
     return False
 
 
-def kill(moment: str, processes: list[subprocess.Popen], out_dir: Path, rng: random.Random) -> Kill:
+def kill_one(
+    moment: str, processes: list[subprocess.Popen], out_dir: Path, rng: random.Random
+) -> Kill:
+    """Kill one of the processes, and wait until the others have left."""
     victim = rng.randrange(len(processes))
     step = last_step(out_dir)
     processes[victim].send_signal(signal.SIGKILL)
@@ -257,7 +277,7 @@ def kill(moment: str, processes: list[subprocess.Popen], out_dir: Path, rng: ran
 
 
 def finish(processes: list[subprocess.Popen], out_dir: Path) -> str:
-    """Wait for all; what went wrong, or nothing."""
+    """Wait for all processes; return what went wrong, or ""."""
     codes = [process.wait() for process in processes]
     if not any(codes):
         return ""
@@ -266,7 +286,7 @@ def finish(processes: list[subprocess.Popen], out_dir: Path) -> str:
 
 
 def last_step(out_dir: Path, key: str = "train/loss") -> int:
-    """Of the last whole row that has the key, -1 without one."""
+    """Return the step of the last whole row that has the key, -1 without one."""
     try:
         lines = (out_dir / "metrics.jsonl").read_bytes().split(b"\n")[:-1]
     except FileNotFoundError:
@@ -275,35 +295,34 @@ def last_step(out_dir: Path, key: str = "train/loss") -> int:
 
 
 def rows(out_dir: Path) -> dict[tuple[int, str], Any]:
-    """(step, key) -> value of all that is compared; raises ValueError for what is there twice or
-    torn."""
-    found: dict[tuple[int, str], Any] = {}
+    """Return the values to compare, by (step, key).
+
+    Raises ValueError for a value that is there twice and for a row that was torn by a kill.
+    """
+    values: dict[tuple[int, str], Any] = {}
     for line in (out_dir / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
         for key in row.keys() - {"step", "time"}:
-            if (row["step"], key) in found:
+            if (row["step"], key) in values:
                 raise Mistake(f"{key} of step {row['step']} is there twice")
-            found[row["step"], key] = row[key]
-    return {at: value for at, value in found.items() if at[1] in COMPARED}
+            values[row["step"], key] = row[key]
+    return {place: value for place, value in values.items() if place[1] in COMPARED}
 
 
 def compare(expected: dict[tuple[int, str], Any], out_dir: Path) -> list[str]:
-    """What differs from the unbroken run, in words."""
+    """Say how the run's values differ from the expected ones."""
     try:
-        found = rows(out_dir)
+        values = rows(out_dir)
     except ValueError as error:
         return [f"metrics.jsonl: {error}"]
-    missing, extra = expected.keys() - found.keys(), found.keys() - expected.keys()
-    other = [at for at in expected.keys() & found.keys() if expected[at] != found[at]]
-    return [
-        f"{what}: {len(at)}, first {min(at)}"
-        for what, at in (
-            ("rows missing", missing),
-            ("rows too many", extra),
-            ("rows that differ", other),
-        )
-        if at
-    ]
+    differences = {
+        "rows missing": expected.keys() - values.keys(),
+        "rows too many": values.keys() - expected.keys(),
+        "rows that differ": [
+            x for x in expected.keys() & values.keys() if expected[x] != values[x]
+        ],
+    }
+    return [f"{name}: {len(at)}, first {min(at)}" for name, at in differences.items() if at]
 
 
 if __name__ == "__main__":

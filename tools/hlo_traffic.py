@@ -1,4 +1,4 @@
-"""Collectives in compiled HLO text: bytes, loop depth, and which mesh axes they run over.
+"""This reader lists the collectives of compiled HLO text: bytes, loop depth and mesh axes.
 
 Depth counts `while` bodies around an operation: 0 runs once an update, 1 once a microbatch (or
 once a layer or chunk where there is no accumulation), 2 once a layer or chunk of a microbatch.
@@ -27,10 +27,10 @@ class Collective:
 
 
 def collectives(hlo: str, mesh: Mesh) -> list[Collective]:
-    """All collectives of an optimized HLO module compiled for `mesh`."""
+    """List all collectives of an optimized HLO module compiled for `mesh`."""
     bodies = _computations(hlo)
     loops = _loops(bodies)
-    found = []
+    all_collectives = []
     for name, lines in bodies.items():
         shapes = {
             m[1]: m[2] for line in lines if (m := re.match(r"(?:ROOT )?%?(\S+) = (.*)", line))
@@ -42,7 +42,7 @@ def collectives(hlo: str, mesh: Mesh) -> list[Collective]:
             operands = re.findall(r"%([\w.\-]+)", match[3])
             sent = sum(_size(re.split(r" [\w\-]+\(", shapes.get(o, ""))[0]) for o in operands)
             source = re.search(r'op_name="([^"]*)"', line)
-            found.append(
+            all_collectives.append(
                 Collective(
                     match[2],
                     _axes(line, mesh),
@@ -52,13 +52,13 @@ def collectives(hlo: str, mesh: Mesh) -> list[Collective]:
                     source[1] if source else "",
                 )
             )
-    return found
+    return all_collectives
 
 
-def table(found: list[Collective]) -> Counter:
-    """(kind, axes, depth) -> bytes an update."""
+def table(collectives: list[Collective]) -> Counter:
+    """Sum the bytes of an update by (kind, axes, depth)."""
     total = Counter()
-    for c in found:
+    for c in collectives:
         total[c.kind, "+".join(c.axes), c.depth] += c.bytes * c.times
     return total
 
@@ -74,7 +74,7 @@ def _computations(hlo: str) -> dict[str, list[str]]:
 
 
 def _loops(bodies: dict[str, list[str]]) -> dict[str, tuple[int, ...]]:
-    """Trip counts of the loops around each computation, outermost first."""
+    """Return the trip counts of the loops around each computation, outermost first."""
     callers = {}
     names = r"\{?(%[\w.\-]+(?:, %[\w.\-]+)*)"
     call = re.compile(rf"(body|condition|calls|to_apply|branch_computations)={names}")
@@ -94,13 +94,13 @@ def _loops(bodies: dict[str, list[str]]) -> dict[str, tuple[int, ...]]:
 
 
 def _size(text: str) -> int:
-    """Bytes of the arrays in an HLO shape such as `(f32[4,2]{1,0}, bf16[])`."""
+    """Return the bytes of the arrays in an HLO shape such as `(f32[4,2]{1,0}, bf16[])`."""
     arrays = re.findall(rf"\b({'|'.join(BYTES)})\[([\d,]*)\]", text)
     return sum(BYTES[kind] * prod(int(d) for d in dims.split(",") if d) for kind, dims in arrays)
 
 
 def _axes(line: str, mesh: Mesh) -> tuple[str, ...]:
-    """The mesh axes along which the devices of a group differ, in any of the groups."""
+    """Return the mesh axes along which the devices of any group differ."""
     groups = _groups(line) or [list(range(mesh.size))]
     axes = set()
     for group in groups:

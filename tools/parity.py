@@ -1,4 +1,4 @@
-"""The same training over backends, meshes and accumulations, side by side: one table, one verdict.
+"""This tool shows that training is the same on all backends, meshes and accumulations, in a table.
 
     python tools/parity.py --config configs/demo.yaml [--steps 5] [--section.key=value ...]
 
@@ -6,14 +6,14 @@ Every row runs the first updates of the run that the configuration describes, in
 same data, seed and dropout masks, and is compared with plain jit on one device:
 
 loss       the largest |difference| of train/loss over the updates
-norm       the same of train/grad_norm, as a share of it: AdamW hides a wrong scale from params
-params     the largest |difference| of a parameter after them, neither scaled nor averaged
-moved      bytes of all collectives of an update, on one device, read off the compiled program
-step       median time of an update but the first; rows share one machine here, so mind the noise
+norm       the largest |relative difference| of train/grad_norm; AdamW hides its scale from params
+params     the largest |difference| of a parameter after the updates, neither scaled nor averaged
+moved      bytes of all collectives of an update on one device, read from the compiled program
+step       median time of an update but the first; all rows share this machine, so it is noisy
 
-A row FAILs when one of these three exceeds the tolerance (1e-5), and the exit code is 1. AdamW
+A row FAILs when loss, norm or params exceeds the tolerance (1e-5), and the exit code is 1. AdamW
 divides a gradient by its own size, so a parameter whose gradient is mere rounding moves by up to
-the learning rate: without a warm-up, or for many --steps, see which one the verdict names.
+the learning rate: without a warm-up, or for many --steps, see which parameter the verdict names.
 """
 # ruff: noqa: E402
 
@@ -50,7 +50,7 @@ from scalegpt.processes.command import run_command
 from scalegpt.run.feed import batches_from
 from scalegpt.step import build_for_training, sharding
 
-DEVICES, DIVISOR = 8, 8 * 4  # most of any row; what the batch must divide over: accumulation 4
+DEVICES, DIVISOR = 8, 8 * 4  # the most devices of a row, times the most accumulation
 FLAGS = {
     "--steps": {"type": int, "default": 5, "help": "updates to compare (default 5)"},
     "--tolerance": {"type": float, "default": 1e-5, "help": "largest difference (default 1e-5)"},
@@ -68,7 +68,7 @@ class Row:
     processes: int = 1
 
     def config(self, config: Config) -> Config:
-        """The run on this row's mesh."""
+        """Return the run's config with this row's mesh, accumulation and backend."""
         sizes = dict(replica=1, data=1, fsdp=1, tensor=1) | self.mesh
         shards = prod(sizes[axis] for axis in sharding.ROWS)
         microbatch = config.batch.sequences // shards // self.accumulation
@@ -109,12 +109,12 @@ def main(argv: list[str]) -> int:
     if flags.worker:
         return work(config, Path(flags.worker), flags.steps)
     datasets = open_datasets(config)
-    asked, devices = config, choose_devices()
+    given, devices = config, choose_devices()
     config = config.with_vocab(max(d.vocab_size for d in datasets))
     sequences = -(-config.batch.sequences // DIVISOR) * DIVISOR
     config = changed(config, batch={"sequences": sequences}, model={"dtype": "float32"})
     if not flags.json:
-        print(header(asked, config, devices, flags))
+        print(header(given, config, devices, flags))
     with tempfile.TemporaryDirectory(prefix="parity-") as folder:
         settings(Path(folder))
         rows = compare(config, datasets, devices, flags, Path(folder))
@@ -129,38 +129,38 @@ def main(argv: list[str]) -> int:
 def compare(
     config: Config, datasets: list[Dataset], devices: list[Any], flags: Any, folder: Path
 ) -> list[dict[str, Any]]:
-    """Run every row, saying each as it begins and as it ends."""
+    """Run every row, and print its name when it begins and its result when it ends."""
     reference, moved, rows = None, {}, []
     for row in ROWS:
         say = partial(print, end="", flush=True, file=sys.stderr if flags.json else sys.stdout)
         say(f"{row.name:{WIDTH}}  ")
-        found, mine = dict(vars(row)), row.config(config)
-        if reason := obstacle(row, mine, devices):
-            found |= {"verdict": "skipped", "reason": reason}
+        report, row_config = dict(vars(row)), row.config(config)
+        if reason := obstacle(row, row_config, devices):
+            report |= {"verdict": "skipped", "reason": reason}
         else:
             try:
                 if row.processes > 1:
-                    result = in_processes(row, mine, flags.steps, folder)
+                    result = in_processes(row, row_config, flags.steps, folder)
                 else:
-                    here = devices[: prod(row.mesh.values())]
-                    result = updates(mine, datasets, here, flags.steps)
-            except Exception as error:  # of one row: the others still tell something
+                    row_devices = devices[: prod(row.mesh.values())]
+                    result = updates(row_config, datasets, row_devices, flags.steps)
+            except Exception as error:  # the other rows can still be compared
                 if reference is None:
                     raise
-                found |= {"verdict": "FAIL", "reason": str(error)}
+                report |= {"verdict": "FAIL", "reason": str(error)}
             else:
-                # The program of a mesh is the same one however many processes run it.
+                # Several processes run the program of one, and cannot read the bytes off it.
                 program = (row.backend, str(row.mesh), row.accumulation)
                 result.moved = moved.setdefault(program, result.moved)
                 reference = reference or result
-                found |= difference(result, reference, flags.tolerance)
-        say(f"{line(found)}\n")
-        rows.append(found)
+                report |= difference(result, reference, flags.tolerance)
+        say(f"{line(report)}\n")
+        rows.append(report)
     return rows
 
 
 def obstacle(row: Row, config: Config, devices: list[Any]) -> str | None:
-    """Why a row cannot run with this model or on this machine, if it cannot."""
+    """Return why a row cannot run with this model or on this machine; None if it can."""
     if row.processes > 1 and devices[0].platform != "cpu":
         return f"this process holds all {len(devices)} {devices[0].platform} devices"
     try:
@@ -172,7 +172,7 @@ def obstacle(row: Row, config: Config, devices: list[Any]) -> str | None:
 
 
 def updates(config: Config, datasets: list[Dataset], devices: list[Any], count: int) -> Result:
-    """The first `count` updates of a run on these devices."""
+    """Make the first `count` updates of a run on these devices."""
     steps = build_for_training(config, sharding.make_mesh(config.mesh, devices))
     moved = None
     if jax.process_count() == 1:
@@ -192,25 +192,25 @@ def updates(config: Config, datasets: list[Dataset], devices: list[Any], count: 
 
 
 def difference(result: Result, reference: Result, tolerance: float) -> dict[str, Any]:
-    apart = {k: np.abs(x - reference.params[k]).max() for k, x in result.params.items()}
+    gaps = {k: np.abs(x - reference.params[k]).max() for k, x in result.params.items()}
     norms = np.divide(result.norms, reference.norms)
-    found = {
+    report = {
         "loss_difference": float(np.abs(np.subtract(result.losses, reference.losses)).max()),
         "norm_difference": float(np.abs(norms - 1).max()),
-        "parameter_difference": float(max(apart.values())),
+        "parameter_difference": float(max(gaps.values())),
         "bytes_moved": result.moved,
         "step_seconds": result.seconds,
         "verdict": "ok",
     }
-    values = {"loss": found["loss_difference"], "norm": found["norm_difference"], **apart}
+    values = {"loss": report["loss_difference"], "norm": report["norm_difference"], **gaps}
     # "not <=", so that a NaN fails too.
-    if wrong := [name for name, value in values.items() if not value <= tolerance]:
-        found |= {"verdict": "FAIL", "reason": ", ".join(wrong[:3])}
-    return found
+    if failed := [name for name, value in values.items() if not value <= tolerance]:
+        report |= {"verdict": "FAIL", "reason": ", ".join(failed[:3])}
+    return report
 
 
 def in_processes(row: Row, config: Config, count: int, folder: Path) -> Result:
-    """A row by several processes with a part of the devices each."""
+    """Run a row in several processes, each with a part of the devices."""
     (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -244,7 +244,7 @@ def in_processes(row: Row, config: Config, count: int, folder: Path) -> Result:
 
 
 def work(config: Config, folder: Path, count: int) -> int:
-    """One process of several: the same updates; the first writes what it found."""
+    """Make the updates as one process of several; the first writes the result to `folder`."""
     startup.start(config.distributed)
     result = updates(config, open_datasets(config), jax.devices(), count)
     if jax.process_index() == 0:
@@ -254,23 +254,24 @@ def work(config: Config, folder: Path, count: int) -> int:
 
 
 def choose_devices() -> list[Any]:
-    """Eight real devices, else eight that the CPU pretends to have. Raises ValueError."""
+    """Return eight real devices, or else eight simulated on the CPU. Raises Mistake."""
     devices = jax.devices()
     devices = devices if len(devices) >= DEVICES else jax.devices("cpu")
-    if (here := len(devices)) < DEVICES:
-        raise Mistake(f"{here} devices, parity needs {DEVICES}: unset JAX_NUM_CPU_DEVICES")
+    if (count := len(devices)) < DEVICES:
+        raise Mistake(f"{count} devices, parity needs {DEVICES}: unset JAX_NUM_CPU_DEVICES")
     return devices[:DEVICES]
 
 
 def changed(config: Config, **sections: dict[str, Any]) -> Config:
-    """The configuration with some keys of some sections replaced."""
+    """Return the config with some keys of some sections replaced."""
     parts = {name: getattr(config, name).model_copy(update=u) for name, u in sections.items()}
     return config.model_copy(update=parts)
 
 
 def settings(folder: Path) -> None:
-    """Of JAX, for this process and those that it starts."""
-    # Else a TPU multiplies float32 in bfloat16, and a row's program is compiled twice.
+    """Set JAX's configuration for this process and those that it starts."""
+    # Without "highest" a TPU multiplies float32 in bfloat16; without the cache a row's program is
+    # compiled twice.
     keys = {
         "jax_default_matmul_precision": "highest",
         "jax_compilation_cache_dir": str(folder / "compiled"),
@@ -281,30 +282,30 @@ def settings(folder: Path) -> None:
         os.environ[key.upper()] = str(value)
 
 
-def header(asked: Config, config: Config, devices: list[Any], flags: Any) -> str:
-    was, now, real = asked.batch.sequences, config.batch.sequences, jax.default_backend()
+def header(given: Config, config: Config, devices: list[Any], flags: Any) -> str:
+    old, new, real = given.batch.sequences, config.batch.sequences, jax.default_backend()
     notes = {
-        f"batch.sequences raised from {was} to {now}: 8 devices x accumulation 4": was != now,
-        "model.dtype is float32 here, not bfloat16": asked.model.dtype == "bfloat16",
+        f"batch.sequences raised from {old} to {new}: 8 devices x accumulation 4": old != new,
+        "model.dtype is float32 here, not bfloat16": given.model.dtype == "bfloat16",
         f"fewer than 8 {real} devices: 8 simulated on the CPU": devices[0].platform != real,
     }
-    what = (
-        f"{flags.steps} updates of {now} x {config.model.block_size} tokens in float32 on "
+    title = (
+        f"{flags.steps} updates of {new} x {config.model.block_size} tokens in float32 on "
         f"{len(devices)} x {devices[0].device_kind}; tolerance {flags.tolerance:g}"
     )
     columns = f"{'':{WIDTH}}     loss     norm   params       moved      step  verdict"
-    return "\n".join([what, *(note for note, holds in notes.items() if holds), columns])
+    return "\n".join([title, *(note for note, holds in notes.items() if holds), columns])
 
 
-def line(found: dict[str, Any]) -> str:
-    verdict = ": ".join(found[key] for key in ("verdict", "reason") if key in found)
-    if "loss_difference" not in found:
+def line(report: dict[str, Any]) -> str:
+    verdict = ": ".join(report[key] for key in ("verdict", "reason") if key in report)
+    if "loss_difference" not in report:
         return verdict
-    moved = "-" if (n := found["bytes_moved"]) is None else f"{n / 1e6:,.1f}"
+    moved = "-" if (n := report["bytes_moved"]) is None else f"{n / 1e6:,.1f}"
     return (
-        f"{found['loss_difference']:7.1e}  {found['norm_difference']:7.1e}  "
-        f"{found['parameter_difference']:7.1e}  {moved:>7} MB  "
-        f"{found['step_seconds'] * 1e3:5,.0f} ms  {verdict}"
+        f"{report['loss_difference']:7.1e}  {report['norm_difference']:7.1e}  "
+        f"{report['parameter_difference']:7.1e}  {moved:>7} MB  "
+        f"{report['step_seconds'] * 1e3:5,.0f} ms  {verdict}"
     )
 
 

@@ -1,9 +1,9 @@
-"""What a run will cost, before it starts: parameters, FLOPs, memory, days; and a better use of it.
+"""This tool says what a run will cost in FLOPs, memory and days, and which model would use it best.
 
     python tools/sizing.py --config configs/gpt2_124m.yaml --device "NVIDIA A100" --devices 8
     python tools/sizing.py --model.preset=gpt2-xl --budget 1e21 --plot optimum.png
 
-nanoGPT's notebooks transformer_sizing and scaling_laws as one command. It needs no data, no
+It does the work of nanoGPT's notebooks transformer_sizing and scaling_laws, and needs no data, no
 accelerator and no out_dir. The arithmetic is in scalegpt/model/flops.py,
 scalegpt/step/memory.py and tools/planning/scaling_laws.py.
 """
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
 
 
 def check(flags: Namespace) -> None:
-    """Raises ValueError for flags that make no sense."""
+    """Raise Mistake for flags that make no sense."""
     if flops.peak_flops(flags.device) is None:
         known = ", ".join(flops.PEAK_TFLOPS)
         raise Mistake(f"--device={flags.device!r} is none of those known: {known}")
@@ -88,7 +88,7 @@ def check(flags: Namespace) -> None:
 
 
 def with_vocabulary(config: Config) -> tuple[Config, str]:
-    """The config with a vocabulary, and where that comes from."""
+    """Return the config with a vocabulary size, and the source of that size."""
     if config.model.vocab_size is not None:
         return config, "model.vocab_size"
     paths = [path for path in config.data.weights if path]
@@ -96,12 +96,15 @@ def with_vocabulary(config: Config) -> tuple[Config, str]:
     if known := [(meta["vocab_size"], path) for (meta, stated), path in metas if stated]:
         vocabulary, path = max(known)
         return config.with_vocab(vocabulary), f"meta of {path}"
-    why = f"no meta.json in {paths[0]}" if paths else "no data"
-    return config.with_vocab(GPT2_VOCABULARY), f"GPT-2's: {why}; or set model.vocab_size"
+    reason = f"no meta.json in {paths[0]}" if paths else "no data"
+    return config.with_vocab(GPT2_VOCABULARY), f"GPT-2's: {reason}; or set model.vocab_size"
 
 
 def size(config: Config, flags: Namespace) -> dict[str, Any]:
-    """All figures, in parameters, FLOPs, bytes, tokens and days. Raises ValueError."""
+    """Compute all figures, in parameters, FLOPs, bytes, tokens and days.
+
+    Raises Mistake as `placement` does.
+    """
     model, parts = config.model, flops.parameters_by_component(config.model)
     parameters, used = sum(parts.values()), flops.used_parameters(model)
     sequence = {kind: flops.flops_by_component(model, kind == "causal") for kind in COUNTS}
@@ -110,7 +113,7 @@ def size(config: Config, flags: Namespace) -> dict[str, Any]:
     tokens_per_update = config.batch.sequences * model.block_size
     tokens = config.optim.steps * tokens_per_update
     budget = flags.budget or 6 * used * tokens
-    for_good = config.optim.steps // every if (every := config.checkpoint.keep_every) else 0
+    permanent = config.optim.steps // every if (every := config.checkpoint.keep_every) else 0
     place, checkpoint = placement(config, flags), memory.checkpoint_bytes(model, config.optim)
     keys = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias")
     return {
@@ -135,7 +138,7 @@ def size(config: Config, flags: Namespace) -> dict[str, Any]:
             "updates": config.optim.steps,
             "tokens_per_update": tokens_per_update,
             "tokens": tokens,
-            "checkpoints_bytes": (config.checkpoint.keep + 1 + for_good) * checkpoint,
+            "checkpoints_bytes": (config.checkpoint.keep + 1 + permanent) * checkpoint,
             **cost(
                 {
                     **{k: v / model.block_size * tokens for k, v in training.items()},
@@ -150,7 +153,10 @@ def size(config: Config, flags: Namespace) -> dict[str, Any]:
 
 
 def placement(config: Config, flags: Namespace) -> dict[str, Any]:
-    """The run on its mesh, and bytes on each device under each remat. Raises ValueError."""
+    """Lay the run out on its mesh, and estimate each device's bytes under each remat.
+
+    Raises Mistake where the mesh does not fit the devices or the model.
+    """
     model = config.model
     fixed = math.prod(max(1, n) for n in config.mesh.model_dump().values())
     shape = sharding.mesh_shape(config.mesh, flags.devices or fixed, flags.device)
@@ -198,7 +204,7 @@ def placement(config: Config, flags: Namespace) -> dict[str, Any]:
 
 
 def cost(run_flops: dict[str, float], flags: Namespace, place: dict[str, Any]) -> dict[str, Any]:
-    """Days of the whole run for each way to count its FLOPs; None in float32, of unknown peak."""
+    """Compute the run's days for each count of its FLOPs; None where the peak is unknown."""
     peak = flops.peak_flops(flags.device, place["dtype"])
     seconds = {k: peak and v / (peak * place["devices"] * flags.mfu) for k, v in run_flops.items()}
     days = {k: s and s / 86400 for k, s in seconds.items()}
@@ -206,7 +212,7 @@ def cost(run_flops: dict[str, float], flags: Namespace, place: dict[str, Any]) -
 
 
 def scaling(parameters: int, tokens: int, budget: float) -> dict[str, Any]:
-    """Compute-optimal models for the budget, and this run measured by them."""
+    """Return the compute-optimal models for the budget, and this run beside them."""
     laws = scaling_laws.LAWS
     pairs = {name: law.optimum(budget) for name, law in laws.items()}
     pairs["approach 2"] = scaling_laws.table_optimum(budget)
@@ -234,7 +240,7 @@ def line(name: str, *cells: str, width: int = 16) -> str:
 
 
 def tables(r: dict[str, Any]) -> str:
-    """The report for a person."""
+    """Return the report as text for a terminal."""
     m = r["model"]
     head = (
         f"{m['n_layer']} layers, {m['n_head']} heads, {m['n_embd']} wide, {m['block_size']:,} "

@@ -1,16 +1,16 @@
-"""A training run on a Cloud TPU VM or pod slice, from creating it to deleting it.
+"""This tool trains on a Cloud TPU VM or pod slice, from creating the machine to deleting it.
 
     python tools/tpu.py train NAME --type v3-8 --spot --zone ZONE -- \\
         --config configs/v3_8.yaml --data.path=gs://BUCKET/owt --run.out_dir=gs://BUCKET/v3_8
 
 `train` creates the machine, installs scalegpt on all its workers, starts the same command on each,
-shows the log, creates and starts anew what was preempted, and deletes the machine at the end. It
-may be interrupted and typed again at any time: the run goes on, and the command finds it. The parts
-are commands too: up, run, logs, status, stop, fetch, down. After "--" come the arguments of
+shows the log, creates the machine again after a preemption, and deletes it at the end. `train` may
+be interrupted and typed again at any time: the run goes on, and the command finds it. Its parts are
+commands too: up, run, logs, status, stop, fetch, down. After "--" come the arguments of
 scalegpt.train. Every command is printed before it runs; --dry-run only prints.
 
 Exit codes: those of the run, 0 done, 2 the user's mistake, 3 stopped, 4 not finite; and 5 gave up
-after --max-restarts without progress. Nothing here was run on Google Cloud: see tests/test_tpu.py.
+after --max-restarts without progress.
 """
 
 import argparse
@@ -20,12 +20,19 @@ import time
 from pathlib import Path
 
 from tpus import worker_shell
-from tpus.job import DONE, GAVE_UP, MISTAKE, NOT_FINITE, STOPPED, Job, look_at, verdict
+from tpus.job import Job, look_at, verdict
 from tpus.machine import Machine, accelerator, note
 
 from scalegpt.config import command_line
 from scalegpt.errors import Mistake
 from scalegpt.processes.command import run_command
+from scalegpt.processes.exits import Exit
+
+UNTRIED = (
+    "This is the largest piece of scalegpt that never met its real counterpart: it was run against "
+    "the stand-in for gcloud of tests/test_tpu.py alone, never on Google Cloud. Read what "
+    "--dry-run prints before you rent a machine."
+)
 
 
 def main(argv: list[str]) -> int:
@@ -49,11 +56,11 @@ def main(argv: list[str]) -> int:
             f"# delete:       {own(flags, 'down')}",
             file=sys.stderr,
         )
-        return 130
+        return Exit.INTERRUPTED
 
 
 def parser() -> command_line.Parser:
-    whole = command_line.Parser(prog="tpu.py", description=__doc__.splitlines()[0])
+    whole = command_line.Parser(prog="tpu.py", description=__doc__.splitlines()[0], epilog=UNTRIED)
     commands = whole.add_subparsers(required=True, metavar="COMMAND")
     creating, starting = (train, up), (train, run)
     for function, summary in (
@@ -120,7 +127,7 @@ def parser() -> command_line.Parser:
 
 
 def train(flags: argparse.Namespace) -> int:
-    """The whole life of a run; attaches to one that this command has started before."""
+    """Take a run from creating its machine to deleting it, or join one begun by this command."""
     create, several = creation(flags)
     job, machine = Job(flags), flags.machine
     job.check_place(several, flags.spot)
@@ -133,27 +140,27 @@ def train(flags: argparse.Namespace) -> int:
         if machine.exists:
             note(left_over(flags))
         raise
-    if code == DONE and to:
+    if code == Exit.DONE and to:
         bring(machine, job.out, to)
-    if code == DONE and not flags.keep:
+    if code == Exit.DONE and not flags.keep:
         machine.down()
-    note(f"done; the run is in {to or job.out}" if code == DONE else left_over(flags))
+    note(f"done; the run is in {to or job.out}" if code == Exit.DONE else left_over(flags))
     return code
 
 
 def to_its_end(flags: argparse.Namespace, job: Job, archive: str, create: list[str]) -> int:
-    """Run it, on one machine after the other if need be. Returns the exit code."""
-    machine, reached, stuck = flags.machine, -1, 0
+    """Run the job to its end, on one machine after another if need be; return the exit code."""
+    machine, reached, stuck = flags.machine, -1, 0  # the last update; ends without a new one
     while True:
         machine.up(create, flags.poll)
         last = job.go_on(machine, archive, flags.poll)
         code = verdict(machine, last)
-        if code == DONE:
-            return DONE
+        if code == Exit.DONE:
+            return Exit.DONE
         if last.state == "stopped":
             note("stopped on request, state saved")
-            return STOPPED
-        if code in (MISTAKE, NOT_FINITE):
+            return Exit.STOPPED
+        if code in (Exit.MISTAKE, Exit.NOT_FINITE):
             machine.ssh(worker_shell.tail(30), "all")
             note(f"the run ended with {code}, see above, and would again")
             return code
@@ -161,7 +168,7 @@ def to_its_end(flags: argparse.Namespace, job: Job, archive: str, create: list[s
         reached = max(reached, last.step)
         if stuck > flags.max_restarts:
             note(f"{stuck} times in a row it ended without a new update")
-            return GAVE_UP
+            return Exit.FAILED
         if last.state == "gone" and not job.in_bucket:
             raise Mistake(f"{flags.name} is gone, and {job.out} with it; it was on its disk")
         note(f"the run {last.why()}; again, from its last checkpoint")
@@ -169,18 +176,18 @@ def to_its_end(flags: argparse.Namespace, job: Job, archive: str, create: list[s
             # A worker that still waits for the others would keep its TPU from the restart.
             machine.ssh(worker_shell.stop(60, asked=False), "all", capture=True)
         if last.state == "silent" or (stuck > 1 and last.state != "gone"):
-            if job.in_bucket:  # perhaps a fault of this very machine
+            if job.in_bucket:  # another machine may not have this one's fault
                 machine.down()
         time.sleep(flags.poll if stuck else 0)
 
 
 def up(flags: argparse.Namespace) -> int:
     flags.machine.up(creation(flags)[0], flags.poll)
-    return DONE
+    return Exit.DONE
 
 
 def run(flags: argparse.Namespace) -> int:
-    """Install and start, and do not wait."""
+    """Install scalegpt and start the run without waiting for its end."""
     job = Job(flags)
     if look_at(flags.machine, flags.poll).state == "running":
         raise Mistake(f"a run is in progress; stop it first: {own(flags, 'stop')}")
@@ -189,7 +196,7 @@ def run(flags: argparse.Namespace) -> int:
     note(f"started; its log: {own(flags, 'logs')}")
     if not job.in_bucket:
         note(f"{job.out} is on the machine's own disk and goes with it; fetch it before `down`")
-    return DONE
+    return Exit.DONE
 
 
 def logs(flags: argparse.Namespace) -> int:
@@ -200,22 +207,22 @@ def status(flags: argparse.Namespace) -> int:
     state = flags.machine.state()
     note(f"{flags.name}: {state}")
     if state == "ACTIVE, node READY":
-        answer = flags.machine.ssh(worker_shell.look(), "all", capture=True)
-        for found in worker_shell.read(answer.stdout):
-            code = "" if found.code is None else f" {found.code}"
-            note(f"{found.worker}: {found.state}{code}, log of {found.size:,} bytes")
-    return DONE
+        output = flags.machine.ssh(worker_shell.look(), "all", capture=True).stdout
+        for look in worker_shell.read(output):
+            code = "" if look.code is None else f" {look.code}"
+            note(f"{look.worker}: {look.state}{code}, log of {look.size:,} bytes")
+    return Exit.DONE
 
 
 def stop(flags: argparse.Namespace) -> int:
     flags.machine.must_ssh(worker_shell.stop(600, asked=True), "stopping the run")
-    return DONE
+    return Exit.DONE
 
 
 def fetch(flags: argparse.Namespace) -> int:
     check_target(flags.to)
     bring(flags.machine, flags.run, flags.to)
-    return DONE
+    return Exit.DONE
 
 
 def down(flags: argparse.Namespace) -> int:
@@ -223,14 +230,14 @@ def down(flags: argparse.Namespace) -> int:
         note(f"there is no {flags.name}")
     else:
         flags.machine.down()
-    return DONE
+    return Exit.DONE
 
 
-# --- what they are made of ---
+# --- parts of the commands ---
 
 
 def creation(flags: argparse.Namespace) -> tuple[list[str], bool]:
-    """(Flags of queued-resources create, whether the slice has several hosts)."""
+    """Return flags of `queued-resources create`, and whether the slice has several hosts."""
     name, runtime, several = accelerator(flags.type)
     create = [f"--accelerator-type={name}", f"--runtime-version={flags.runtime_version or runtime}"]
     return [*create, *["--spot"] * flags.spot, *flags.create_flag], several
@@ -242,7 +249,7 @@ def check_target(to: str | None) -> None:
 
 
 def bring(machine: Machine, out_dir: str, to: str) -> None:
-    """A run's folder, from its bucket or from the machine."""
+    """Copy a run's folder from its bucket or from the machine to the folder `to`."""
     if "://" not in out_dir:
         if not machine.dry_run:
             Path(to).parent.mkdir(parents=True, exist_ok=True)

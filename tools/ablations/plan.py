@@ -1,4 +1,4 @@
-"""What an ablation is: the arms and seeds of one run, from a YAML file to a command for each."""
+"""A plan turns an ablation's YAML file, with its arms and seeds, into the command of each run."""
 
 import json
 import re
@@ -10,12 +10,12 @@ from scalegpt.config import Config, command_line, loading
 from scalegpt.errors import Mistake
 
 KEYS = ("config", "arms", "seeds", "reference")
-OURS = {"run.seed": "seeds", "run.out_dir": "--out"}  # key -> what sets it
+SET_HERE = {"run.seed": "seeds", "run.out_dir": "--out"}  # key -> where its value comes from
 EXAMPLE = "write arms: {name: {section: {key: value}}, ...}"
 
 
 class Run(NamedTuple):
-    """argv: of scalegpt.train; config: what it makes of it."""
+    """A run trains one arm with one seed; argv are scalegpt.train's, which mean `config`."""
 
     arm: str
     seed: int
@@ -32,7 +32,7 @@ class Run(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """runs: in their order, all arms with the first seed, then all with the next."""
+    """A plan lists its runs in order: all arms with the first seed, then all with the next."""
 
     name: str
     reference: str
@@ -41,11 +41,12 @@ class Plan(NamedTuple):
     runs: list[Run]
 
 
-def read(file: str, out: str, overrides: list[str]) -> Plan:
-    """The plan in a YAML file, with `--section.key=value` overrides for all arms.
+def read_plan(file: str, out: str, overrides: list[str]) -> Plan:
+    """Read the plan in a YAML file, with `--section.key=value` overrides for all arms.
 
-    What later wins: the file that `config` names, the file's own sections, those of the arm,
-    overrides. Every run is validated. Raises ValueError, which names the arm.
+    A key's value comes from the last of these that sets it: the file that `config` names, the
+    plan's own sections, the arm, the overrides. Every run is validated. Raises Mistake, which names
+    the arm.
     """
     values = loading.load(file)
     if unknown := [name for name in values if name not in {*KEYS, *Config.model_fields}]:
@@ -80,7 +81,7 @@ def read(file: str, out: str, overrides: list[str]) -> Plan:
 def _arms(file: str, arms: Any) -> dict[str, Any]:
     if not isinstance(arms, dict) or not arms:
         raise Mistake(f"{file} has no arms; {EXAMPLE}")
-    for name in arms:  # it is a folder's, too; YAML takes `no` for False and 1 for a number
+    for name in arms:  # a folder is named after it; YAML reads `no` as False and 1 as a number
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w.+-]*", name):
             raise Mistake(
                 f"{file}: arm {name!r} needs another name, of letters, digits and . + - _ "
@@ -97,26 +98,26 @@ def _seeds(file: str, seeds: Any) -> list[int]:
 
 
 def _keys(where: str, sections: Any) -> dict[str, Any]:
-    """section.key -> value."""
+    """Return a value for each section.key."""
     if not isinstance(sections, dict | None):
         raise Mistake(f"{where} holds {sections!r}, not sections of keys; {EXAMPLE}")
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for section, keys in (sections or {}).items():
         if not isinstance(keys, dict | None):
             raise Mistake(f"{where}: {section}={keys!r} is not a section of keys; {EXAMPLE}")
-        found |= {f"{section}.{key}": value for key, value in (keys or {}).items()}
-    _refuse_ours(where, found)
-    return found
+        values |= {f"{section}.{key}": value for key, value in (keys or {}).items()}
+    _refuse_set_here(where, values)
+    return values
 
 
-def _refuse_ours(where: str, keys: Any) -> None:
-    for key in OURS.keys() & keys:
-        raise Mistake(f"{where} sets {key}, which {OURS[key]} sets for each run; leave it out")
+def _refuse_set_here(where: str, keys: Any) -> None:
+    for key in SET_HERE.keys() & keys:
+        raise Mistake(f"{where} sets {key}, which {SET_HERE[key]} sets for each run; leave it out")
 
 
 def _check_overrides(overrides: list[str], arms: dict[str, dict[str, Any]]) -> None:
     given = [word.split("=")[0].removeprefix("--") for word in overrides]
-    _refuse_ours("the command line", given)
+    _refuse_set_here("the command line", given)
     for arm, keys in arms.items():
         if both := [key for key in given if key in keys]:
             raise Mistake(
@@ -126,5 +127,5 @@ def _check_overrides(overrides: list[str], arms: dict[str, dict[str, Any]]) -> N
 
 
 def _text(value: Any) -> str:
-    """As a command line has it; scalegpt reads JSON's true, null and {...} there."""
+    """Write a value for a command line, where scalegpt reads JSON's true, null and {...}."""
     return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)

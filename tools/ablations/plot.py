@@ -1,4 +1,4 @@
-"""The picture of tools/ablation.py: validation loss over tokens, FLOPs and training time."""
+"""tools/ablation.py draws validation loss over tokens, FLOPs and training time."""
 
 from pathlib import Path
 from typing import Any
@@ -8,13 +8,16 @@ from ablations.record import Record
 from ablations.report import AXES, Mean, mean_curve, summarise
 
 LABELS = {"tokens": "tokens", "flops": "training FLOPs", "seconds": "seconds of updates"}
-LINES = ("-", "--", "-.", ":")  # after every ten colours the next kind of line
-SHOWN = 20  # the loss axis begins at what the reference has after 1/20 of its tokens
+LINES = ("-", "--", "-.", ":")  # ten arms, one a colour, share a style of line
+EARLY = 20  # the loss axis ends at the reference's loss after 1/20 of its tokens
 
 
 def draw(record: Record, file: str) -> None:
-    """A panel for each of AXES: the mean of each arm's runs, their range as a band, the reference's
-    final loss dotted. The same record makes the same PNG, byte for byte. Raises OSError."""
+    """Draw a panel for each of AXES, with the mean of each arm's runs and their range as a band.
+
+    A dotted line is the reference's final loss. The same record makes the same PNG, byte for byte.
+    Raises OSError.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
@@ -26,7 +29,7 @@ def draw(record: Record, file: str) -> None:
     panels = figure.subplots(1, len(AXES), sharey=True)
     for axis, panel in zip(AXES, panels, strict=True):
         for i, (name, curve) in enumerate(curves.items()):
-            shown = curve.cost[axis] > 0  # a logarithmic axis has no 0; NaN: nothing was timed
+            shown = curve.cost[axis] > 0  # not 0, as the axis is logarithmic, nor NaN, not timed
             x, style = curve.cost[axis][shown], {"color": f"C{i % 10}"}
             panel.plot(x, curve.loss[shown], LINES[i // 10 % len(LINES)], label=name, **style)
             band = (curve.low[shown], curve.high[shown])
@@ -34,7 +37,7 @@ def draw(record: Record, file: str) -> None:
         if target is not None:
             panel.axhline(target, color="black", linestyle=":", linewidth=1)
         panel.set(xscale="log", xlabel=LABELS[axis])
-        # Else each of 2, 3, 4, ... has a label as wide as "4 x 10^12" over a decade or less.
+        # By default an axis of a decade or less labels 2, 3, 4, ..., each as wide as "4 x 10^12".
         panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         panel.xaxis.set_major_formatter(EngFormatter(sep=""))
         panel.xaxis.set_minor_formatter(NullFormatter())
@@ -52,23 +55,25 @@ def draw(record: Record, file: str) -> None:
 
 
 def save_small(canvas: Any, file: str) -> None:
-    """As a PNG of 256 colours, a quarter of its size in full: it may be kept in a repository."""
-    from PIL import Image  # matplotlib needs it, too
+    """Save a PNG of 256 colours, a quarter of the usual size, to be kept in a repository."""
+    from PIL import Image  # matplotlib depends on it
 
     canvas.draw()
     image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    # The other methods give the colour of a short line to its neighbour.
+    # The other methods merge the colour of a short line with its neighbour's.
     few = image.quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     few.save(file, optimize=True)
 
 
 def loss_limits(curves: dict[str, Mean], reference: str) -> tuple[float, float] | None:
-    """From the lowest loss of all to one early in the reference's curve: the first losses, all of
-    them high, would leave no room for what differs."""
+    """Return the loss axis: from the lowest loss to one early in the reference's curve.
+
+    The first losses are all high, and would leave no room for the differences.
+    """
     if reference not in curves or not np.any(curves[reference].cost["tokens"] > 0):
         return None
     tokens, loss = curves[reference].cost["tokens"], curves[reference].loss
-    early = np.searchsorted(tokens, max(tokens[-1] / SHOWN, tokens[tokens > 0][0]))
+    early = np.searchsorted(tokens, max(tokens[-1] / EARLY, tokens[tokens > 0][0]))
     lowest = min(curve.low.min() for curve in curves.values() if len(curve.low))
     room = 0.05 * (loss[early] - lowest)
     return (lowest - room, loss[early] + room) if room > 0 else None

@@ -1,6 +1,6 @@
-"""What the runs of an ablation measured: read off their folders, or off a file that keeps it.
+"""A record holds what an ablation's runs measured; it is read from their folders or from a file.
 
-The file is JSON, small enough for a repository: tables and pictures can be made from it anew.
+The file is JSON and small enough for a repository; tables and pictures can be made from it.
 """
 
 import json
@@ -22,8 +22,8 @@ from scalegpt.files.run_folder import FOLDER
 from scalegpt.model import flops
 
 DONE = "done"
-# Besides what scalegpt.train itself refuses to continue with: what it could not know to be another
-# arm, or measured otherwise.
+# A difference in these means another arm or another measurement, although scalegpt.train would
+# continue the run.
 _COMPARED = (
     "data.path",
     "eval.windows",
@@ -33,7 +33,7 @@ _COMPARED = (
     "run.skip_spikes",
     "run.spike",
 )
-# Keys of metrics.jsonl that are read here; null is a number that was not finite.
+# The keys of metrics.jsonl that are read here; null stands for a number that was not finite.
 _NUMBERS = ("train/loss", "train/grad_norm", "val/loss", "val/bits_per_byte", "perf/step_seconds")
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -44,8 +44,10 @@ class _Part(BaseModel):
 
 
 class Curve(_Part):
-    """A run's evaluations. step: ascending; val_loss: nats a token; seconds: of updates until then;
-    state: DONE, or how far it came."""
+    """A curve is the evaluations of a run, by ascending step.
+
+    val_loss: nats a token. seconds: spent in updates until then. state: DONE, or how far it came.
+    """
 
     state: str
     step: list[Count]
@@ -66,7 +68,7 @@ class Curve(_Part):
 
 
 class Arm(_Part):
-    """curves: by seed, of the runs that have begun."""
+    """An arm has the curve of each seed whose run has begun."""
 
     parameters: Count
     flops_per_token: Finite
@@ -75,7 +77,7 @@ class Arm(_Part):
 
 
 class Record(_Part):
-    """arms: in their order; None for one of which no run has begun."""
+    """A record holds the arms in the plan's order, None for one of which no run has begun."""
 
     format: Literal[1] = 1
     name: str
@@ -91,12 +93,15 @@ class Record(_Part):
 
     @property
     def evaluated(self) -> bool:
-        """Whether any run has an evaluation."""
+        """Whether any run has been evaluated."""
         return any(run.step for arm in self.arms.values() if arm for run in arm.curves.values())
 
 
 def measure(plan: Plan) -> Record:
-    """What there is by now. Raises ValueError as `stored_config` and `rows_of` do."""
+    """Record what the plan's runs have measured so far.
+
+    Raises Mistake as `stored_config` and `rows_of` do.
+    """
     arms = {}
     for name in plan.arms:
         runs = [run for run in plan.runs if run.arm == name]
@@ -116,24 +121,26 @@ def arm(config: Config, curves: dict[int, Curve]) -> Arm:
 
 
 def stored_config(run: Run) -> Config | None:
-    """What the run in this one's folder was started with; None where there is none.
+    """Return the config of the run in this run's folder; None where there is no run yet.
 
-    Raises ValueError where that is not what the plan asks for, or it cannot be a folder.
+    Raises Mistake where that config is not the plan's, or where there can be no folder.
     """
-    if not (there := existing(run.folder)).is_dir():
-        raise Mistake(f"{there} is no folder, so no run can be in {run.folder}; give another --out")
+    if not (parent := existing(run.folder)).is_dir():
+        raise Mistake(
+            f"{parent} is no folder, so no run can be in {run.folder}; give another --out"
+        )
     path = run.folder / "config.yaml"
     if not path.exists():
         return None
-    stored, asked = loading.validate(loading.load(path), str(path)), run.config
-    if asked.model.vocab_size is None:
-        asked = asked.with_vocab(stored.model.vocab_size)
-    changes = curve_diff(stored, asked)
+    stored, planned = loading.validate(loading.load(path), str(path)), run.config
+    if planned.model.vocab_size is None:
+        planned = planned.with_vocab(stored.model.vocab_size)
+    changes = curve_diff(stored, planned)
     for key in _COMPARED:
         section, name = key.split(".")
-        was, now = (getattr(getattr(config, section), name) for config in (stored, asked))
-        if was != now and not any(line.startswith(f"{key}:") for line in changes):
-            changes.append(f"{key}: {was} -> {now}")
+        old, new = (getattr(getattr(config, section), name) for config in (stored, planned))
+        if old != new and not any(line.startswith(f"{key}:") for line in changes):
+            changes.append(f"{key}: {old} -> {new}")
     if changes:
         first = f"arm {run.arm}: {run.folder} holds a run that differs:"
         last = "give another --out, or move that folder away"
@@ -142,20 +149,22 @@ def stored_config(run: Run) -> Config | None:
 
 
 def existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that is there."""
+    """Return the path, or the nearest folder above it that exists."""
     return next(p for p in (path, *path.parents) if p.exists())
 
 
 def finished(run: Run) -> bool:
-    """Whether the run has saved its last checkpoint, whose manifest is written last of all, and has
-    evaluated it: a stop in the last evaluation saves first."""
+    """Whether the run has saved and evaluated its last checkpoint.
+
+    A manifest alone is not enough: a stop during the last evaluation saves before it leaves.
+    """
     steps = run.config.optim.steps
     saved = (run.folder / FOLDER / str(steps) / manifest.NAME).is_file()
     return saved and state(rows_of(run), steps) == DONE
 
 
 def rows_of(run: Run) -> list[dict[str, Any]]:
-    """Raises ValueError for rows that no run writes."""
+    """Return the rows of metrics.jsonl. Raises Mistake for rows that no run writes."""
     path = run.folder / "metrics.jsonl"
     if not path.exists():
         return []
@@ -164,9 +173,9 @@ def rows_of(run: Run) -> list[dict[str, Any]]:
     except OSError as error:
         raise Mistake(f"cannot read {path}: {error.strerror}; move it away") from None
     for row in rows:
-        wrong = [key for key in _NUMBERS if not _is_number(row.get(key, 0))]
-        if type(row["step"]) is not int or wrong:
-            key = wrong[0] if wrong else "step"
+        bad_keys = [key for key in _NUMBERS if not _is_number(row.get(key, 0))]
+        if type(row["step"]) is not int or bad_keys:
+            key = bad_keys[0] if bad_keys else "step"
             raise Mistake(
                 f"{path}: {key}={row[key]!r} at step {row['step']} is no number that "
                 "a run writes; mend that line, or move the folder away"
@@ -175,30 +184,31 @@ def rows_of(run: Run) -> list[dict[str, Any]]:
 
 
 def _is_number(value: Any) -> bool:
-    """Finite, or None; Python's own isfinite fails on huge integers."""
+    """Whether a value is finite or None; math.isfinite raises for huge integers."""
     return value is None or type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def curve(rows: list[dict[str, Any]], config: Config) -> Curve:
-    """rows: of metrics.jsonl."""
-    found = {row["step"]: row for row in rows if row.get("val/loss") is not None}
-    steps = sorted(found)
-    bits = [found[step].get("val/bits_per_byte") for step in steps]
+    """Return the curve in the rows of metrics.jsonl."""
+    evaluations = {row["step"]: row for row in rows if row.get("val/loss") is not None}
+    steps = sorted(evaluations)
+    bits = [evaluations[step].get("val/bits_per_byte") for step in steps]
     return Curve(
         state=state(rows, config.optim.steps),
         step=steps,
-        val_loss=[round(found[step]["val/loss"], 6) for step in steps],
+        val_loss=[round(evaluations[step]["val/loss"], 6) for step in steps],
         seconds=training_seconds(rows, steps),
         bits_per_byte=None if None in bits else [round(x, 6) for x in bits],
     )
 
 
 def state(rows: list[dict[str, Any]], steps: int) -> str:
-    """DONE; "not finite at step 7", where the run has given up; else "step 7 of 12"."""
+    """Return DONE, "not finite at step 7" where the run gave up, or "step 7 of 12"."""
     last = {key: row for row in rows for key in ("train/loss", "val/loss") if key in row}
     if last.get("val/loss", {}).get("val/loss") is not None and last["val/loss"]["step"] == steps:
         return DONE
-    # JSON has no NaN: null stands for it. A run that leaves such updates out has later rows.
+    # JSON has no NaN, so null stands for it. Only last rows are read: a run that skips an update
+    # that is not finite goes on, and has later rows.
     for row in last.values():
         if any(row.get(key, 0) is None for key in ("train/loss", "train/grad_norm", "val/loss")):
             return f"not finite at step {row['step']}"
@@ -206,10 +216,11 @@ def state(rows: list[dict[str, Any]], steps: int) -> str:
 
 
 def training_seconds(rows: list[dict[str, Any]], steps: list[int]) -> list[float] | None:
-    """Seconds of updates until each of `steps`, without start-up, compilation, evaluations, saves.
+    """Return the seconds spent in updates until each of `steps`; None where no update was timed.
 
-    perf/step_seconds is the mean since the row before. The first update of each process compiles
-    and is not timed: it counts as much as its neighbours. None where no update was timed.
+    Start-up, compilation, evaluations and saves do not count. perf/step_seconds is the mean since
+    the row before. The first update of each process compiles and is not timed, so it counts as much
+    as its neighbours.
     """
     timed = {row["step"]: row.get("perf/step_seconds") for row in rows if "train/loss" in row}
     known = [(step, seconds) for step, seconds in sorted(timed.items()) if seconds is not None]
@@ -217,22 +228,22 @@ def training_seconds(rows: list[dict[str, Any]], steps: list[int]) -> list[float
         return None
     if (last := max(timed)) > known[-1][0]:
         known.append((last, known[-1][1]))
-    at, mean = np.array(known).T
-    clock = np.cumsum(mean * np.diff(at, prepend=0))
-    return np.interp(steps, [0, *at], [0, *clock]).round(3).tolist()
+    timed_steps, mean = np.array(known).T
+    clock = np.cumsum(mean * np.diff(timed_steps, prepend=0))
+    return np.interp(steps, [0, *timed_steps], [0, *clock]).round(3).tolist()
 
 
-def read(file: str) -> Record:
-    """Raises ValueError for what is no such record."""
+def read_record(file: str) -> Record:
+    """Read the file that `write_record` wrote. Raises Mistake for any other."""
     try:
         return Record.model_validate(json_files.read_object(Path(file)))
     except ValidationError as error:
-        where = ".".join(map(str, error.errors()[0]["loc"]))
-        what = f"{where}: {error.errors()[0]['msg']}"
-        raise Mistake(f"{file} is no record of tools/ablation.py: {what}") from None
+        key = ".".join(map(str, error.errors()[0]["loc"]))
+        reason = f"{key}: {error.errors()[0]['msg']}"
+        raise Mistake(f"{file} is no record of tools/ablation.py: {reason}") from None
 
 
-def write(record: Record, file: str) -> None:
-    """In one line. Raises OSError."""
+def write_record(record: Record, file: str) -> None:
+    """Write a record as JSON in one line. Raises OSError."""
     text = json.dumps(record.model_dump(mode="json"), separators=(",", ":"))
     Path(file).write_text(f"{text}\n", encoding="utf-8")

@@ -1,7 +1,7 @@
-"""What the arms of an ablation come to: one summary, and it as a table for a person or in Markdown.
+"""A report summarises the arms of an ablation, as numbers, as a table or in Markdown.
 
-Figures of an arm are means over its finished runs, or over all while none has finished. How soon it
-reaches the reference arm's final loss is read off its mean curve.
+An arm's figures are means over its finished runs, or over all runs while none has finished. How
+soon an arm reaches the reference's final loss is read from the arm's mean curve.
 """
 
 from typing import Any, NamedTuple
@@ -10,13 +10,15 @@ import numpy as np
 from ablations.record import DONE, Arm, Record
 from planning.isoflop_plot import short
 
-AXES = ("tokens", "flops", "seconds")  # what a loss may cost
+AXES = ("tokens", "flops", "seconds")  # what it costs to reach a loss
 NOT_BEGUN = "not begun"
 
 
 class Mean(NamedTuple):
-    """Arrays [n], by evaluation; cost: AXES, seconds NaN where none were measured; low and high:
-    of all runs."""
+    """The mean curve of an arm's runs, as arrays [n] over evaluations.
+
+    cost: by each of AXES, where seconds are NaN if no update was timed. low, high: of all runs.
+    """
 
     cost: dict[str, np.ndarray]
     loss: np.ndarray
@@ -29,13 +31,12 @@ def mean_curve(arm: Arm) -> Mean:
     done, evaluated = [r for r in begun if r.state == DONE], [r for r in begun if r.step]
     runs = done or evaluated or begun
     steps = sorted(set.intersection(*(set(run.step) for run in runs)))
-    # runs x evaluations
-    at = [np.searchsorted(run.step, steps) for run in runs]
-    losses = np.array([np.array(run.val_loss)[i] for run, i in zip(runs, at, strict=True)])
+    rows = [np.searchsorted(run.step, steps) for run in runs]  # of each run's arrays
+    losses = np.array([np.array(run.val_loss)[i] for run, i in zip(runs, rows, strict=True)])
     seconds = np.array(
         [
             np.array(run.seconds)[i] if run.seconds else np.full(len(steps), np.nan)
-            for run, i in zip(runs, at, strict=True)
+            for run, i in zip(runs, rows, strict=True)
         ]
     )
     tokens = np.array(steps, float) * arm.tokens_per_update
@@ -44,10 +45,11 @@ def mean_curve(arm: Arm) -> Mean:
 
 
 def cost_to_reach(target: float, cost: np.ndarray, loss: np.ndarray) -> float | None:
-    """Where a curve first falls to `target`: linear in log cost between two evaluations.
+    """Return the cost at which a curve first falls to `target`; None where it never does.
 
-    cost, loss: [n], ascending in cost. None where it never does; a curve that is there at its first
-    evaluation (that of step 0 costs nothing, and does not count) has that one's cost: at most that.
+    cost, loss: [n], ascending in cost. Between two evaluations the loss is linear in log cost. The
+    evaluation of step 0 costs nothing and does not count. A curve that has reached the target at
+    its first evaluation gets that evaluation's cost, which is then an upper bound.
     """
     cost, loss = cost[cost > 0], loss[cost > 0]
     reached = np.flatnonzero(loss <= target)
@@ -60,15 +62,15 @@ def cost_to_reach(target: float, cost: np.ndarray, loss: np.ndarray) -> float | 
 
 
 def summarise(record: Record) -> dict[str, Any]:
-    """All figures: tokens, FLOPs, seconds, nats a token, bits; None where there is none.
+    """Summarise a record in tokens, FLOPs, seconds, nats a token and bits; None where unknown.
 
-    `ratio` is the cost of reaching the reference's final loss over the reference's own.
+    reach: the cost of reaching the reference's final loss. ratio: that over the reference's own.
     """
     curves = {name: mean_curve(arm) for name, arm in record.arms.items() if arm}
     finals = {name: _finals(arm, "val_loss") for name, arm in record.arms.items() if arm}
-    # Of the very curve that is to reach it: a mean in another order may be the least bit lower.
-    done = finals.get(record.reference)
-    target = float(curves[record.reference].loss[-1]) if done else None
+    # Taken from the reference's mean curve: a mean summed in another order may round lower, and
+    # then the reference itself would never reach it.
+    target = float(curves[record.reference].loss[-1]) if finals.get(record.reference) else None
     reach = {
         name: {
             axis: None if target is None else cost_to_reach(target, x, curve.loss)
@@ -82,7 +84,7 @@ def summarise(record: Record) -> dict[str, Any]:
         if arm is None:
             arms[name] = {"runs": states}
             continue
-        own, theirs = reach[name], reach.get(record.reference, {})
+        own, base = reach[name], reach.get(record.reference, {})
         arms[name] = {
             "parameters": arm.parameters,
             **{axis: _last(x) for axis, x in curves[name].cost.items()},
@@ -90,14 +92,14 @@ def summarise(record: Record) -> dict[str, Any]:
             "val_loss_std": float(np.std(f, ddof=1)) if len(f := finals[name]) > 1 else None,
             "bits_per_byte": _mean(_finals(arm, "bits_per_byte")),
             "reach": own,
-            "ratio": {x: own[x] / theirs[x] if own[x] and theirs.get(x) else None for x in AXES},
+            "ratio": {x: own[x] / base[x] if own[x] and base.get(x) else None for x in AXES},
             "runs": states | {seed: run.state for seed, run in arm.curves.items()},
         }
     return {"name": record.name, "reference": record.reference, "target": target, "arms": arms}
 
 
 def _finals(arm: Arm, key: str) -> list[float]:
-    """The last value of each finished run; nothing where one has none."""
+    """Return the last value of each finished run; [] where a finished run lacks them."""
     values = [getattr(run, key) for run in arm.curves.values() if run.state == DONE]
     return [] if None in values else [x[-1] for x in values]
 
@@ -126,7 +128,7 @@ HEADER = (
 
 
 def table(summary: dict[str, Any]) -> str:
-    """For a person at a terminal."""
+    """Return the summary as a table for a terminal."""
     rows = [HEADER, *_rows(summary)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
@@ -174,16 +176,16 @@ def _cells(arm: dict[str, Any]) -> list[str]:
 
 
 def notes(summary: dict[str, Any]) -> list[str]:
-    """What the columns mean, and how far the runs came that have begun and are not done."""
+    """Explain the columns, and say how far each run came that has begun and is not done."""
     name, target = summary["reference"], summary["target"]
     if target is None:
-        found = [f"x: no run of {name} has finished, so there is no loss to reach"]
+        lines = [f"x: no run of {name} has finished, so there is no loss to reach"]
     else:
-        found = [
+        lines = [
             f"x: cost of reaching {name}'s final loss {target:.4f}, over {name}'s own; "
             "mean ± standard deviation over runs"
         ]
-    return found + [
+    return lines + [
         f"{arm}, seed {seed}: {state}"
         for arm, values in summary["arms"].items()
         for seed, state in values["runs"].items()

@@ -1,8 +1,8 @@
-"""How fast texts are written, and how much of the memory's bandwidth that takes: tools/bench.py.
+"""tools/bench.py --decode measures tokens a second, and the share of memory bandwidth they take.
 
-A step of decoding multiplies each weight with one vector a text, so what bounds it is how fast the
-weights, and what the cache holds of the texts, can be read. Its share of the bandwidth counts both
-once a step, in the precision that they are kept in, against adding to an array, timed here.
+A step of decoding multiplies each weight with one vector a text, so it is bound by how fast the
+weights and the cache can be read. Its share of the bandwidth is the bytes of both, counted once a
+step as they are stored, over the bandwidth of adding 1 to an array, which is timed here.
 """
 
 import math
@@ -26,28 +26,28 @@ from scalegpt.step.build import build_for_use
 from scalegpt.step.sharding import make_mesh, row_shards
 
 PROMPT = 16  # tokens
-ADDED = 2**28  # bytes
+ADDED = 2**28  # bytes of the array whose addition is timed
 
 
 class Writer:
-    """The decoder of scalegpt.generate with random weights, on all devices here; compiled."""
+    """scalegpt.generate's decoder with random weights on all devices; the constructor compiles."""
 
     name = "scalegpt"
 
     def __init__(self, config: Config, texts: int, tokens: int) -> None:
         mesh, model = make_mesh(config.mesh), config.model
-        mine = -(-texts // row_shards(mesh))  # texts of one device
-        steps = build_for_use(config, mesh, mine)
+        device_texts = -(-texts // row_shards(mesh))
+        steps = build_for_use(config, mesh, device_texts)
         self.write = decoder(steps, steps.init().params, Sampler(), model.vocab_size, keep=False)
         self.prompts = np.random.default_rng(0).integers(0, model.vocab_size, (texts, PROMPT))
-        # Of what is only looked up, a step reads a row a text.
+        # A step reads one row a text of these tables, which is next to nothing.
         looked_up = ["wpe", "value_table", *(() if model.tie_word_embeddings else ("wte",))]
         flat = flatten_dict(self.write.params)
         read = [x for path, x in flat.items() if path[-1] not in looked_up]
-        kept = 2 * model.n_layer * model.n_embd * steps.model.dtype.itemsize  # of each token
-        held = mine * (PROMPT + tokens // 2)  # half way
-        # By one device in a step.
-        self.bytes_read = kept * held / mesh.shape["tensor"] + sum(
+        token_bytes = 2 * model.n_layer * model.n_embd * steps.model.dtype.itemsize
+        cached_tokens = device_texts * (PROMPT + tokens // 2)  # half way through the texts
+        # What one device reads in a step.
+        self.bytes_read = token_bytes * cached_tokens / mesh.shape["tensor"] + sum(
             math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in read
         )
         self.block(tokens)
@@ -56,7 +56,7 @@ class Writer:
         pass
 
     def block(self, tokens: int) -> dict[str, Any]:
-        """Seconds of a token, prefill included."""
+        """Measure seconds of a token, prefill included."""
         began = time.perf_counter()
         for _ in self.write.ids(self.prompts, tokens):
             pass
@@ -64,7 +64,7 @@ class Writer:
 
 
 def bandwidth() -> float:
-    """Bytes a second that a device reads and writes, adding to an array: the best of ten."""
+    """Measure the bytes a second that a device reads and writes by x + 1: the best of ten."""
     x, times = jnp.ones(ADDED // 4, jnp.float32), []
     add = jax.jit(lambda x: x + 1, donate_argnums=0)  # in place: new memory would cost more
     for _ in range(11):
@@ -77,9 +77,10 @@ def bandwidth() -> float:
 def measure(
     config: Config, flags: Namespace, others: list[dict[str, Any]], turns: Callable
 ) -> dict[str, Any]:
-    """All figures of each number of texts. others: settings of those in PyTorch; turns: bench's.
+    """Measure decoding for each number of texts, beside the PyTorch models of `others`' settings.
 
-    Raises ValueError when a text would not fit the model, or one in PyTorch fails.
+    turns: bench's function. Raises Mistake when a text would not fit into block_size, or a PyTorch
+    process fails.
     """
     tokens = flags.steps
     if PROMPT + tokens > config.model.block_size:
@@ -100,12 +101,12 @@ def measure(
         finally:
             for writer in writers:
                 writer.close()
-        ours = [turn[0]["seconds"] for turn in blocks]
-        used = writers[0].bytes_read / statistics.median(ours)
+        own_seconds = [turn[0]["seconds"] for turn in blocks]
+        used = writers[0].bytes_read / statistics.median(own_seconds)
         row: dict[str, Any] = {"texts": count, "share_of_bandwidth": used / rate, "writers": []}
         for i, writer in enumerate(writers):
             seconds = [turn[i]["seconds"] for turn in blocks]
-            pairs = [theirs / mine for mine, theirs in zip(ours, seconds, strict=True)]
+            pairs = [other / own for own, other in zip(own_seconds, seconds, strict=True)]
             row["writers"].append(
                 {
                     "name": writer.name,
@@ -119,7 +120,7 @@ def measure(
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report for a person."""
+    """Return the report as text for a terminal."""
     rate = report["bandwidth_bytes_per_second"]
     lines = [
         f"{report['tokens']} tokens after a prompt of {PROMPT}; a device reads and writes "

@@ -1,4 +1,4 @@
-"""A trace of some updates that TensorBoard and xprof open, and the operations that took longest."""
+"""tools/bench.py --profile traces updates for TensorBoard or xprof, and names costly operations."""
 
 import importlib.util
 import re
@@ -15,7 +15,7 @@ COSTLIEST = 10
 
 
 def check(folder: str) -> None:
-    """Make the folder. Raises ValueError when no trace could be written there, or taken here."""
+    """Make the folder. Raises Mistake when no trace could be written there, or taken here."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -30,10 +30,10 @@ def check(folder: str) -> None:
 
 
 def trace(trainer: Any, updates: int, folder: str) -> list[dict[str, Any]]:
-    """Trace a block of bench.Ours into the folder: its operations, the costliest first.
+    """Trace a block of bench's Trainer into the folder, and return its operations, costliest first.
 
-    Of each its name in the compiled program, the place in the model that it was made for (a fusion
-    is named after one of several) and the seconds of an update, summed over devices and threads.
+    name: in the compiled program. place: the operation's source in the model; a fusion has several,
+    of which one is named. seconds: of an update, summed over devices and threads.
     """
     before = set(Path(folder).rglob("*.xplane.pb"))
     with jax.profiler.trace(folder):
@@ -49,11 +49,11 @@ def trace(trainer: Any, updates: int, folder: str) -> list[dict[str, Any]]:
 
 
 def operations(profile: ProfileData) -> Counter:
-    """Name of an operation -> its seconds in the trace."""
-    found: Counter = Counter()
+    """Return the seconds of each operation in the trace, by name."""
+    seconds: Counter = Counter()
     for plane in profile.planes:
         for line in plane.lines:
             for event in line.events:
                 if operation := dict(event.stats).get("hlo_op"):
-                    found[operation] += event.duration_ns / 1e9
-    return found
+                    seconds[operation] += event.duration_ns / 1e9
+    return seconds

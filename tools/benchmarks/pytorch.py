@@ -1,9 +1,8 @@
-"""One trainer in PyTorch, as a process that makes updates when it is asked to: for tools/bench.py.
-Or a writer, which continues texts.
+"""A process of tools/bench.py trains, or writes texts, with PyTorch whenever it is asked to.
 
-torch and JAX in one process fight over threads, so each trainer has a process of its own, and only
-one of them works at a time. Standard input and output are a pipe of JSON lines: the settings (see
-`Trainer`), answered by what was built; then {"updates": N}, answered by how long each took.
+torch and JAX in one process compete for threads, so each trainer has a process of its own, and only
+one of them works at a time. The process answers JSON lines on its standard input: the settings (see
+`Trainer`) by what it built; then each {"updates": N} by the time of an update.
 """
 
 import contextlib
@@ -24,15 +23,15 @@ MODES = ("eager", "compiled")
 
 
 class Child:
-    """The process, seen from outside. Raises ValueError with its last words when it fails."""
+    """A child is the parent's end of the process; its methods raise Mistake when it fails."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        self._words = tempfile.TemporaryFile("w+")
+        self._errors = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self._words,
+            stderr=self._errors,
             text=True,
         )
         self.name = f"{settings['trainer'].partition('=')[0]} {settings['mode']}"
@@ -48,23 +47,24 @@ class Child:
     def close(self) -> None:
         self._process.kill()
         self._process.communicate()
-        self._words.close()
+        self._errors.close()
 
     def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        with contextlib.suppress(BrokenPipeError):  # what it died of is in its last words
+        with contextlib.suppress(BrokenPipeError):  # standard error tells below why it died
             print(json.dumps(question), file=self._process.stdin, flush=True)
         if answer := self._process.stdout.readline():
             return json.loads(answer)
-        self._words.seek(0)
-        words = self._words.read().strip().splitlines() or ["it said nothing"]
-        raise Mistake(f"{self.name} failed: {words[-1]}")
+        self._errors.seek(0)
+        lines = self._errors.read().strip().splitlines() or ["it said nothing"]
+        raise Mistake(f"{self.name} failed: {lines[-1]}")
 
 
 class Trainer:
-    """A model with nanoGPT's optimizer, and random tokens to train it on.
+    """A trainer has a PyTorch model, nanoGPT's optimizer and random tokens to train on.
 
-    settings: what tools/bench.py makes of a Config. trainer: "nanogpt=DIR" or "transformers"; mode:
-    one of MODES; shape: what GPTConfig of nanoGPT takes; rows: sequences of a microbatch.
+    settings: those of bench's `pytorch_settings`, among them trainer, "nanogpt=DIR" or
+    "transformers"; mode, one of MODES; shape, the arguments of nanoGPT's GPTConfig; rows, the
+    sequences of a microbatch.
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
@@ -91,7 +91,7 @@ class Trainer:
         return self.torch.nn.functional.cross_entropy(scores.flatten(0, 1), y.flatten())
 
     def update(self) -> Any:
-        """As nanoGPT's train.py makes it. Returns the last microbatch's loss, not waited for."""
+        """Make an update as nanoGPT's train.py does; return the last loss, not waited for."""
         batch = self.batches[self.done % len(self.batches)]
         for tokens in batch:
             if self.settings["gpu"]:
@@ -108,9 +108,9 @@ class Trainer:
         return loss.detach()
 
     def block(self, updates: int) -> dict[str, Any]:
-        """Seconds of an update, and bytes of memory at their peak.
+        """Measure seconds of an update, and peak bytes of memory.
 
-        An update's loss is read once the next update is on its way, as for scalegpt.
+        As for scalegpt, an update's loss is read after the next update has been launched.
         """
         began, pending = time.perf_counter(), None
         for _ in range(updates):
@@ -125,9 +125,9 @@ class Trainer:
 
 
 class Writer:
-    """A model that continues random prompts by its own `generate`, as scalegpt.generate would.
+    """A writer's PyTorch model continues random prompts by its own `generate`.
 
-    settings: those of a Trainer; besides, texts: how many at a time; prompt, tokens: of each.
+    settings: those of a Trainer and texts, how many at a time; prompt and tokens, lengths of each.
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
@@ -135,14 +135,14 @@ class Writer:
         self.torch, self.device, self.context = prepare(settings)
         self.model = build(settings).to(self.device).eval()
         if settings["trainer"] == "transformers" and settings["dtype"] != "float32":
-            # As it is loaded for use; autocast would round the weights anew for every token.
+            # As one loads a model for use; autocast would round the weights again for each token.
             self.model.to(getattr(self.torch, settings["dtype"]))
         shape = (settings["texts"], settings["prompt"])
         self.prompts = self.torch.randint(settings["shape"]["vocab_size"], shape).to(self.device)
         self.parameters = list(self.model.parameters())
 
     def block(self, tokens: int) -> dict[str, Any]:
-        """Seconds of a token, prefill included."""
+        """Measure seconds of a token, prefill included."""
         sampled = {"max_new_tokens": tokens, "temperature": 0.8, "top_k": 200}
         if self.settings["trainer"] == "transformers":
             sampled |= {"do_sample": True, "pad_token_id": 0}
@@ -156,7 +156,7 @@ class Writer:
 
 
 def prepare(settings: dict[str, Any]) -> tuple[Any, str, Any]:
-    """torch, its device, and the context of its precision."""
+    """Return torch, its device, and an autocast context for the precision."""
     import torch
 
     device = "cuda" if settings["gpu"] else "cpu"
@@ -169,7 +169,7 @@ def prepare(settings: dict[str, Any]) -> tuple[Any, str, Any]:
 
 
 def build(settings: dict[str, Any]) -> Any:
-    """The model, on the CPU."""
+    """Build the model on the CPU."""
     trainer, _, folder = settings["trainer"].partition("=")
     if trainer == "transformers":
         return transformers_gpt2(settings)
@@ -178,12 +178,12 @@ def build(settings: dict[str, Any]) -> Any:
 
     shape = dict(settings["shape"])
     if shape["vocab_size"] == 50257:
-        shape["vocab_size"] = 50304  # as its train.py does
+        shape["vocab_size"] = 50304  # as nanoGPT's train.py does
     return GPT(GPTConfig(**shape))
 
 
 def transformers_gpt2(settings: dict[str, Any]) -> Any:
-    """GPT-2 of the same shape: it always has biases, and no vocabulary is padded."""
+    """Build a GPT-2 of the same shape, but with biases and without padding of the vocabulary."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     shape = settings["shape"]
@@ -199,13 +199,13 @@ def transformers_gpt2(settings: dict[str, Any]) -> Any:
             activation_function="gelu_new" if settings["activation"] == "gelu_tanh" else "gelu",
             **drop,
             bos_token_id=None,
-            eos_token_id=None,  # else it may end a text early
+            eos_token_id=None,  # so that no text ends early
         )
     )
 
 
 def adamw(model: Any, optim: dict[str, Any], fused: bool) -> Any:
-    """nanoGPT's optimizer for any model: what has two axes or more decays."""
+    """Make nanoGPT's optimizer for any model: parameters with two axes or more decay."""
     import torch
 
     parts: dict[bool, list] = {True: [], False: []}
@@ -219,13 +219,13 @@ def adamw(model: Any, optim: dict[str, Any], fused: bool) -> Any:
 
 
 def rss() -> int:
-    """Most bytes of memory that this process ever held."""
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
+    """Return the peak bytes of memory of this process."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def serve() -> None:
-    """Answer on what was standard output: nanoGPT and torch.compile print to it."""
+    """Answer requests on a copy of standard output, to which nanoGPT and torch.compile print."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     settings = json.loads(sys.stdin.readline())
@@ -239,23 +239,23 @@ def serve() -> None:
         print(json.dumps(trainer.block(json.loads(line)["updates"])), file=answers, flush=True)
 
 
-def check(what: str, model: Any) -> None:
-    """Raises ValueError when `what` is no trainer, is not here, or cannot be of the model's shape.
+def check(against: str, model: Any) -> None:
+    """Raise Mistake unless `against` is a trainer, is installed and can have the model's shape.
 
     model: a ModelConfig.
     """
-    trainer, equals, folder = what.partition("=")
+    trainer, equals, folder = against.partition("=")
     if trainer not in ("nanogpt", "transformers") or (trainer == "nanogpt") != bool(equals):
-        raise Mistake(f"--against={what} is neither nanogpt=DIR nor transformers")
+        raise Mistake(f"--against={against} is neither nanogpt=DIR nor transformers")
     for package in ("torch", *{"transformers"} & {trainer}):
         if importlib.util.find_spec(package) is None:
-            raise Mistake(f"--against={what} needs {package}: pip install {package}")
+            raise Mistake(f"--against={against} needs {package}: pip install {package}")
     if trainer == "nanogpt" and not Path(folder, "model.py").is_file():
         raise Mistake(
-            f"--against={what}: there is no model.py in {folder}; for a checkout, "
+            f"--against={against}: there is no model.py in {folder}; for a checkout, "
             "git clone https://github.com/karpathy/nanoGPT"
         )
-    wanted = {
+    possible = {
         "position": ["learned"],
         "norm": ["layernorm"],
         "activation": ["gelu", "gelu_tanh"],
@@ -266,9 +266,9 @@ def check(what: str, model: Any) -> None:
         "residual_scalars": [False],
         "value_embeddings": [False],
     }
-    for key, values in wanted.items():
-        if (found := getattr(model, key)) not in values:
-            raise Mistake(f"--against={what}: {trainer} has no model.{key}={found}")
+    for key, values in possible.items():
+        if (value := getattr(model, key)) not in values:
+            raise Mistake(f"--against={against}: {trainer} has no model.{key}={value}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The picture of tools/sizing.py: predicted loss over model size at one budget of FLOPs."""
+"""tools/sizing.py draws the predicted loss over model size at one budget of FLOPs."""
 
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,11 @@ from scalegpt.errors import Mistake
 FORMATS = (".png", ".pdf", ".svg")
 COLOURS = {"Chinchilla": "tab:blue", "Epoch": "tab:orange"}
 NAMES = {"Chinchilla": "Chinchilla's fit", "Epoch": "Epoch's fit of the same data"}
-REACH = 30  # sizes are drawn from optimum / REACH to optimum * REACH
+REACH = 30  # the size axis goes from optimum / REACH to optimum * REACH
 
 
 def check_file(file: str) -> None:
-    """Raises ValueError for a file that `draw` could not write."""
+    """Raise Mistake for a file that `draw` could not write."""
     if Path(file).suffix not in FORMATS:
         raise Mistake(f"--plot={file} must end in {', '.join(FORMATS)}")
     if not Path(file).resolve().parent.is_dir():
@@ -27,7 +27,7 @@ def check_file(file: str) -> None:
 
 
 def draw(scaling: dict[str, Any], file: str) -> None:
-    """scaling: that part of the report. Nothing is shown on a screen."""
+    """Draw the `scaling` part of sizing's report to a file, without a screen."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -68,10 +68,11 @@ def draw(scaling: dict[str, Any], file: str) -> None:
     axes.set_ylabel("predicted loss, nats a token")
     axes.xaxis.set_major_formatter(lambda n, _: short(n))
 
-    def other(x: Any) -> Any:  # N of D is D of N; matplotlib tries 0 as well
+    def swap(x: Any) -> Any:
+        """Turn N into D, or D into N, at this budget; matplotlib tries 0, too."""
         return budget / 6 / np.maximum(x, 1)
 
-    top = axes.secondary_xaxis("top", functions=(other, other))
+    top = axes.secondary_xaxis("top", functions=(swap, swap))
     top.xaxis.set_major_formatter(lambda n, _: short(n))
     top.set_xlabel("tokens D = FLOPs / 6 N")
     axes.grid(alpha=0.3)
@@ -80,7 +81,7 @@ def draw(scaling: dict[str, Any], file: str) -> None:
 
 
 def short(x: float) -> str:
-    """Three digits and a letter: 124M, 2.29B."""
+    """Write a number with three digits and a letter: 124M, 2.29B."""
     for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if x >= unit:
             return f"{x / unit:.3g}{letter}" if x < 1000 * unit else f"{x / unit:,.0f}{letter}"

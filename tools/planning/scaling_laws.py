@@ -1,8 +1,8 @@
-"""Chinchilla's scaling laws: which model, and on how many tokens, makes the most of a budget.
+"""Chinchilla's scaling laws say which model, on how many tokens, makes the most of a budget.
 
 N parameters, D tokens, C = 6 N D FLOPs of training. Source: Hoffmann et al. 2022,
-arXiv:2203.15556. They were fitted to one family of models on one text (MassiveText): compare
-sizes by them, do not expect the losses they name on other text or with another vocabulary.
+arXiv:2203.15556. The laws were fitted to one family of models on one text (MassiveText): compare
+sizes by them, and do not expect their losses on other text or with another vocabulary.
 """
 
 import math
@@ -12,7 +12,7 @@ from statistics import linear_regression
 
 @dataclass(frozen=True)
 class Law:
-    """Approach 3: the loss in nats a token is E + A / N^alpha + B / D^beta (eq. 2)."""
+    """A law gives the loss in nats a token as E + A / N^alpha + B / D^beta (approach 3, eq. 2)."""
 
     E: float
     A: float
@@ -24,13 +24,13 @@ class Law:
         return self.E + self.A / parameters**self.alpha + self.B / tokens**self.beta
 
     def optimum(self, flops: float) -> tuple[float, float]:
-        """(N, D) of least loss with 6 N D = flops (eq. 4)."""
+        """Return (N, D) of the least loss with 6 N D = flops (eq. 4)."""
         power = self.beta / (self.alpha + self.beta)
         parameters = self._ratio() ** (1 / (self.alpha + self.beta)) * (flops / 6) ** power
         return parameters, flops / 6 / parameters
 
     def tokens_for(self, parameters: float) -> float:
-        """D of the budget whose optimum is this model: where dL/dlogN = dL/dlogD."""
+        """Return D of the budget whose optimum is this N: there, dL/dlogN = dL/dlogD."""
         return (parameters**self.alpha / self._ratio()) ** (1 / self.beta)
 
     def _ratio(self) -> float:
@@ -60,19 +60,19 @@ OPTIMAL_MODELS = (
 
 
 def _line() -> tuple[float, float]:
-    """(m, c) of log D = m log N + c through the table, as in nanoGPT's scaling_laws.ipynb."""
+    """Fit (m, c) of log D = m log N + c to the table, as nanoGPT's scaling_laws.ipynb does."""
     logs = [(math.log(n), math.log(d)) for n, d in OPTIMAL_MODELS]
     return tuple(linear_regression(*zip(*logs, strict=True)))
 
 
 def table_tokens_for(parameters: float) -> float:
-    """Approach 2: tokens at which a model is optimal; 2.29e9 for 124e6 parameters."""
+    """Return D for which N is optimal by approach 2; 2.29e9 for 124e6 parameters."""
     slope, intercept = _line()
     return math.exp(slope * math.log(parameters) + intercept)
 
 
 def table_optimum(flops: float) -> tuple[float, float]:
-    """Approach 2: (N, D) with 6 N D = flops."""
+    """Return the optimal (N, D) with 6 N D = flops by approach 2."""
     slope, intercept = _line()
     parameters = math.exp((math.log(flops / 6) - intercept) / (slope + 1))
     return parameters, flops / 6 / parameters

@@ -1,4 +1,4 @@
-"""A training command on a machine: checked, packed, installed, started, watched."""
+"""A job checks, packs, installs, starts and watches one training command on a machine."""
 
 import argparse
 import dataclasses
@@ -19,6 +19,7 @@ from tpus.machine import Machine, note
 from scalegpt.config import Config, command_line
 from scalegpt.config.presets import recipe
 from scalegpt.errors import Mistake
+from scalegpt.processes.exits import Exit
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = (
@@ -30,15 +31,17 @@ SOURCES = (
     "README.md",
     "LICENSE",
 )
-# On these the numbers of a run and the form of its checkpoints depend: all machines get what is
-# installed here, so that one created anew in a month does not continue with other versions.
+# A run's numbers and the form of its checkpoints depend on these packages. Every machine gets the
+# versions installed here: one created a month later would otherwise continue with newer ones.
 PINNED = ("jax", "flax", "optax", "numpy", "grain", "orbax-checkpoint")
-DONE, MISTAKE, STOPPED, NOT_FINITE, GAVE_UP = 0, 2, 3, 4, 5
-SILENT = 20  # questions in a row that a machine said to be ready may leave unanswered
+SILENT = 20  # questions in a row to which a machine may give no answer although it is ready
 
 
 class Job:
-    """What is to run, checked before anything is rented."""
+    """A job is a training command and its files, checked before a machine is rented.
+
+    Raises Mistake for a command that could not run there.
+    """
 
     def __init__(self, flags: argparse.Namespace) -> None:
         if not flags.arguments:
@@ -73,7 +76,7 @@ class Job:
 
     @contextmanager
     def packed(self) -> Iterator[str]:
-        """An archive of the sources as they are now, for this machine and those after it."""
+        """Pack the sources as they are now, for this machine and any that replaces it."""
         with TemporaryDirectory(prefix="scalegpt-") as folder:
             path = Path(folder, self.archive)
             names = {p.relative_to(ROOT) for pattern in SOURCES for p in ROOT.glob(pattern)}
@@ -82,7 +85,7 @@ class Job:
                     archive.add(ROOT / name, f"./{name}")
                 for file in self.files:
                     archive.add(file, f"./{file}")
-                if self.env:  # a file, for arguments are printed and can be seen by others
+                if self.env:  # in a file, as arguments are printed and visible to other users
                     secret = Path(folder, "run.env")
                     secret.touch(0o600)
                     secret.write_text(self.env)
@@ -90,17 +93,17 @@ class Job:
             yield str(path)
 
     def go_on(self, machine: Machine, archive: str, seconds: float) -> worker_shell.Look:
-        """Start the run on a machine that is ready, or find it there; show its log to its end."""
-        now, offset = look_at(machine, seconds), -4000
-        if now.state == "running" and now.run != self.id:
+        """Start the run on a ready machine, or find it there, and show its log to its end."""
+        look, offset = look_at(machine, seconds), -4000
+        if look.state == "running" and look.run != self.id:
             raise Mistake(f"another run is in progress on {machine.name}; stop it first")
-        ended = now.state == "exit" and now.code == DONE and now.run == self.id
-        if now.state == "running" or ended:
+        ended = look.state == "exit" and look.code == Exit.DONE and look.run == self.id
+        if look.state == "running" or ended:
             note(f"found the run on {machine.name}")
         else:
             try:
                 self.begin(machine, archive)
-            except ValueError:  # a machine may be taken away while it is being prepared, too
+            except ValueError:  # a machine may be preempted while it is being prepared
                 if not machine.is_gone():
                     raise
                 return worker_shell.Look("", "gone")
@@ -108,14 +111,14 @@ class Job:
         return watch(machine, offset, seconds)
 
     def begin(self, machine: Machine, archive: str) -> None:
-        """Install, once a machine, and start. Raises ValueError."""
+        """Install scalegpt, once on each machine, and start the run. Raises Mistake."""
         if self.installed_on != machine.created:
             self.install(machine, archive)
             self.installed_on = machine.created
         machine.must_ssh(worker_shell.start(self.arguments), "starting the run")
 
     def install(self, machine: Machine, archive: str) -> None:
-        """The sources, their packages and the data, on all workers."""
+        """Install the sources, their packages and the data on all workers."""
         if machine.dry_run:
             note(f"{self.archive}: the sources, and what --env names, packed here")
             archive = self.archive
@@ -132,8 +135,8 @@ class Job:
 
 
 def local_data(config: Config) -> dict[str, list[str]]:
-    """Folder -> token files to copy to the workers; not of a URL, which they read themselves."""
-    found = {}
+    """Return the token files to copy to the workers, by folder; workers read URLs themselves."""
+    folders = {}
     for path in config.data.weights:
         if "://" in path or (config.data.prepare and recipe(Path(path).name)):
             continue
@@ -147,12 +150,15 @@ def local_data(config: Config) -> dict[str, list[str]]:
                 f"data.path={path}: there is no {path}/train.bin here to copy to the machine; "
                 f"prepare it, or give a bucket's --data.path=gs://BUCKET/{Path(path).name}"
             )
-        found[relative(path)] = files
-    return found
+        folders[relative(path)] = files
+    return folders
 
 
 def relative(path: str) -> str:
-    """The path, which must mean the same on the machine; free of what scp's shell would read."""
+    """Return a path that means the same on the machine, with nothing that scp's shell expands.
+
+    Raises Mistake for any other path.
+    """
     clean = Path(path).as_posix()
     if Path(path).is_absolute() or ".." in Path(path).parts or clean != shlex.quote(clean):
         raise Mistake(
@@ -162,31 +168,32 @@ def relative(path: str) -> str:
 
 
 def look_at(machine: Machine, seconds: float) -> worker_shell.Look:
-    """Worker 0 of a machine that is ready; one just created may not answer at once."""
+    """Ask worker 0 of a ready machine for its run; a machine just created may answer late."""
     pretend = "@scalegpt worker-0 none - - 0\n"
     for _ in range(5):
         answer = machine.ssh(worker_shell.look(), capture=True, once="look", pretend=pretend)
-        if found := worker_shell.read(answer.stdout):
-            return found[0]
+        if looks := worker_shell.read(answer.stdout):
+            return looks[0]
         time.sleep(seconds)
     raise Mistake(f"worker 0 of {machine.name} does not answer:\n{answer.stderr.strip()}")
 
 
 def watch(machine: Machine, offset: int, seconds: float) -> worker_shell.Look:
-    """Show the log of worker 0 from a byte on, until the run or its machine has ended.
+    """Show the log of worker 0 from byte `offset` on, until the run or its machine has ended.
 
-    By short questions, for a connection of days breaks. The answer has the end of the log.
+    Worker 0 is asked again and again, because a connection held for days breaks. Returns the last
+    look, with the end of the log.
     """
     text, silent, pretend = "", 0, "@scalegpt worker-0 exit 0 - 0\n"
     while True:
         answer = machine.ssh(worker_shell.look(offset), capture=True, once="watch", pretend=pretend)
-        if found := worker_shell.read(answer.stdout):
-            now, silent = found[0], 0
-            print(now.log, end="", flush=True)
-            # Kept, for a line may come in two parts, and in it the step.
-            text, offset = (text + now.log)[-20_000:], now.size
-            if now.state != "running":
-                return dataclasses.replace(now, log=text)
+        if looks := worker_shell.read(answer.stdout):
+            look, silent = looks[0], 0
+            print(look.log, end="", flush=True)
+            # Joined, because the line with the last step may come in two parts.
+            text, offset = (text + look.log)[-20_000:], look.size
+            if look.state != "running":
+                return dataclasses.replace(look, log=text)
         else:
             silent += 1
             note(f"worker 0 does not answer ({silent} of {SILENT})")
@@ -198,9 +205,10 @@ def watch(machine: Machine, offset: int, seconds: float) -> worker_shell.Look:
 
 
 def verdict(machine: Machine, last: worker_shell.Look) -> int | None:
-    """The exit code that counts: a mistake that one worker sees is a dead peer to the others."""
-    if last.code in (None, DONE):
+    """Return the exit code that explains the end: what one worker calls a mistake or a loss that is
+    not finite, the others see as a dead peer."""
+    if last.code in (None, Exit.DONE):
         return last.code
     answer = machine.ssh(worker_shell.look(), "all", capture=True)
-    codes = [found.code for found in worker_shell.read(answer.stdout)]
-    return next((code for code in codes if code in (MISTAKE, NOT_FINITE)), last.code)
+    codes = [look.code for look in worker_shell.read(answer.stdout)]
+    return next((code for code in codes if code in (Exit.MISTAKE, Exit.NOT_FINITE)), last.code)

@@ -1,6 +1,6 @@
-"""A TPU VM or pod slice as gcloud sees it: argument lists, no local shell, each command printed.
+"""A machine is a TPU VM or pod slice, managed by gcloud commands without a local shell.
 
-What is printed is a shell script: commands as they are run, and notes after a "#".
+Each command is printed before it runs; with notes after a "#", the output is a shell script.
 """
 
 import re
@@ -21,13 +21,13 @@ RUNTIMES = {
     "v5p": "v2-alpha-tpuv5",
     "v6e": "v2-alpha-tpuv6e",
 }
-# A request and a node in one of these never come back; any other state is worth waiting for.
-ON_THE_WAY = {"SUSPENDING", "DELETING"}  # to SUSPENDED and ABSENT, which is waited for
+# A request or node in one of these states never comes back; any other is worth waiting for.
+ON_THE_WAY = {"SUSPENDING", "DELETING"}  # these become SUSPENDED and ABSENT
 DEAD = {"SUSPENDED", "FAILED", *ON_THE_WAY}
 DEAD_NODE = {"PREEMPTED", "TERMINATED", "DELETING", "ABSENT"}
-CREATIONS = 3  # in a row, before a request that fails each time is called a failure
-PATIENCE = 10  # answers that may fail in a row while a machine is waited for, for days perhaps
-# A connection to a machine that is no more ends by itself.
+CREATIONS = 3  # how often in a row a machine is created before its failing is final
+PATIENCE = 10  # questions in a row that gcloud may fail to answer while a machine is waited for
+# So that a connection to a machine that is gone ends by itself.
 SSH_FLAGS = ("--ssh-flag=-oConnectTimeout=30", "--ssh-flag=-oServerAliveInterval=15")
 
 
@@ -36,7 +36,7 @@ def note(text: str) -> None:
 
 
 def accelerator(name: str) -> tuple[str, str, bool]:
-    """(type as gcloud calls it, its runtime version, whether it has several hosts)."""
+    """Return gcloud's name of a type, its runtime version, and whether it has several hosts."""
     name = re.sub("^v5e-", "v5litepod-", name)
     generation, _, size = name.partition("-")
     if generation not in RUNTIMES or not size.isdigit():
@@ -48,7 +48,7 @@ def accelerator(name: str) -> tuple[str, str, bool]:
 
 
 class Machine:
-    """One queued resource and its one node, both named `name`."""
+    """A machine is one queued resource (the request) and its one node, both named `name`."""
 
     def __init__(self, name: str, zone: str | None, project: str | None, dry_run: bool) -> None:
         if not re.fullmatch("[a-z]([-a-z0-9]{0,60}[a-z0-9])?", name):
@@ -58,15 +58,15 @@ class Machine:
         self.name, self.dry_run = name, dry_run
         self._where = [f"--{k}={v}" for k, v in (("zone", zone), ("project", project)) if v]
         self._printed: set[str] = set()
-        self.created = 0  # how often, from here
-        self.exists = False  # as far as is known
+        self.created = 0  # how often this object has created it
+        self.exists = False  # as of the last answer
 
     def call(
         self, argv: list[str], capture: bool = False, once: str = "", pretend: str = ""
     ) -> subprocess.CompletedProcess[str]:
-        """Print and run. `once`: a question that is put again and again and printed once.
+        """Print a command and run it; a dry run returns `pretend` as its output instead.
 
-        In a dry run the answer is `pretend`.
+        once: the name of a question that is asked repeatedly but printed once.
         """
         if once not in self._printed:
             print(shlex.join(argv), flush=True)
@@ -84,7 +84,7 @@ class Machine:
         )
 
     def must(self, argv: list[str], what: str, hint: str = "") -> None:
-        """Run with gcloud's own output in sight. Raises ValueError if it fails."""
+        """Run a command with gcloud's output shown. Raises Mistake if it fails."""
         if code := self.call(argv).returncode:
             see = f"see above; {hint}" if hint else "see above"
             raise Mistake(f"{what} failed: gcloud ended with {code}, {see}")
@@ -92,20 +92,23 @@ class Machine:
     def _tpus(self, group: str, verb: str, *flags: str) -> list[str]:
         return ["gcloud", "compute", "tpus", group, verb, self.name, *flags, *self._where]
 
-    # --- its life ---
+    # --- from creation to deletion ---
 
     def state(self) -> str:
-        """ABSENT, the request's state, or "ACTIVE, node ..."; raises ValueError on no answer."""
+        """Return ABSENT, the request's state, or "ACTIVE, node ..." with the node's state.
+
+        Raises Mistake where gcloud does not answer.
+        """
         pretend = "ACTIVE" if self.created else "ABSENT"
         request = self._describe("queued-resources", "value(state.state)", pretend)
         self.exists = request != "ABSENT"
         if request != "ACTIVE":
             return request
-        # A preempted node is seen here first: its request may stay ACTIVE for minutes.
+        # The node is asked, too: after a preemption its request may stay ACTIVE for minutes.
         return f"ACTIVE, node {self._describe('tpu-vm', 'value(state)', 'READY')}"
 
     def is_gone(self) -> bool:
-        """Whether it is surely no more; False where gcloud does not answer."""
+        """Whether the machine is certainly gone; False where gcloud does not answer."""
         try:
             return is_dead(self.state())
         except ValueError:
@@ -121,11 +124,12 @@ class Machine:
         return answer.stdout.strip() or "UNKNOWN"
 
     def up(self, create: Iterable[str], seconds: float) -> None:
-        """Return once it is ready: created, or created anew after a preemption, and waited for.
+        """Create the machine if need be, again after a preemption, and wait until it is ready.
 
-        `create`: flags of `gcloud compute tpus queued-resources create`. Raises ValueError.
+        create: flags of `gcloud compute tpus queued-resources create`. Raises Mistake where gcloud
+        fails, or the machine has failed CREATIONS times.
         """
-        made, failures, shown = 0, 0, ""
+        creations, failures, shown = 0, 0, ""
         while True:
             try:
                 state, failures = self.state(), 0
@@ -141,14 +145,14 @@ class Machine:
             if state == "ACTIVE, node READY":
                 return
             dead = is_dead(state) and state not in {"ABSENT", *ON_THE_WAY}
-            if dead and made == CREATIONS:
+            if dead and creations == CREATIONS:
                 self.call(self._tpus("queued-resources", "describe", "--format=yaml(state)"))
-                raise Mistake(f"{self.name} was created {made} times, and is {state} again")
+                raise Mistake(f"{self.name} was created {creations} times, and is {state} again")
             if dead:
                 self.down()
             if dead or state == "ABSENT":
                 self._create(create)
-                made += 1
+                creations += 1
             else:
                 time.sleep(seconds)
 
@@ -163,12 +167,12 @@ class Machine:
         self.exists = True
 
     def down(self) -> None:
-        """Delete the request and its node, wait until both are gone."""
+        """Delete the request and its node; gcloud returns when both are gone."""
         argv = self._tpus("queued-resources", "delete", "--force", "--quiet")
         self.must(argv, f"deleting {self.name}")
         self.exists = False
 
-    # --- what happens on it ---
+    # --- on the machine ---
 
     def ssh(
         self,
@@ -178,7 +182,7 @@ class Machine:
         once: str = "",
         pretend: str = "",
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command line of its shell on one worker or on all; gcloud passes it on as it is."""
+        """Run a line of shell on one worker or on all; gcloud does not change the line."""
         argv = self._ssh(command, worker)
         return self.call(argv, capture, once, pretend)
 
@@ -190,9 +194,9 @@ class Machine:
         return self._tpus("tpu-vm", "ssh", *flags)
 
     def send(self, files: list[str], folder: str) -> None:
-        """Copy files into a folder below its home, on all workers.
+        """Copy files into a folder below the home of all workers.
 
-        To several, gcloud copies only with a key that ssh-agent holds, where an agent runs.
+        Where an ssh-agent runs, gcloud copies to several workers only if the agent has the key.
         """
         argv = [
             "gcloud",
@@ -209,7 +213,7 @@ class Machine:
         self.must(argv, "copying", "of a key: ssh-add ~/.ssh/google_compute_engine")
 
     def fetch(self, folder: str, to: str) -> None:
-        """Copy a folder below the home of worker 0 here."""
+        """Copy a folder below the home of worker 0 to the local folder `to`."""
         argv = [
             "gcloud",
             "compute",
@@ -227,5 +231,5 @@ class Machine:
 
 
 def is_dead(state: str) -> bool:
-    """Whether a state is one that nothing comes back from."""
+    """Whether a request or node in this state never comes back."""
     return state in DEAD | {"ABSENT"} or state.removeprefix("ACTIVE, node ") in DEAD_NODE

@@ -1,8 +1,8 @@
-"""What the shell of each worker of a TPU is told: install, start, look, stop; one line each.
+"""These functions write the lines of shell that a TPU's workers run: install, start, look, stop.
 
-Everything is in `scalegpt` below the user's home: the sources, .venv, and of the run run.log,
-run.exit (its exit code), run.id (which command it was) and run.lock, held while it runs: a lock
-that its process holds says more than a process id, which another program may have after a reboot.
+Everything is in `scalegpt` below the user's home: the sources, .venv, and the run's run.log,
+run.exit (its exit code), run.id (which command it was) and run.lock. The run holds that lock while
+it runs; a process id would not tell, as another program may have it after a reboot.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ FOLDER = "scalegpt"
 _STEP = re.compile(r"^step (\d+)/", re.MULTILINE)
 _RUNNING = "! flock -n run.lock true"
 _ENTER = f"cd {FOLDER} || exit 1"
-# Says in one line, as one write, how the run is.
+# Prints the state of the run in one line, by one write: lines of several workers must not mix.
 _LOOK = (
     'cd scalegpt 2>/dev/null || { echo "@scalegpt $(hostname) none - - 0"; exit 0; }; c=-; '
     f"if {_RUNNING}; then s=running; elif [ -f run.stopped ]; then s=stopped; "
@@ -26,9 +26,12 @@ _LOOK = (
 
 @dataclass(frozen=True)
 class Look:
-    """How the run on one worker is: none, running, exit (with `code`), stopped, or lost: neither
-    process nor exit code, after a reboot for one. From here it may be gone (the machine is not
-    there) or silent (it does not answer). `size` of the log, in bytes."""
+    """A look is the state of the run on one worker: none, running, exit, stopped, lost.
+
+    exit comes with `code`; lost is a run that left neither process nor exit code, as after a
+    reboot. The caller adds gone (the machine is not there) and silent (it does not answer). size:
+    of the log, in bytes.
+    """
 
     worker: str
     state: str
@@ -39,11 +42,11 @@ class Look:
 
     @property
     def step(self) -> int:
-        """The last update in the log; -1: none."""
+        """The last update in the log, -1 without one."""
         return max(map(int, _STEP.findall(self.log)), default=-1)
 
     def why(self) -> str:
-        """How it ended, as the rest of a sentence."""
+        """Say how the run ended, as the rest of a sentence."""
         return {
             "exit": f"ended with {self.code}",
             "gone": "lost its machine, preempted perhaps",
@@ -56,7 +59,7 @@ def run_id(arguments: list[str]) -> str:
 
 
 def install(archive: str, python: str, packages: list[str]) -> str:
-    """Unpack the sources and install them with a Python that they support: images bring 3.10."""
+    """Unpack the sources and install them, with a newer Python than the 3.10 of the images."""
     uv = "python3 -m uv"
     steps = [
         f"mkdir -p {FOLDER}",
@@ -64,7 +67,7 @@ def install(archive: str, python: str, packages: list[str]) -> str:
         "rm -rf scalegpt configs tools run.env",
         f"tar -xzf ../{archive}",
         f"rm ../{archive}",
-        # Ubuntu 24.04 refuses without it; the pip of 22.04 does not know the flag, only variables.
+        # Ubuntu 24.04 demands this; as a variable, since pip of 22.04 does not know the flag.
         "PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --user --quiet uv",
         f"{uv} venv --quiet --allow-existing --python {python} .venv",
         f"{uv} pip install --quiet --python .venv/bin/python -e '.[tpu]' {shlex.join(packages)}",
@@ -73,9 +76,9 @@ def install(archive: str, python: str, packages: list[str]) -> str:
 
 
 def start(arguments: list[str]) -> str:
-    """Start training, detached: it outlives the connection, and leaves a log and an exit code."""
+    """Start training so that it outlives the connection and leaves a log and an exit code."""
     program = (
-        # So that this shell outlives a SIGTERM, which is for the program, and can note its end.
+        # This shell ignores the SIGTERM that stops the program, to write down its exit code.
         "trap : TERM; if [ -f run.env ]; then . ./run.env; fi; "
         f".venv/bin/python -u -m scalegpt.train {shlex.join(arguments)}; "
         "echo $? > run.exit.new; mv run.exit.new run.exit"
@@ -92,7 +95,7 @@ def start(arguments: list[str]) -> str:
 
 
 def look(offset: int | None = None) -> str:
-    """How the run is; with an offset also its log from that byte, negative: so many at its end."""
+    """Print the state of the run, and its log from byte `offset`; -n is its last n bytes."""
     if offset is None:
         return _LOOK
     return (
@@ -103,17 +106,20 @@ def look(offset: int | None = None) -> str:
 
 
 def read(text: str) -> list[Look]:
-    """What `look` printed, of each worker that answered; the log is that of the last one."""
-    found = []
+    """Parse what `look` printed on each worker that answered; the log is that of the last one."""
+    looks = []
     parts = re.split(r"^@scalegpt (\S+) (\S+) (\S+) (\S+) (\d+)\n", text, flags=re.MULTILINE)
     for worker, state, code, run, size, log in zip(*[iter(parts[1:])] * 6, strict=True):
-        found.append(Look(worker, state, None if code == "-" else int(code), run, int(size), log))
-    return found
+        looks.append(Look(worker, state, None if code == "-" else int(code), run, int(size), log))
+    return looks
 
 
 def stop(seconds: int, asked: bool) -> str:
-    """SIGTERM, on which the run saves. asked: by a person, so it is not to be started again;
-    otherwise what is not gone after so many seconds is killed."""
+    """Send SIGTERM, on which the run saves, and wait for its end.
+
+    asked: by a person, who does not want the run to be started again. Otherwise a run that has not
+    ended after `seconds` is killed.
+    """
     wait = f"for i in $(seq {seconds}); do flock -n run.lock true && exit 0; sleep 1; done"
     last = "echo it still runs >&2; exit 1" if asked else "kill -KILL -- -$(cat run.pid)"
     return (
@@ -123,16 +129,16 @@ def stop(seconds: int, asked: bool) -> str:
 
 
 def follow() -> str:
-    """The log as it grows, until the run ends."""
+    """Print the log as it grows, until the run ends."""
     return f"{_ENTER}; tail -n 100 -F --pid=$(cat run.pid) run.log"
 
 
 def tail(lines: int) -> str:
-    """The end of the log, each line with the worker's name."""
+    """Print the end of the log, each line after the worker's name."""
     return f'{_ENTER}; tail -n {lines} run.log | sed "s/^/$(hostname): /"'
 
 
 def has(files: dict[str, int]) -> str:
-    """Succeeds where all files, path -> bytes, are there and as large."""
+    """Exit with 0 where every file, by its path, is there with its size in bytes."""
     tests = [f'[ "$(stat -c %s {shlex.quote(file)})" = {size} ]' for file, size in files.items()]
     return f"cd {FOLDER} && " + " && ".join(tests)
