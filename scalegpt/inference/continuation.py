@@ -42,6 +42,7 @@ class Continuation:
         self.text = text[: len(text) - max(begun, default=0)]
 
     def end(self, finish: str) -> None:
+        """End the text for this reason, unless it has ended."""
         if self.finish is None:
             self.text, self.finish = self._decoded(), finish
 

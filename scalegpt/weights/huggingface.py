@@ -74,9 +74,13 @@ def locate(source: str) -> Path:
             f"{source} is not a folder with config.json and model.safetensors, nor the name of a "
             "repository of Hugging Face, as gpt2 or OWNER/NAME"
         )
+    print(f"{source} is no folder here; looking for it on Hugging Face ...", file=sys.stderr)
+    return _download(source)
+
+
+def _download(source: str) -> Path:
     import huggingface_hub
 
-    print(f"{source} is no folder here; looking for it on Hugging Face ...", file=sys.stderr)
     unreachable, cache_only = None, {}
     try:  # snapshot_download would wait for ever for a server that accepts and never answers
         huggingface_hub.HfApi().model_info(source, timeout=HUB_SECONDS)
@@ -91,7 +95,7 @@ def locate(source: str) -> Path:
     try:
         folder = get("config.json", SAFE, INDEX, "model-*.safetensors", *_TOKENIZER)
         return folder if any(folder.glob("*.safetensors")) else get("config.json", TORCH)
-    # Not found, gated, no network and no space are exceptions of four packages.
+    # Not found, gated, no network and no space raise exceptions of several packages.
     except Exception as error:
         error = unreachable or error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -117,6 +121,19 @@ def describe(folder: Path) -> tuple[ModelConfig, dict[str, Any] | None]:
         return _model(values.get("model", {}), path), spec
     if values.get("model_type") != "gpt2":
         raise Mistake(f"{path}: model_type is {values.get('model_type')!r}, not gpt2")
+    _refuse_other_gpt2(values, path)
+    model = {
+        **{key: values[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size")},
+        "block_size": values["n_positions"],
+        "bias": True,
+        "activation": ACTIVATIONS[values.get("activation_function", "gelu_new")],
+        "tie_word_embeddings": values.get("tie_word_embeddings", True),
+    }
+    return _model(model, path), _tokenizer(folder, values["vocab_size"])
+
+
+def _refuse_other_gpt2(values: dict[str, Any], path: Path) -> None:
+    """Raise Mistake for a GPT-2 without sizes, or with a feature that our model lacks."""
     sizes = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
     if missing := [key for key in sizes if type(values.get(key)) is not int]:
         raise Mistake(f"{path} does not give {', '.join(missing)} as a whole number")
@@ -135,14 +152,6 @@ def describe(folder: Path) -> tuple[ModelConfig, dict[str, Any] | None]:
             raise Mistake(
                 f"{path}: {key} is {values[key]}, which our model has not; it has {only or 'none'}"
             )
-    model = {
-        **{key: values[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size")},
-        "block_size": values["n_positions"],
-        "bias": True,
-        "activation": ACTIVATIONS[values.get("activation_function", "gelu_new")],
-        "tie_word_embeddings": values.get("tie_word_embeddings", True),
-    }
-    return _model(model, path), _tokenizer(folder, values["vocab_size"])
 
 
 def _model(values: dict[str, Any], path: Path) -> ModelConfig:

@@ -112,19 +112,8 @@ def _last(values: np.ndarray) -> float | None:
     return float(values[-1]) if len(values) and np.isfinite(values[-1]) else None
 
 
-HEADER = (
-    "arm",
-    "parameters",
-    "tokens",
-    "FLOPs",
-    "train s",
-    "val loss",
-    "bits/byte",
-    "x tokens",
-    "x FLOPs",
-    "x time",
-    "runs",
-)
+_FIGURES = "parameters,tokens,FLOPs,train s,val loss,bits/byte,x tokens,x FLOPs,x time"
+HEADER = ("arm", *_FIGURES.split(","), "runs")
 
 
 def table(summary: dict[str, Any]) -> str:

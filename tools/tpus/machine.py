@@ -198,36 +198,16 @@ class Machine:
 
         Where an ssh-agent runs, gcloud copies to several workers only if the agent has the key.
         """
-        argv = [
-            "gcloud",
-            "compute",
-            "tpus",
-            "tpu-vm",
-            "scp",
-            *files,
-            f"{self.name}:{folder}",
-            "--worker=all",
-            "--quiet",
-            *self._where,
-        ]
+        argv = self._scp(*files, f"{self.name}:{folder}", "--worker=all")
         self.must(argv, "copying", "of a key: ssh-add ~/.ssh/google_compute_engine")
 
     def fetch(self, folder: str, to: str) -> None:
         """Copy a folder below the home of worker 0 to the local folder `to`."""
-        argv = [
-            "gcloud",
-            "compute",
-            "tpus",
-            "tpu-vm",
-            "scp",
-            "--recurse",
-            f"{self.name}:{folder}",
-            to,
-            "--worker=0",
-            "--quiet",
-            *self._where,
-        ]
+        argv = self._scp("--recurse", f"{self.name}:{folder}", to, "--worker=0")
         self.must(argv, "fetching")
+
+    def _scp(self, *arguments: str) -> list[str]:
+        return ["gcloud", "compute", "tpus", "tpu-vm", "scp", *arguments, "--quiet", *self._where]
 
 
 def is_dead(state: str) -> bool:
