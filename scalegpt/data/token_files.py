@@ -119,17 +119,19 @@ def _locate(path: str, needed: tuple[str, ...], cache_dir: str | None) -> tuple[
     if remote:
         folder = stage(path, (*META, *needed), cache_dir)
     if not folder.is_dir():
-        raise Mistake(
-            f"data.path: there is no folder {folder}. Run one of data/*/prepare.py with "
-            f"--out {folder}, or point data.path at a folder with train.bin and val.bin"
-        )
+        raise Mistake(f"data.path: there is no folder {folder}; {_how_to_make(folder)}")
     for file in needed:
         if not (folder / file).is_file():
-            fix = "data.path must hold train.bin and val.bin, as data/*/prepare.py writes them"
-            if script := recipe(folder.name):
-                fix = f"make it with: python {script} --out {folder}"
-            raise Mistake(f"{path} has no {file}; {fix}")
+            raise Mistake(f"{path} has no {file}; {_how_to_make(folder)}")
     return posixpath.basename(path.rstrip("/")) if remote else folder.name, folder
+
+
+def _how_to_make(folder: Path) -> str:
+    script = recipe(folder.name) or f"{recipe('text')} --input YOUR_TEXT"
+    return (
+        f"point data.path at a folder with train.bin and val.bin, or make one: python {script} "
+        f"--out {folder}"
+    )
 
 
 def _open_tokens(file: Path, meta: dict, stated: bool) -> np.memmap:
@@ -269,7 +271,7 @@ def _refuse_other_files(file: Path, tokens: np.ndarray) -> None:
     head = tokens[: 1 << 16]
     if kind := _foreign(head.tobytes()[:FOREIGN_HEAD]):
         raise Mistake(
-            f"{file} is {kind}, no file of token ids; make those with data/text/prepare.py, or "
+            f"{file} is {kind}, no file of token ids; make those with {recipe('text')}, or "
             "say what they are in a meta.json"
         )
     if len(head) >= 64 and not head[1::2].any():
