@@ -234,18 +234,14 @@ def loop(run: Run, state: State, start: int) -> State:
             run.metrics.say(f"first update after {time.perf_counter() - began:.1f} s")
         best, loss = run.meta["best_loss"], None
         if evaluating:
-            try:
-                loss = evaluate(run, state, step)
-            except Interrupted:  # asked to stop: the next process does this evaluation
-                run.meta["evaluation_due"] = stopping = saving = True
-            else:
-                if not math.isfinite(loss):
-                    raise NotFinite(step)
+            loss = evaluate(run, state, step)  # asked to stop meanwhile, it saves, raises Stopped
+            if not math.isfinite(loss):
+                raise NotFinite(step)
         if saving or (loss is not None and loss < best):
             save(run, state, step, loss)
-            if step < total and not stopping:
+            if step < total and not stopping:  # `finish` writes the last row of the ledger
                 run.metrics.ledger(step)
-        if stopping and (step < total or run.meta["evaluation_due"]):
+        if stopping and step < total:
             raise Stopped(step)
     return state
 
@@ -256,12 +252,18 @@ def due(step: int, every: int) -> bool:
 
 
 def evaluate(run: Run, state: State, step: int) -> float:
-    """Write the evaluation row of `step` and return its loss. Raises Interrupted.
+    """Write the evaluation row of `step` and return its loss.
 
     The row is written before any checkpoint of that step, so that the best one's loss is known.
+    Raises Stopped when the run is asked to stop meanwhile; the next process evaluates again.
     """
-    with run.phases("evaluation"):
-        row = run.validate(state.swapped().params)
+    try:
+        with run.phases("evaluation"):
+            row = run.validate(state.swapped().params)
+    except Interrupted:
+        run.meta["evaluation_due"] = True
+        save(run, state, step, None)
+        raise Stopped(step) from None
     run.meta["best_loss"] = min(run.meta["best_loss"], row["val/loss"])
     run.meta["evaluation_due"] = False
     run.metrics.evaluation({"step": step, **row, "val/best_loss": run.meta["best_loss"]})
