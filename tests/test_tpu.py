@@ -328,7 +328,7 @@ def test_without_gcloud_it_says_so_and_ends_with_2(monkeypatch, capsys):
 def test_the_commands_of_the_readme_are_commands(cloud, monkeypatch, capsys):
     folder = cloud([])
     monkeypatch.setenv("WANDB_API_KEY", "key")
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    text = (ROOT / "tools" / "README.md").read_text().replace("\\\n", " ")
     lines = re.findall(r"^python tools/tpu.py (.*)$", text, re.MULTILINE)
     assert len(lines) >= 7
     for line in lines:
