@@ -147,9 +147,7 @@ def check_files(flags: argparse.Namespace) -> None:
             raise Mistake(f"--{name}={file}: there is no folder {Path(file).parent}")
         if use := taken.get(str(path)):
             raise Mistake(f"--{name}={file} is {use}, too; give another file")
-        if (
-            path.exists() and not path.is_file()
-        ):  # os.replace would delete a device such as /dev/null
+        if path.exists() and not path.is_file():  # replacing it would delete a /dev/null
             kind = "a folder" if path.is_dir() else "no ordinary file"
             raise Mistake(f"--{name}={file} is {kind}; give a file")
         if not os.access(path if path.exists() else path.parent, os.W_OK):

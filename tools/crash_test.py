@@ -56,7 +56,7 @@ COMPARED = (
 )
 PATIENCE = 60  # seconds in which the other processes must leave
 STILL_THERE = 999  # the exit code of a process that did not leave
-STUCK = 600  # seconds without the moment to kill, after which the run hangs
+STUCK = 600  # seconds to wait for the moment to kill, after which the run counts as hung
 
 
 @dataclass(frozen=True)

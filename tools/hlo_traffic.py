@@ -18,6 +18,8 @@ KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 
 @dataclass(frozen=True)
 class Collective:
+    """A collective is an operation in which devices exchange the parts of an array."""
+
     kind: str
     axes: tuple[str, ...]  # of the mesh, that a group of devices spans
     depth: int  # loops around it
@@ -110,7 +112,7 @@ def _axes(line: str, mesh: Mesh) -> tuple[str, ...]:
 
 
 def _groups(line: str) -> list[list[int]]:
-    """Devices that talk to each other, as places in the mesh; [] is XLA's word for all of them.
+    """Return groups of devices that talk to each other, by index in the mesh; [] means all devices.
 
     XLA writes them in three ways: as lists `{{0,1},{2,3}}`; as an array of all devices, of which
     each row is a group, `[2,4]<=[4,2]T(1,0)`; and as axes of a mesh, `mesh['a'=4,'b'=2] {'a'}`.
@@ -129,7 +131,7 @@ def _groups(line: str) -> list[list[int]]:
 
 
 def _first_group_of_mesh(axes: str, order: str | None, grouped: str) -> list[int]:
-    """The group of the first device: all that differ from it along the grouped axes alone.
+    """Return the first device's group: all that differ from it along the grouped axes alone.
 
     axes: `'a'=4,'b'=2`. order: the mesh's devices, where they are not 0, 1, 2, ...
     grouped: `'b','a':(1)2`, of which the latter is the part of 2 of axis a that has 1 before it,
@@ -146,7 +148,7 @@ def _first_group_of_mesh(axes: str, order: str | None, grouped: str) -> list[int
 
 
 def _device_ids(text: str) -> np.ndarray:
-    """`[4,2]T(1,0)` is 0 to 7 as an array, transposed; `0,2,1,3` are the ids themselves."""
+    """Parse `[4,2]T(1,0)`, which is 0 to 7 as an array, transposed, or the ids `0,2,1,3`."""
     shape, _, order = text.partition("T")
     if not shape.startswith("["):
         return np.array(_numbers(text))

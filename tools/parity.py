@@ -61,6 +61,8 @@ FLAGS = {
 
 @dataclass(frozen=True)
 class Row:
+    """A row is one way to distribute the run: mesh, accumulation, backend, processes."""
+
     name: str
     mesh: dict[str, int]
     accumulation: int = 1
@@ -192,6 +194,7 @@ def updates(config: Config, datasets: list[Dataset], devices: list[Any], count: 
 
 
 def difference(result: Result, reference: Result, tolerance: float) -> dict[str, Any]:
+    """Return the largest differences of a row's result from the reference's, and the verdict."""
     gaps = {k: np.abs(x - reference.params[k]).max() for k, x in result.params.items()}
     norms = np.divide(result.norms, reference.norms)
     report = {

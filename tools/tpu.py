@@ -52,8 +52,8 @@ def main(argv: list[str]) -> int:
         again = shlex.join(["python", "tools/tpu.py", *argv])
         print(
             f"\n# interrupted here; a run that has started on {flags.name} goes on.\n"
-            f"# back to it:   {again}\n# save and stop: {own(flags, 'stop')}\n"
-            f"# delete:       {own(flags, 'down')}",
+            f"# back to it:   {again}\n# save and stop: {tpu_command(flags, 'stop')}\n"
+            f"# delete:       {tpu_command(flags, 'down')}",
             file=sys.stderr,
         )
         return Exit.INTERRUPTED
@@ -150,7 +150,8 @@ def train(flags: argparse.Namespace) -> int:
 
 def to_its_end(flags: argparse.Namespace, job: Job, archive: str, create: list[str]) -> int:
     """Run the job to its end, on one machine after another if need be; return the exit code."""
-    machine, reached, stuck = flags.machine, -1, 0  # the last update; ends without a new one
+    machine = flags.machine
+    reached, stuck = -1, 0  # the last update made; how often the run ended without a new one
     while True:
         machine.up(create, flags.poll)
         last = job.go_on(machine, archive, flags.poll)
@@ -190,10 +191,10 @@ def run(flags: argparse.Namespace) -> int:
     """Install scalegpt and start the run without waiting for its end."""
     job = Job(flags)
     if look_at(flags.machine, flags.poll).state == "running":
-        raise Mistake(f"a run is in progress; stop it first: {own(flags, 'stop')}")
+        raise Mistake(f"a run is in progress; stop it first: {tpu_command(flags, 'stop')}")
     with job.packed() as archive:
         job.begin(flags.machine, archive)
-    note(f"started; its log: {own(flags, 'logs')}")
+    note(f"started; its log: {tpu_command(flags, 'logs')}")
     if not job.in_bucket:
         note(f"{job.out} is on the machine's own disk and goes with it; fetch it before `down`")
     return Exit.DONE
@@ -260,13 +261,16 @@ def bring(machine: Machine, out_dir: str, to: str) -> None:
     machine.must(["gcloud", "storage", "rsync", "--recursive", out_dir, to], "fetching")
 
 
-def own(flags: argparse.Namespace, command: str) -> str:
+def tpu_command(flags: argparse.Namespace, command: str) -> str:
+    """Write a command of this tool for the same machine."""
     where = [f"--{k}={v}" for k in ("zone", "project") if (v := getattr(flags, k))]
     return shlex.join(["python", "tools/tpu.py", command, flags.name, *where])
 
 
 def left_over(flags: argparse.Namespace) -> str:
-    return f"{flags.name} is still there and may cost money; delete it: {own(flags, 'down')}"
+    return (
+        f"{flags.name} is still there and may cost money; delete it: {tpu_command(flags, 'down')}"
+    )
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def open_task(
             context, choices, gold = _PARSERS[name](_Fields(_value(line)))
             # The harness joins context and choice by a space, its default "target_delimiter".
             rows = [encode_pair(codec, context, f" {c}", block_size) for c in choices]
-        except ValueError as error:  # of JSON too
+        except ValueError as error:
             raise Mistake(f"{path}, line {number}, is no example of {name}: {error}") from None
         task.gold.append(gold)
         task.lengths.append([len(c) for c in choices])

@@ -8,7 +8,7 @@ from ablations.record import Record
 from ablations.report import AXES, Mean, mean_curve, summarise
 
 LABELS = {"tokens": "tokens", "flops": "training FLOPs", "seconds": "seconds of updates"}
-LINES = ("-", "--", "-.", ":")  # ten arms, one a colour, share a style of line
+LINES = ("-", "--", "-.", ":")  # ten arms differ by colour; each further ten, by style, too
 EARLY = 20  # the loss axis ends at the reference's loss after 1/20 of its tokens
 
 

@@ -93,7 +93,7 @@ class Record(_Part):
 
     @property
     def evaluated(self) -> bool:
-        """Whether any run has been evaluated."""
+        """Return whether any run has been evaluated."""
         return any(run.step for arm in self.arms.values() if arm for run in arm.curves.values())
 
 
@@ -112,6 +112,7 @@ def measure(plan: Plan) -> Record:
 
 
 def arm(config: Config, curves: dict[int, Curve]) -> Arm:
+    """Return the arm with these curves, whose runs have this config."""
     return Arm(
         parameters=flops.parameter_count(config.model),
         flops_per_token=flops.flops_per_token(config.model),
@@ -154,7 +155,7 @@ def existing(path: Path) -> Path:
 
 
 def finished(run: Run) -> bool:
-    """Whether the run has saved and evaluated its last checkpoint.
+    """Return whether the run has saved and evaluated its last checkpoint.
 
     A manifest alone is not enough: a stop during the last evaluation saves before it leaves.
     """
@@ -184,7 +185,7 @@ def rows_of(run: Run) -> list[dict[str, Any]]:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether a value is finite or None; math.isfinite raises for huge integers."""
+    """Return whether a value is finite or None; math.isfinite raises for huge integers."""
     return value is None or type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 

@@ -15,7 +15,7 @@ NOT_BEGUN = "not begun"
 
 
 class Mean(NamedTuple):
-    """The mean curve of an arm's runs, as arrays [n] over evaluations.
+    """A mean is the mean curve of an arm's runs, as arrays [n] over evaluations.
 
     cost: by each of AXES, where seconds are NaN if no update was timed. low, high: of all runs.
     """
@@ -27,6 +27,7 @@ class Mean(NamedTuple):
 
 
 def mean_curve(arm: Arm) -> Mean:
+    """Average an arm's runs at the steps at which all of them were evaluated."""
     begun = list(arm.curves.values())
     done, evaluated = [r for r in begun if r.state == DONE], [r for r in begun if r.step]
     runs = done or evaluated or begun

@@ -30,7 +30,7 @@ ADDED = 2**28  # bytes of the array whose addition is timed
 
 
 class Writer:
-    """scalegpt.generate's decoder with random weights on all devices; the constructor compiles."""
+    """A writer is scalegpt.generate's decoder with random weights; the constructor compiles it."""
 
     name = "scalegpt"
 

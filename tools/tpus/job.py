@@ -205,8 +205,10 @@ def watch(machine: Machine, offset: int, seconds: float) -> worker_shell.Look:
 
 
 def verdict(machine: Machine, last: worker_shell.Look) -> int | None:
-    """Return the exit code that explains the end: what one worker calls a mistake or a loss that is
-    not finite, the others see as a dead peer."""
+    """Return the exit code that explains the run's end.
+
+    All workers are asked, because one's mistake or non-finite loss is a dead peer to the others.
+    """
     if last.code in (None, Exit.DONE):
         return last.code
     answer = machine.ssh(worker_shell.look(), "all", capture=True)

@@ -108,7 +108,7 @@ class Machine:
         return f"ACTIVE, node {self._describe('tpu-vm', 'value(state)', 'READY')}"
 
     def is_gone(self) -> bool:
-        """Whether the machine is certainly gone; False where gcloud does not answer."""
+        """Return whether the machine is certainly gone; False where gcloud does not answer."""
         try:
             return is_dead(self.state())
         except ValueError:
@@ -211,5 +211,5 @@ class Machine:
 
 
 def is_dead(state: str) -> bool:
-    """Whether a request or node in this state never comes back."""
+    """Return whether a request or node in this state never comes back."""
     return state in DEAD | {"ABSENT"} or state.removeprefix("ACTIVE, node ") in DEAD_NODE

@@ -42,7 +42,7 @@ class Look:
 
     @property
     def step(self) -> int:
-        """The last update in the log, -1 without one."""
+        """Return the last update in the log, -1 without one."""
         return max(map(int, _STEP.findall(self.log)), default=-1)
 
     def why(self) -> str:
