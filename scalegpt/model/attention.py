@@ -20,8 +20,8 @@ from scalegpt.model.custom_gradients import on_cpu, product
 
 IMPLEMENTATIONS = ("xla", "flax", "cudnn", "splash")
 PLATFORMS = ("cpu", "gpu", "cuda", "rocm", "tpu")
-# The mesh axes that split batch and heads; only splash has to be told. They repeat what is decided
-# in step/sharding.py, ROWS and RULES["act_heads"], which the model may not import.
+# The mesh axes of batch and heads, which only splash has to be told: a copy of ROWS and
+# RULES["act_heads"] of step/sharding.py, which decides and which the model may not import.
 BATCH_AXES = ("replica", "data", "fsdp")
 HEAD_AXES = ("tensor",)
 # How "xla" cuts up the queries: more or smaller blocks save little more and compile longer.
@@ -139,8 +139,7 @@ def cached_attention(
         weights = jax.nn.softmax(scores).astype(v.dtype)
         return jnp.einsum("bhts,bhsk->bthk", weights, v)
 
-    # Only the smallest of some sizes that holds the filled slots is read. Most of the cache is
-    # empty most of the time, and reading all of it would cost as much as reading the weights.
+    # The cache is mostly empty, and reading all of it would cost as much as reading the weights.
     size = past[0].shape[2]
     sizes = [2**i for i in range(7, size.bit_length()) if 2**i < size] + [size]
     smallest = jnp.searchsorted(jnp.array(sizes), used + q.shape[1])
@@ -150,11 +149,8 @@ def cached_attention(
 def _dropout(
     rate: float, keys: Array | None, shape: tuple[int, ...]
 ) -> Callable[[Array, slice], Array]:
-    """Return a function that drops some attention weights and scales up the rest.
-
-    It takes weights [B,H,t,s] over the first s keys and the slice of the t queries among all T.
-    The mask of row b depends on keys[b] alone. Raises Mistake for a bad rate or keys.
-    """
+    """Return a function of weights [B,H,t,s] over the first s keys and the slice of their queries,
+    which drops some weights and scales up the rest. Row b's mask depends on keys[b] alone."""
     if not rate:
         return lambda weights, _: weights
     batch, time, heads, _ = shape
@@ -178,10 +174,8 @@ def _scores(spec: str, q: Array, k: Array) -> Array:
 
 
 def _blocks(time: int) -> list[tuple[slice, slice]]:
-    """Split the queries into blocks, each with the keys that its last query sees, as slices.
-
-    Most of the scores that the causal mask would hide are then not computed.
-    """
+    """Split the queries into blocks, each with the keys that its last query sees, as slices. So
+    most of the scores that the causal mask would hide are not computed."""
     size = max(LEAST_BLOCK, -(-time // QUERY_BLOCKS))
     starts = range(0, time, size)
     return [(slice(i, end), slice(end)) for i in starts for end in [min(i + size, time)]]
@@ -207,11 +201,9 @@ def _xla(q: Array, k: Array, v: Array, drop: Callable[[Array, slice], Array]) ->
 
 @jax.custom_vjp
 def _xla_recomputing(q: Array, k: Array, v: Array) -> Array:
-    """Compute `_xla` without dropout; the backward pass recomputes the weights as flash attention.
-
-    It does so from q, k and the log of each query's sum of exponentials. Saving the weights of all
-    layers would cost an accelerator more memory and more time, as reads and writes bound its speed.
-    """
+    """Compute `_xla` without dropout, but recompute the weights backward, as flash attention does,
+    from q, k and the log of each query's sum of exponentials. Saving those of all layers would cost
+    an accelerator more memory and more time, as reads and writes bound its speed."""
     return _xla_recomputing_fwd(q, k, v)[0]
 
 

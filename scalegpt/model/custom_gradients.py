@@ -53,11 +53,9 @@ def _row_major(x: Array) -> Array:
 
 
 def _to_bits(*args: Array) -> tuple[Array, ...]:
-    """Turn bfloat16 into its bits, uint16, on a CPU, to save arrays for the backward pass.
-
-    XLA stacks the saved arrays of all layers. It would turn a stack of bfloat16 into float32, and
-    then copy that stack instead of slicing it.
-    """
+    """Turn bfloat16 into its bits, uint16, on a CPU, to save arrays for the backward pass. XLA
+    stacks those of all layers. It would convert a stack of bfloat16 to float32 and copy that stack
+    instead of slicing it."""
     bits = partial(jax.lax.bitcast_convert_type, new_dtype=jnp.uint16)
     return tuple(bits(x) if x.dtype == jnp.bfloat16 and on_cpu() else x for x in args)
 
@@ -87,40 +85,34 @@ product.defvjp(lambda spec, x, y, dtype: (product(spec, x, y, dtype), _to_bits(x
 
 
 def recompute(function: Callable, *args: Array) -> Array:
-    """Compute function(*args), and again in the backward pass, which saves nothing but args.
+    """Compute function(*args), and again in the backward pass, for which only args are saved.
 
     On a CPU this is also a barrier to fusion: XLA would fuse the function into each of its
     consumers, some of which read it with strides. Elsewhere it is plain jax.checkpoint: the loop
     over layers would write values saved inside the function to memory and read them back.
     """
     if on_cpu():
-        return _recompute_apart(function, *args)
+        return _recompute_cpu(function, *args)
     # Inside a loop XLA cannot merge the two passes anyway; where layers are unrolled, it may.
     return jax.checkpoint(function, prevent_cse=False)(*args)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _recompute_apart(function: Callable, *args: Array) -> Array:
+def _recompute_cpu(function: Callable, *args: Array) -> Array:
     return jax.lax.optimization_barrier(function(*args))
 
 
-def _recompute_apart_bwd(function: Callable, saved: tuple[Array, ...], g: Array) -> tuple:
+def _recompute_bwd(function: Callable, saved: tuple[Array, ...], g: Array) -> tuple:
     return jax.lax.optimization_barrier(jax.vjp(function, *_from_bits(saved))[1](g))
 
 
-_recompute_apart.defvjp(
-    lambda function, *args: (_recompute_apart(function, *args), _to_bits(*args)),
-    _recompute_apart_bwd,
-)
+_recompute_cpu.defvjp(lambda f, *args: (_recompute_cpu(f, *args), _to_bits(*args)), _recompute_bwd)
 
 
 @jax.custom_vjp
 def logsumexp(x: Array) -> Array:
-    """Compute the log of the sum of exponentials over the last axis, named for `jax.checkpoint`.
-
-    Where its policy saves the name "logsumexp", the gradient takes one pass over x, and else three:
-    for the maximum, the sum and the quotients.
-    """
+    """Compute the logsumexp of the last axis, under a name that `jax.checkpoint` can save: then the
+    gradient takes one pass over x, and else three, for the maximum, the sum and the quotients."""
     return jax.nn.logsumexp(x, axis=-1)
 
 

@@ -128,7 +128,7 @@ class Attention(_Layer):
             q, key = rms_norm(q), rms_norm(key)
         if context.rotary is not None:
             q, key = rotate(q, *context.rotary), rotate(key, *context.rotary)
-        mask_keys = layer_cache = None
+        mask_keys = cached = None
         if keys is not None and c.dropout > 0:
             mask_keys = jax.vmap(lambda row: jax.random.fold_in(row, 3 * layer))(keys)
         if cache is None:
@@ -141,11 +141,10 @@ class Attention(_Layer):
                 dropout_keys=mask_keys,
             )
         else:
-            past = cache.layers[layer]
-            y, layer_cache = cached_attention(q, key, v, past, cache.first, cache.used)
+            y, cached = cached_attention(q, key, v, cache.layers[layer], cache.first, cache.used)
         kernel = self.weight("proj_kernel", (h, k, d), ("heads", "kv", "embed"))
         y = project("bthk,hkd->btd", y, kernel) + self.bias("proj_bias", (d,), ("norm",))
-        return dropout(y, c.dropout, keys, 3 * layer + 1), layer_cache
+        return dropout(y, c.dropout, keys, 3 * layer + 1), cached
 
     def value_embedding(self, tokens: Array) -> Array:
         """Look up embeddings [B, T, H, K] of tokens [B, T], scaled by a learned scalar a head."""
@@ -186,10 +185,10 @@ class Block(_Layer):
             a, b = self.scalars("residual_scalars", [1.0, 0.0]).astype(self.dtype)
             x = a * x + b * context.x0
         normed = Norm(*shared, name="ln_1")(x)
-        y, layer_cache = Attention(*shared, name="attn")(normed, layer, keys, context, cache)
+        y, cached = Attention(*shared, name="attn")(normed, layer, keys, context, cache)
         x = constrain(x + y, "batch", "position", "act_embed")
         y = MLP(*shared, name="mlp")(Norm(*shared, name="ln_2")(x), layer, keys)
-        return constrain(x + y, "batch", "position", "act_embed"), layer_cache
+        return constrain(x + y, "batch", "position", "act_embed"), cached
 
 
 class GPT(_Layer):
@@ -284,11 +283,8 @@ class GPT(_Layer):
 
 
 def separate_layers(params: Any) -> Any:
-    """Split the stacked layers h [L, ...] of the parameters into h_0, h_1, ..., for decoding.
-
-    It would else copy each layer out of the stack for every token, which takes longer than all
-    its products.
-    """
+    """Split the stacked parameters h [L, ...] into h_0, h_1, ..., for decoding, which would copy
+    each layer out of the stack for every token: that takes longer than all its products."""
     if "h" not in params:
         return params
     layers = range(jax.tree.leaves(params["h"])[0].shape[0])
@@ -317,10 +313,7 @@ def head_table(params: Any) -> Array:
 
 
 def logits(hidden: Array, table: Array, config: ModelConfig) -> Array:
-    """Compute float32 logits [..., V] from hidden [..., D] and the head's table.
-
-    The ids that only pad the vocabulary get the lowest float.
-    """
+    """Compute float32 logits [..., V] of hidden [..., D]; ids of padding get the lowest float."""
     rows = "bt"[: hidden.ndim - 1]
     y = product(f"{rows}d,vd->{rows}v", hidden, table.astype(hidden.dtype), jnp.float32)
     if cap := config.logit_softcap:

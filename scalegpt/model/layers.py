@@ -65,19 +65,15 @@ def layer_norm(x: Array, scale: Array) -> Array:
 
 
 def rms_norm(x: Array) -> Array:
-    """Divide x by the root mean square of its last axis, in float32, and return x's dtype.
-
-    Source: arXiv:1910.07467, without a gain.
-    """
+    """Divide x by the root mean square of its last axis, in float32, and return x's dtype
+    (arXiv:1910.07467, without a gain)."""
     y = x.astype(jnp.float32)
     return (y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + RMS_NORM_EPS)).astype(x.dtype)
 
 
 def rotate(x: Array, cos: Any, sin: Any) -> Array:
-    """Rotate x [B, T, H, K] by the angles of its positions (rotary embedding, arXiv:2104.09864).
-
-    cos, sin: of these angles, [T, K/2] or [B, T, K/2].
-    """
+    """Rotate x [B, T, H, K] by the angles of its positions (rotary embedding, arXiv:2104.09864);
+    cos, sin: of these angles, [T, K/2] or [B, T, K/2]."""
     cos, sin = cos[..., None, :], sin[..., None, :]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = (first * cos - second * sin, second * cos + first * sin)

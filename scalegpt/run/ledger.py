@@ -16,11 +16,8 @@ Row = dict[str, Any]
 
 
 class Ledger:
-    """A ledger adds the time of this process to that of the processes before it.
-
-    earlier: the rows that metrics.jsonl had when this process began. start: the update that it
-    continues from, None for a new run.
-    """
+    """A ledger adds this process's time to that of earlier ones, whose rows of metrics.jsonl are
+    `earlier`. start: the update that this process continues from, None for a new run."""
 
     def __init__(self, phases: Phases, earlier: list[Row], start: int | None) -> None:
         self._phases, self._earlier = phases, dict.fromkeys(TIMES, 0.0)
@@ -34,8 +31,7 @@ class Ledger:
         if not saved_rows:  # the run begins anew, so that all its work was lost
             lost = sum(seconds.values()) - seconds["down"]
             seconds = dict.fromkeys(TIMES, 0.0) | {"lost": lost, "down": seconds["down"]}
-        # From that row to the last one that the killed process wrote, it did work that this process
-        # repeats: that counts as lost.
+        # What the killed process did after that row is repeated by this one: it counts as lost.
         seconds["lost"] += ended - last["time"]
         seconds["down"] += max(0.0, time.time() - phases.lifetime - ended)
         self._earlier = seconds

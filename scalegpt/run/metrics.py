@@ -119,9 +119,8 @@ def check_packages(log: Any) -> None:
 class Metrics:
     """Metrics sends each row to all writers; it does nothing at all where `is_main` is false.
 
-    `log` is the config's log section, `config` the whole of it (for W&B). `resume_step`: up to
-    which step the rows of earlier processes stay, as `rows_to_keep` says. Raises Mistake as the
-    writers do.
+    `log` is the config's log section, `config` the whole of it (for W&B) and `resume_step` what
+    `resume.rows_to_keep` returned. Raises Mistake as the writers do.
     """
 
     def __init__(
@@ -165,10 +164,7 @@ class Metrics:
             )
 
     def train(self, row: Row) -> None:
-        """Write a row of TRAIN_KEYS, which gets `time` and `memory/host_gib`.
-
-        Values are Python, NumPy or JAX scalars.
-        """
+        """Write a row of TRAIN_KEYS, Python, NumPy or JAX scalars, with time and memory added."""
         assert row.keys() <= set(TRAIN_KEYS), row.keys() - set(TRAIN_KEYS)
         if self._writers:
             memory = round(self._memory.memory_info().rss / 2**30, 4)

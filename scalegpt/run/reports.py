@@ -89,11 +89,8 @@ def finish(config: Config, checkpoints: Checkpoints, best_loss: float, metrics: 
 def bad_update(
     config: Config, datasets: list[Dataset], step: int, values: dict[str, Any], metrics: Metrics
 ) -> None:
-    """Warn of an update whose loss or gradient is not finite, or whose loss is a spike.
-
-    The windows of text that it saw and its gradient norms go to a file in the run's folder, for a
-    post-mortem. values: the metrics of the update, as `Steps.train` returns them.
-    """
+    """Warn of an update whose loss or gradient is not finite, or whose loss is a spike. For a
+    post-mortem, the windows of text that it saw and its gradient norms go to the run's folder."""
     loss, norm = float(values["train/loss"]), float(values["train/grad_norm"])
     if math.isfinite(loss) and math.isfinite(norm):
         what = (
@@ -146,10 +143,7 @@ def not_finite(step: int, allowed: int, checkpoints: Checkpoints, metrics: Metri
 
 
 def not_saved(failure: Failure | None, checkpoints: Checkpoints, metrics: Metrics) -> None:
-    """Say that the run stops because it could not save.
-
-    failure: None if the very last save went well after all.
-    """
+    """Say that the run stops as it could not save. failure: None if the last save went well."""
     why = f" for {time.time() - failure.since:.0f} s: {failure.reason}" if failure else ""
     metrics.say(
         f"error: no checkpoint could be written{why}; stopped; {checkpoints.last_good()} in "

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -91,10 +90,7 @@ def open_to_save(config: Config) -> Checkpoints:
 
 
 def check_same_run(config: Config, meta: dict[str, Any], stored: dict[str, Any]) -> float:
-    """Return the best loss of a checkpoint's run; raise Mistake if it was trained on other data.
-
-    meta, stored: what this run and the checkpoint say about themselves.
-    """
+    """Return the best loss of the `stored` run; raise Mistake if it was trained on other data."""
     # Compared by position, not by name: a mixture deals its rows out by position.
     stored_data = list(stored["data"].values())
     changes = [
@@ -116,13 +112,9 @@ def refuse_changes(config: Config, changes: list[str]) -> None:
         )
 
 
-def config_path(config: Config) -> Path:
-    return run_folder.local(config.run.out_dir) / "config.yaml"
-
-
 def write_config(config: Config) -> None:
     """Write config.yaml, which marks a run that may be continued. Raises Mistake."""
-    path = config_path(config)
+    path = run_folder.local(config.run.out_dir) / "config.yaml"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         open_folder(path.parent).write(path.name, config.to_yaml().encode())
@@ -148,10 +140,8 @@ def rows_to_keep(start: int, total: int, begun_before: bool) -> int | None:
 def initial_state(
     config: Config, steps: Steps, checkpoints: Checkpoints, start: int, say: Callable[[str], Any]
 ) -> State:
-    """Restore this run's own checkpoint, else take the weights of run.init_from, else random ones.
-
-    start: the step of the checkpoint, 0 without one.
-    """
+    """Restore this run's checkpoint `start`, if not 0, or begin with run.init_from's weights, or
+    with random ones."""
     if start:
         say(f"continuing from step {start} in {checkpoints.folder}")
         return checkpoints.restore(start, steps.abstract).swapped()

@@ -25,8 +25,7 @@ from scalegpt.step.loss import row_losses
 from scalegpt.step.optimizer import optimizer
 from scalegpt.step.update import State
 
-# The tokens of a microbatch on a CPU, about: the backward pass of a layer then still finds in a
-# cache what the forward pass has saved.
+# A CPU's microbatch: so many tokens that the backward pass finds a layer's values still in a cache.
 CPU_TOKENS = 1024
 
 

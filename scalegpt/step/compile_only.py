@@ -9,7 +9,6 @@ import jax
 
 from scalegpt.config import Config
 from scalegpt.errors import Mistake
-from scalegpt.model.flops import parameter_count
 from scalegpt.step import build_for_training, sharding
 
 
@@ -26,7 +25,7 @@ def compile_only(config: Config, where: str) -> None:
     memory = compiled.memory_analysis()
     kind, gib = mesh.devices.flat[0].device_kind, 2**30
     print(
-        f"{parameter_count(config.model):,} parameters on {mesh.size} x {kind}, "
+        f"{steps.parameters:,} parameters on {mesh.size} x {kind}, "
         f"{dict(mesh.shape)}, accumulation {steps.layout[0]}\n"
         f"compiled in {time.perf_counter() - began:.0f} s; GiB a device: "
         f"state and batch {memory.argument_size_in_bytes / gib:.2f}, "

@@ -7,8 +7,7 @@ import jax
 
 from scalegpt.config import Config, MeshConfig
 
-# One a core would be too many: each holds a copy of the state. And the rounding of a run would then
-# depend on the machine.
+# Not one a core: each holds a copy of the state, and rounding would depend on the machine.
 DEVICES = 2
 
 
@@ -26,11 +25,10 @@ def choose(config: Config) -> None:
 
 def fits(config: Config) -> bool:
     """Tell whether batch and cores allow DEVICES, and the user set neither devices nor mesh."""
-    set_number = jax.config.jax_num_cpu_devices != -1
-    set_number |= "device_count" in os.environ.get("XLA_FLAGS", "")
-    batch = config.batch
+    xla_flags, batch = os.environ.get("XLA_FLAGS", ""), config.batch
     return not (
-        set_number
+        jax.config.jax_num_cpu_devices != -1
+        or "device_count" in xla_flags
         or config.mesh != MeshConfig()
         or batch.sequences % (DEVICES * (batch.microbatch or 1))
         or _cores() < DEVICES

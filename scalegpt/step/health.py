@@ -40,10 +40,8 @@ def initial() -> Health:
 
 
 def deviation(recent: Array, loss: Array) -> Array:
-    """Measure how many standard deviations `loss` lies above the median of `recent`.
-
-    The median of absolute deviations estimates them. 0 while there are fewer than ENOUGH losses.
-    """
+    """Measure how many standard deviations, estimated by the median of absolute deviations, `loss`
+    lies above the median of `recent`; 0 while there are fewer than ENOUGH losses."""
     median = jnp.nanmedian(recent)
     spread = 1.4826 * jnp.nanmedian(jnp.abs(recent - median))
     # Without this floor the smallest rise would be a spike where losses hardly differ.
@@ -52,10 +50,7 @@ def deviation(recent: Array, loss: Array) -> Array:
 
 
 def judge(run: RunConfig, health: Health, loss: Array, norm: Array) -> tuple[Array, Array, Health]:
-    """Return whether to apply an update, the deviation of its loss, and the health after it.
-
-    loss, norm: of the update's gradient.
-    """
+    """Judge an update by its loss and gradient norm: whether to apply it, its deviation, health."""
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     deviations = deviation(health.recent, loss)
     skipped = finite & (deviations > run.spike) if run.skip_spikes else jnp.zeros((), bool)

@@ -36,11 +36,8 @@ def parameters_on_device(model: Any, mesh: Mapping[str, int]) -> int:
 
 
 def moment_bytes(parameters: int, model: Any, optim: OptimConfig, shards: int = 1) -> int:
-    """Count the bytes of the optimizer's float32 state, the averaged weights included.
-
-    AdamW has two moments of each parameter; Muon needs one less for the layers' matrices, which are
-    split into `shards`.
-    """
+    """Count the bytes of moments and averaged weights, float32. AdamW has two moments of each
+    parameter, Muon one less for the layers' matrices, which are split into `shards`."""
     spared = 12 * model.n_layer * model.n_embd**2 // shards if optim.name == "muon" else 0
     return (12 if optim.average else 8) * parameters - 4 * spared
 

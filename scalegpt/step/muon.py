@@ -75,12 +75,8 @@ def scale_by_muon(
     def update(grads: Any, state: MuonState, params: Any = None) -> tuple[Any, MuonState]:
         beta, count = momentum(state.count), state.count + 1
         mean = jax.tree.map(lambda m, g: beta * m + (1 - beta) * g, state.momentum, grads)
-        next_bias, bias = 1 - beta ** (count + 1), 1 - beta**count  # as the mean began at zero
-
-        def ahead(m: Array, g: Array) -> Array:
-            return beta * m / next_bias + (1 - beta) * g / bias
-
-        nesterov = jax.tree.map(ahead, mean, grads)
+        later, bias = 1 - beta ** (count + 1), 1 - beta**count  # as the mean began at zero
+        nesterov = jax.tree.map(lambda m, g: beta * m / later + (1 - beta) * g / bias, mean, grads)
         return _orthogonalised(nesterov, steps, dtype), MuonState(count, mean)
 
     return optax.GradientTransformation(init, update)
@@ -118,11 +114,11 @@ def _parameter(matrices: Array, layout: Layout, like: Array) -> Array:
 
 
 def _on_whole_matrices(function: Callable[[Array], Array], stack: Array) -> Array:
-    """Apply `function` to [N, D, W] while the devices hold whole matrices, split by N.
+    """Apply `function` to [N, D, W] while each device holds whole matrices, and reshard back.
 
-    Before and after, each matrix is split over fsdp x tensor, as parameters are. Resharding costs
+    Before and after, each matrix is split over fsdp x tensor, as the parameters are. This costs
     all-to-alls each way, instead of collectives inside every Newton-Schulz product. Without a mesh,
-    as under pmap, every device applies `function` to the whole stack.
+    as under pmap, each device computes the whole stack.
     """
     sizes = jax.sharding.get_abstract_mesh().shape
     fsdp, tensor = RULES["embed"], RULES["mlp"]

@@ -64,7 +64,7 @@ def optimizer(config: OptimConfig, dtype: Any = jnp.float32) -> optax.GradientTr
     clip = optax.clip_by_global_norm(config.grad_clip) if config.grad_clip else optax.identity()
     average = [tail_average(config)] if config.average else []
     if config.name == "adamw":
-        return optax.chain(clip, *_decayed_and_scaled(config, _adam(config), config.lr), *average)
+        return optax.chain(clip, *_update_rule(config, _adam(config), config.lr), *average)
     muon = scale_by_muon(_momentum(config), config.ns_steps, dtype)
     directions = {
         "matrices": (muon, config.lr),
@@ -72,11 +72,8 @@ def optimizer(config: OptimConfig, dtype: Any = jnp.float32) -> optax.GradientTr
         "head": (_adam(config), config.head_lr),
         "scalars": (_adam(config), config.scalar_lr),
     }
-    transforms = {
-        name: optax.chain(*_decayed_and_scaled(config, direction, lr))
-        for name, (direction, lr) in directions.items()
-    }
-    return optax.chain(clip, by_group(transforms, group), *average)
+    groups = {name: optax.chain(*_update_rule(config, *pair)) for name, pair in directions.items()}
+    return optax.chain(clip, by_group(groups, group), *average)
 
 
 def group(path: str) -> str:
@@ -123,13 +120,11 @@ def _adam(config: OptimConfig) -> optax.GradientTransformation:
     return optax.scale_by_adam(config.beta1, config.beta2, config.eps)
 
 
-def _decayed_and_scaled(
+def _update_rule(
     config: OptimConfig, direction: optax.GradientTransformation, lr: float
 ) -> list[optax.GradientTransformation]:
-    """Chain a direction with what all optimizers share: + weight_decay p, then x -learning rate.
-
-    So the decay is decoupled, as AdamW's. lr: the peak; the schedule's shape is the run's.
-    """
+    """Return an update rule: the direction, then + weight_decay p (decoupled, as in AdamW), then
+    times -learning rate. lr: the peak for these parameters; the schedule's shape is the run's."""
     decay = cautious_decay if config.cautious_decay else optax.add_decayed_weights
     rate, share = schedule(config), lr / config.lr
     return [
@@ -140,10 +135,8 @@ def _decayed_and_scaled(
 
 
 def cautious_decay(weight_decay: float, mask: Callable[[Any], Any]) -> optax.GradientTransformation:
-    """Add weight decay only to entries that the update moves towards zero, too (arXiv:2510.12402).
-
-    Otherwise it is optax.add_decayed_weights.
-    """
+    """Add weight decay as optax.add_decayed_weights does, but only to entries that the update moves
+    towards zero, too (arXiv:2510.12402)."""
 
     def update(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
         def add(decays: bool, u: Array, p: Array) -> Array:
