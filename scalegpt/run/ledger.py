@@ -16,8 +16,8 @@ Row = dict[str, Any]
 
 
 class Ledger:
-    """A ledger adds this process's time to that of earlier ones, whose rows of metrics.jsonl are
-    `earlier`. start: the update that this process continues from, None for a new run."""
+    """A ledger adds this process's time to that of earlier processes. earlier: their rows of
+    metrics.jsonl. start: the update that this process continues from, None for a new run."""
 
     def __init__(self, phases: Phases, earlier: list[Row], start: int | None) -> None:
         self._phases, self._earlier = phases, dict.fromkeys(TIMES, 0.0)

@@ -72,8 +72,8 @@ def replay(config: Config, datasets: list[Dataset], steps: Steps, phases: Phases
 
 
 def example_losses(config: Config, steps: Steps, state: State, batch: Array) -> np.ndarray:
-    """Compute the mean cross-entropy, in nats a token, [A * M], of the rows of an update's batch
-    [A, M, T+1], with the dropout that the update had."""
+    """Compute the mean cross-entropy of each row of an update's batch [A, M, T+1]: [A * M], in nats
+    a token, with the dropout that the update had."""
 
     def losses(params: Any, tokens: Array, rows: Array, key: Array) -> Array:
         keys = row_keys(steps.model, key, rows)

@@ -140,8 +140,8 @@ def rows_to_keep(start: int, total: int, begun_before: bool) -> int | None:
 def initial_state(
     config: Config, steps: Steps, checkpoints: Checkpoints, start: int, say: Callable[[str], Any]
 ) -> State:
-    """Restore this run's checkpoint `start`, if not 0, or begin with run.init_from's weights, or
-    with random ones."""
+    """Restore the run's checkpoint of step `start`; if that is 0, begin with the weights of
+    run.init_from, or with random ones."""
     if start:
         say(f"continuing from step {start} in {checkpoints.folder}")
         return checkpoints.restore(start, steps.abstract).swapped()

@@ -50,7 +50,8 @@ def deviation(recent: Array, loss: Array) -> Array:
 
 
 def judge(run: RunConfig, health: Health, loss: Array, norm: Array) -> tuple[Array, Array, Health]:
-    """Judge an update by its loss and gradient norm: whether to apply it, its deviation, health."""
+    """Decide whether to apply an update of this loss and gradient norm; return that decision, the
+    deviation of the loss, and the health after the update."""
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     deviations = deviation(health.recent, loss)
     skipped = finite & (deviations > run.spike) if run.skip_spikes else jnp.zeros((), bool)
@@ -71,7 +72,7 @@ def choose(apply: Array, new: Any, old: Any) -> Any:
 
 
 def layer_norms(tree: Any) -> dict[str, Array]:
-    """Compute the norm of each parameter by its name; of the layers' stacked ones, [L] norms."""
+    """Compute the norm of each parameter, by name; parameters stacked over layers get [L] norms."""
 
     def norm(path: tuple, x: Array) -> Array:
         axes = tuple(range(1, x.ndim)) if path[0].key == "h" else None

@@ -50,7 +50,7 @@ LAYOUTS = {
 
 
 def orthogonalise(x: Array, steps: int) -> Array:
-    """Approximate U V^T of each matrix U S V^T in x [N, D, W], by `steps` of Newton-Schulz."""
+    """Approximate U V^T of each matrix U S V^T in x [N, D, W] by Newton-Schulz, in x's dtype."""
     norm = jnp.sqrt(jnp.square(x.astype(jnp.float32)).sum((-2, -1), keepdims=True))
     x = (x / (norm + 1e-8)).astype(x.dtype)
     a, b, c = COEFFICIENTS
@@ -75,8 +75,10 @@ def scale_by_muon(
     def update(grads: Any, state: MuonState, params: Any = None) -> tuple[Any, MuonState]:
         beta, count = momentum(state.count), state.count + 1
         mean = jax.tree.map(lambda m, g: beta * m + (1 - beta) * g, state.momentum, grads)
-        later, bias = 1 - beta ** (count + 1), 1 - beta**count  # as the mean began at zero
-        nesterov = jax.tree.map(lambda m, g: beta * m / later + (1 - beta) * g / bias, mean, grads)
+        next_bias, bias = 1 - beta ** (count + 1), 1 - beta**count  # as the mean began at zero
+        nesterov = jax.tree.map(
+            lambda m, g: beta * m / next_bias + (1 - beta) * g / bias, mean, grads
+        )
         return _orthogonalised(nesterov, steps, dtype), MuonState(count, mean)
 
     return optax.GradientTransformation(init, update)

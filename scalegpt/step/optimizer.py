@@ -123,8 +123,8 @@ def _adam(config: OptimConfig) -> optax.GradientTransformation:
 def _update_rule(
     config: OptimConfig, direction: optax.GradientTransformation, lr: float
 ) -> list[optax.GradientTransformation]:
-    """Return an update rule: the direction, then + weight_decay p (decoupled, as in AdamW), then
-    times -learning rate. lr: the peak for these parameters; the schedule's shape is the run's."""
+    """Chain a direction with what all optimizers share: add weight_decay x parameter (decoupled, as
+    in AdamW), multiply by -learning rate. lr: the peak here; its shape is the run's schedule."""
     decay = cautious_decay if config.cautious_decay else optax.add_decayed_weights
     rate, share = schedule(config), lr / config.lr
     return [
@@ -183,7 +183,7 @@ def swap_average(params: Any, opt_state: Any) -> tuple[Any, Any]:
 
 
 def _momentum(config: OptimConfig) -> Callable[[Array], Any]:
-    """Return a function from updates so far to momentum, rising from 0.85 in momentum_warmup."""
+    """Return a function: updates so far -> momentum, from 0.85 up over momentum_warmup updates."""
     if not config.momentum_warmup:
         return lambda i: config.momentum
     return optax.linear_schedule(0.85, config.momentum, config.momentum_warmup)
