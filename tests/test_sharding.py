@@ -13,6 +13,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from scalegpt.config import BatchConfig, Config, MeshConfig
+from scalegpt.model import attention
 from scalegpt.step import build as step
 from scalegpt.step import health, sharding
 
@@ -216,6 +217,11 @@ def test_rules_within_manual_axes_leave_only_the_others_to_the_batch():
     assert sharding.rules_within(("replica", "data"))["batch"] == ("fsdp",)
     assert sharding.rules_within(())["batch"] == ("replica", "data", "fsdp")
     assert sharding.rules_within(sharding.ROWS)["vocab"] == ("tensor", "fsdp")
+
+
+def test_splash_attention_splits_over_the_axes_of_the_table():
+    assert attention.BATCH_AXES == sharding.RULES["batch"]
+    assert attention.HEAD_AXES == (sharding.RULES["act_heads"],)
 
 
 # --- the arithmetic of meshes and batches

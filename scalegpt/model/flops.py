@@ -46,9 +46,9 @@ def used_parameters(model: Any) -> int:
     This is the N of PaLM's and Chinchilla's formulas as nanoGPT's notebooks read them: 123,653,376
     for GPT-2.
     """
-    parts = parameters_by_component(model)
-    looked_up = parts["wpe"] + parts["value_embeddings"] + (parts["wte"] if parts["head"] else 0)
-    return sum(parts.values()) - looked_up
+    sizes = parameters_by_component(model)
+    looked_up = sizes["wpe"] + sizes["value_embeddings"] + (sizes["wte"] if sizes["head"] else 0)
+    return sum(sizes.values()) - looked_up
 
 
 def flops_by_component(model: Any, causal: bool = False) -> dict[str, int]:

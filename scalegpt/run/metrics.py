@@ -89,18 +89,18 @@ class Console:
     def write(self, row: Row) -> None:
         if "time/step" in row:  # a row of the ledger, which `summary` prints once, at the end
             return
-        parts = [f"step {row['step']}/{self._total}"]
-        parts += [form.format(row[key]) for key, form in _SHOWN.items() if key in row]
-        parts += [f"{key} {row[key]:.4g}" for key in row if _of_task(key)]
+        columns = [f"step {row['step']}/{self._total}"]
+        columns += [form.format(row[key]) for key, form in _SHOWN.items() if key in row]
+        columns += [f"{key} {row[key]:.4g}" for key in row if _of_task(key)]
         if "perf/step_seconds" in row:  # without evaluations and saves, which come on top
             left = (self._total - row["step"]) * row["perf/step_seconds"]
-            parts.append(f"left {tqdm.format_interval(left)}")
+            columns.append(f"left {tqdm.format_interval(left)}")
         if self._bar is None or "train/loss" not in row:
-            self.say(" | ".join(parts))
+            self.say(" | ".join(columns))
         else:
             self._bar.n = row["step"]
             self._bar.ncols = shutil.get_terminal_size().columns  # tqdm itself may find 0
-            self._bar.set_description_str("  ".join(parts))
+            self._bar.set_description_str("  ".join(columns))
 
     def close(self) -> None:
         if self._bar is not None:
