@@ -47,7 +47,7 @@ def in_yaml(tmp_path):
 
 
 def gpt2_parameters(L, D, T, V, bias):
-    """Independent of scalegpt.flops: GPT-2's arrays, one term each."""
+    """Independent of scalegpt.model.flops: GPT-2's arrays, one term each."""
     weights = D * 3 * D + D * D + D * 4 * D + 4 * D * D
     norms = 2 * D
     biases = (3 * D + D + 4 * D + D + 2 * D) if bias else 0

@@ -202,7 +202,7 @@ def test_cpu_gets_a_note_and_a_known_device_nothing():
 
 def test_importing_flops_and_metrics_brings_no_heavy_package():
     code = (
-        "import sys, scalegpt.flops, scalegpt.metrics\n"
+        "import sys, scalegpt.model.flops, scalegpt.run.metrics\n"
         "assert not {'jax', 'wandb', 'tensorboardX'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,1 +1,1 @@
-"""This package is the GPT as functions of arrays with named axes; it knows no mesh and no file."""
+"""This room is the GPT as functions of arrays with named axes; it knows no mesh and no file."""

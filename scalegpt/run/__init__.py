@@ -1,1 +1,1 @@
-"""This package is about one run and its folder: resuming, metrics, time ledger, reports."""
+"""This room continues, measures and reports one run: resuming, metrics, time ledger, replay."""

@@ -1,4 +1,4 @@
-"""This package turns a config and a mesh into compiled functions, by jit, shard_map and optax."""
+"""This room turns a config and a mesh into compiled functions, by jit, shard_map and optax."""
 
 from jax.sharding import Mesh
 
