@@ -30,6 +30,7 @@ import pytest  # noqa: E402
 import tiny_run  # noqa: E402
 
 from scalegpt import train  # noqa: E402
+from scalegpt.data.tokenizer import Tokenizer, load  # noqa: E402
 from scalegpt.step import build as step  # noqa: E402
 from scalegpt.step import update  # noqa: E402
 
@@ -123,6 +124,15 @@ def shared_data() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"no test data at {SHARED}; point SCALEGPT_TEST_DATA at it")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def gpt2_tokenizer() -> Tokenizer:
+    """GPT-2's tokenizer; without it, in a cache or by the network, the test is skipped aloud."""
+    try:
+        return load("gpt2")
+    except ValueError as error:
+        pytest.skip(f"gpt2's files are not here: {error}")
 
 
 @pytest.fixture(scope="session")

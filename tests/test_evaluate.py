@@ -178,11 +178,11 @@ def test_the_splits_of_a_run_and_the_same_text_as_a_file(run, tmp_path, capsys):
     assert val["val/bits_per_byte"] == pytest.approx(val["val/loss"] / math.log(2), rel=1e-9)
 
 
-def test_without_a_mark_the_first_token_and_its_bytes_do_not_count(tmp_path):
+def test_without_a_mark_the_first_token_and_its_bytes_do_not_count(tmp_path, gpt2_tokenizer):
     (tmp_path / "text").write_text("éaé", encoding="utf-8")
     split = text_loss.text_split(str(tmp_path / "text"), tokenizer.char_tokenizer(["aé"]))
     assert split.tokens.tolist() == [1, 0, 1] and split.bytes_per_token == 3 / 2
-    split = text_loss.text_split(str(tmp_path / "text"), tokenizer.load("gpt2"))
+    split = text_loss.text_split(str(tmp_path / "text"), gpt2_tokenizer)
     assert split.tokens[0] == 50256 and split.bytes_per_token == 5 / (len(split.tokens) - 1)
 
 

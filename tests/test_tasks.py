@@ -213,8 +213,8 @@ def test_figures_do_not_depend_on_mesh_and_microbatch(weights):
 # --- what a text is cut into
 
 
-def test_a_pair_is_encoded_as_the_harness_does():
-    gpt2 = tokenizer.load("gpt2")
+def test_a_pair_is_encoded_as_the_harness_does(gpt2_tokenizer):
+    gpt2 = gpt2_tokenizer
     # The space at the end of a context belongs to what follows; "space" alone is another token.
     row = tasks.encode_pair(gpt2, "outer ", "space", 8)
     assert row.ids.tolist() == gpt2.encode("outer space").tolist() and row.scored == 1

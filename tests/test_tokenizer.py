@@ -188,7 +188,7 @@ def test_gpt2_without_cache_or_network_says_what_to_do(tmp_path):
 
 def test_importing_loads_no_tokenizer_package_and_no_jax():
     code = (
-        "import sys, scalegpt.tokenizer, scalegpt.prepare\n"
+        "import sys, scalegpt.data.tokenizer, scalegpt.data.prepare\n"
         "print(sorted({'tiktoken', 'tokenizers', 'datasets', 'jax'} & set(sys.modules)))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
