@@ -342,7 +342,7 @@ def test_the_loop_learns_of_a_failure_without_asking_to_wait(tmp_path, monkeypat
     while checkpoints.failing is None and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not checkpoints.failing.over
-    checkpoints._saver._patience = 0.0
+    checkpoints._saver.patience = 0.0
     assert checkpoints.failing.over and checkpoints.last_good() == (
         "the last good checkpoint is step 1"
     )

@@ -21,8 +21,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from scalegpt.checkpoints import manifest
-from scalegpt.checkpoints.saving import Failure, Saver
-from scalegpt.checkpoints.writing import reason
+from scalegpt.checkpoints.writing import Failure, Saver, reason
 from scalegpt.errors import Mistake
 from scalegpt.files.folder import open_folder
 from scalegpt.files.run_folder import FOLDER, is_run

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from scalegpt.checkpoints.checkpoints import Checkpoints
-from scalegpt.checkpoints.saving import Failure
+from scalegpt.checkpoints.writing import Failure
 from scalegpt.config import Config
 from scalegpt.config.recipe import muons
 from scalegpt.data.datasets import windows_of
