@@ -1,1 +1,1 @@
-"""What a run keeps, and whether every byte of it is whole."""
+"""This room writes and reads what a run keeps, and tells whether every byte of it is whole."""

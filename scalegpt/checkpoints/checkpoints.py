@@ -1,9 +1,9 @@
-"""Checkpoints: what a run needs to continue bitwise, and weights alone for everybody else.
+"""Checkpoints hold what a run needs to continue bitwise; everybody else reads the weights alone.
 
 A step's folder holds two items of Orbax, `params` and `optimizer` (its state and the step), and the
 manifest with the rest: config, tokenizer, the data's fingerprint, the best loss so far, and
-checksums of every file. There is no position in the data: the batch of a step follows from seed and
-step. Step 0, weights that were imported, has no `optimizer`.
+checksums of every file. A position in the data is not stored: the batch of a step follows from seed
+and step. Step 0 holds imported weights and has no `optimizer`.
 """
 
 import itertools
@@ -32,17 +32,20 @@ _count = itertools.count()
 
 
 def warn(text: str) -> None:
+    """Print `text` to standard error, in process 0."""
     if jax.process_index() == 0:
         print(text, file=sys.stderr, flush=True)
 
 
 class Checkpoints:
-    """The checkpoints of a run: the last `keep`, the best by validation loss, each keep_every-th.
+    """The checkpoints of a run are saved, verified and read through this object.
 
-    Saving returns as soon as the state is copied; the rest happens while training goes on. Where it
-    fails it says so once, and `failing` for how long; `patience` and `deadline`, of one save, are
-    in seconds. `before_commit` is called in process 0 before a checkpoint counts. With several
-    processes each makes every call, and all get the same answers.
+    It keeps the last `keep`, the best by validation loss, and those of steps that `keep_every`
+    divides. `save` returns as soon as the state is copied; the rest happens while training goes on.
+    A save that fails raises nothing: `say` is told once, and `failing` is set. deadline: seconds
+    for one save. patience: seconds without a checkpoint after which `failing.over` is true.
+    before_commit: called in process 0 before a checkpoint counts. With several processes, each
+    makes every call, and all get the same answers.
     """
 
     def __init__(
@@ -56,12 +59,12 @@ class Checkpoints:
         before_commit: Callable[[], None] = lambda: None,
         read_only: bool = False,
     ) -> None:
-        # Orbax reports each phase of each save to the root logger; a user has asked for none.
+        # Orbax would report each phase of each save to the user, through the root logger.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.say, self._seconds = say, deadline
         self._folder = open_folder(out_dir) / FOLDER
         self.folder = self._folder.path
-        self._damaged: set[int] = set()  # and said so
+        self._damaged: set[int] = set()  # steps that the user has been told of
         self._verified: set[tuple[int, str]] = set()
         self._saver = Saver(
             self._folder,
@@ -82,25 +85,26 @@ class Checkpoints:
     # --- saving
 
     def save(self, state: Any, step: int, meta: dict[str, Any], val_loss: float | None) -> float:
-        """Save `step`, once; val_loss: of an evaluation at just this step, makes it a candidate.
+        """Save `step`, unless it is saved; return for how many seconds this held training up.
 
-        Returns for how many seconds it held training up. Raises nothing: see `failing`.
+        val_loss: the loss of an evaluation at this very step, which may make it the best, or None.
+        Raises nothing: see `failing`.
         """
         items = {"params": state.params, "optimizer": _rest(state)}
         self._verified -= {(step, item) for item in items}
         return self._saver.begin(step, items, meta, val_loss)
 
     def save_weights(self, params: Any, meta: dict[str, Any]) -> None:
-        """Weights alone, as step 0, which no run has: something to start from, not to continue.
+        """Save weights alone, to start from but not to continue, as step 0, which no run has.
 
-        Raises ValueError when they could not be written.
+        Raises Mistake when they could not be written.
         """
         self._saver.begin(0, {"params": params}, meta, None)
         if failure := self.wait():
             raise Mistake(f"cannot write to {self.folder}: {failure.reason}")
 
     def evaluated(self, step: int, meta: dict[str, Any], val_loss: float) -> None:
-        """Make `step`, which was saved without an evaluation, a candidate for the best."""
+        """Add the loss of a later evaluation to the saved `step`, which may make it the best."""
         if jax.process_index() == 0:
             try:
                 manifest.amend(self._folder / str(step), step, meta, val_loss)
@@ -109,7 +113,7 @@ class Checkpoints:
 
     @property
     def failing(self) -> Failure | None:
-        """Set from a save that failed until one succeeds. Cheap: to be asked at every update.
+        """The failure of the last save, until one succeeds; cheap enough to read at every update.
 
         With several processes it changes within `save` and `wait` only, so that all of them see
         the same at the same update.
@@ -117,7 +121,7 @@ class Checkpoints:
         return self._saver.failing()
 
     def wait(self) -> Failure | None:
-        """Until everything asked for is on disk; why it is not, if it is not."""
+        """Wait until the last save has ended; return why it failed, or None."""
         self._saver.settle()
         return self._saver.failure
 
@@ -125,17 +129,17 @@ class Checkpoints:
         self._saver.close()
 
     def last_good(self) -> str:
-        """For messages: which checkpoint there is."""
+        """Return a clause for messages that names the last good checkpoint."""
         return self._saver.last_good()
 
     # --- finding
 
     def find(self, which: str, items: Iterable[str] = ()) -> int:
-        """best, latest or a number -> the step. Raises ValueError naming those that there are.
+        """Return the step that `which` names: best, latest or a number.
 
-        items: what will be read; then the files are verified, and of the best and the latest those
-        that are damaged are left out, aloud. Of weights that were imported, which nobody has
-        evaluated, the best are those.
+        items: what will be read. Its files are verified, and best and latest then skip damaged
+        checkpoints with a warning. Imported weights, which nobody has evaluated, are the best of
+        themselves. Raises Mistake, naming the steps that there are.
         """
         good, broken = self._list()
         number = int(which) if re.fullmatch("[0-9]{1,10}", which) else None
@@ -157,27 +161,27 @@ class Checkpoints:
         if items and which == "latest":
             self._report({s: why for s, why in broken.items() if s > candidates[0]})
         for step in candidates:
-            if not items or not (wrong := self.verify(step, items)):
+            if not items or not (faults := self.verify(step, items)):
                 return step
             if number is not None:
-                raise Mistake(f"step {which} in {self.folder} is damaged: {'; '.join(wrong)}")
-            self._report({step: "; ".join(wrong[:3] + ["..."] * (len(wrong) > 3))})
+                raise Mistake(f"step {which} in {self.folder} is damaged: {'; '.join(faults)}")
+            self._report({step: "; ".join(faults[:3] + ["..."] * (len(faults) > 3))})
         raise Mistake(
             f"no checkpoint in {self.folder} is whole, see above; to start anew, move it away"
         )
 
     def _list(self) -> tuple[dict[int, float | None], dict[int, str]]:
-        """Those with a manifest and their val_loss; those without one, and what is wrong."""
-        answer: list[Any] = [[], [], None]
+        """Return the steps with a manifest (and val_loss), and the others (and their fault)."""
+        listing: list[Any] = [[], [], None]  # steps with a manifest, the others, why unreadable
         if jax.process_index() == 0:
             try:
-                for step, found in manifest.steps(self._folder).items():
-                    bad = isinstance(found, str)
-                    answer[bad].append([step, found if bad else found["val_loss"]])
+                for step, content in manifest.steps(self._folder).items():
+                    is_broken = isinstance(content, str)
+                    listing[is_broken].append([step, content if is_broken else content["val_loss"]])
             except Exception as error:
-                answer[2] = reason(error)
+                listing[2] = reason(error)
         name = f"scalegpt/list/{next(_count)}"
-        good, broken, problem = from_first(name, answer, Deadline(self._seconds))
+        good, broken, problem = from_first(name, listing, Deadline(self._seconds))
         if problem:
             raise Mistake(f"cannot read {self.folder}: {problem}")
         return dict(good), {s: why for s, why in broken if why != manifest.NEVER_FINISHED}
@@ -189,38 +193,38 @@ class Checkpoints:
                 self.say(f"warning: checkpoint {self.folder}/{step} is damaged and left out: {why}")
 
     def verify(self, step: int, items: Iterable[str] | None = None) -> list[str]:
-        """What is wrong with the files of a step, or of some of its items; nothing: all is well.
+        """Return what is wrong with the files of a step, or of some of its items; [] means whole.
 
-        Every byte is read, each process reading its share. Raises ValueError when it cannot.
+        Every byte is read, each process reading its share. Raises Mistake when it cannot.
         """
-        wrong, unreadable, folder = list[str](), None, self._folder / str(step)
+        faults, unreadable, folder = list[str](), None, self._folder / str(step)
         try:
             content = manifest.read(folder, step)
             names = manifest.files_of(content, items)
-            wrong += [
+            faults += [
                 f"it has no {item}"
                 for item in items or ()
                 if not manifest.files_of(content, [item])
             ]
-            mine = names[jax.process_index() :: jax.process_count()]
-            wrong += manifest.problems(folder, content, mine)
+            share = names[jax.process_index() :: jax.process_count()]
+            faults += manifest.problems(folder, content, share)
         except manifest.Damaged as error:
-            wrong.append(str(error))
-        except Exception as error:  # no damage: a network that is down, say
+            faults.append(str(error))
+        except Exception as error:  # not damage, but a network that is down, for example
             unreadable = reason(error)
         name = f"scalegpt/verify/{next(_count)}"
-        answers = gather(name, [wrong, unreadable], Deadline(self._seconds))
-        if failed := [why for _, why in answers if why]:
+        shares = gather(name, [faults, unreadable], Deadline(self._seconds))
+        if failed := [why for _, why in shares if why]:
             raise Mistake(f"cannot read {folder}: {failed[0]}")
-        wrong = list(dict.fromkeys(line for lines, _ in answers for line in lines))
-        if not wrong:
+        faults = list(dict.fromkeys(line for lines, _ in shares for line in lines))
+        if not faults:
             self._verified |= {(step, item) for item in items or WHOLE}
-        return wrong
+        return faults
 
     def continue_from(self) -> int | None:
-        """The last good step, verified; None for a new run. Those after it are named aloud.
+        """Return the last good step, verified, warning of damaged later ones; None for a new run.
 
-        Raises ValueError when there are checkpoints and none is good.
+        Raises Mistake when there are checkpoints and none is good.
         """
         good, broken = self._list()
         if not set(good) - {0} and all(why == manifest.EMPTY for why in broken.values()):
@@ -236,7 +240,7 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """Those that have a manifest, in order."""
+        """The steps that have a manifest, in order."""
         return sorted(self._list()[0])
 
     # --- reading
@@ -244,16 +248,16 @@ class Checkpoints:
     def meta(self, step: int) -> dict[str, Any]:
         return self._manifest(step)["meta"]
 
-    def _manifest(self, step: int) -> manifest.Manifest:  # raises ValueError where it is damaged
+    def _manifest(self, step: int) -> manifest.Manifest:  # raises Mistake where it is damaged
         try:
             return manifest.read(self._folder / str(step), step)
         except manifest.Damaged as error:
             raise Mistake(f"step {step} in {self.folder} is damaged: {error}") from None
 
     def restore(self, step: int, abstract: Any) -> Any:
-        """The whole state, in the shardings of `abstract`, whatever mesh has written it.
+        """Return the whole state in the shardings of `abstract`, whatever mesh has written it.
 
-        Raises ValueError where a file is damaged, or the arrays are others.
+        Raises Mistake where a file is damaged, or the stored arrays differ from `abstract`.
         """
         items = {"params": abstract.params, "optimizer": _rest(abstract)}
         params, rest = self._read(step, items)
@@ -262,11 +266,14 @@ class Checkpoints:
         )
 
     def restore_params(self, step: int, abstract_params: Any) -> Any:
-        """Weights only; the optimizer's two thirds of the bytes are not read. Raises ValueError."""
+        """Return the weights alone; the optimizer, 2/3 of the bytes, is not read.
+
+        Raises Mistake as `restore`.
+        """
         return self._read(step, {"params": abstract_params})[0]
 
     def read_item(self, step: int, item: str) -> Any:
-        """An item whose arrays nobody has described: as it is stored, in NumPy, unverified."""
+        """Return an item as it is stored, in NumPy arrays; nothing is verified."""
         folder = epath.Path(f"{self.folder}/{step}/{item}")
         handler = ocp.PyTreeCheckpointHandler()
         tree = handler.metadata(folder).tree
@@ -278,13 +285,13 @@ class Checkpoints:
             self.find(str(step), items)
         stored = self._manifest(step)["tree"]
         stored = {name: x for name, x in stored.items() if name.split("/")[0] in items}
-        asked = manifest.describe_tree(items)
-        # Orbax would cast another dtype without a word, and explain another shape at length.
-        if differ := [n for n in {**stored, **asked} if stored.get(n) != asked.get(n)]:
-            name = differ[0]
+        expected = manifest.describe_tree(items)
+        # Orbax would silently cast another dtype, and explain another shape at length.
+        if differ := [n for n in {**stored, **expected} if stored.get(n) != expected.get(n)]:
+            name, more = differ[0], f" (and {len(differ) - 1} more)" if differ[1:] else ""
             raise Mistake(
                 f"step {step} in {self.folder} holds other arrays: {name} is {stored.get(name)}, "
-                f"not {asked.get(name)}" + (f" (and {len(differ) - 1} more)" if differ[1:] else "")
+                f"not {expected.get(name)}{more}"
             )
         return [
             ocp.StandardCheckpointHandler().restore(
@@ -295,12 +302,12 @@ class Checkpoints:
 
 
 def _rest(state: Any) -> dict[str, Any]:
-    """What only a run that continues needs."""
+    """Return the part of the state that only a run that continues needs."""
     return {"opt": state.opt_state, "step": state.step, "health": state.health}
 
 
 def open_checkpoints(out_dir: str | Path) -> Checkpoints:
-    """To read from a run, finished or not. Raises ValueError when there is none."""
+    """Open a run's checkpoints to read, finished or not. Raises Mistake when there is no run."""
     if not is_run(out_dir):
         raise Mistake(
             f"{out_dir} is not the folder of a run: it has no {FOLDER}/; "

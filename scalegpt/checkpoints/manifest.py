@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: what is in it, and by which one can tell that it is whole.
+"""The manifest of a checkpoint lists its contents, with a checksum of every file.
 
 `manifest.json` is written last, whole or not at all: a folder without one is no checkpoint. It is
 JSON with step, time, val_loss, `meta` (config, tokenizer, fingerprints of the data, best loss),
@@ -22,7 +22,7 @@ import jax
 from scalegpt.files.folder import Folder
 
 NAME = "manifest.json"
-# In the folder of a save that is not over, or will never be: what is there may be removed.
+# A file of this name marks a save that has not ended, or never will: its folder may be removed.
 UNFINISHED = "unfinished"
 EMPTY, NEVER_FINISHED = "it is an empty folder", "its save was never finished"
 _PACKAGES = ("scalegpt", "jax", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy")
@@ -30,11 +30,11 @@ Manifest = dict[str, Any]
 
 
 class Damaged(Exception):
-    """The text says which file, and what is wrong with it."""
+    """A checkpoint is damaged; the text says which file, and what is wrong with it."""
 
 
 def flatten(items: Any) -> dict[str, Any]:
-    """Arrays by name, as params/wte."""
+    """Return the arrays of a tree by name, as `params/wte`."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): x
         for path, x in jax.tree_util.tree_flatten_with_path(items)[0]
@@ -42,13 +42,13 @@ def flatten(items: Any) -> dict[str, Any]:
 
 
 def describe_tree(items: Any) -> dict[str, str]:
-    """Array -> dtype[shape], as `params/wte: float32[65,32]`."""
+    """Return the dtype and shape of each array, as `params/wte: float32[65,32]`."""
     return {name: f"{x.dtype}[{','.join(map(str, x.shape))}]" for name, x in flatten(items).items()}
 
 
 def checksums(folder: Folder, sizes: dict[str, int], names: Sequence[str]) -> dict[str, list]:
-    """name -> [bytes, sha256], in a bounded part of memory."""
-    with ThreadPoolExecutor(4) as pool:  # hashing lets other threads run
+    """Return the size and SHA-256 of files: name -> [bytes, sha256]; memory stays bounded."""
+    with ThreadPoolExecutor(4) as pool:  # hashing releases Python's lock
         return {
             name: [sizes[name], digest]
             for name, digest in zip(names, pool.map(folder.sha256, names), strict=True)
@@ -62,6 +62,7 @@ def encode(
     tree: dict[str, str],
     files: dict[str, list],
 ) -> bytes:
+    """Return the contents of a new manifest file; see the top of this file for its keys."""
     content = {
         "format": 1,
         "step": step,
@@ -76,7 +77,7 @@ def encode(
 
 
 def amend(folder: Folder, step: int, meta: dict[str, Any], val_loss: float) -> None:
-    """Add to a checkpoint what an evaluation found only later. Raises Damaged, and OSError."""
+    """Add a later evaluation's results to a saved checkpoint. Raises Damaged, and OSError."""
     folder.write(NAME, _sealed({**read(folder, step), "meta": meta, "val_loss": val_loss}))
 
 
@@ -93,17 +94,17 @@ def _digest(content: dict[str, Any]) -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:  # scalegpt itself, run from its source
             continue
-    return found
+    return versions
 
 
 def read(folder: Folder, step: int) -> Manifest:
-    """Of the step in `folder`. Raises Damaged when there is none that can be relied on."""
+    """Return the manifest of the step in `folder`. Raises Damaged unless it is there and whole."""
     try:
         text = folder.read(NAME)
     except FileNotFoundError:
@@ -132,27 +133,27 @@ def read(folder: Folder, step: int) -> Manifest:
 
 
 def _refuse_outside(name: str) -> None:
-    """A manifest from elsewhere shall not have us read, or tell about, other files."""
+    """Raise Damaged for a name that leads out of the folder: a manifest may come from anybody."""
     inside = name and posixpath.normpath(name) == name and not posixpath.isabs(name)
     if not inside or name.split("/")[0] in (".", "..") or "\\" in name or ":" in name:
         raise Damaged(f"{NAME} names a file outside its folder, {name!r}")
 
 
 def files_of(manifest: Manifest, items: Iterable[str] | None) -> list[str]:
-    """The names of all files, or of those of some items: params, optimizer."""
+    """Return the names of a manifest's files: all, or those of some items: params, optimizer."""
     names = list(manifest["files"])
     return names if items is None else [n for n in names if n.split("/")[0] in set(items)]
 
 
 def problems(folder: Folder, manifest: Manifest, names: Sequence[str]) -> list[str]:
-    """What is wrong with these files of a step, one line for each; reads every byte of them."""
-    found = []
+    """Read every byte of these files of a step, and return one line for each that is damaged."""
+    faults = []
     sizes, stated = folder.files(), manifest["files"]
     for name in names:
         if name not in sizes:
-            found.append(f"{name} is missing")
+            faults.append(f"{name} is missing")
         elif sizes[name] != stated[name][0]:
-            found.append(f"{name} has {sizes[name]:,} bytes instead of {stated[name][0]:,}")
+            faults.append(f"{name} has {sizes[name]:,} bytes instead of {stated[name][0]:,}")
     readable = [n for n in names if n in sizes and sizes[n] == stated[n][0]]
 
     def differs(name: str) -> str | None:
@@ -163,35 +164,36 @@ def problems(folder: Folder, manifest: Manifest, names: Sequence[str]) -> list[s
 
     with ThreadPoolExecutor(4) as pool:
         results = zip(readable, pool.map(differs, readable), strict=True)
-        found += [f"{name}: {wrong}" for name, wrong in results if wrong]
-    return found
+        faults += [f"{name}: {fault}" for name, fault in results if fault]
+    return faults
 
 
 def steps(folder: Folder) -> dict[int, Manifest | str]:
-    """Of a run's checkpoints: each step's manifest, or what is wrong, in ascending order."""
-    found: dict[int, Manifest | str] = {}
+    """Return the manifest of each step of a run, or what is wrong with it, in ascending order."""
+    manifests: dict[int, Manifest | str] = {}
     for step in sorted(int(name) for name in folder.names() if name.isdigit()):
         try:
-            found[step] = read(folder / str(step), step)
+            manifests[step] = read(folder / str(step), step)
         except Damaged as error:
-            found[step] = str(error)
-    return found
+            manifests[step] = str(error)
+    return manifests
 
 
 def removable(
     losses: dict[int, float | None], keep: int, keep_every: int, also: Iterable[int] = ()
 ) -> list[int]:
-    """Which of the good steps may go: all but the last `keep`, the best, each keep_every-th.
+    """Return the good steps that may be removed.
 
-    losses: step -> val_loss. also: others that are kept.
+    Kept are the last `keep`, the best, those that `keep_every` divides, and `also`. losses: step ->
+    val_loss.
     """
     evaluated = {step: loss for step, loss in losses.items() if loss is not None}
-    kept = {*sorted(losses)[-keep:], *also}
+    needed = {*sorted(losses)[-keep:], *also}
     if evaluated:
-        kept.add(best(evaluated))
-    return [s for s in losses if s not in kept and not (keep_every and s % keep_every == 0)]
+        needed.add(best(evaluated))
+    return [s for s in losses if s not in needed and not (keep_every and s % keep_every == 0)]
 
 
 def best(losses: dict[int, float]) -> int:
-    """The step with the lowest val_loss; of equals the later."""
+    """Return the step with the lowest val_loss; among equals, the latest."""
     return min(losses, key=lambda step: (losses[step], -step))
