@@ -1,1 +1,1 @@
-"""From text to token files to the windows of a step, f(seed, step). NumPy, no device."""
+"""This room turns text into token files, and those into the windows of a step; NumPy, no device."""

@@ -1,4 +1,4 @@
-"""Which tokens a step sees: a pure function of (seed, step), fed through Grain to this host.
+"""The tokens that a step sees are a pure function of (seed, step), read ahead by Grain.
 
 Nothing here keeps state, so a run resumes at any step, on any number of hosts, with the batches
 it would have had. Letters: A accumulation, B sequences of a step, R rows of a batch, T block size.
@@ -28,19 +28,19 @@ __all__ = [
     "train_iterator",
 ]
 
-# Of index_shuffle. With the customary 4, neighbours stay correlated at some sizes (by 0.45 among
-# 1.0M windows), so that a batch clusters in the file; 8 leave up to 0.05 there, 12 nothing.
+# Rounds of Grain's index_shuffle. With the customary 4, neighbours stay correlated at some sizes
+# (by 0.45 among 1.0M windows), so a batch clusters in the file; 8 leave up to 0.05, 12 nothing.
 ROUNDS = 12
-TABLE = 4096  # most windows for which an epoch's whole permutation is kept
+TABLE = 4096  # up to so many windows, an epoch's whole permutation is kept in memory
 STEPS = 1 << 40  # the length of a source that never ends; STEPS * B still fits int64
 
 
 class TrainOrder:
-    """The endless order of training windows over one token file, by random access.
+    """The order in which training visits the windows of one token file, by random access.
 
-    Each epoch is a random permutation of all `n_windows` windows, none twice: Grain's global
-    shuffle, seeded anew. An epoch also shifts the grid of windows by a random phase, so that
-    epochs cut the text at other places. `stream` separates the datasets of a mixture.
+    It never ends. Each epoch is a new random permutation of all `n_windows` windows (Grain's global
+    shuffle). An epoch also shifts the grid of windows by a random phase, so that epochs cut the
+    text at other places. `stream` numbers the datasets of a mixture, for orders that differ.
     """
 
     def __init__(self, length: int, block_size: int, seed: int, stream: int = 0):
@@ -51,23 +51,27 @@ class TrainOrder:
         self.phases = min(block_size, length - self.n_windows * block_size)
 
     def window(self, rows: np.ndarray) -> np.ndarray:
-        """First tokens, int64 [n], of the windows numbered `rows`, int64 [n], counting from 0
-        over all epochs. Window s is tokens s to s + T inclusive, and always within the file."""
+        """Return the first tokens, int64 [n], of the windows numbered `rows`, int64 [n].
+
+        Numbers count from 0 over all epochs. The window that begins at token s is tokens s to s + T
+        inclusive, all within the file.
+        """
         epochs, index = np.divmod(np.asarray(rows, np.int64), self.n_windows)
         starts = np.empty_like(index)
         for epoch in np.unique(epochs).tolist():
-            mine = epochs == epoch
-            # By hash, not np.random: the order may not change with NumPy's version.
+            in_epoch = epochs == epoch
+            # A hash, not np.random: the order must not change with NumPy's version.
             name = f"scalegpt/{self.seed}/{self.stream}/{epoch}"
             digest = hashlib.blake2b(name.encode(), digest_size=12).digest()
             phase = int.from_bytes(digest[:8], "little") % self.phases
             seed = int.from_bytes(digest[8:], "little")
-            starts[mine] = phase + _shuffle(index[mine], self.n_windows, seed) * self.block_size
+            shuffled = _shuffle(index[in_epoch], self.n_windows, seed)
+            starts[in_epoch] = phase + shuffled * self.block_size
         return starts
 
 
 def _shuffle(index: np.ndarray, n: int, seed: int) -> np.ndarray:
-    """Where the permutation of [0, n) with this uint32 seed sends each index, int64."""
+    """Permute [0, n) by this uint32 seed; return where each index goes, int64."""
     if n <= TABLE:
         return _table(n, seed)[index]
     shuffled = [index_shuffle(i, max_index=n - 1, seed=seed, rounds=ROUNDS) for i in index.tolist()]
@@ -76,18 +80,19 @@ def _shuffle(index: np.ndarray, n: int, seed: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=64)  # of 32 KiB at most: an epoch or two of each small dataset
 def _table(n: int, seed: int) -> np.ndarray:
-    """The whole permutation of a small n: the ranks of n shuffled numbers out of 65,536.
+    """Return the whole permutation of a small n: the ranks of n shuffled numbers out of 65,536.
 
-    index_shuffle draws from at least that many until one is below n: 5 ms an index at n = 10.
+    index_shuffle(max_index=n - 1) would draw from as many until one is below n, which takes 5 ms an
+    index at n = 10.
     """
     keys = [index_shuffle(i, max_index=0xFFFF, seed=seed, rounds=ROUNDS) for i in range(n)]
     return np.argsort(keys)
 
 
 def mixture_index(rows: np.ndarray, parts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Deal `rows` out to datasets: (dataset, row within that dataset), both int64 [n].
+    """Deal `rows` out to datasets; return (dataset, row within that dataset), both int64 [n].
 
-    Of every sum(parts) rows in line, dataset d gets exactly parts[d], spread evenly; so the
+    Of every sum(parts) consecutive rows, dataset d gets exactly parts[d], spread evenly. So the
     counts of any prefix are right to within a few rows, and each dataset's rows are 0, 1, 2...
     """
     rows = np.asarray(rows, np.int64)
@@ -100,16 +105,18 @@ def mixture_index(rows: np.ndarray, parts: Sequence[int]) -> tuple[np.ndarray, n
         onward = [
             k // left * (left - part) + k % left * (left - part) // left for k in (this, after)
         ]
-        mine = open_ & (onward[0] == onward[1])
-        dataset[mine], within[mine] = d, (this - onward[0])[mine]
-        open_ &= ~mine
+        served = open_ & (onward[0] == onward[1])
+        dataset[served], within[served] = d, (this - onward[0])[served]
+        open_ &= ~served
         (this, after), left = onward, max(1, left - part)
     return dataset, within
 
 
 def _whole_parts(weights: Sequence[float]) -> list[int]:
-    """Weights as whole numbers: [0.7, 0.3] is [7, 3] and [1/3, 2/3] is [1, 2], exactly; shares
-    that are no ratio of numbers up to a million are kept to nine digits."""
+    """Return weights as whole numbers: [0.7, 0.3] becomes [7, 3], and [1/3, 2/3] becomes [1, 2].
+
+    Shares that are no ratio of numbers up to a million are kept to nine digits.
+    """
     for weight in weights:
         if not (math.isfinite(weight) and weight > 0):
             raise Mistake(f"data weight {weight} must be above 0; leave that dataset out instead")
@@ -124,10 +131,10 @@ def _whole_parts(weights: Sequence[float]) -> list[int]:
 
 
 class TrainBatches:
-    """Training batches by step, a source for Grain: [step] is int32 [A, len(rows), T + 1].
+    """Training batches by step, as Grain reads them: self[step] is int32 [A, len(rows), T + 1].
 
-    Row m of microbatch a is row a * (B // A) + m of the step's B; only the m in `rows`, this
-    host's, are read. Neither A nor the split over hosts changes which B windows a step has.
+    Row m of microbatch a is row a * (B // A) + m of the step's B; only this host's m, those in
+    `rows`, are read. Neither A nor the split over hosts changes which B windows a step has.
 
     datasets: token arrays, 1-D. weights: each dataset's share of the rows, of any sum.
     """
@@ -168,20 +175,20 @@ class TrainBatches:
             _read(self.tokens[0], starts, batch)
             return batch.reshape(self.shape)
         for d in np.unique(dataset).tolist():
-            mine = np.flatnonzero(dataset == d)
-            _read(self.tokens[d], starts[mine], batch, mine)
+            positions = np.flatnonzero(dataset == d)
+            _read(self.tokens[d], starts[positions], batch, positions)
         return batch.reshape(self.shape)
 
     def windows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Where this host's rows of `step` lie: (dataset, first token), both int64 [A * R]."""
+        """Return (dataset, first token), both int64 [A * R], of this host's rows of `step`."""
         rows = step * self.sequences + self.rows
         if len(self.tokens) == 1:
             return np.zeros_like(rows), self.orders[0].window(rows)
         dataset, within = mixture_index(rows, self.parts)
         starts = np.empty_like(rows)
         for d in np.unique(dataset).tolist():
-            mine = dataset == d
-            starts[mine] = self.orders[d].window(within[mine])
+            in_dataset = dataset == d
+            starts[in_dataset] = self.orders[d].window(within[in_dataset])
         return dataset, starts
 
 
@@ -194,12 +201,12 @@ def _read(tokens: np.ndarray, starts: np.ndarray, batch: np.ndarray, rows=None) 
 
 
 class EvalBatches:
-    """Fixed windows of a validation file, in order: [i] is int32 [len(rows), T + 1].
+    """The fixed windows of a validation file, in order: self[i] is int32 [len(rows), T + 1].
 
     Window j is tokens j*T to j*T + T, so the whole file's windows predict every token but the
-    first exactly once. Past the end of the file, or of the first `windows` if given, ids are -1:
-    targets to mask. Batch i is windows i*R to i*R + R - 1, of which this host reads `rows`.
-    `tokens` counts the targets not masked, over all batches and hosts.
+    first exactly once. Past the end of the file, and past the first `windows` if given, ids are -1,
+    and the loss leaves these targets out. Batch i is windows i*R to i*R + R - 1, of which this host
+    reads `rows`. `tokens` counts the targets that are not -1, over all batches and hosts.
     """
 
     def __init__(
@@ -238,9 +245,9 @@ class EvalBatches:
 
 
 def train_iterator(source: TrainBatches, start_step: int, prefetch: int = 2) -> Iterator:
-    """Batches of `source` from `start_step` on, `prefetch` of them read ahead by one thread.
+    """Return Grain's iterator over `source` from `start_step` on; it has `close()`.
 
-    An error while reading is raised by `next`. Returns Grain's iterator, which has `close()`.
+    One thread reads `prefetch` batches ahead. An error while reading is raised by `next`.
     """
     # One thread: Grain's default of 16 takes the trainer's cores and reads no faster.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)

@@ -1,4 +1,4 @@
-"""From a run's configuration to its data sets and to the windows of each update; no device."""
+"""A run's configuration decides its data sets and the windows of each update; no device."""
 
 import subprocess
 import sys
@@ -15,9 +15,10 @@ from scalegpt.errors import Mistake
 
 
 def open_datasets(config: Config, alive: Callable[[], None] = lambda: None) -> list[Dataset]:
-    """Open and check every data set, preparing what is missing if the config says so.
+    """Open and check every data set, preparing those that are missing if data.prepare says so.
 
-    alive: called now and then while data are prepared, which may well take hours.
+    alive: called every ten seconds while data are prepared, which can take hours; it keeps the
+    deadline of this phase away. Raises Mistake.
     """
     datasets = []
     for path in config.data.weights:
@@ -42,7 +43,7 @@ def open_datasets(config: Config, alive: Callable[[], None] = lambda: None) -> l
 def _prepare(folder: Path, alive: Callable[[], None]) -> None:
     """Make the data set by scalegpt's own recipe of the folder's name, unless it is there.
 
-    A script that lies in the folder is not run, for data may come from anywhere.
+    A script that lies in the folder is not run, because data may come from anywhere.
     """
     script = recipe(folder.name)
     interrupted = (folder / "meta.json.partial").exists()
@@ -54,7 +55,7 @@ def _prepare(folder: Path, alive: Callable[[], None]) -> None:
 
 
 def _run(argv: list[str], alive: Callable[[], None]) -> int:
-    """The command's exit code; it shows its own progress."""
+    """Run a command, which shows its own progress, and return its exit code."""
     with subprocess.Popen(argv) as process:
         while True:
             try:
@@ -66,7 +67,7 @@ def _run(argv: list[str], alive: Callable[[], None]) -> int:
 def train_batches(
     config: Config, datasets: list[Dataset], accumulation: int, rows: np.ndarray
 ) -> TrainBatches:
-    """The batches of a run by step, of which the `rows` of each microbatch are read."""
+    """Return the batches of a run by step; of each microbatch only `rows` are read."""
     return TrainBatches(
         [d.train for d in datasets],
         list(config.data.weights.values()),
@@ -78,9 +79,9 @@ def train_batches(
     )
 
 
-def windows_of(config: Config, datasets: list[Dataset], done: int) -> list[tuple[str, int]]:
-    """(data set, first token) of every row of the batch of update `done`, over all hosts."""
-    everything = np.arange(config.batch.sequences)
-    which, starts = train_batches(config, datasets, 1, everything).windows(done - 1)
+def windows_of(config: Config, datasets: list[Dataset], update: int) -> list[tuple[str, int]]:
+    """Return (data set, first token) of every row of an update's batch; updates count from 1."""
+    all_rows = np.arange(config.batch.sequences)
+    indices, starts = train_batches(config, datasets, 1, all_rows).windows(update - 1)
     names = [d.name for d in datasets]
-    return [(names[d], start) for d, start in zip(which.tolist(), starts.tolist(), strict=True)]
+    return [(names[d], start) for d, start in zip(indices.tolist(), starts.tolist(), strict=True)]

@@ -1,7 +1,8 @@
-"""Documents to token files: train.bin, val.bin and meta.json, for the scripts data/*/prepare.py.
+"""Documents become token files, for data/*/prepare.py: train.bin, val.bin and meta.json.
 
 A token file is nanoGPT's: headerless little-endian uint16 (uint32 above 65,536 ids). Text streams
-through in constant memory; files get their names when whole, so that no killed run leaves half.
+through in constant memory. Files get their names when they are whole, so that a killed process
+leaves no half of one.
 """
 
 import argparse
@@ -39,7 +40,7 @@ _worker_tokenizer: Tokenizer | None = None  # set in a worker when it starts
 
 @dataclass(frozen=True)
 class Corpus:
-    """What `write_dataset` turns into token files.
+    """A corpus is what `write_dataset` turns into token files.
 
     documents: pairs of "train" or "val" and a document, in the order they are to be written.
     text_bytes: about how much text there is, for the disk estimate and the progress bar.
@@ -55,12 +56,12 @@ class Corpus:
 def write_dataset(
     out: Path, build: Callable[[], Corpus], source: str, workers: int | None, force: bool
 ) -> dict[str, Any]:
-    """Write train.bin, val.bin and meta.json into the folder `out`; returns meta.json's content.
+    """Write train.bin, val.bin and meta.json into the folder `out`; return meta.json's content.
 
     build: makes the corpus; not called if `out` already holds `source`, unless `force`.
     source: text and settings in words; kept in meta.json and compared when called again.
     workers: processes that encode (0, 1: this one; None: by size); the files do not depend on it.
-    ValueError: other data in `out`, too little disk, no text, or what `build` raises.
+    Raises Mistake for other data in `out`, too little disk or no text, and what `build` raises.
     """
     if workers is not None and workers < 0:
         raise Mistake(f"--workers={workers} must be 0, for this process alone, or more")
@@ -86,7 +87,7 @@ def write_dataset(
 
 
 def check_disk(folder: Path, need: float) -> None:
-    """Print how many bytes are needed and free in an existing folder; ValueError if too few."""
+    """Print how many bytes are needed and free in an existing folder; raise Mistake if too few."""
     free = shutil.disk_usage(folder).free
     print(f"about {need / 1e6:,.1f} MB needed in {folder}, {free / 1e6:,.1f} MB free", flush=True)
     if need > free:
@@ -95,8 +96,8 @@ def check_disk(folder: Path, need: float) -> None:
 
 @contextmanager
 def _new_or_kept(out: Path) -> Iterator[None]:
-    """The folder is there within; where it was not, and what is done in it fails, it goes again."""
-    made = [path for path in (out, *out.parents) if not os.path.lexists(path)]
+    """Create the folder for the `with` block; if the block raises, remove what was created."""
+    created = [path for path in (out, *out.parents) if not os.path.lexists(path)]
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -105,14 +106,14 @@ def _new_or_kept(out: Path) -> Iterator[None]:
         yield
     except BaseException:
         with suppress(OSError):
-            for path in made:
+            for path in created:
                 path.rmdir()
         raise
 
 
 @contextmanager
 def _only_writer(out: Path) -> Iterator[None]:
-    """Wait for another process that prepares `out`: those of one job may start it together."""
+    """Wait for other processes that prepare `out`: those of one job may start together."""
     with FileLock(out / "prepare.tmp"):
         try:
             for path in out.glob("*.bin.partial"):  # of a killed run; they would count as used
@@ -127,27 +128,28 @@ def _only_writer(out: Path) -> Iterator[None]:
 
 
 def _prepared(out: Path, source: str) -> dict[str, Any] | None:
+    """Return meta.json if `out` holds `source`, whole; raise Mistake if it holds other data."""
     if not os.path.lexists(out / "meta.json"):
         return None
     meta = read_object(out / "meta.json", "; see --force and --out")
     paths = {split: out / f"{split}.bin" for split in SPLITS}
-    found = {s: path.stat().st_size for s, path in paths.items() if path.is_file()}
+    sizes = {s: path.stat().st_size for s, path in paths.items() if path.is_file()}
     match meta:
         case {
             "dtype": "uint16" | "uint32" as dtype,
             "train": {"tokens": int(train)},
             "val": {"tokens": int(val)},
         }:
-            size = np.dtype(dtype).itemsize
-            if found != {"train": train * size, "val": val * size}:
+            width = np.dtype(dtype).itemsize
+            if sizes != {"train": train * width, "val": val * width}:
                 return None
-    if (held := meta.get("source", "something unknown")) != source:
-        raise Mistake(f"{out} holds {held!r}, not {source!r}: see --force and --out")
+    if (stored := meta.get("source", "something unknown")) != source:
+        raise Mistake(f"{out} holds {stored!r}, not {source!r}: see --force and --out")
     return meta
 
 
 def _write_bins(out: Path, corpus: Corpus, dtype: np.dtype, workers: int) -> dict[str, Any]:
-    """Write *.bin.partial; returns the two splits' entries for meta.json."""
+    """Write train.bin.partial and val.bin.partial; return their entries for meta.json."""
     counts = {s: Counter(tokens=0, bytes=0, documents=0, max_id=0) for s in SPLITS}
     digests = {split: hashlib.sha256() for split in SPLITS}
     bar = tqdm(total=corpus.text_bytes, unit="B", unit_scale=True, disable=None)
@@ -166,7 +168,7 @@ def _write_bins(out: Path, corpus: Corpus, dtype: np.dtype, workers: int) -> dic
 
 
 def _publish(out: Path, meta: dict[str, Any]) -> None:
-    """Give the files their names; at no moment do an old and a new one stand together."""
+    """Give the files their names, in an order that never shows an old beside a new file."""
     (out / "meta.json.partial").write_text(json.dumps(meta, indent=1))
     (out / "meta.json").unlink(missing_ok=True)
     (out / "val.bin").unlink(missing_ok=True)
@@ -177,7 +179,7 @@ def _publish(out: Path, meta: dict[str, Any]) -> None:
 
 
 def _encoded(corpus: Corpus, dtype: np.dtype, workers: int) -> Iterator[tuple]:
-    """What `_encode` lists, in the documents' order, a bounded number of batches ahead."""
+    """Yield `_encode`'s results in the order of documents; workers run a few batches ahead."""
     encode = partial(_encode, separate=corpus.separate, dtype=dtype)
     if workers < 2:
         for batch in _batches(corpus):
@@ -198,7 +200,10 @@ def _encoded(corpus: Corpus, dtype: np.dtype, workers: int) -> Iterator[tuple]:
 
 
 def _batches(corpus: Corpus) -> Iterator[list[tuple[str, str, bool]]]:
-    """About a million characters at once of: split, piece of a document, whether it ends there."""
+    """Yield lists of (split, piece of a document, whether the document ends with it).
+
+    Each list holds about a million characters.
+    """
     batch, size = [], 0
     for split, document in corpus.documents:
         chunks = [document] if isinstance(document, str) else document
@@ -214,29 +219,29 @@ def _batches(corpus: Corpus) -> Iterator[list[tuple[str, str, bool]]]:
 
 
 def _pieces(chunks: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """The chunks cut where no token of a piecewise tokenizer crosses; True with the last one."""
-    held = ""
+    """Cut a document where no token of a piecewise tokenizer crosses; True comes with the end."""
+    rest = ""
     for chunk in chunks:
-        at = len(held) - 1
-        while at > 0 and not (held[at] in " \n" and not held[at - 1].isspace()):
+        at = len(rest) - 1
+        while at > 0 and not (rest[at] in " \n" and not rest[at - 1].isspace()):
             at -= 1
         if at > 0:
-            yield held[:at], False
-            held = held[at:]
-        held += chunk
-    yield held, True
+            yield rest[:at], False
+            rest = rest[at:]
+        rest += chunk
+    yield rest, True
 
 
 def _start_worker(spec: dict[str, Any]) -> None:
     global _worker_tokenizer
     _worker_tokenizer = load(spec)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to answer
-    # else it would wait for ever for a parent that was killed
+    # A worker would otherwise wait forever for work from a parent that was killed.
     Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 
 def _encode(batch: list, separate: bool, dtype: np.dtype, tokenizer: Tokenizer | None = None):
-    """For each split: its name and the batch's ids, bytes of text and documents ended."""
+    """Return (split, ids, bytes of text, documents ended) of a batch for each split."""
     tokenizer = tokenizer or _worker_tokenizer
     mark = np.array([tokenizer.eot] if separate and tokenizer.eot is not None else [], np.int32)
     encoded = []
@@ -246,20 +251,20 @@ def _encode(batch: list, separate: bool, dtype: np.dtype, tokenizer: Tokenizer |
             parts += [tokenizer.encode(piece), mark if last else mark[:0]]
             n_bytes += len(piece.encode(errors="surrogatepass"))
             n_documents += last
-        if tokenizer.name == "byte":  # there the mark is a byte of the text
+        if tokenizer.name == "byte":  # its end-of-text mark is a byte of the text
             n_bytes += n_documents * mark.size
         encoded.append((split, np.concatenate(parts).astype(dtype), n_bytes, n_documents))
     return encoded
 
 
 def stable_fraction(text: str, seed: int = 0) -> float:
-    """A number in [0, 1) that only the text and the seed decide, on every machine and run."""
+    """Return a number in [0, 1) that depends on the text and the seed alone, on every machine."""
     key = hashlib.blake2b(text.encode(errors="surrogatepass"), key=b"%d" % seed, digest_size=8)
     return int.from_bytes(key.digest(), "big") / 2**64
 
 
 def script_parser(description: str, script: str) -> argparse.ArgumentParser:
-    """The flags that every data/*/prepare.py has; `script` is its __file__."""
+    """Return a parser with the flags of every data/*/prepare.py; `script` is its __file__."""
     parser = command_line.Parser(description=description)
     parser.add_argument("--input", type=os.path.expanduser, help="local text to use")
     parser.add_argument("--out", type=local_path, default=data_folder(script))

@@ -1,8 +1,8 @@
-"""Token files: find them, bring them to local disk, and refuse the wrong ones before training.
+"""Token files are found, brought to the local disk, and checked before anything trains on them.
 
 A dataset is a folder, or a URL of one, with `train.bin` and `val.bin`: headerless little-endian
-uint16 or uint32 ids. What they mean is said by `meta.json` (written by `data/*/prepare.py`), by
-nanoGPT's `meta.pkl`, or by nothing at all, which means nanoGPT's GPT-2 ids in uint16.
+uint16 or uint32 ids. `meta.json` (written by `data/*/prepare.py`) or nanoGPT's `meta.pkl` says what
+the ids mean; without either they are taken for nanoGPT's GPT-2 ids in uint16.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from scalegpt.files.staging import stage
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 META = ("meta.json", "meta.pkl")
 CHUNK = 1 << 24  # ids per check: large enough to run at disk speed, small in memory
-FOREIGN_HEAD = 4096  # bytes that tell what else a file is
+FOREIGN_HEAD = 4096  # the first bytes, by which files of other formats are recognised
 _FOREIGN = {
     b"\x1f\x8b\x08": "gzip",
     b"PK\x03\x04": "zip",
@@ -44,7 +44,7 @@ SLOW = 1 << 28  # files above this many bytes get a progress bar
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """An opened dataset; `train` and `val` are read-only memory maps of ids, shape [tokens]."""
+    """An opened dataset, whose `train` and `val` are read-only memory maps of ids [tokens]."""
 
     name: str
     tokenizer: dict | str
@@ -69,9 +69,9 @@ class Split:
 def open_dataset(path: str | Path, cache_dir: str | None = None) -> Dataset:
     """Open and check the dataset at `path`, a folder or an fsspec URL (gs://, s3://, memory://).
 
-    A URL is first copied to the local disk, as `staging.stage` does. Raises ValueError, saying
-    what to do, for a folder or file that is missing, empty, truncated, of unknown format, or that
-    holds an id outside its vocabulary.
+    A URL is first copied to the local disk by `staging.stage`. Raises Mistake, saying what to do,
+    for a folder or file that is missing, empty, truncated, of unknown format, or that holds an id
+    outside its vocabulary.
     """
     name, folder = _locate(str(path), ("train.bin", "val.bin"), cache_dir)
     meta, stated = read_meta(folder)
@@ -80,8 +80,8 @@ def open_dataset(path: str | Path, cache_dir: str | None = None) -> Dataset:
         tokens = splits[split] = _open_tokens(folder / f"{split}.bin", meta, stated)
         # Both ends tell other data of equal size apart, whatever meta.json says of it.
         ends = tokens[: 1 << 16].tobytes() + tokens[-(1 << 16) :].tobytes()
-        said = meta.get(split, {}).get("sha256")
-        hashed += [len(tokens), said, hashlib.sha256(ends).hexdigest()]
+        stated_hash = meta.get(split, {}).get("sha256")
+        hashed += [len(tokens), stated_hash, hashlib.sha256(ends).hexdigest()]
     return Dataset(
         name=name,
         tokenizer=meta["tokenizer"],
@@ -94,7 +94,7 @@ def open_dataset(path: str | Path, cache_dir: str | None = None) -> Dataset:
 
 
 def open_split(path: str | Path, split: str, cache_dir: str | None = None) -> Split:
-    """ "train" or "val" of the dataset at `path` alone; or `path` itself, if it is a local file.
+    """Open only "train" or "val" of the dataset at `path`, or the file `path` itself.
 
     Copies and raises as `open_dataset`.
     """
@@ -111,7 +111,7 @@ def open_split(path: str | Path, split: str, cache_dir: str | None = None) -> Sp
 
 
 def _locate(path: str, needed: tuple[str, ...], cache_dir: str | None) -> tuple[str, Path]:
-    """The dataset's name and its folder on this machine, which has the needed files."""
+    """Return the dataset's name and its folder on this machine, which has the needed files."""
     if not path:
         raise Mistake("data.path is empty; name a folder with train.bin and val.bin")
     remote = "://" in path
@@ -155,7 +155,7 @@ def _bytes_per_token(meta: dict, split: str, tokens: np.memmap) -> float | None:
 
 
 def check_tokens(dataset: Dataset, block_size: int) -> None:
-    """Raise ValueError unless both splits hold one whole window of block_size + 1 tokens."""
+    """Raise Mistake unless both splits hold one whole window of block_size + 1 tokens."""
     for split, tokens in (("train", dataset.train), ("val", dataset.val)):
         if len(tokens) < block_size + 1:
             raise Mistake(
@@ -166,8 +166,8 @@ def check_tokens(dataset: Dataset, block_size: int) -> None:
 
 
 def read_meta(folder: Path) -> tuple[dict, bool]:
-    """What the ids mean, as meta.json's dict, and whether a file says so or it is assumed."""
-    # A link to nothing is there too: without it the ids would be taken for GPT-2's.
+    """Return meta.json's contents, and whether a file states them; otherwise they are assumed."""
+    # lexists, for a broken link: ignoring it would take the ids for GPT-2's.
     if os.path.lexists(folder / "meta.json"):
         return _read_meta_json(folder / "meta.json"), True
     if os.path.lexists(folder / "meta.pkl"):
@@ -203,8 +203,10 @@ def _read_meta_json(file: Path) -> dict:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Builds containers, strings and numbers only: every other object, and so every call a
-    pickle could make, has to come through find_class."""
+    """Builds containers, strings and numbers, and nothing else.
+
+    Every other object, and so every call that a pickle could make, has to come through find_class.
+    """
 
     def find_class(self, module: str, name: str):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
@@ -247,7 +249,10 @@ def _map_tokens(file: Path, dtype: np.dtype, expected: int | None) -> np.memmap:
 
 
 def _foreign(head: bytes) -> str:
-    """What a file is that begins so, "" if it may hold ids: those have zero bytes all over."""
+    """Return the format of a file that begins with `head`, or "" if it may hold token ids.
+
+    Token ids have zero bytes and control characters everywhere, which plain text has not.
+    """
     if kind := [name for magic, name in _FOREIGN.items() if head.startswith(magic)]:
         return kind[0]
     control = {*range(9), *range(14, 27), *range(28, 32)}
@@ -256,18 +261,21 @@ def _foreign(head: bytes) -> str:
 
 def _check_hash(file: Path, expected: str) -> None:
     with file.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != expected:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if digest != expected:
         raise Mistake(
-            f"{file} is not the file that meta.json beside it describes (sha256 {found[:8]}..., "
+            f"{file} is not the file that meta.json beside it describes (sha256 {digest[:8]}..., "
             f"not {expected[:8]}...); run its prepare.py again, or remove meta.json if the ids are "
             "nanoGPT's"
         )
 
 
 def _refuse_other_files(file: Path, tokens: np.ndarray) -> None:
-    """Without a meta file the dtype is a guess. Plain text and .npy read as uint16 would pass the
-    id check, and so would uint32, to train on text with an id 0 after every token."""
+    """Raise Mistake for files of other formats, where no meta file states the dtype.
+
+    Plain text and .npy files, read as uint16, would pass the check of ids. So would uint32 ids, and
+    a run would train on text with an id 0 after every token.
+    """
     head = tokens[: 1 << 16]
     if kind := _foreign(head.tobytes()[:FOREIGN_HEAD]):
         raise Mistake(

@@ -1,4 +1,4 @@
-"""Text to token ids and back: GPT-2's BPE, characters, bytes, or a Hugging Face tokenizer.json.
+"""Tokenizers map text to ids and back: GPT-2's BPE, characters, bytes, or any tokenizer.json.
 
 A tokenizer travels as its `spec()`, a JSON value in a data set's meta.json and in a run's folder,
 so that sampling from a run needs none of the files it was prepared with.
@@ -14,18 +14,19 @@ import numpy as np
 
 from scalegpt.errors import Mistake
 
-END_OF_TEXT = "<|endoftext|>"  # in a prompt, whatever the tokenizer calls its mark
+END_OF_TEXT = "<|endoftext|>"  # prompts write this, whatever the tokenizer calls its mark
 _EOT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>")
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """One tokenizer; made by `load` or `char_tokenizer`.
+    """A tokenizer, made by `load`, `named` or `char_tokenizer`.
 
     name: "gpt2", "byte", "char", or the file name of a tokenizer.json.
     vocab_size: number of ids, so every id is in [0, vocab_size).
     eot: id of the end-of-text mark between documents, or None; for bytes it is 0, NUL.
-    piecewise: cut before a space or newline after a non-space, a text keeps its ids.
+    piecewise: a text may be cut before a space or newline that follows a non-space, and encoding
+    the pieces one by one gives the same ids as encoding the whole.
     """
 
     name: str
@@ -37,26 +38,33 @@ class Tokenizer:
     _spec: dict[str, Any]
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids (int32); special tokens are plain text. ValueError: a character unknown to char."""
+        """Return ids, int32; special tokens count as plain text.
+
+        Raises Mistake for a character that a char tokenizer does not have.
+        """
         return np.asarray(self._encode(text), np.int32)
 
     def encode_prompt(self, text: str) -> np.ndarray:
-        """As `encode`, but `<|endoftext|>` becomes the id `eot` where the tokenizer has one."""
+        """Encode as `encode`, but turn `<|endoftext|>` into the id `eot` if there is one."""
         if self.eot is None:
             return self.encode(text)
         parts = [ids for part in text.split(END_OF_TEXT) for ids in ([self.eot], self.encode(part))]
         return np.concatenate(parts[1:]).astype(np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Text of `ids`; bytes that are not UTF-8 become U+FFFD. ValueError for an unknown id."""
+        """Return the text of `ids`, with U+FFFD for bytes that are not UTF-8.
+
+        Raises Mistake for an id outside the vocabulary.
+        """
         ids = np.asarray(ids, np.int64).ravel()
-        bad = ids[(ids < 0) | (ids >= self.vocab_size)]
-        if bad.size:
-            raise Mistake(f"token id {bad[0]} is outside {self.name}'s 0..{self.vocab_size - 1}")
+        unknown = ids[(ids < 0) | (ids >= self.vocab_size)]
+        if unknown.size:
+            last = self.vocab_size - 1
+            raise Mistake(f"token id {unknown[0]} is outside {self.name}'s 0..{last}")
         return self._decode(ids)
 
     def within(self, vocab_size: int) -> "Tokenizer":
-        """The same for a model of so many ids; text that needs another one is a ValueError."""
+        """Return this tokenizer limited to a model's ids; text that needs others is a Mistake."""
         if vocab_size >= self.vocab_size:
             return self
 
@@ -73,25 +81,25 @@ class Tokenizer:
         return replace(self, vocab_size=vocab_size, eot=eot, _encode=encode)
 
     def spec(self) -> dict[str, Any]:
-        """A JSON value from which `load` makes the same tokenizer again."""
+        """Return a JSON value from which `load` makes the same tokenizer again."""
         return self._spec
 
 
 def same(spec: str | dict[str, Any], other: str | dict[str, Any]) -> bool:
-    """Whether two specs mean the same ids, whatever their files are called."""
+    """Tell whether two specs mean the same ids, whatever their files are called."""
     a, b = ({"kind": x} if isinstance(x, str) else x for x in (spec, other))
     return {**a, "name": None} == {**b, "name": None}
 
 
 def kind(spec: str | dict[str, Any]) -> str:
-    """What a message calls it."""
+    """Return the name of a spec's kind, for messages."""
     return spec if isinstance(spec, str) else spec["kind"]
 
 
 def load(spec: str | dict[str, Any]) -> Tokenizer:
-    """The tokenizer "gpt2" or "byte", or what `.spec()` returned.
+    """Return the tokenizer "gpt2" or "byte", or that of a value that `.spec()` returned.
 
-    It comes from files of unknown origin, so a path in it is never followed. ValueError for
+    Specs come from files of unknown origin, so a path in one is never followed. Raises Mistake for
     anything else, a missing optional package, or gpt2 without cache or network.
     """
     check(spec)
@@ -108,7 +116,7 @@ def load(spec: str | dict[str, Any]) -> Tokenizer:
 
 
 def check(spec: Any) -> None:
-    """Raises ValueError for what is no spec, without loading what it needs."""
+    """Raise Mistake unless `spec` is a tokenizer's; nothing is loaded."""
     match spec:
         case "gpt2" | "byte" | {"kind": "gpt2" | "byte"}:
             return
@@ -124,7 +132,10 @@ def check(spec: Any) -> None:
 
 
 def named(name: str) -> Tokenizer:
-    """Of what somebody has typed: gpt2, byte, or the path of a tokenizer.json. Raises as `load`."""
+    """Return the tokenizer that a user has named: gpt2, byte, or the path of a tokenizer.json.
+
+    Raises Mistake as `load`, and for a file that cannot be read.
+    """
     if name in ("gpt2", "byte"):
         return load(name)
     try:
@@ -138,7 +149,7 @@ def named(name: str) -> Tokenizer:
 
 
 def char_tokenizer(text_chunks: Iterable[str]) -> Tokenizer:
-    """The tokenizer whose ids number the distinct characters of the text in code point order."""
+    """Return a tokenizer whose ids number the text's distinct characters in code point order."""
     chars: set[str] = set()
     for chunk in text_chunks:
         chars.update(chunk)
