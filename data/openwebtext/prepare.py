@@ -1,7 +1,7 @@
-"""OpenWebText as GPT-2 tokens, documents shuffled and split as nanoGPT does (seed 2357).
+"""Prepare OpenWebText as GPT-2 tokens, shuffled and split as nanoGPT does (seed 2357).
 
-Without --input the text comes from the Hugging Face hub; with it, from local parquet, JSON lines
-(both with a column "text") or .txt files, one document each.
+Without --input the text comes from the Hugging Face hub; with it, from local parquet or JSON lines
+(with a column "text"), or from .txt files, each of which is a document.
 """
 
 import glob
@@ -23,7 +23,7 @@ BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".txt": "text"}
 
 
 def load_text(pattern: str | None, out: Path) -> Any:
-    """A datasets.Dataset with a column "text". ValueError for a user's mistake or no network."""
+    """Return a datasets.Dataset with a column "text". Raises Mistake, also without a network."""
     try:
         import datasets
     except ImportError as error:
@@ -61,7 +61,7 @@ def _download(datasets: Any, out: Path) -> Any:
 
 
 def corpus(tokenizer: Tokenizer, dataset: Any) -> Corpus:
-    """The split and the order of documents of nanoGPT: .0005 of them for validation."""
+    """Return the corpus in nanoGPT's order, with nanoGPT's .0005 of documents for validation."""
     parts = dataset.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
 
     def documents() -> Iterator[tuple[str, str]]:

@@ -1,7 +1,7 @@
-"""The source of the running Python's standard library as bytes: real text that needs no network.
+"""Prepare the running Python's standard library as bytes: real text that needs no network.
 
-Documents are the .py files without tests and whatever was installed, separated by NUL; about a
-twentieth of the bytes is held out, by whole files that a hash of their path chooses.
+Documents are its .py files, without tests and installed packages, separated by NUL. About a
+twentieth of the bytes is for validation: whole files, chosen by a hash of their path.
 """
 
 import platform
@@ -14,14 +14,14 @@ from scalegpt.data.tokenizer import load
 from scalegpt.errors import Mistake
 from scalegpt.processes.command import run_command
 
-# Not the library's own source: tests, what pip and Linux distributions add, what the build wrote.
+# These folders are not the library's source: tests, what pip and Linux distributions add, caches.
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 SKIPPED_FOLDERS |= {"_bundled", "node_modules"}
 VAL_FRACTION = 0.05
 
 
 def source_files(root: Path) -> list[Path]:
-    """The library's own .py files, as paths relative to `root`, sorted."""
+    """Return the library's own .py files, as paths relative to `root`, sorted."""
     relative = (path.relative_to(root) for path in root.rglob("*.py"))
     return sorted(
         path
@@ -38,7 +38,7 @@ def prepare(out_dir: Path, workers: int | None = 0, force: bool = False) -> None
         root = Path(sysconfig.get_path("stdlib"))
         texts = {}
         for path in source_files(root):
-            with tokenize.open(root / path) as file:  # some say another encoding in line 1
+            with tokenize.open(root / path) as file:  # some name another encoding in line 1
                 texts[path.as_posix()] = file.read()
         sizes = {name: len(text.encode()) for name, text in texts.items()}
         left = VAL_FRACTION * sum(sizes.values())

@@ -1,4 +1,4 @@
-"""Tiny Shakespeare as GPT-2 tokens (or, --tokenizer char, as characters), split 90/10 as nanoGPT.
+"""Prepare Tiny Shakespeare as GPT-2 tokens, or as characters, split 90/10 as in nanoGPT.
 
 The split is by characters and no end-of-text marks are set, so that the counts are nanoGPT's.
 """
@@ -19,7 +19,7 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
 def download(path: Path) -> bytes:
-    """The 1.1 MB at URL, kept as `path`. ValueError without a network or for other content."""
+    """Return the 1.1 MB at URL, stored as `path`. Raises Mistake offline or for other content."""
     partial = path.with_name(path.name + ".partial")
     if path.exists():
         content = path.read_bytes()

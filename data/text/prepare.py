@@ -1,7 +1,8 @@
-"""Your own text as token files: a file, a folder or a pattern, of plain text or JSON lines.
+"""Turn your own text into token files: a file, a folder or a pattern of plain text or JSON lines.
 
-A plain file is one document; a line of .jsonl is one, under --key. Each may be packed as .gz, .xz,
-.bz2 or .zst. Documents go to validation by a hash of their text, a single one gives its end.
+A plain file is one document; each line of a .jsonl file is one, under --key. Files may be
+compressed as .gz, .xz, .bz2 or .zst. A hash of its text decides whether a document goes to
+validation; of a single document, the end does.
 """
 
 import codecs
@@ -25,11 +26,11 @@ from scalegpt.files import json_files
 from scalegpt.files.compressed import PACKED, blocks
 from scalegpt.processes.command import run_command
 
-HASHED = 1 << 16  # characters of a document that decide its split
+HASHED = 1 << 16  # the first so many characters of a document decide its split
 
 
 def find_files(pattern: str) -> list[Path]:
-    """The file, the folder's files at any depth (not the hidden ones), or what matches, sorted."""
+    """Return the file, a folder's files at any depth but the hidden, or the matches, sorted."""
     path = Path(pattern)
     if path.is_dir():
         below = (p for p in path.rglob("*") if p.is_file())
@@ -43,9 +44,10 @@ def find_files(pattern: str) -> list[Path]:
 
 
 def read_documents(files: list[Path], key: str, errors: str) -> Iterator[Document]:
-    """The documents that are not empty. ValueError naming the file and the place of a fault.
+    """Yield the documents that are not empty.
 
-    key: where a JSON line holds its text. errors: "strict", or "replace" for bad UTF-8.
+    key: where a JSON line holds its text. errors: "strict", or "replace" for bad UTF-8. Raises
+    Mistake, naming the file and the place of a fault.
     """
     for path in files:
         text = _decoded(path, errors)
@@ -83,7 +85,7 @@ def split_documents(
 
 
 def _cut(document: Document, start: int, stop: int | None) -> Iterator[str]:
-    """The document's characters from start to stop, chunk by chunk."""
+    """Yield the document's characters from start to stop, chunk by chunk."""
     at = 0
     for chunk in [document] if isinstance(document, str) else document:
         yield chunk[max(0, start - at) : None if stop is None else max(0, stop - at)]
