@@ -37,8 +37,8 @@ def load_text(pattern: str | None, out: Path) -> Any:
         if builder := BUILDERS.get(Path(name).suffix):
             by_builder.setdefault(builder, []).append(name)
     if len(by_builder) != 1:
-        found = ", ".join(by_builder) or "none"
-        raise Mistake(f"--input {pattern}: files of one of {[*BUILDERS]} needed, found: {found}")
+        kinds = ", ".join(by_builder) or "none"
+        raise Mistake(f"--input {pattern}: files of one of {[*BUILDERS]} needed, found: {kinds}")
     ((builder, files),) = by_builder.items()
     options = {"sample_by": "document"} if builder == "text" else {}
     dataset = datasets.load_dataset(builder, data_files=files, split="train", **options)
@@ -85,9 +85,9 @@ def main(argv: list[str]) -> int:
         args.workers,
         args.force,
     )
-    found = {split: meta[split]["tokens"] for split in TOKENS}
-    if args.input is None and args.tokenizer == "gpt2" and found != TOKENS:
-        print(f"WARNING: nanoGPT counts {TOKENS} tokens, this is {found}", file=sys.stderr)
+    counts = {split: meta[split]["tokens"] for split in TOKENS}
+    if args.input is None and args.tokenizer == "gpt2" and counts != TOKENS:
+        print(f"WARNING: nanoGPT counts {TOKENS} tokens, this is {counts}", file=sys.stderr)
     return 0
 
 

@@ -31,8 +31,8 @@ def download(path: Path) -> bytes:
         except OSError as error:
             raise Mistake(f"cannot get {URL}: {error}; pass a copy with --input") from error
         partial.write_bytes(content)
-    if (found := hashlib.sha256(content).hexdigest()) != SHA256:
-        raise Mistake(f"{path} has sha256 {found}, not {SHA256}; delete it and try again")
+    if (digest := hashlib.sha256(content).hexdigest()) != SHA256:
+        raise Mistake(f"{path} has sha256 {digest}, not {SHA256}; delete it and try again")
     if partial.exists():
         os.replace(partial, path)
     return content

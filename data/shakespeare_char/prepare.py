@@ -1,4 +1,4 @@
-"""Tiny Shakespeare as characters: data/shakespeare/prepare.py --tokenizer char, written here."""
+"""Prepare Tiny Shakespeare as characters, by data/shakespeare/prepare.py --tokenizer char."""
 
 import runpy
 import sys

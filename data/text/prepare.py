@@ -120,8 +120,8 @@ def _json_texts(path: Path, chunks: Iterator[str], key: str, errors: str) -> Ite
         except ValueError as error:
             raise Mistake(f"{path}, line {number} is not JSON: {error}") from error
         if not isinstance(row, dict) or not isinstance(row.get(key), str):
-            found = sorted(row) if isinstance(row, dict) else type(row).__name__
-            raise Mistake(f"{path}, line {number}: no text under --key {key!r} in {found}")
+            keys = sorted(row) if isinstance(row, dict) else type(row).__name__
+            raise Mistake(f"{path}, line {number}: no text under --key {key!r} in {keys}")
         try:  # JSON can spell half a surrogate pair, which UTF-8 cannot
             yield row[key].encode("utf-16", "surrogatepass").decode("utf-16", errors)
         except UnicodeDecodeError as error:

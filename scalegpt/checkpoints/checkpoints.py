@@ -126,6 +126,7 @@ class Checkpoints:
         return self._saver.failure
 
     def close(self) -> None:
+        """Wait for the save in the background, unless it is past its deadline."""
         self._saver.close()
 
     def last_good(self) -> str:
@@ -246,6 +247,7 @@ class Checkpoints:
     # --- reading
 
     def meta(self, step: int) -> dict[str, Any]:
+        """Return what `save` was given as `meta`. Raises Mistake for a damaged manifest."""
         return self._manifest(step)["meta"]
 
     def _manifest(self, step: int) -> manifest.Manifest:  # raises Mistake where it is damaged

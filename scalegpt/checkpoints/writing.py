@@ -151,6 +151,7 @@ class Saver:
         return self.failure
 
     def last_good(self) -> str:
+        """Return a clause for messages that names the last good checkpoint."""
         return (
             f"the last good checkpoint is step {self.latest}"
             if self.latest
@@ -158,6 +159,7 @@ class Saver:
         )
 
     def close(self) -> None:
+        """Wait for the save in the background, unless it is past its deadline."""
         if self._save:
             self._save.join(0 if self._save.given_up else None)
 

@@ -152,6 +152,7 @@ class ModelConfig(Section):
 
     @property
     def head_dim(self) -> int:
+        """The width of one attention head."""
         return self.n_embd // self.n_head
 
     @property
@@ -162,6 +163,8 @@ class ModelConfig(Section):
 
 
 class OptimConfig(Section):
+    """The optimizer, its learning rate schedule, and the length of the run in updates."""
+
     name: Literal["adamw", "muon"] = "adamw"
     """muon: Muon for the matrices of the layers, AdamW for the rest, and defaults of its own for
     lr, min_lr, schedule, cooldown, warmup_steps, beta1, eps, weight_decay, decay and grad_clip"""

@@ -45,6 +45,8 @@ class MeshConfig(Section):
 
 
 class BatchConfig(Section):
+    """The batch of one optimizer update, and how much of it a device computes at a time."""
+
     sequences: Positive = 480
     """sequences of one optimizer update, over all devices; the same on every machine"""
     microbatch: Positive | None = None
@@ -53,6 +55,8 @@ class BatchConfig(Section):
 
 
 class DataConfig(Section):
+    """The data sets that a run trains on, and how they are read."""
+
     path: Text | Annotated[dict[Name, Share], Field(min_length=1)]
     """folder or URL with train.bin, val.bin, meta.json; or a mixture {path: weight, ...}"""
     prepare: bool = False
@@ -71,6 +75,8 @@ class DataConfig(Section):
 
 
 class EvalConfig(Section):
+    """When and on what a run is evaluated."""
+
     every: Whole = 1000
     """updates between evaluations; 0: only at the start and the end"""
     windows: Positive | None = None
@@ -82,6 +88,8 @@ class EvalConfig(Section):
 
 
 class CheckpointConfig(Section):
+    """When checkpoints are written, and which are kept."""
+
     every: Whole = 1000
     """updates between checkpoints; 0: only at the end"""
     keep: Positive = 2
@@ -102,6 +110,8 @@ class CheckpointConfig(Section):
 
 
 class LogConfig(Section):
+    """What a run reports, and where to."""
+
     every: Positive = 10
     """updates between rows of metrics.jsonl"""
     tensorboard: bool = True
@@ -113,6 +123,8 @@ class LogConfig(Section):
 
 
 class RunConfig(Section):
+    """Where a run is kept, what it starts from, how it treats faults, and its deadlines."""
+
     out_dir: Place
     """the run's folder; a second start with the same folder continues the run"""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 1337
@@ -186,6 +198,7 @@ class Config(Section):
         return {**values, **given}
 
     def to_yaml(self) -> str:
+        """Return the text of a YAML file that `loading.load` reads as this run."""
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
 
     def with_vocab(self, vocab_size: int) -> "Config":
