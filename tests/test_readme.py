@@ -15,7 +15,7 @@ from scalegpt.processes.exits import Exit
 from scalegpt.run.metrics import EVAL_KEYS, TRAIN_KEYS
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = sorted([ROOT / "README.md", *ROOT.glob("*/README.md"), *ROOT.glob("data/*/README.md")])
+FILES = sorted([ROOT / "README.md", *ROOT.glob("[!.]*/README.md"), *ROOT.glob("data/*/README.md")])
 TEXTS = {file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8") for file in FILES}
 MAIN = TEXTS["README.md"]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
