@@ -9,8 +9,13 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ["WANDB_MODE"] = "offline"
-# Tests compile much and run little: the least of LLVM's optimizations saves a third of their time.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+# Tests compile much and run little. The least of LLVM's optimizations saves a third of their time;
+# one LLVM module a program, and the older way to write fusions, which XLA has up to jax 0.10, more
+# than half of what is left.
+flags = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
+if version("jax").startswith("0.10."):
+    flags.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
 # Beside JAX's threads, torch with more than one spends ten times the CPU time.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -60,22 +65,28 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         excess -= stat.st_size
 
 
-# Files that take longest, by their clock: begun last, one of them would keep one process busy
-# while the other has nothing to do.
+# Files that take longest: begun last, one of them would keep one process busy while the other has
+# nothing to do. Those that mostly wait (peers, tpu, distributed) run beside one that computes.
 LONGEST = (
-    "elastic",
-    "distributed",
-    "crash",
     "train",
+    "peers",
+    "tpu",
+    "distributed",
+    "elastic",
+    "crash",
+    "model",
     "sharding",
     "pmap",
-    "ledger",
     "hf",
-    "health",
     "decode",
+    "attention",
+    "health",
+    "ablation",
     "parity",
     "muon",
-    "ablation",
+    "ledger",
+    "generate",
+    "bad_input",
 )
 
 

@@ -287,6 +287,7 @@ def test_seconds_leave_out_what_was_not_timed():
 # --- runs
 
 
+@pytest.mark.slow
 def test_stopped_it_saves_and_the_same_command_goes_on_past_an_arm_that_fails(plays, tmp_path):
     """bad: its first update is so large that the second is not finite."""
     arms = {"plain": {}, "bad": {"optim": {"lr": 1e30, "grad_clip": 0.0}}}

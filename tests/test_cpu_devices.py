@@ -62,6 +62,7 @@ def test_one_core_is_one_device(nothing_said, monkeypatch):
     assert not cpu_devices.fits(make_config())
 
 
+@pytest.mark.slow
 def test_a_run_on_two_devices_is_the_run_on_one(plays, tmp_path):
     """The command as a person types it, with and without the number that JAX is told."""
     ours = ("JAX_NUM_CPU_DEVICES", "PJRT_NPROC")  # scalegpt sets the latter for the former

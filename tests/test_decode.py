@@ -143,7 +143,12 @@ def test_weights_that_need_not_be_kept_are_deleted_as_they_are_copied(steps):
 
 
 @pytest.mark.parametrize(
-    "mesh", [{"data": 8}, {"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
+    "mesh",
+    [
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        pytest.param({"data": 8}, marks=pytest.mark.slow),
+        pytest.param({"data": 1, "fsdp": 8}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_mesh_changes_nothing_and_keeps_weights_and_cache_split(mesh):
     one, many = steps_of(devices=1), steps_of(mesh=mesh, devices=8)

@@ -123,19 +123,10 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
 
 
 def test_fault_18_two_processes_are_the_run_of_one(bottles, alone, tmp_path, capsys):
-    """Also when the second is late, when a signal to it stops both, and both continue."""
     shared = tmp_path / "shared" / "run"
-    two = launch(bottles, shared, 2, each=[[], ["late=3"]])
-    wait_for_step(two, shared, 5)
-    two[1].send_signal(signal.SIGINT)
-    outputs = processes.finish(two)
-    assert codes(two) == [3, 3], outputs
-    stopped = max(rows(shared, "train/loss"))
-    assert f"stopped on request after update {stopped}" in outputs[0][0] and stopped < STEPS
     two = launch(bottles, shared, 2)
     outputs = processes.finish(two)
     assert codes(two) == [0, 0], outputs
-    assert f"continuing from step {stopped}" in outputs[0][0]
     assert_same_run(shared, alone)
 
     # Only the first speaks; each reads its own half of a microbatch's rows.
@@ -149,6 +140,23 @@ def test_fault_18_two_processes_are_the_run_of_one(bottles, alone, tmp_path, cap
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert row["step"] == STEPS
     assert abs(row["val/loss"] - rows(shared, "val/loss")[STEPS]) < 1e-5
+
+
+@pytest.mark.slow
+def test_a_signal_to_a_process_that_was_late_stops_two_and_both_continue(bottles, alone, tmp_path):
+    shared = tmp_path / "shared" / "run"
+    two = launch(bottles, shared, 2, each=[[], ["late=3"]])
+    wait_for_step(two, shared, 5)
+    two[1].send_signal(signal.SIGINT)
+    outputs = processes.finish(two)
+    assert codes(two) == [3, 3], outputs
+    stopped = max(rows(shared, "train/loss"))
+    assert f"stopped on request after update {stopped}" in outputs[0][0] and stopped < STEPS
+    two = launch(bottles, shared, 2)
+    outputs = processes.finish(two)
+    assert codes(two) == [0, 0], outputs
+    assert f"continuing from step {stopped}" in outputs[0][0]
+    assert_same_run(shared, alone)
 
 
 @pytest.mark.slow

@@ -186,6 +186,7 @@ def test_without_a_mark_the_first_token_and_its_bytes_do_not_count(tmp_path, gpt
     assert split.tokens[0] == 50256 and split.bytes_per_token == 5 / (len(split.tokens) - 1)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_figures_of_one_and_the_first_prints(run, choices, capsys):
     argv = [
         "--run",

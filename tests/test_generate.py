@@ -206,6 +206,7 @@ def test_fault_02_the_checkpoint_asked_for_is_the_one_that_writes(run, model, ca
     assert seen == [jnp.bfloat16]
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_text_of_one_and_the_first_prints_it(run, capsys):
     argv = ["--run", str(run), "--prompt=AB", "--prompt=C", "--max-new-tokens=12", "--json"]
     assert generate.main(argv) == 0

@@ -559,20 +559,24 @@ def test_logits_of_the_whole_sequence_are_never_held():
 # --- unrolled or looped, kept or recomputed
 
 
-def test_scan_and_remat_change_neither_loss_nor_gradient():
+# (scan_layers, remat), beside the reference. (False, "dots") would say no more than these.
+SLOW_KINDS = [(False, "full"), (True, "none"), (True, "dots")]
+
+
+@pytest.mark.parametrize(
+    "kinds", [[(True, "full")], pytest.param(SLOW_KINDS, marks=pytest.mark.slow)]
+)
+def test_scan_and_remat_change_neither_loss_nor_gradient(kinds):
     """With dropout: recomputing must draw the same masks again."""
     tokens = some_tokens(3, 11)
     keys = jax.random.split(jax.random.key(3), 3)
     params = random_params(gpt(bias=True))
     results = {}
-    for scan in (False, True):
-        for remat in ("none", "dots", "full"):
-            if (scan, remat) == (False, "dots"):
-                continue  # says no more than the other five, and compiling is slow
-            model = gpt(bias=True, scan_layers=scan, remat=remat, dropout=0.2)
-            assert jax.tree.map(jnp.shape, shapes(model)) == jax.tree.map(jnp.shape, params)
-            loss = lambda p, model=model: row_losses(model, p, tokens, keys).sum()  # noqa: E731
-            results[scan, remat] = jit(jax.value_and_grad(loss))(params)
+    for scan, remat in [(False, "none"), *kinds]:
+        model = gpt(bias=True, scan_layers=scan, remat=remat, dropout=0.2)
+        assert jax.tree.map(jnp.shape, shapes(model)) == jax.tree.map(jnp.shape, params)
+        loss = lambda p, model=model: row_losses(model, p, tokens, keys).sum()  # noqa: E731
+        results[scan, remat] = jit(jax.value_and_grad(loss))(params)
     value, grads = results.pop((False, "none"))
     for which, (other, other_grads) in results.items():
         assert float(other) == pytest.approx(float(value), rel=1e-6), which

@@ -37,6 +37,12 @@ def test_a_second_process_compiles_nothing_and_gets_the_same_losses(plays, tmp_p
     assert programs(home) == made
 
 
+def test_a_folder_that_the_user_has_named_stays():
+    cache.keep_compiled()
+    assert jax.config.jax_compilation_cache_dir == os.environ["JAX_COMPILATION_CACHE_DIR"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE"])
 def test_it_leaves_the_place_or_all_of_it_to_the_user(plays, tmp_path, name):
     value = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "mine")}.get(name, "false")
