@@ -10,8 +10,6 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-
 from scalegpt.config import Config, DataConfig, command_line, loading
 from scalegpt.config.differences import NOT_SHAPING
 from scalegpt.data import tokenizer
@@ -45,16 +43,21 @@ def main(argv: list[str]) -> int:
     _check(flags)
     config = _read_config(flags.config) if flags.config is not None else None
     task_files = _task_files(flags, config)
-    inputs = _load(flags, config, task_files)
-    results = _results(flags, config, inputs)
-    _refuse_not_finite(inputs.model, results)
-    if jax.process_index() == 0:
-        model, names = inputs.model, [split.name for split in inputs.splits]
-        names += [Path(file).name for file in task_files.values()]
-        step = "" if model.step is None else f", step {model.step}"
-        title = f"{model.name}{step}, on {', '.join(names)}"
-        print(_json(model, results) if flags.json else f"{title}\n{_table(results)}")
-    return 0
+    # A config's data come before its weights, which may be a download; of --run and --hf only the
+    # weights' own config names the data.
+    splits, weights = _splits(flags, config.data) if config else ([], [])
+    keep_compiled()
+    with startup.start(trained.machine(flags, config).distributed) as group:
+        inputs = _load(flags, config, task_files, splits, weights)
+        results = _results(flags, config, inputs)
+        _refuse_not_finite(inputs.model, results)
+        if group.index == 0:
+            model, names = inputs.model, [split.name for split in inputs.splits]
+            names += [Path(file).name for file in task_files.values()]
+            step = "" if model.step is None else f", step {model.step}"
+            title = f"{model.name}{step}, on {', '.join(names)}"
+            print(_json(model, results) if flags.json else f"{title}\n{_table(results)}")
+        return group.farewell(0)
 
 
 def _read_config(file: str) -> Config:
@@ -75,14 +78,15 @@ def _task_files(flags: argparse.Namespace, config: Config | None) -> dict[str, s
     return files
 
 
-def _load(flags: argparse.Namespace, config: Config | None, task_files: dict[str, str]) -> _Inputs:
+def _load(
+    flags: argparse.Namespace,
+    config: Config | None,
+    task_files: dict[str, str],
+    splits: list[Split],
+    weights: list[float],
+) -> _Inputs:
     """Read everything before anything is computed, so that a mistake does not cost an hour."""
     microbatch = flags.microbatch or (config and config.batch.microbatch) or 8
-    # A config's data come before its weights, which may be a download; of --run and --hf only the
-    # weights' own config names the data.
-    splits, weights = _splits(flags, config.data) if config else ([], [])
-    keep_compiled()
-    startup.start(trained.machine(flags, config).distributed)
     model = trained.load(flags, microbatch, config)
     if config:
         _refuse_other_model(config, model)

@@ -41,7 +41,21 @@ def main(argv: list[str]) -> int:
     _check(flags)
     sampler = Sampler(**{option.name: getattr(flags, option.name) for option in fields(Sampler)})
     prompts, interactive = _prompts(flags)
-    model = _load(flags)
+    keep_compiled()
+    with startup.start(trained.machine(flags).distributed) as group:
+        if flags.prompt is None and flags.prompt_file is None and group.count > 1:
+            raise Mistake(
+                "several processes need --prompt or --prompt-file: each has its own input"
+            )
+        _continue(flags, sampler, prompts, interactive)
+        return group.farewell(0)
+
+
+def _continue(
+    flags: argparse.Namespace, sampler: Sampler, prompts: Iterable[list[str]], interactive: bool
+) -> None:
+    """Load the model and print its continuations of all prompts."""
+    model = trained.load(flags, microbatch=1)
     codec = model.codec()
     write = decoder(model.steps, model.params, sampler, codec.vocab_size, keep=False)
     for texts in prompts:
@@ -59,7 +73,6 @@ def main(argv: list[str]) -> int:
             if not interactive:
                 raise
             print()
-    return 0
 
 
 def _parser() -> command_line.Parser:
@@ -109,15 +122,6 @@ def _check(flags: argparse.Namespace) -> None:
         raise Mistake(f"--seed={flags.seed} must be from 0 to {2**32 - 1}")
     if "" in flags.stop:
         raise Mistake("--stop='' would end every text before it begins; give some text")
-
-
-def _load(flags: argparse.Namespace) -> trained.Trained:
-    keep_compiled()
-    startup.start(trained.machine(flags).distributed)
-    model = trained.load(flags, microbatch=1)
-    if flags.prompt is None and flags.prompt_file is None and jax.process_count() > 1:
-        raise Mistake("several processes need --prompt or --prompt-file: each has its own input")
-    return model
 
 
 def _check_length(flags: argparse.Namespace, longest: int, block: int) -> None:

@@ -16,6 +16,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,11 +35,12 @@ from scalegpt.inference.decode import decoder
 from scalegpt.inference.sampling import Sampler
 from scalegpt.inference.validation import validation
 from scalegpt.model.flops import mfu_meter
-from scalegpt.processes import group, startup
+from scalegpt.processes import startup
 from scalegpt.processes.agreement import Deadline, gather
-from scalegpt.processes.command import fail, run_command
+from scalegpt.processes.command import run_command
 from scalegpt.processes.deadlines import Watch
 from scalegpt.processes.exits import Exit
+from scalegpt.processes.group import Alone, Group
 from scalegpt.processes.phases import Phases
 from scalegpt.processes.stop_request import Interrupted, StopRequest
 from scalegpt.run import reports
@@ -85,17 +87,17 @@ def main(argv: list[str]) -> int:
         return Exit.DONE
     check_packages(config.log)
     keep_compiled()
-    stop, phases = StopRequest(), Phases(config.run)
-    watch = Watch(phases)
-    try:
-        with phases("processes"):
-            startup.start(config.distributed, config.run.deadline_start)
-        if group.line is None:  # alone
-            cpu_devices.choose(config)
-        return train(config, phases, stop)
-    finally:
-        watch.close()
-        stop.close()
+    phases, seconds = Phases(config.run), config.run.deadline_start
+    with phases("processes"):
+        group = startup.find(config.distributed, seconds)
+    with group:
+        with closing(StopRequest(group)) as stop, closing(Watch(phases, group)):
+            with phases("processes"):
+                startup.join(group, seconds, phases, stop)
+            if group.count == 1:
+                cpu_devices.choose(config)
+            code = train(config, group, phases, stop)
+        return group.farewell(code)
 
 
 @dataclass(frozen=True)
@@ -114,9 +116,9 @@ class Run:
     stop: StopRequest
 
 
-def train(config: Config, phases: Phases, stop: StopRequest) -> int:
+def train(config: Config, group: Group | Alone, phases: Phases, stop: StopRequest) -> int:
     """Start a run, or continue the one in run.out_dir, to its end. Returns the exit code."""
-    is_main = jax.process_index() == 0
+    is_main = group.index == 0
     with phases("data"):
         datasets = open_datasets(config, phases.progress)
     config = config.with_vocab(max(d.vocab_size for d in datasets))
@@ -177,7 +179,7 @@ def train(config: Config, phases: Phases, stop: StopRequest) -> int:
                 end = error
             return finish(run, state, start, end)
     except BaseException as error:
-        fail(error)  # a clean-up would wait for processes that wait for this one
+        group.fail(error)  # a clean-up would wait for processes that wait for this one
         raise
     finally:
         metrics.close()
@@ -222,7 +224,7 @@ def loop(run: Run, state: State, start: int) -> State:
         if (failure := run.checkpoints.failing) and failure.over:
             run.progress.read()
             raise NotSaved(step)
-        stopping = run.stop.reached(step)
+        stopping = run.stop.reached()
         evaluating = step == total or due(step, config.eval.every)
         saving = stopping or step == total or due(step, config.checkpoint.every)
         if not (evaluating or saving or step == start + 1):

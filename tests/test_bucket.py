@@ -10,6 +10,7 @@ import time
 
 import fake_gcs
 import pytest
+import tiny_run
 from test_checkpoint_faults import ABSTRACT, assert_is, state
 
 from scalegpt import evaluate, train
@@ -17,7 +18,6 @@ from scalegpt.checkpoints import writing
 from scalegpt.checkpoints.checkpoints import Checkpoints, open_checkpoints
 from scalegpt.files import run_folder
 from scalegpt.files.folder import open_folder
-from scalegpt.processes.stop_request import StopRequest
 
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # it would ask Google about the bucket
 pytest.importorskip("gcsfs")
@@ -67,13 +67,13 @@ def lines(text: bytes, key: str) -> list[int]:
 def test_a_recreated_machine_continues_a_run_in_a_bucket(bottles, bucket, monkeypatch, capsys):
     """Its disk is empty: checkpoints and the rows up to them come from the bucket."""
     url = f"{URL}/x"
-    monkeypatch.setattr(StopRequest, "reached", lambda self, step=None: step == 3)
+    tiny_run.stop_after(monkeypatch, 3)
     assert train.main(arguments(bottles, url)) == 3
     here, remote = run_folder.local(url), open_folder(url)
     assert here.name.startswith("x-") and (here / "metrics.jsonl").is_file()
     assert {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints"} <= set(remote.names())
     shutil.rmtree(here)
-    monkeypatch.setattr(StopRequest, "reached", lambda self, step=None: False)
+    tiny_run.stop_after(monkeypatch)
     assert train.main(arguments(bottles, url)) == 0
     assert f"continuing from step 3 in {url}/checkpoints" in capsys.readouterr().out
     for rows in (remote.read("metrics.jsonl"), (here / "metrics.jsonl").read_bytes()):

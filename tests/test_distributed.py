@@ -303,7 +303,13 @@ def test_distributed_flags_that_do_not_fit_are_refused(given, message):
 def test_launchers_are_recognised(monkeypatch):
     """One process does not look for others; of several, Slurm and Open MPI say who is who."""
     met, started = [], []
-    monkeypatch.setattr("scalegpt.processes.group.join", lambda *a: met.append(a[:4]) or 4321)
+
+    def open_link(link, *_: object) -> int:
+        met.append((*link.address, link.count, link.index))
+        return 4321
+
+    monkeypatch.setattr("scalegpt.processes.link.Link.open", open_link)
+    monkeypatch.setattr("scalegpt.processes.group.Group._leave_on_aborts", lambda group: None)
     monkeypatch.setattr("jax.distributed.initialize", lambda *a, **k: started.append(a))
     monkeypatch.setattr(jax.config, "update", lambda *a: None)
     for name in [name for name in os.environ if name.startswith(("SLURM", "OMPI"))]:

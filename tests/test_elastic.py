@@ -27,7 +27,8 @@ def noted(self, state, tokens):
     seen[int(state.step) + 1] = hashlib.sha256(rows.tobytes()).hexdigest()
     return update(self, state, tokens)
 Steps.train = noted
-StopRequest.reached = lambda self, step=None: step == last
+StopRequest.reached = lambda self: max(seen) == last
+StopRequest.check = lambda self: None
 def main(argv):
     code = train.main(argv)
     if jax.process_index() == 0:

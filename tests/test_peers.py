@@ -1,4 +1,4 @@
-"""The line between processes, the watch and the request to stop; without JAX, so in a second."""
+"""The link between processes, the watch and the request to stop, mostly without JAX."""
 
 import json
 import os
@@ -17,25 +17,29 @@ from types import SimpleNamespace
 import processes
 import pytest
 
-from scalegpt.processes import link, meeting, stop_request
-from scalegpt.processes.phases import PHASES, Phases
+from scalegpt.processes import handshake, link, stop_request
+from scalegpt.processes.deadlines import Watch
+from scalegpt.processes.group import Alone
+from scalegpt.processes.phases import PHASES, Phases, key_of
 from scalegpt.processes.stop_request import StopRequest
 
-# Joins the others, then does what the test wants: `index`, `phases` and `stopping` are there.
+# Joins the others, then does what the test wants with `group`, `phases` and `stopping`.
 PROGRAM = """
 import os, signal, sys, threading, time
-from scalegpt.processes import deadlines, group, meeting
+from scalegpt.processes import deadlines, handshake
 from scalegpt.config import RunConfig
+from scalegpt.processes.group import Group
 from scalegpt.processes.phases import Phases
 from scalegpt.processes.stop_request import StopRequest
 deadlines._STOPPED = 1.0
 port, count, index, seconds = map(int, sys.argv[1:5])
 limits = {f"deadline_{key}": 1.0 for key in ("start", "save")}
-stopping, phases = StopRequest(), Phases(RunConfig(out_dir="x", **limits))
+secret = handshake.shared_secret(launched=False)
+group = Group("localhost", port, count, index, secret)
+stopping, phases = StopRequest(group), Phases(RunConfig(out_dir="x", **limits))
 phases.begin("step", 7)
 def join():
-    secret = meeting.shared_secret(launched=False)
-    print("port", group.join("localhost", port, count, index, seconds, secret), flush=True)
+    print("port", group.connect(seconds, phases, stopping), flush=True)
 """
 
 
@@ -43,7 +47,7 @@ def start(
     count: int, then: str, seconds: int = 20, indices=None, port: int | None = None, token: str = ""
 ) -> list[subprocess.Popen]:
     port = port or free_port()
-    environment = {**os.environ, meeting.TOKEN: token}
+    environment = {**os.environ, handshake.TOKEN: token}
     return [
         subprocess.Popen(
             [sys.executable, "-c", PROGRAM + then, *map(str, (port, count, i, seconds))],
@@ -187,8 +191,8 @@ def test_a_process_with_another_token_is_refused_by_name_and_the_run_goes_on():
     other = start(2, "join()", 60, [1], port, "another")
     ended, said = codes(first + other)
     assert ended == [5, 2]
-    assert f"give all processes of a run the same {meeting.TOKEN}" in said[1]
-    assert f"has another {meeting.TOKEN}" in said[0] and "have not come: 1; a process" in said[0]
+    assert f"give all processes of a run the same {handshake.TOKEN}" in said[1]
+    assert f"has another {handshake.TOKEN}" in said[0] and "have not come: 1; a process" in said[0]
 
 
 @pytest.mark.parametrize("answer, code", [(b"0" * 64 + b"\n", 2), (b"", 5), (b"\n", 5)])
@@ -214,29 +218,29 @@ def test_an_impostor_in_place_of_process_0_is_not_believed(answer, code):
 
 
 @pytest.fixture
-def door():
-    """A door for three processes, and a function that lets it do what there is to do."""
+def listener():
+    """A listener for three processes, and a function that lets it do what there is to do."""
     selector = selectors.DefaultSelector()
     port = free_port()
-    door = meeting.Door(selector, ("localhost", port), 3, b"secret")
+    listener = handshake.Listener(selector, ("localhost", port), 3, b"secret")
     came = []
 
-    def work(seconds: float = 0.2) -> list[meeting.Hello]:
+    def work(seconds: float = 0.2) -> list[handshake.Hello]:
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             for key, _ in selector.select(0.02):
                 if key.data is None:
-                    door.accept()
-                elif hello := door.read(key.data):
+                    listener.accept()
+                elif hello := listener.read(key.data):
                     came.append(hello)
-            door.sweep()
+            listener.sweep()
         return came
 
-    yield SimpleNamespace(door=door, port=port, work=work)
-    door.close()
+    yield SimpleNamespace(listener=listener, port=port, work=work)
+    listener.close()
 
 
-def test_a_recorded_hello_is_of_no_use_again(door):
+def test_a_recorded_hello_is_of_no_use_again(listener):
     """It answers what process 0 asked once, and asks anew each time."""
     said = []
     with socket.create_server(("localhost", 0)) as recorder:
@@ -244,7 +248,7 @@ def test_a_recorded_hello_is_of_no_use_again(door):
 
         def record() -> None:
             there, _ = recorder.accept()
-            with there, socket.create_connection(("localhost", door.port)) as process_0:
+            with there, socket.create_connection(("localhost", listener.port)) as process_0:
                 there.sendall(process_0.recv(42))
                 said.append(there.recv(4096))
                 process_0.sendall(said[0])
@@ -252,35 +256,35 @@ def test_a_recorded_hello_is_of_no_use_again(door):
 
         threading.Thread(target=record, daemon=True).start()
         joining = threading.Thread(
-            target=meeting.connect, args=(address, meeting.Hello(1, "x", 3), b"secret", 5)
+            target=handshake.connect, args=(address, handshake.Hello(1, "x", 3), b"secret", 5)
         )
         joining.start()
-        assert door.work(1) == [(1, "x", 3)]
+        assert listener.work(1) == [(1, "x", 3)]
         joining.join()
-    with socket.create_connection(("localhost", door.port)) as replay:
+    with socket.create_connection(("localhost", listener.port)) as replay:
         replay.sendall(said[0])
-        assert door.work() == [(1, "x", 3)]
-        assert meeting._receive(replay, 200, time.monotonic() + 1)[42:] == meeting._REFUSED
+        assert listener.work() == [(1, "x", 3)]
+        assert handshake._receive(replay, 200, time.monotonic() + 1)[42:] == handshake._REFUSED
 
 
-def test_callers_are_limited_in_number_and_time(door, monkeypatch):
+def test_callers_are_limited_in_number_and_time(listener, monkeypatch):
     links = []
     for _ in range(3):
-        links += [socket.create_connection(("localhost", door.port), 5) for _ in range(50)]
-        door.work()
-    assert len(door.door._callers) == 131  # 128 and the processes; the oldest have gone
-    monkeypatch.setattr(meeting, "_PATIENCE", 0.1)
-    assert door.work() == [] and not door.door._callers
+        links += [socket.create_connection(("localhost", listener.port), 5) for _ in range(50)]
+        listener.work()
+    assert len(listener.listener._callers) == 131  # 128 and the processes; the oldest have gone
+    monkeypatch.setattr(handshake, "_PATIENCE", 0.1)
+    assert listener.work() == [] and not listener.listener._callers
     for connection in links:
         connection.close()
 
 
-def test_a_line_without_end_is_cut_off(door):
-    with socket.create_connection(("localhost", door.port), 5) as endless:
+def test_a_line_without_end_is_cut_off(listener):
+    with socket.create_connection(("localhost", listener.port), 5) as endless:
         with pytest.raises(ConnectionError):
             for _ in range(30):
                 endless.sendall(b"x" * 1000)
-                door.work(0.05)
+                listener.work(0.05)
 
 
 @pytest.mark.parametrize(
@@ -299,8 +303,8 @@ def test_a_line_without_end_is_cut_off(door):
     ],
 )
 def test_a_hello_of_wrong_types_is_none(body):
-    assert meeting._hello(body.encode("utf-8", "surrogateescape")) is None
-    assert meeting._hello(b'[1, "x", 3, ""]') == (1, "x", 3)
+    assert handshake._hello(body.encode("utf-8", "surrogateescape")) is None
+    assert handshake._hello(b'[1, "x", 3, ""]') == (1, "x", 3)
 
 
 @pytest.mark.parametrize(
@@ -327,7 +331,7 @@ def test_a_process_that_sends_what_is_no_message_is_named():
     then = """
 join()
 if index == 1:
-    group.line._peers[0].socket.sendall(b"[" * 100_000 + b"\\n")
+    group.link._peers[0].socket.sendall(b"[" * 100_000 + b"\\n")
 time.sleep(60)
 """
     ended, said = codes(start(3, then))
@@ -336,22 +340,24 @@ time.sleep(60)
 
 
 def test_the_secret_is_the_token_or_what_the_launcher_said(monkeypatch):
-    for name in (meeting.TOKEN, *meeting._LAUNCHED):
+    for name in (handshake.TOKEN, *handshake._LAUNCHED):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    assert meeting.shared_secret(launched=False) == b""
-    seven = meeting.shared_secret(launched=True)
+    assert handshake.shared_secret(launched=False) == b""
+    seven = handshake.shared_secret(launched=True)
     monkeypatch.setenv("SLURM_JOB_ID", "8")
-    assert meeting.shared_secret(launched=True) != seven
-    monkeypatch.setenv(meeting.TOKEN, "mine")
-    assert meeting.shared_secret(launched=True) == meeting.shared_secret(launched=False) == b"mine"
+    assert handshake.shared_secret(launched=True) != seven
+    monkeypatch.setenv(handshake.TOKEN, "mine")
+    assert (
+        handshake.shared_secret(launched=True) == handshake.shared_secret(launched=False) == b"mine"
+    )
 
 
 def test_process_0_listens_only_where_it_is_needed():
-    assert meeting.interface("localhost") in ("127.0.0.1", "::1")
-    assert meeting.interface("127.0.0.1") == "127.0.0.1"
+    assert handshake.interface("localhost") in ("127.0.0.1", "::1")
+    assert handshake.interface("127.0.0.1") == "127.0.0.1"
     for other in ("192.0.2.1", socket.gethostname(), "no.such.host.invalid"):
-        assert meeting.interface(other) == ""
+        assert handshake.interface(other) == ""
 
 
 # --- failures ---
@@ -409,7 +415,7 @@ sys.exit(3)
 def test_a_deadline_names_the_phase_its_key_and_who_is_late(stopped):
     then = f"""
 join()
-deadlines.Watch(phases)
+deadlines.Watch(phases, group)
 def stuck_here():
     time.sleep(60)
 time.sleep(1.5)  # by now all have said where they are
@@ -432,7 +438,7 @@ with phases("save"):
 
 def test_a_process_that_was_stopped_for_a_while_does_not_hang():
     then = """
-deadlines.Watch(phases)
+deadlines.Watch(phases, group)
 phases.current = phases.current._replace(deadline=3.0, since=time.monotonic())
 end = time.monotonic() + 4.5  # of the clock: it may be stopped before it sleeps
 print("up", flush=True)
@@ -448,23 +454,19 @@ time.sleep(max(0, end - time.monotonic()))
 
 
 def test_what_takes_long_is_announced(capfd):
-    from scalegpt.processes import deadlines, group
-
     phases = SimpleNamespace(
         current=SimpleNamespace(name="restore", step=0, since=time.monotonic() - 6, deadline=3600.0)
     )
-    watching = deadlines.Watch(phases)
+    watching = Watch(phases, Alone())
     try:
         time.sleep(1.3)
     finally:
         watching.close()
-        group._phases = None
     assert re.findall("still in restore after [67] s, deadline 3600 s", capfd.readouterr().err)
 
 
 def test_every_phase_has_a_deadline(tmp_path):
     from scalegpt.config import RunConfig
-    from scalegpt.processes.exits import key_of
 
     run = RunConfig(out_dir=str(tmp_path))
     for name in PHASES:
@@ -477,15 +479,15 @@ def test_every_phase_has_a_deadline(tmp_path):
 
 def test_a_stop_request_is_noticed_and_the_signals_are_given_back(capfd):
     before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    request = StopRequest()
+    request = StopRequest(Alone())
     try:
         request.saves = True
-        assert not request.reached(1)
+        assert not request.reached()
         signal.raise_signal(signal.SIGTERM)
         until = time.monotonic() + 10
         while not request.reached() and time.monotonic() < until:
             time.sleep(0.01)
-        assert request.reached(2) and request.reached(3)
+        assert request.reached() and request.reached()
         assert "SIGTERM: saving after this step; once more" in capfd.readouterr().err
     finally:
         request.close()
@@ -513,11 +515,14 @@ hashlib.pbkdf2_hmac("sha256", b"", b"", 1_000_000_000)  # minutes, without a loo
 
 
 STEPS = """
+from scalegpt.processes import startup
 stopping.saves = True
-join()
+startup.join(group, seconds, phases, stopping)
+startup.jax.devices()
+print("port", flush=True)
 for step in range(1, 10_000):
     time.sleep(0.001 * (index + 1))
-    if stopping.reached(step):
+    if stopping.reached():
         print("stopped", step, flush=True)
         group.farewell(3)
         sys.exit(3)
@@ -568,18 +573,18 @@ def test_the_clouds_notice_of_an_end_is_a_request_to_stop(event, monkeypatch, ca
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("GCE_METADATA_HOST", f"localhost:{server.server_port}")
     monkeypatch.setattr(stop_request, "_POLL", 0.02)
-    request = StopRequest()
+    request = StopRequest(Alone())
     try:
         request.saves = True
         request.heed_notices(False)
         until = time.monotonic() + 10
         while len(asked) < 8 and time.monotonic() < until:
             time.sleep(0.01)
-        assert not request.reached(1) and len(set(asked)) == 2
+        assert not request.reached() and len(set(asked)) == 2
         values[event] = {"preempted": "TRUE"}.get(event, "TERMINATE_ON_HOST_MAINTENANCE")
         while not request.reached() and time.monotonic() < until:
             time.sleep(0.01)
-        assert request.reached(2)
+        assert request.reached()
         assert f"({event}: {values[event]}): saving after this step" in capfd.readouterr().err
     finally:
         request.close()

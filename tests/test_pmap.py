@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import processes
 import pytest
+import tiny_run
 import yaml
 from conftest import ROOT
 from hlo_traffic import collectives
@@ -19,7 +20,6 @@ from scalegpt.checkpoints.checkpoints import open_checkpoints
 from scalegpt.config import Config
 from scalegpt.config.command_line import parse
 from scalegpt.data.token_files import open_dataset
-from scalegpt.processes import stop_request
 from scalegpt.step import build_for_training, sharding
 from scalegpt.step import pmap as pmap_step
 
@@ -173,9 +173,9 @@ def close(ours: dict, theirs: dict) -> None:
 def test_a_run_of_one_backend_continues_under_the_other(
     data, unbroken, tmp_path, monkeypatch, capsys, first, then
 ):
-    monkeypatch.setattr(stop_request.StopRequest, "reached", lambda self, step=None: step == 3)
+    tiny_run.stop_after(monkeypatch, 3)
     assert train.main(arguments(data, tmp_path / "run", first)) == 3
-    monkeypatch.setattr(stop_request.StopRequest, "reached", lambda self, step=None: False)
+    tiny_run.stop_after(monkeypatch)
     assert train.main(arguments(data, tmp_path / "run", then)) == 0
     printed = capsys.readouterr().out
     assert "continuing from step 3" in printed and f"data 8, {then}" in printed

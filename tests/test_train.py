@@ -19,6 +19,7 @@ from tiny_run import (
     rows,
     run_with_signal,
     start,
+    stop_after,
     wait_for_step,
     write_data,
 )
@@ -41,10 +42,6 @@ pytestmark = pytest.mark.usefixtures("signals_as_they_were")
 @pytest.fixture(scope="module")
 def data(plays) -> Path:
     return plays
-
-
-def stop_after(monkeypatch, *at: int) -> None:
-    monkeypatch.setattr(stop_request.StopRequest, "reached", lambda self, step=None: step in at)
 
 
 @pytest.fixture(scope="module")
@@ -131,13 +128,13 @@ def test_a_request_during_an_evaluation_cuts_it_short_and_it_comes_first_on_cont
 ):
     batches = []  # of evaluations: two each
 
-    def reached(self, step=None):
-        if step is None:
-            batches.append(1)
-        return len(batches) >= 4  # the second of update 5's
+    def check(self):
+        batches.append(1)
+        if len(batches) >= 4:  # the second of update 5's
+            raise stop_request.Interrupted
 
     out_dir = tmp_path / "run"
-    monkeypatch.setattr(stop_request.StopRequest, "reached", reached)
+    monkeypatch.setattr(stop_request.StopRequest, "check", check)
     assert train.main(arguments(data, out_dir)) == 3
     assert "stopped on request after update 5" in capsys.readouterr().out
     assert list(rows(out_dir, "val/loss")) == [0] and open_checkpoints(out_dir).steps

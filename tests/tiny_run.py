@@ -10,6 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from scalegpt.processes.stop_request import StopRequest
+from scalegpt.run.progress import Progress
+
 TEXT = "".join(
     f"{who}:\nSpeak, {what} number {n}, and let us {n * n % 97} times be heard!\n\n"
     for n, (who, what) in enumerate(
@@ -31,6 +34,19 @@ def write_data(folder: Path, text: str, alphabet: str = TEXT) -> Path:
         meta[split] = {"tokens": len(part), "bytes": len(part)}
     (folder / "meta.json").write_text(json.dumps({**meta, "vocab_size": len(chars)}))
     return folder
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, *updates: int) -> None:
+    """Have runs of this process asked to stop during each of these updates, none to undo it."""
+    done, dispatched = [0], Progress.dispatched
+
+    def noted(progress: Progress, step: int, values: dict) -> None:
+        done.append(step)
+        dispatched(progress, step, values)
+
+    monkeypatch.setattr(Progress, "dispatched", noted)
+    monkeypatch.setattr(StopRequest, "reached", lambda request: done[-1] in updates)
+    monkeypatch.setattr(StopRequest, "check", lambda request: None)
 
 
 def arguments(data: Path, out_dir: Path, **changes) -> list[str]:

@@ -248,12 +248,12 @@ def in_processes(row: Row, config: Config, count: int, folder: Path) -> Result:
 
 def work(config: Config, folder: Path, count: int) -> int:
     """Make the updates as one process of several; the first writes the result to `folder`."""
-    startup.start(config.distributed)
-    result = updates(config, open_datasets(config), jax.devices(), count)
-    if jax.process_index() == 0:
-        (folder / "result.json").write_text(json.dumps({**vars(result), "params": {}}))
-        np.savez(folder / "params.npz", **result.params)
-    return 0
+    with startup.start(config.distributed) as group:
+        result = updates(config, open_datasets(config), jax.devices(), count)
+        if group.index == 0:
+            (folder / "result.json").write_text(json.dumps({**vars(result), "params": {}}))
+            np.savez(folder / "params.npz", **result.params)
+        return group.farewell(0)
 
 
 def choose_devices() -> list[Any]:

@@ -6,7 +6,6 @@ checksums of every file. A position in the data is not stored: the batch of a st
 and step. Step 0 holds imported weights and has no `optimizer`.
 """
 
-import itertools
 import logging
 import math
 import re
@@ -28,7 +27,6 @@ from scalegpt.files.run_folder import FOLDER, is_run
 from scalegpt.processes.agreement import Deadline, from_first, gather
 
 PARAMS, WHOLE = ("params",), ("params", "optimizer")
-_count = itertools.count()
 
 
 def warn(text: str) -> None:
@@ -181,8 +179,7 @@ class Checkpoints:
                     listing[is_broken].append([step, content if is_broken else content["val_loss"]])
             except Exception as error:
                 listing[2] = reason(error)
-        name = f"scalegpt/list/{next(_count)}"
-        good, broken, problem = from_first(name, listing, Deadline(self._seconds))
+        good, broken, problem = from_first("list", listing, Deadline(self._seconds))
         if problem:
             raise Mistake(f"cannot read {self.folder}: {problem}")
         return dict(good), {s: why for s, why in broken if why != manifest.NEVER_FINISHED}
@@ -213,8 +210,7 @@ class Checkpoints:
             faults.append(str(error))
         except Exception as error:  # not damage, but a network that is down, for example
             unreadable = reason(error)
-        name = f"scalegpt/verify/{next(_count)}"
-        shares = gather(name, [faults, unreadable], Deadline(self._seconds))
+        shares = gather("verify", [faults, unreadable], Deadline(self._seconds))
         if failed := [why for _, why in shares if why]:
             raise Mistake(f"cannot read {folder}: {failed[0]}")
         faults = list(dict.fromkeys(line for lines, _ in shares for line in lines))

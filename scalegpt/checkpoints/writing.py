@@ -28,9 +28,8 @@ from etils import epath
 
 from scalegpt.checkpoints import manifest
 from scalegpt.files.folder import Folder
-from scalegpt.processes.agreement import Deadline, forget, from_first, gather
+from scalegpt.processes.agreement import Deadline, forget, from_first, gather, occasion, to_first
 
-_saves, _outcomes = itertools.count(), itertools.count()
 # Training waits so many seconds for a folder to write to: the client of a lost bucket tries for
 # minutes.
 PATIENCE = 20.0
@@ -114,8 +113,7 @@ class Saver:
         problem = save.problem if ended else f"it is not written after {self.seconds:g} s"
         outcome = [ended, problem, time.time()]
         try:
-            name = f"scalegpt/outcome/{next(_outcomes)}"
-            ended, problem, seconds = from_first(name, outcome, Deadline(self.seconds))
+            ended, problem, seconds = from_first("outcome", outcome, Deadline(self.seconds))
         except TimeoutError as error:
             ended, problem, seconds = True, str(error), time.time()
         save.given_up = not ended
@@ -186,7 +184,7 @@ class Saver:
 class Save:
     """A save under way: `begin_save` begins it, and a thread goes on with it until `join`.
 
-    tree: what the manifest says of the arrays. name: of its messages between processes. Nothing
+    tree: what the manifest says of the arrays. name: begins those of its collectives. Nothing
     raises: `problem` says why there is no checkpoint, and process 0's holds for all of them.
     """
 
@@ -283,15 +281,17 @@ class Save:
             sums = manifest.checksums(self.folder, sizes, share)
         except Exception as error:
             problem = reason(error)
-        shares = gather(f"{self.name}/sums", [sums, problem], self.deadline)
+        shares = to_first(f"{self.name}/sums", [sums, problem], self.deadline)
+        forget(self.name)  # whoever has given its sums has read all that was said before
+        if not is_first:
+            return problem
         if failed := [problem for _, problem in shares if problem]:
             return failed[0]
-        if is_first:
-            self.saver.before_commit()
-            files = {name: entry for sums, _ in shares for name, entry in sums.items()}
-            content = manifest.encode(self.step, self.val_loss, self.meta, self.tree, files)
-            self.folder.write(manifest.NAME, content)
-            self.folder.delete(manifest.UNFINISHED)
+        self.saver.before_commit()
+        files = {name: entry for sums, _ in shares for name, entry in sums.items()}
+        content = manifest.encode(self.step, self.val_loss, self.meta, self.tree, files)
+        self.folder.write(manifest.NAME, content)
+        self.folder.delete(manifest.UNFINISHED)
         return None
 
 
@@ -306,16 +306,13 @@ def begin_save(
 
     items: name -> arrays, which may change once this returns. Raises nothing, see `Save.problem`.
     """
-    number = next(_saves)
-    if number > 1:
-        forget(f"scalegpt/save/{number - 2}")
     save = Save(
         saver,
         step,
         manifest.describe_tree(items),
         json.loads(json.dumps(meta)),  # a copy: training goes on changing it
         val_loss,
-        f"scalegpt/save/{number}",
+        occasion("save"),
         Deadline(saver.seconds),
     )
     is_saved: list[Any] = [False, None]

@@ -1,26 +1,32 @@
-"""Several processes come to one answer without their devices, from any thread, within a time.
+"""Collectives of small JSON values among the processes of a run, without their devices.
 
-Through JAX's coordination service, which carries text: a collective on the devices would get in
-between those of training. Every process makes the same calls under the same names; a name is used
-once. One process answers itself.
+They go through the key-value store of JAX's coordination service. A collective on the devices would
+get in between those of training, which must come in the same order everywhere; these may be called
+from any thread. All processes make the same calls under the same name in the same order; a process
+alone gets its own value back.
 """
 
 import json
+import threading
 import time
 from typing import Any
 
 import jax
 
+# Seconds, for JAX's store wants a number: what only waits for a process that is dead or hangs may
+# wait for good, as the link and the deadlines of the phases end such a run.
+UNLIMITED = 7 * 24 * 3600.0
+
 
 class Deadline:
-    """So many seconds from now for all that follows."""
+    """A point in time, so many seconds from now, which several waits may share."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds, self._end = seconds, time.monotonic() + seconds
 
     @property
     def left(self) -> float:
-        """Seconds, at least a little: what has happened already may still be asked for."""
+        """Seconds that are left; at least 0.1, to read what the others have written already."""
         return max(0.1, self._end - time.monotonic())
 
     def __str__(self) -> str:
@@ -28,32 +34,72 @@ class Deadline:
 
 
 def from_first(name: str, value: Any, deadline: Deadline) -> Any:
-    """Process 0's value, JSON, in all of them. Raises TimeoutError."""
-    if jax.process_count() == 1:
-        return value
+    """Return process 0's value in all processes. Raises TimeoutError."""
+    key = _next_key(name)
     if jax.process_index() == 0:
-        _client().key_value_set(f"{name}/0", json.dumps(value))
+        _write(key, value)
         return value
-    return _get(name, 0, deadline)
+    return _read(key, 0, deadline)
+
+
+def to_first(name: str, value: Any, deadline: Deadline) -> list[Any]:
+    """Return the values of all processes in process 0; the others get none and do not wait.
+
+    Raises TimeoutError.
+    """
+    if jax.process_index() == 0:
+        return gather(name, value, deadline)
+    _write(_next_key(name), value)
+    return []
 
 
 def gather(name: str, value: Any, deadline: Deadline) -> list[Any]:
-    """The values, JSON, of all processes in all of them, in order. Raises TimeoutError."""
+    """Return the values of all processes, in their order, in all of them. Raises TimeoutError."""
+    key = _next_key(name)
     if jax.process_count() == 1:
         return [value]
-    _client().key_value_set(f"{name}/{jax.process_index()}", json.dumps(value))
-    return [_get(name, i, deadline) for i in range(jax.process_count())]
+    _write(key, value)
+    return [_read(key, process, deadline) for process in range(jax.process_count())]
+
+
+def occasion(name: str) -> str:
+    """Return `name` with a number, as the first part of the names of all collectives of one save.
+
+    A process that has failed leaves out the rest of them. With the next number it is in step with
+    the others again.
+    """
+    return _next_key(name).removeprefix("scalegpt/")
 
 
 def forget(name: str) -> None:
-    """What has been said under this name, which nobody asks for any more: it takes memory."""
+    """Free the memory of all collectives of an occasion, once no process reads them any more."""
+    with _lock:
+        for known in [known for known in _calls if known.startswith(f"{name}/")]:
+            del _calls[known]
     if jax.process_count() > 1 and jax.process_index() == 0:
-        _client().key_value_delete(name)
+        _store().key_value_delete(f"scalegpt/{name}")
 
 
-def _get(name: str, process: int, deadline: Deadline) -> Any:
+# Name -> calls so far. As JAX's store, whose keys can be written once only, there is one of these
+# in a process.
+_calls: dict[str, int] = {}
+_lock = threading.Lock()
+
+
+def _next_key(name: str) -> str:
+    with _lock:
+        _calls[name] = _calls.get(name, 0) + 1
+        return f"scalegpt/{name}/{_calls[name]}"
+
+
+def _write(key: str, value: Any) -> None:
+    if jax.process_count() > 1:
+        _store().key_value_set(f"{key}/{jax.process_index()}", json.dumps(value))
+
+
+def _read(key: str, process: int, deadline: Deadline) -> Any:
     try:
-        text = _client().blocking_key_value_get(f"{name}/{process}", int(deadline.left * 1000))
+        text = _store().blocking_key_value_get(f"{key}/{process}", int(deadline.left * 1000))
     except jax.errors.JaxRuntimeError as error:
         if "DEADLINE_EXCEEDED" not in str(error):
             raise
@@ -61,7 +107,7 @@ def _get(name: str, process: int, deadline: Deadline) -> Any:
     return json.loads(text)
 
 
-def _client() -> Any:
+def _store() -> Any:
     # Private, for JAX's public functions between processes (jax.experimental.multihost_utils) use
     # the devices. Orbax takes the client from the same place.
     from jax._src import distributed  # noqa: TID251

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from scalegpt.errors import Mistake
-from scalegpt.processes import group
 from scalegpt.processes.exits import Exit
 
 Main = Callable[[list[str]], int]
 
+# Errors of the operating system that the user can mend: a disk is full, or may not be written.
 _OF_THE_DISK = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -24,53 +24,36 @@ _OF_THE_DISK = {
 
 
 def run_command(main: Main) -> NoReturn:
-    """A command's last line: exit with what `exit_code` says."""
-    # A terminal without UTF-8 shows "?" for what it has not; a model may write any character.
+    """Run a command on this process's command line and exit with its code: a script's last line."""
+    # A model may write any character. A terminal without UTF-8 shows "?" for those it lacks.
     sys.stdout.reconfigure(errors="replace")
     sys.exit(exit_code(main, sys.argv[1:]))
 
 
 def exit_code(main: Main, argv: list[str]) -> int:
-    """main's own, or 2 and one message on stderr for a user's mistake.
+    """Return the exit code of main(argv), after showing the exception that ended it, if any.
 
-    A `Mistake` is the user's, and so is a disk that is full or not to be written; any other
-    exception is a fault of ours and keeps its traceback.
+    A user's mistake is one message on standard error. An exception that is a fault of ours is
+    raised again, so that Python shows its traceback.
     """
     try:
-        code = main(argv)
-        group.farewell(code)
-        return code
+        return main(argv)
     except SystemExit:
         raise
     except BaseException as error:
-        fail(error)
         if isinstance(error, BrokenPipeError):  # else Python would complain once more
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if (code := _code(error)) == Exit.FAILED:
+        if (code := code_of(error)) == Exit.FAILED:
             raise
-        _show(error, code)
+        show(error)
         return code
 
 
-def fail(error: BaseException) -> None:
-    """With other processes: show `error`, and end all with it. Alone: nothing.
-
-    To be called before a clean-up that waits for other processes: they may be waiting for this.
-    """
-    if group.line is None:
-        return
-    code = _code(error)
-    if code == Exit.FAILED:
-        group.wait_for_cause(error)
-    _show(error, code)
-    text = _message(error) if code == Exit.MISTAKE else f"{type(error).__name__}: {error}"
-    group.leave(code, text, said=True)
-
-
-def _code(error: BaseException) -> int:
+def code_of(error: BaseException) -> Exit:
+    """Return the exit code of a command that `error` ends."""
     if isinstance(error, KeyboardInterrupt):
         return Exit.INTERRUPTED
-    if isinstance(error, BrokenPipeError):  # `| head` has seen enough
+    if isinstance(error, BrokenPipeError):
         return Exit.BROKEN_PIPE
     if isinstance(error, Mistake):
         return Exit.MISTAKE
@@ -79,17 +62,24 @@ def _code(error: BaseException) -> int:
     return Exit.FAILED
 
 
-def _show(error: BaseException, code: int) -> None:
-    if code == Exit.MISTAKE:
-        print(f"error: {_message(error)}", file=sys.stderr, flush=True)
-    elif code == Exit.FAILED:
-        traceback.print_exception(error)
-    elif code == Exit.INTERRUPTED:
-        print("\ninterrupted", file=sys.stderr)
+def show(error: BaseException) -> None:
+    """Write on standard error what the user should know of the exception that ends a command."""
+    match code_of(error):
+        case Exit.MISTAKE:
+            print(f"error: {message_of(error)}", file=sys.stderr, flush=True)
+        case Exit.INTERRUPTED:
+            print("\ninterrupted", file=sys.stderr)
+        case Exit.FAILED:
+            traceback.print_exception(error)
 
 
-def _message(error: BaseException) -> str:
-    """Of a bounded size, whatever a user has typed or a file holds."""
+def message_of(error: BaseException) -> str:
+    """Return the text of an error in one line, or of a mistake, cut to at most 40 long lines.
+
+    A user may have typed anything, and a file may hold anything, that the message quotes.
+    """
+    if code_of(error) != Exit.MISTAKE:
+        return f"{type(error).__name__}: {error}"
     text = str(error)
     if isinstance(error, OSError):
         what = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"

@@ -1,52 +1,52 @@
-"""A thread that ends what hangs, and says now and then what takes long."""
+"""A thread that ends a run whose phase takes longer than its deadline."""
 
 import threading
 import time
 
-from scalegpt.processes import group
-from scalegpt.processes.exits import Exit, key_of, say
-from scalegpt.processes.phases import PHASES, Phase, Phases
+from scalegpt.processes.exits import Exit, say
+from scalegpt.processes.group import Alone, Group
+from scalegpt.processes.phases import PHASES, Phase, Phases, key_of
 
-_TICK = 0.5
-_STOPPED = 10.0  # a tick that took so long: the process was stopped, or its machine asleep
+_TICK = 0.5  # seconds between two looks at the clock
+_STOPPED = 10.0  # seconds: after such a tick the process was stopped, or its machine asleep
 
 
 class Watch:
-    """Past a phase's deadline it prints where this and the other processes are, and ends all.
+    """Ends all processes when this one's phase has passed its deadline, and says where each is.
 
-    Stopped processes and sleeping machines are no hangs: all clocks start anew after them.
+    Now and then it says which phase takes long. The deadline counts anew after a time in which this
+    process was stopped, or its machine asleep.
     """
 
-    def __init__(self, phases: Phases) -> None:
-        self._phases = phases
+    def __init__(self, phases: Phases, group: Group | Alone) -> None:
+        self._phases, self._group = phases, group
         self._over = threading.Event()
-        group.introduce(phases=phases)
-        # From now: this process may be stopped before the thread has begun.
-        threading.Thread(
-            target=self._run, args=[time.monotonic()], daemon=True, name="watch"
-        ).start()
+        # The time now, for this process may be stopped before the thread has begun.
+        arguments = [time.monotonic()]
+        threading.Thread(target=self._run, args=arguments, daemon=True, name="watch").start()
 
     def close(self) -> None:
         self._over.set()
 
-    def _run(self, last: float) -> None:
-        fresh = 0.0
-        told: tuple[float, float] = (0.0, 0.0)  # begin of the phase, seconds at which to tell next
+    def _run(self, last_tick: float) -> None:
+        awake = 0.0  # since when this process has not been stopped
+        announced, announce_after = 0.0, 0.0  # a phase, by its begin; the seconds of the next word
         while not self._over.wait(_TICK):
             now, phase = time.monotonic(), self._phases.current
-            if now - last > _STOPPED:
-                fresh = now
-            last = now
-            seconds = now - max(phase.since, fresh)
+            if now - last_tick > _STOPPED:
+                awake = now
+            last_tick = now
+            seconds = now - max(phase.since, awake)
             if seconds > phase.deadline:
                 self._end(phase, seconds)
-            if told[0] != phase.since:
+            if announced != phase.since:
                 # Updates, evaluations and saves come again and again, and may well take a while.
                 once = PHASES[phase.name][0] in ("startup", "restore", "compile")
-                told = (phase.since, 5.0 if once else max(5.0, phase.deadline / 20))
-            elif seconds > told[1] and (group.line is None or group.line.index == 0):
+                announced = phase.since
+                announce_after = 5.0 if once else max(5.0, phase.deadline / 20)
+            elif seconds > announce_after and self._group.index == 0:
                 say(f"still in {phase.name} after {seconds:.0f} s, deadline {phase.deadline:.0f} s")
-                told = (phase.since, told[1] * 4)
+                announce_after *= 4
 
     def _end(self, phase: Phase, seconds: float) -> None:
         what = f"{phase.name} of step {phase.step}" if phase.step else phase.name
@@ -54,6 +54,6 @@ class Watch:
             f"{what} takes {seconds:.0f} s, longer than {key_of(phase.name)}="
             f"{phase.deadline:g}; raise that if it is slow and does not hang"
         )
-        if group.line:
-            text += f"\n{group.line.others()}"
-        group.leave(Exit.FAILED, text, dump=True)
+        if others := self._group.others():
+            text += f"\n{others}"
+        self._group.leave(Exit.FAILED, text, with_stacks=True)

@@ -1,9 +1,10 @@
-"""The line between the processes of a run: who is there, where each one is, who has failed or died.
+"""The link between the processes of a run: who is there, where each one is, who has failed or died.
 
-Every process holds one TCP connection to process 0, made before JAX starts. The kernel closes it
-when its process ends, whatever ended it, and its probes find a machine that has vanished: so all
-know of a death within milliseconds, or half a minute, also while the main thread waits in a
-collective. JAX's own service notices later, and ends the survivors by SIGABRT, without a name.
+Every process but the first holds one TCP connection to process 0, made before JAX starts. The
+kernel closes it when its process ends, whatever ended it, and its probes find a machine that has
+vanished. So all know of a death within milliseconds, or half a minute, also while the main thread
+waits in a collective. JAX's own service notices later, and ends the survivors by SIGABRT, without a
+name.
 
 Why JAX's own service does not carry this: it was tried (jax 0.10.2, one CPU host, 2026-11-28), with
 keys that threads wait for, `get_live_nodes` and `jax_enable_recoverability`, which is experimental.
@@ -15,8 +16,8 @@ Each of 100 deaths of process 0 ended the other process by name with exit code 5
 - JAX aborts when process 0 dies. A call to the service in that abort's handler waited for ever in
   one of three deaths, and had to be moved to a thread of its own.
 
-Only processes of the run are heard (`meeting`). Messages are lines of JSON, each an object of one
-key, `_MESSAGES`. No JAX here.
+Only processes that have passed the `handshake` are heard. A message is a line of JSON, an object
+with one key of `_MESSAGES`. Nothing here imports JAX.
 """
 
 import contextlib
@@ -27,32 +28,39 @@ import threading
 import time
 import traceback
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from scalegpt.errors import Mistake
-from scalegpt.processes import meeting
-from scalegpt.processes.exits import Exit, dump_stacks, elsewhere, end, say
+from scalegpt.processes import handshake
+from scalegpt.processes.exits import Exit, dump_stacks, end, say
+from scalegpt.processes.phases import Phases
+
+if TYPE_CHECKING:
+    from scalegpt.processes.stop_request import StopRequest
 
 DIED = "died; all others stop, and the same command continues the run"
 _LONGEST = 1 << 24  # bytes of a message
-_MESSAGES = {  # its key -> the type of its value, or those of the values in its list
+_MESSAGES = {  # key -> type of its value, or of the values in its list
     "go": [int, str],  # the port for JAX's service, the host of process 0
-    "failed": [int, str, int, str, bool],  # process, its host, exit code, why, with all stacks
-    "at": [str, int, (int, float)],  # phase, step, seconds in it
-    "where": bool,
-    "table": list,
+    "failed": [int, str, int, str, bool],  # process, its host, exit code, why, whether with stacks
+    "at": [str, int, (int, float)],  # the sender's phase, step, seconds in it
+    "where": bool,  # the sender asks process 0 for a table
+    "table": list,  # of `_table`
     "stop": str,  # why
-    "halt": str,
-    "calls": int,
-    "stop_at": int,
     "done": int,  # exit code
 }
-_DRAIN = 2.0  # seconds that a process waits for the others to have read why it leaves
+_WAIT_FOR_READERS = 2.0  # seconds that a process waits for the others to read why it leaves
+_SAY_AGAIN = 4.0  # seconds after which a process says again where it is
+_SILENT = 12.0  # seconds after which a process that has said nothing is taken for stopped
 
 
 @dataclass
 class Peer:
-    """The other end. where: phase, step, and since when, by the clock of this process."""
+    """The process at the other end of a connection.
+
+    heard: when it last sent anything; where: its phase, its step and since when. Both times are by
+    this process's clock.
+    """
 
     socket: socket.socket
     index: int
@@ -63,90 +71,100 @@ class Peer:
     done: bool = False
 
 
-class Line:
-    """This process's end: process 0 has a Peer for each other process, the others have that one.
+class Link:
+    """This process's connections: process 0 has one to each other process, the others one to it.
 
-    stopping: this process's StopRequest. phases: its Phases; both may be None.
+    address: where process 0 listens until all have come. A thread reads what the others send.
     """
 
-    def __init__(self, host: str, port: int, count: int, index: int, secret: bytes = b"") -> None:
-        self.address, self.count, self.index = (host, port), count, index
-        self._secret = secret
-        self._door: meeting.Door | None = None  # of process 0, until all have come
+    def __init__(
+        self, address: tuple[str, int], count: int, index: int, secret: bytes = b""
+    ) -> None:
+        self.address, self.count, self.index = address, count, index
         self.host = socket.gethostname()
-        self.stopping: Any = None
-        self.phases: Any = None
-        self.finished: int | None = None  # the exit code, once all processes are at their end
+        self.exit_code: int | None = None  # known when all processes are at their end
+        self._secret = secret
+        self._listener: handshake.Listener | None = None  # in process 0
+        self._phases: Phases | None = None
+        self._stop: StopRequest | None = None
+        self._stop_asked = False
         self._jax_port = 0
         self._peers: dict[int, Peer] = {}
-        self._ready, self._all_done = threading.Event(), threading.Event()
-        self._table: list[Any] | None = None
-        self._halted, self._calls = False, dict[int, int]()  # process -> calls of reached()
+        self._all_have_come, self._all_done = threading.Event(), threading.Event()
+        self._received_table: list[Any] | None = None
         self._my_code: int | None = None
-        self._said, self._said_at = None, 0.0
-        self._lock, self._sending = threading.RLock(), threading.Lock()
-        self._leaving = threading.Lock()
+        self._last_said: tuple[str, int] | None = None
+        self._last_said_at = 0.0
+        self._lock, self._sending, self._leaving = (threading.Lock() for _ in range(3))
         self._selector = selectors.DefaultSelector()
 
-    # --- start ---
+    # --- start
 
-    def open(self, seconds: float) -> int:
-        """Meet the others; the port for JAX's service, on the host of process 0.
+    def open(self, seconds: float, phases: Phases | None, stop: "StopRequest | None") -> int:
+        """Connect with the other processes; return the port for JAX's service, on process 0's host.
 
-        Ends the process, with the names of those that have not come, when that takes longer.
+        When that takes longer than `seconds`, this process ends, with the names of those that have
+        not come.
         """
+        self._phases, self._stop = phases, stop
         if self.index == 0:
-            self._door = meeting.Door(self._selector, self.address, self.count, self._secret)
+            self._listener = handshake.Listener(
+                self._selector, self.address, self.count, self._secret
+            )
         else:
-            hello = meeting.Hello(self.index, self.host, self.count)
-            try:
-                link = meeting.connect(self.address, hello, self._secret, seconds)
-            except Mistake as error:
-                self.leave(Exit.MISTAKE, str(error))
-            if link is None:
-                where = "{}:{}".format(*self.address)
-                self.leave(
-                    Exit.FAILED,
-                    f"process 0 did not answer at {where} in {seconds:g} s "
-                    "(run.deadline_start); does it run, and is its port open?",
-                )
-            self._add(Peer(link, 0, self.address[0]))
-        threading.Thread(target=self._serve, daemon=True, name="line").start()
-        if not self._ready.wait(seconds):
+            self._add(Peer(self._connect(seconds), 0, self.address[0]))
+        threading.Thread(target=self._serve, daemon=True, name="link").start()
+        if not self._all_have_come.wait(seconds):
             self.leave(Exit.FAILED, f"after {seconds:g} s (run.deadline_start) {self.others()}")
         return self._jax_port
 
+    def _connect(self, seconds: float) -> socket.socket:
+        hello = handshake.Hello(self.index, self.host, self.count)
+        try:
+            connection = handshake.connect(self.address, hello, self._secret, seconds)
+        except Mistake as error:
+            self.leave(Exit.MISTAKE, str(error))
+        if connection is None:
+            self.leave(
+                Exit.FAILED,
+                f"process 0 did not answer at {self.address[0]}:{self.address[1]} in {seconds:g} s "
+                "(run.deadline_start); does it run, and is its port open?",
+            )
+        return connection
+
     def _add(self, peer: Peer) -> None:
-        meeting.keep_alive(peer.socket)
+        handshake.keep_alive(peer.socket)
         self._peers[peer.index] = peer
         self._selector.register(peer.socket, selectors.EVENT_READ, peer)
 
-    def _welcome(self, link: socket.socket, index: int, host: str, count: int) -> None:
-        peer = Peer(link, index, host)
-        meeting.keep_alive(link)
-        wrong = None
+    def _welcome(self, connection: socket.socket, hello: handshake.Hello) -> None:
+        """In process 0, take in a process that has passed the handshake; after the last one, go."""
+        index, host, count = hello
+        mistake = None
         if count != self.count:
-            wrong = (
+            mistake = (
                 f"process {index} ({host}) was told of {count} processes, process 0 of "
                 f"{self.count}; give all the same --distributed.num_processes"
             )
         elif index in {0, *self._peers}:
             other = self._peers[index].host if index else self.host
-            wrong = (
+            mistake = (
                 f"two processes, on {other} and {host}, say that they are process {index}; "
                 "give each its own --distributed.process_id"
             )
-        if wrong:
-            self._send(peer, failed=[0, self.host, Exit.MISTAKE, wrong, False])
-            self.leave(Exit.MISTAKE, wrong)
-        self._add(peer)
+        if mistake:
+            handshake.keep_alive(connection)
+            failed = [0, self.host, Exit.MISTAKE, mistake, False]
+            self._send(Peer(connection, index, host), failed=failed)
+            self.leave(Exit.MISTAKE, mistake)
+        self._add(Peer(connection, index, host))
         if len(self._peers) == self.count - 1:
-            self._door.close()
-            self._jax_port = meeting.free_port(self.address[1] + 1)
-            self._to_all(go=[self._jax_port, self.host])
-            self._ready.set()
+            self._listener.close()
+            self._jax_port = handshake.free_port(self.address[1] + 1)
+            self._send_all(go=[self._jax_port, self.host])
+            self._all_have_come.set()
 
-    # --- the thread ---
+    # --- the thread that reads
 
     def _serve(self) -> None:
         try:
@@ -154,94 +172,91 @@ class Line:
                 for key, _ in self._selector.select(1.0):
                     if isinstance(key.data, Peer):
                         self._read(key.data)
-                    elif isinstance(key.data, meeting.Caller):
-                        if hello := self._door.read(key.data):
-                            self._welcome(key.data.socket, *hello)
+                    elif isinstance(key.data, handshake.Caller):
+                        if hello := self._listener.read(key.data):
+                            self._welcome(key.data.socket, hello)
                     else:
-                        self._door.accept()
-                if self._door:
-                    self._door.sweep()
+                        self._listener.accept()
+                if self._listener:
+                    self._listener.sweep()
                 self._say_where()
         except Exception:
-            text = f"the line between the processes broke\n{traceback.format_exc()}"
+            text = f"the link between the processes broke\n{traceback.format_exc()}"
             self.leave(Exit.FAILED, text)
 
     def _read(self, peer: Peer) -> None:
         try:
             data = peer.socket.recv(65536)
-        except OSError:  # the probes had no answer
+        except OSError:  # nobody has answered the kernel's probes
             data = b""
         if not data:
             self._selector.unregister(peer.socket)
             peer.socket.close()
-            if not peer.done and self.finished is None:
+            if not peer.done and self.exit_code is None:
                 self._end(peer.index, peer.host, Exit.FAILED, DIED)
             return
         *lines, peer.unread = (peer.unread + data).split(b"\n")
         peer.heard = time.monotonic()
         try:
-            messages = [_message(text) for text in filter(None, lines)]
+            messages = [_message(line) for line in filter(None, lines)]
             if len(peer.unread) > _LONGEST:
                 raise ValueError(f"more than {_LONGEST} bytes without an end")
         except ValueError as error:
             self.leave(Exit.FAILED, f"process {peer.index} ({peer.host}) sent {error}")
-        for kind, value in messages:
-            self._handle(peer, kind, value)
+        for key, value in messages:
+            self._handle(peer, key, value)
 
-    def _handle(self, peer: Peer, kind: str, value: Any) -> None:
-        match kind:
+    def _handle(self, peer: Peer, key: str, value: Any) -> None:
+        match key:
             case "go":
                 self._jax_port, peer.host = value
-                self._ready.set()
+                self._all_have_come.set()
             case "failed":
                 self._end(*value)
             case "at":
-                name, step, seconds = value
-                peer.where = (name, step, time.monotonic() - seconds)
+                phase, step, seconds = value
+                peer.where = (phase, step, time.monotonic() - seconds)
             case "where":
-                self._send(peer, table=self._rows())
+                self._send(peer, table=self._table())
             case "table":
-                self._table = value
-            case "stop":
+                self._received_table = value
+            case "stop" if self.index == 0:
                 self.ask_to_stop(value)
-            case "halt":
-                self._send(peer, calls=self.stopping.halt(value))
-            case "calls":
-                self._agree(peer.index, value)
-            case "stop_at":
-                self.stopping.agreed(value)
-            case "done":
+            case "stop":
+                self._stop.agree(value)
+            case "done" if self.index == 0:
                 peer.done = True
-                if self.index:
-                    self.finished = value
-                    self._all_done.set()
-                else:
-                    self._check_done()
+                self._check_done()
+            case "done":
+                self.exit_code = value
+                self._all_done.set()
 
     def _send(self, peer: Peer, **message: Any) -> None:
-        # Whoever cannot be written to is dead or stopped, which reading finds out.
+        # A process that cannot be written to is dead or stopped, which reading finds out.
         with contextlib.suppress(OSError), self._sending:
             peer.socket.sendall(json.dumps(message).encode() + b"\n")
 
-    def _to_all(self, **message: Any) -> None:
+    def _send_all(self, **message: Any) -> None:
         for peer in list(self._peers.values()):
             self._send(peer, **message)
 
-    # --- where the processes are ---
+    # --- where the processes are
 
     def _here(self) -> tuple[str, int, float]:
-        if self.phases is None:
+        """Return this process's phase, its step and the seconds in it."""
+        if self._phases is None:
             return ("its work", 0, 0.0)
-        now = self.phases.current
-        return (now.name, now.step, time.monotonic() - now.since)
+        phase = self._phases.current
+        return (phase.name, phase.step, time.monotonic() - phase.since)
 
     def _say_where(self) -> None:
         here, now = self._here(), time.monotonic()
-        if self.index and (here[:2] != self._said or now - self._said_at > 4):
-            self._said, self._said_at = here[:2], now
-            self._to_all(at=here)
+        if self.index and (here[:2] != self._last_said or now - self._last_said_at > _SAY_AGAIN):
+            self._last_said, self._last_said_at = here[:2], now
+            self._send_all(at=here)
 
-    def _rows(self) -> list[Any]:
+    def _table(self) -> list[Any]:
+        """In process 0, a row of each process; see `_elsewhere`."""
         now = time.monotonic()
         rows = [
             [i, p.host, *p.where[:2], now - p.where[2], now - p.heard]
@@ -250,51 +265,43 @@ class Line:
         return [[0, self.host, *self._here(), 0.0], *rows]
 
     def others(self) -> str:
-        """Which processes are elsewhere than this one, or say nothing: for the report of a hang."""
-        if not self._ready.is_set():
-            absent = ", ".join(str(i) for i in range(1, self.count) if i not in self._peers)
+        """Return which processes are in another phase than this one, or say nothing."""
+        if not self._all_have_come.is_set():
             if self.index:
                 return "process 0 waits for other processes, see its output"
-            refused = f"; {self._door.refused}" if self._door and self._door.refused else ""
+            absent = ", ".join(str(i) for i in range(1, self.count) if i not in self._peers)
+            refused = self._listener.refused if self._listener else ""
+            refused = refused and f"; {refused}"
             return f"of {self.count} processes these have not come: {absent}{refused}"
         if self.index:
-            self._table, until = None, time.monotonic() + 3
-            self._to_all(where=True)
-            while self._table is None:
+            self._received_table, until = None, time.monotonic() + 3
+            self._send_all(where=True)
+            while self._received_table is None:
                 if time.monotonic() > until:
                     return (
                         f"process 0 ({self._peers[0].host}) does not answer, it is stopped, or "
                         "its machine hangs"
                     )
                 time.sleep(0.02)
-        rows = self._table if self.index else self._rows()
-        return elsewhere([row for row in rows if row[0] != self.index], *self._here()[:2])
+        table = self._received_table if self.index else self._table()
+        return _elsewhere([row for row in table if row[0] != self.index], *self._here()[:2])
 
-    # --- a request to stop: all leave at the same call of StopRequest.reached ---
+    # --- ends
 
     def ask_to_stop(self, why: str) -> None:
+        """Have StopRequest.agree called in all processes, once, whoever asks and how often."""
         if self.index:
-            return self._to_all(stop=why)
+            return self._send_all(stop=why)
         with self._lock:
-            if not self._halted:
-                self._halted = True
-                self._to_all(halt=why)
-                self._agree(0, self.stopping.halt(why))
-
-    def _agree(self, index: int, calls: int) -> None:
-        with self._lock:
-            self._calls[index] = calls
-            if len(self._calls) == self.count:
-                call = max(self._calls.values()) + 1
-                self._to_all(stop_at=call)
-                self.stopping.agreed(call)
-
-    # --- ends ---
+            asked_before, self._stop_asked = self._stop_asked, True
+        if not asked_before:
+            self._send_all(stop=why)
+            self._stop.agree(why)
 
     def farewell(self, code: int) -> None:
-        """Wait until every process has come to its end, so that none takes another for dead."""
+        """Wait until every process has come to its end, so that none is taken for dead."""
         if self.index:
-            self._to_all(done=code)
+            self._send_all(done=code)
         else:
             self._my_code = code
             self._check_done()
@@ -303,32 +310,44 @@ class Line:
     def _check_done(self) -> None:
         with self._lock:
             if self._my_code is not None and all(p.done for p in self._peers.values()):
-                self.finished = self._my_code
-                self._to_all(done=self._my_code)
+                self.exit_code = self._my_code
+                self._send_all(done=self._my_code)
                 self._all_done.set()
 
-    def leave(self, code: int, text: str, dump: bool = False, said: bool = False) -> NoReturn:
-        """End this process, and all others with `text` and the same code.
+    def leave(
+        self, code: int, text: str, with_stacks: bool = False, shown: bool = False
+    ) -> NoReturn:
+        """End this process, and all others with the same code and text.
 
-        dump: with the stacks of all their threads. said: this process has told its user already.
+        with_stacks: each writes what its threads are doing. shown: this process has told its user
+        already.
         """
-        self._end(self.index, self.host, code, text, dump, said)
+        self._end(self.index, self.host, code, text, with_stacks, shown)
 
     def _end(
-        self, index: int, host: str, code: int, text: str, dump: bool = False, said: bool = False
+        self,
+        index: int,
+        host: str,
+        code: int,
+        text: str,
+        with_stacks: bool = False,
+        shown: bool = False,
     ) -> NoReturn:
+        """End this process for what happened to process `index`; process 0 tells the others."""
         if not self._leaving.acquire(blocking=False):
             threading.Event().wait()  # another thread is about to end the process
-        if not said:
+        if not shown:
             say(f"process {index} ({host}){'' if text == DIED else ':'} {text}")
-        tell = [p for p in self._peers.values() if self.index in (0, index) and p.index != index]
-        for peer in tell:
-            self._send(peer, failed=[index, host, code, text, dump])
-        if dump:
-            dump_stacks(*self._here())
-        # Until the others have read it: an unread message would be lost with the connection.
-        until = time.monotonic() + _DRAIN
-        for peer in tell:
+        told = [p for p in self._peers.values() if self.index in (0, index) and p.index != index]
+        for peer in told:
+            self._send(peer, failed=[index, host, code, text, with_stacks])
+        if with_stacks:
+            phase, step, seconds = self._here()
+            say(f"this process is in {phase}, step {step}, since {seconds:.0f} s; its threads:")
+            dump_stacks()
+        # An unread message would be lost with the connection: wait until the others have closed it.
+        until = time.monotonic() + _WAIT_FOR_READERS
+        for peer in told:
             with contextlib.suppress(OSError):
                 while (left := until - time.monotonic()) > 0:
                     peer.socket.settimeout(left)
@@ -337,21 +356,39 @@ class Line:
         end(code)
 
 
-def _message(text: bytes) -> tuple[str, Any]:
-    """A line of a peer -> the key and the value. Raises ValueError for what is no message."""
+def _message(line: bytes) -> tuple[str, Any]:
+    """Return the key and the value of a message. Raises ValueError for anything else."""
     try:
-        message = json.loads(text)
+        message = json.loads(line)
     except (ValueError, RecursionError):
         message = None
     if not isinstance(message, dict) or len(message) != 1:
-        raise ValueError(f"what is no message: {text[:100]!r}")
-    ((kind, value),) = message.items()
-    types = _MESSAGES.get(kind, ())
+        raise ValueError(f"what is no message: {line[:100]!r}")
+    ((key, value),) = message.items()
+    types = _MESSAGES.get(key, ())
     if isinstance(types, list):
         fits = isinstance(value, list) and len(value) == len(types)
         fits = fits and all(map(isinstance, value, types))
     else:
         fits = isinstance(value, types)
     if not fits:
-        raise ValueError(f"what is no message: {text[:100]!r}")
-    return kind, value
+        raise ValueError(f"what is no message: {line[:100]!r}")
+    return key, value
+
+
+def _elsewhere(others: list[tuple], phase: str, step: int) -> str:
+    """Return which processes are not in `phase` of `step`, or have not been heard for a while.
+
+    others: rows of process, its host, its phase, its step, seconds in it, seconds since it spoke.
+    """
+    lines = []
+    for index, host, its_phase, its_step, seconds, silent in others:
+        process, where = f"process {index} ({host})", f"in {its_phase}, step {its_step}"
+        if silent > _SILENT:
+            lines.append(
+                f"{process} has said nothing for {silent:.0f} s, it is stopped, or its "
+                f"machine hangs; it was {where}"
+            )
+        elif (its_phase, its_step) != (phase, step):
+            lines.append(f"{process} is {where}, since {seconds:.0f} s")
+    return "\n".join(lines) or "all other processes are in the same phase"

@@ -1,8 +1,8 @@
-"""What this process is doing, until when at most, and where its time has gone.
+"""Phases: what this process is doing, how long it may take, and where its time has gone.
 
-One notion for four uses: a phase of a run has a name, a deadline (`run.deadline_*`), a place in the
-time ledger and, at start-up, a line for the person at the terminal. Whoever watches from another
-thread (`watch.Watch`) reads `Phases.current`, which is replaced whole and never changed.
+A phase of a run has a name, a deadline (`run.deadline_*`), a place in the time ledger and, at
+start-up, a word in the line that the terminal shows. Other threads, as those of `deadlines.Watch`
+and the link, read `Phases.current`, which is replaced as a whole and never changed.
 """
 
 import contextlib
@@ -35,7 +35,11 @@ LEDGER = ("startup", "restore", "compile", "data", "step", "evaluation", "save")
 
 
 class Phase(NamedTuple):
-    """since: `time.monotonic()` of its begin, or of the last sign of progress within it."""
+    """What a process does now.
+
+    since: `time.monotonic()` of its begin, or of the last sign of progress within it; deadline:
+    seconds from then.
+    """
 
     name: str
     step: int
@@ -43,8 +47,13 @@ class Phase(NamedTuple):
     deadline: float
 
 
+def key_of(phase: str) -> str:
+    """Return the key of the configuration that limits a phase."""
+    return f"run.deadline_{PHASES[phase][1]}"
+
+
 def _age() -> float:
-    """Seconds since this process began."""
+    """Return the seconds since this process began."""
     began = psutil.Process().create_time()
     if hasattr(time, "CLOCK_BOOTTIME"):  # Linux: by the clock, it knows its own start to a second
         return time.clock_gettime(time.CLOCK_BOOTTIME) - (began - psutil.boot_time())
@@ -52,9 +61,10 @@ def _age() -> float:
 
 
 class Phases:
-    """Entered as `with phases("restore"):`; the outer phase's clock stands still meanwhile.
+    """The phases of this process, one after the other or, by `with phases("restore"):`, nested.
 
-    The first one, "imports", begins with the process itself, before Python had read a line of ours.
+    Time in an inner phase is not charged to the outer one. The first phase, "imports", begins with
+    the process itself, before Python has read a line of ours.
     """
 
     def __init__(self, run: RunConfig) -> None:
@@ -83,21 +93,21 @@ class Phases:
         try:
             yield
         finally:
-            # The outer one has waited, which is no fault of its own: its deadline counts anew.
+            # The outer phase has only waited for the inner one: its deadline counts anew.
             self._switch(self._phase(outer.name, self.current.step))
 
     def begin(self, name: str, step: int = 0) -> None:
-        """Be in `name` from here on, as the outermost phase."""
+        """Make `name` the outermost phase from here on."""
         self._switch(self._phase(name, step))
 
     def progress(self, step: int | None = None) -> None:
-        """A sign of progress, as a finished update: the deadline counts anew."""
-        now = self.current
-        self.current = self._phase(now.name, now.step if step is None else step)
+        """Take note of progress, as a finished update: the phase's deadline counts anew."""
+        phase = self.current
+        self.current = self._phase(phase.name, phase.step if step is None else step)
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Of each place of LEDGER, so far; they sum to the life of the process."""
+        """Seconds so far at each place of LEDGER; their sum is the age of the process."""
         self._charge()
         places = dict.fromkeys(LEDGER, 0.0)
         for name, seconds in self._spent.items():
@@ -115,5 +125,5 @@ class Phases:
         return time.monotonic() - self._born
 
     def __str__(self) -> str:
-        """What there was so far, in its order: "start 2.1 s, devices 0.2 s"."""
+        """Return the phases so far, in the order of their begin: "imports 2.1 s, data 0.2 s"."""
         return ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self._spent.items())

@@ -1,8 +1,9 @@
-"""Start-up of several processes, and whether they are all set for the same run."""
+"""Start-up of a run's processes, and the check that all of them are set for the same run."""
 
 import importlib.util
 import os
 import platform
+import socket
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -15,71 +16,87 @@ from jax.sharding import PartitionSpec as P
 import scalegpt
 from scalegpt.config import Config, DistributedConfig
 from scalegpt.errors import Mistake
-from scalegpt.processes import group, meeting
-from scalegpt.processes.agreement import Deadline, gather
+from scalegpt.processes import handshake
+from scalegpt.processes.agreement import UNLIMITED, Deadline, gather
+from scalegpt.processes.group import Alone, Group
+from scalegpt.processes.phases import Phases
+from scalegpt.processes.stop_request import StopRequest
 
-# JAX's service need not find out who is dead, which the line does, and at once. It cannot tell a
-# process that is stopped, or a machine that sleeps, from a dead one; the phases' deadlines judge.
+# Seconds. JAX's service need not find out who is dead: the link does, at once. Nor can the service
+# tell a process that is stopped, or a machine that sleeps, from a dead one; a phase's deadline ends
+# those.
 _HEARTBEAT = 600
-# Whoever does not come to the self-check is the business of the line, and of the deadline.
-_WEEK = 7 * 24 * 3600.0
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
-def start(config: DistributedConfig, seconds: float = 900.0) -> None:
-    """Join the other processes of the run, if there are any; before anything asks for a device.
+def start(config: DistributedConfig, seconds: float = 900.0) -> Group | Alone:
+    """Find the processes of the run and join them; see `find` and `join`."""
+    group = find(config, seconds)
+    join(group, seconds)
+    return group
 
-    By flags, or as Slurm, Open MPI and TPU hosts announce themselves. Raises ValueError for
-    flags that do not belong together. Ends the process when not all have come in so many seconds.
+
+def find(config: DistributedConfig, seconds: float) -> Group | Alone:
+    """Return the processes of this run, as flags say, or Slurm, Open MPI or a TPU host.
+
+    Nothing is connected yet; but a TPU host waits at most so many seconds until the name of process
+    0's host is known. Raises Mistake for flags that do not belong together.
     """
     given = (config.coordinator, config.num_processes, config.process_id)
     if any(value is not None for value in given):
-        if any(value is None for value in given):
-            raise Mistake(
-                "--distributed.coordinator=HOST:PORT, --distributed.num_processes=N and "
-                "--distributed.process_id=I belong together; give all three or none"
-            )
-        host, _, port = config.coordinator.rpartition(":")
-        if not (host and port.isdecimal() and len(port) < 6 and 0 < int(port) < 65536):
-            raise Mistake(f"distributed.coordinator={config.coordinator} is not HOST:PORT")
-        if config.process_id >= config.num_processes:
-            raise Mistake(
-                f"distributed.process_id={config.process_id} must be below "
-                f"distributed.num_processes={config.num_processes}: they count from 0"
-            )
-    elif not _announced():
-        return
-    # Slurm's and Open MPI's detection would give each task one GPU, whatever this says.
-    said = os.environ.get("JAX_LOCAL_DEVICE_IDS")
-    devices = [int(i) for i in said.split(",")] if said else None
+        _check(config)
+    elif not _launched():
+        return Alone()
+    # Where Slurm or Open MPI has started the processes, JAX would give each of them one GPU only,
+    # whatever this variable says.
+    numbers = os.environ.get("JAX_LOCAL_DEVICE_IDS")
+    devices = [int(number) for number in numbers.split(",")] if numbers else None
     # Private, for jax.distributed.initialize asks Slurm, Open MPI and TPU hosts for the others and
-    # starts JAX's service in one go; group.join needs the answer before that.
+    # starts JAX's service in one go; the link needs the answer before that.
     from jax._src.clusters import ClusterEnv  # noqa: TID251
 
     address, count, index, devices = ClusterEnv.auto_detect_unset_distributed_params(
         *given, devices, None, int(seconds)
     )
     if count == 1:
-        return
+        return Alone()
     if address is None or count is None or index is None:
         raise Mistake(
             "several processes were started here, but not in a way that tells where the others "
             "are; give --distributed.coordinator=HOST:PORT, .num_processes=N, .process_id=I"
         )
     host, _, port = address.rpartition(":")
-    # The coordinator's port is that of our line; JAX's service gets another one, told there.
-    secret = meeting.shared_secret(launched=config.coordinator is None)
-    port = group.join(host.strip("[]"), int(port), count, index, seconds, secret)
-    listen_at = meeting.interface(host.strip("[]")) or "::"
-    listen_at = f"[{listen_at}]" if ":" in listen_at else listen_at
-    # It would swallow SIGTERM; StopRequest and the line agree on where to stop.
+    secret = handshake.shared_secret(launched=config.coordinator is None)
+    return Group(host.strip("[]"), int(port), count, index, secret, devices)
+
+
+def join(
+    group: Group | Alone,
+    seconds: float,
+    phases: Phases | None = None,
+    stop: StopRequest | None = None,
+) -> None:
+    """Connect the processes and start JAX's own service, before anything asks for a device.
+
+    phases, stop: as in `Group.connect`. Ends the process when not all have come after `seconds`.
+    """
+    if isinstance(group, Alone):
+        return
+    # The coordinator's port is that of the link. JAX's service has another one, which process 0
+    # tells the others.
+    port = group.connect(seconds, phases, stop)
+    address, listen_at = (
+        f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        for host in (group.host, handshake.interface(group.host) or "::")
+    )
+    # It would swallow SIGTERM; StopRequest agrees with the others on where to stop.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
-        f"{host}:{port}",
-        count,
-        index,
-        devices,
-        coordinator_bind_address=f"{listen_at}:{port}",
+        address,
+        group.count,
+        group.index,
+        group.local_devices,
+        coordinator_bind_address=listen_at,
         cluster_detection_method="deactivate",
         initialization_timeout=int(seconds) + 60,
         heartbeat_timeout_seconds=_HEARTBEAT,
@@ -87,23 +104,40 @@ def start(config: DistributedConfig, seconds: float = 900.0) -> None:
     )
 
 
-def _announced() -> bool:
-    """Whether something that jax.distributed understands has started several processes."""
+def _check(config: DistributedConfig) -> None:
+    """Raise Mistake for flags that do not say where the processes are and which one this is."""
+    if None in (config.coordinator, config.num_processes, config.process_id):
+        raise Mistake(
+            "--distributed.coordinator=HOST:PORT, --distributed.num_processes=N and "
+            "--distributed.process_id=I belong together; give all three or none"
+        )
+    host, _, port = config.coordinator.rpartition(":")
+    if not (host and port.isdecimal() and len(port) < 6 and 0 < int(port) < 65536):
+        raise Mistake(f"distributed.coordinator={config.coordinator} is not HOST:PORT")
+    if config.process_id >= config.num_processes:
+        raise Mistake(
+            f"distributed.process_id={config.process_id} must be below "
+            f"distributed.num_processes={config.num_processes}: they count from 0"
+        )
+
+
+def _launched() -> bool:
+    """Return whether Slurm, Open MPI or a TPU host has started several processes."""
     sizes = [os.environ.get(name, "1") for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")]
     return any(size.isdigit() and int(size) > 1 for size in sizes) or on_tpu()
 
 
 def on_tpu() -> bool:
-    """Whether this is a TPU's host, without touching the TPU."""
+    """Return whether this machine has a TPU that JAX would use, without touching it."""
     chips = [*Path("/dev").glob("accel*"), *Path("/dev/vfio").glob("[0-9]*")]
     wants_tpu = os.environ.get("JAX_PLATFORMS", "tpu").startswith("tpu")
     return wants_tpu and bool(chips) and importlib.util.find_spec("libtpu") is not None
 
 
 def facts(config: Config, data: Mapping[str, str], latest: int | None) -> dict[str, str]:
-    """What must be the same in all processes: config, data, versions, the checkpoint to go on from.
+    """Return what must be the same in all processes: config, data, versions, latest checkpoint.
 
-    data: name -> fingerprint. Where the data lie, and where they are staged, is each host's own.
+    data: name -> fingerprint. The folders of data and their caches may differ between hosts.
     """
     versions = {"python": platform.python_version(), "scalegpt": scalegpt.__version__}
     versions |= {name: metadata.version(name) for name in _PACKAGES}
@@ -125,14 +159,13 @@ def facts(config: Config, data: Mapping[str, str], latest: int | None) -> dict[s
 
 
 def self_check(facts: Mapping[str, str]) -> None:
-    """That all processes are set for the same run, and that their devices add up.
+    """Check that all processes are set for the same run, and that their devices work together.
 
-    Raises ValueError, in all processes, naming one that differs from process 0 and both values.
+    Raises Mistake, in all processes, naming one that differs from process 0 and both values.
     """
-    if jax.process_count() > 1:
-        every = gather("scalegpt/facts", {"host": group.line.host, **facts}, Deadline(_WEEK))
-        if difference := _difference(every):
-            raise Mistake(difference)
+    ours = {"host": socket.gethostname(), **facts}
+    if difference := _difference(gather("facts", ours, Deadline(UNLIMITED))):
+        raise Mistake(difference)
     devices = jax.device_count()
     mesh = jax.make_mesh((devices,), ("all",), axis_types=(AxisType.Auto,))
     spread, whole = NamedSharding(mesh, P("all")), NamedSharding(mesh, P())
@@ -147,7 +180,7 @@ def self_check(facts: Mapping[str, str]) -> None:
 
 
 def _difference(every: list[dict[str, str]]) -> str:
-    """The first facts in which a process differs from process 0, or an empty text."""
+    """Return the first facts in which a process differs from process 0, or an empty text."""
     first = every[0]
     for index, other in enumerate(every):
         keys = [key for key in {**first, **other} if key != "host"]

@@ -1,4 +1,4 @@
-"""The request to stop, which may come at any moment: Ctrl-C, SIGTERM, or word from the cloud."""
+"""The request to stop a run, which may come at any moment: Ctrl-C, SIGTERM, or Google's notice."""
 
 import os
 import signal
@@ -7,8 +7,8 @@ import threading
 import time
 import urllib.request
 
-from scalegpt.processes import group
 from scalegpt.processes.exits import Exit, say
+from scalegpt.processes.group import Alone, Group
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _METADATA = "http://{}/computeMetadata/v1/instance/{}"
@@ -20,28 +20,29 @@ _POLL = 5.0  # seconds; a spot machine has 30 from the notice to its end
 
 
 class Interrupted(Exception):
-    """Asked to stop in the midst of something that can be done later."""
+    """A request to stop has come during work that the next process can do, as an evaluation."""
 
 
 class StopRequest:
-    """Asked to stop, the run saves at the end of a step and leaves; asked twice, it leaves at once.
+    """Takes requests to stop: the run saves after the current update and leaves.
 
-    With `saves` false, at the start, there is nothing to save, and it leaves at once, too: also
-    while the main thread compiles and sees no signals, hence the thread. Several processes agree
-    on where to stop. From the main thread only; `close` gives the signals back.
+    On a second signal it leaves at once; so it does on the first while `saves` is false and there
+    is nothing to save. A thread of its own acts on signals, for the main thread may be compiling
+    and not see them. Create it in the main thread; `close` gives the signals back.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, group: Group | Alone) -> None:
         self.saves = False
-        self._signals, self._calls, self._last = 0, 0, None
+        self._group = group
+        self._signals, self._asked_here = 0, False
+        self._calls, self._last_call = 0, None  # of `reached`
         self._counting = threading.Lock()
         ours, theirs = socket.socketpair()
         theirs.setblocking(False)
         self._sockets = (ours, theirs)
+        # C writes the number of a signal there, whatever Python's main thread does.
         self._wakeup = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
-        # Python writes the number of a signal there from within C, whatever the main thread does.
         self._before = {n: signal.signal(n, lambda number, frame: None) for n in _SIGNALS}
-        group.introduce(stopping=self)
         threading.Thread(target=self._listen, daemon=True, name="stop").start()
 
     def close(self) -> None:
@@ -55,54 +56,62 @@ class StopRequest:
             if numbers[0] in _SIGNALS:
                 self._signals += 1
                 if self._signals > 1:
-                    group.leave(128 + numbers[0], "left at once on a second signal")
+                    self._group.leave(128 + numbers[0], "left at once on a second signal")
                 self.ask(signal.Signals(numbers[0]).name)
         self._sockets[0].close()
 
     def ask(self, why: str) -> None:
         """Ask the run to stop, from any thread."""
         if not self.saves:
-            group.leave(Exit.STOPPED, f"{why}: stopped before there was anything to save")
+            self._group.leave(Exit.STOPPED, f"{why}: stopped before there was anything to save")
         say(f"\n{why}: saving after this step; once more to leave at once")
-        if group.line:
-            group.line.ask_to_stop(why)
+        self._asked_here = True
+        if self._group.count == 1:
+            self._last_call = 0
         else:
-            self._last = 0
+            self._group.ask_to_stop(why)
 
-    def reached(self, step: int | None = None) -> bool:
-        """Whether to stop here: the same answer in every process, for the same call of this.
+    def reached(self) -> bool:
+        """Return whether to stop here: the same at the same call, counted by each process.
 
-        It waits for nobody, but once and for an instant while the processes agree.
+        It waits for nobody, but once, for an instant, while the processes agree.
         """
         with self._counting:
             self._calls += 1
-            return self._last is not None and self._calls >= self._last
+            return self._last_call is not None and self._calls >= self._last_call
 
     def check(self) -> None:
-        """Raises Interrupted when `reached`."""
+        """Raise Interrupted when `reached`."""
         if self.reached():
             raise Interrupted
 
-    # Of the line: between these two `reached` does not return, so that no call is overtaken.
+    def agree(self, why: str) -> None:
+        """Agree with the other processes at which call of `reached` all of them stop.
 
-    def halt(self, why: str) -> int:
-        """Calls of `reached` so far, in this process."""
-        if group.line.index == 0 and not self._signals:
+        The link's thread calls it in every process and must go on reading, so that this runs in
+        another thread. From the moment in which a process counts its calls until it knows the
+        largest count of all, it keeps the lock that `reached` needs. So no process is beyond the
+        call after the largest count, which is where all stop.
+        """
+        if self._group.index == 0 and not self._asked_here:
             say(f"\n{why} in another process: saving after this step")
-        self._counting.acquire()
-        return self._calls
 
-    def agreed(self, call: int) -> None:
-        """`reached` says yes from this call on."""
-        self._last = call
-        self._counting.release()
+        def settle() -> None:
+            from scalegpt.processes import agreement  # imports JAX, as little else of this room
 
-    # --- word from the cloud ---
+            with self._counting:
+                unlimited = agreement.Deadline(agreement.UNLIMITED)
+                self._last_call = max(agreement.gather("stop", self._calls, unlimited)) + 1
+
+        threading.Thread(target=settle, daemon=True, name="agree to stop").start()
+
+    # --- notices of Google's metadata server
 
     def heed_notices(self, on_cloud: bool) -> None:
         """Take the end that Google's metadata server announces for this machine as a request.
 
-        on_cloud: it runs on a TPU; otherwise only where GCE_METADATA_HOST names a server.
+        on_cloud: this is a machine with a TPU; others ask only where GCE_METADATA_HOST names a
+        server.
         """
         host = os.environ.get("GCE_METADATA_HOST") or (on_cloud and "metadata.google.internal")
         for name in _NOTICES if host else ():
@@ -114,7 +123,8 @@ class StopRequest:
         before = None
         while True:
             now = _fetch(url)
-            # One that was there before would stop each new start of a run until the event is over.
+            # A notice that is there already at the start is not heeded: until the event is over, it
+            # would stop each new start of the run.
             if before is not None and now == bad != before:
                 return self.ask(f"{meaning} ({url.rpartition('/')[2]}: {now})")
             before = now or before
@@ -127,5 +137,5 @@ def _fetch(url: str) -> str | None:
     try:
         with opener.open(request, timeout=5) as answer:
             return answer.read(200).decode().strip()
-    except (OSError, ValueError):  # no word is no reason to end a run
+    except (OSError, ValueError):  # a server without an answer is no reason to end a run
         return None

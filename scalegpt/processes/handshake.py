@@ -1,10 +1,10 @@
-"""How the processes of a run find each other: sockets to and from process 0, closed to strangers.
+"""The handshake by which the processes of a run connect with process 0, and nobody else does.
 
 Process 0 listens only until all others have come, and each of them proves that it knows the run's
 secret, as process 0 proves it in turn (HMAC-SHA256 over fresh random numbers of both, compared in
-constant time). Until then nothing that a caller says is parsed, and bytes, seconds and the number
-of callers are limited. `multiprocessing.connection` has such a challenge, too, but waits for each
-caller in turn without a time limit, and by MD5 on Python 3.11.
+constant time). Until then nothing that a caller sends is parsed, and its bytes, its seconds and the
+number of callers are limited. `multiprocessing.connection` has such a challenge, too, but it waits
+for one caller after the other without a time limit, and uses MD5 on Python 3.11.
 
 What this does not do: without SCALEGPT_TOKEN the secret is what a launcher tells all its processes,
 such as Slurm's job id, or is empty; that keeps out port scanners and other runs, but no one who
@@ -30,12 +30,12 @@ from scalegpt.errors import Mistake
 from scalegpt.processes.exits import say
 
 TOKEN = "SCALEGPT_TOKEN"  # the environment variable of a run's secret
-# What a launcher gives to all processes of a job; JAX derives the coordinator's address from the
-# first two. Open MPI's third is random.
+# Variables that a launcher sets alike in all processes of a job. JAX derives the coordinator's
+# address from the first two; the third, of Open MPI, is random.
 _LAUNCHED = ("SLURM_JOB_ID", "OMPI_MCA_orte_hnp_uri", "OMPI_MCA_orte_precondition_transports")
-_CALLERS = 128  # that may be in front of the door at once, besides those of the run
-_PATIENCE = 10.0  # seconds in which a caller must have proved itself
-_LONGEST = 1024  # bytes that a caller may say
+_CALLERS = 128  # at most at one time, besides the processes of the run
+_PATIENCE = 10.0  # seconds in which a caller must prove that it is of the run
+_LONGEST = 1024  # bytes that a caller may send
 _GREETING = b"scalegpt "  # followed by a nonce: 32 hexadecimal digits and a newline
 _REFUSED = b"another secret".ljust(64) + b"\n"  # as long as a proof and its newline
 _OPTIONS = {
@@ -49,7 +49,7 @@ _OPTIONS = {
 
 
 class Hello(NamedTuple):
-    """What a process says of itself when it comes. count: how many processes it was told of."""
+    """What a process says of itself. count: of how many processes it was told."""
 
     index: int
     host: str
@@ -58,7 +58,7 @@ class Hello(NamedTuple):
 
 @dataclass(eq=False)
 class Caller:
-    """Somebody who has connected to process 0 and has not proved yet that it is of this run."""
+    """A connection to process 0 whose other end has not proved yet that it is of this run."""
 
     socket: socket.socket
     address: str
@@ -67,9 +67,10 @@ class Caller:
     unread: bytes = b""
 
 
-class Door:
-    """Where process 0 lets the others in; its sockets are in `selector`, with a Caller or None.
+class Listener:
+    """Takes in the other processes, in process 0.
 
+    Its sockets are in `selector`: those of callers with their Caller, the listening one with None.
     Raises Mistake when the port is taken.
     """
 
@@ -84,22 +85,29 @@ class Door:
         selector.register(self._server, selectors.EVENT_READ)
 
     def accept(self) -> None:
-        """Greet those who wait; of too many callers the oldest go, as ours need an instant only."""
-        with contextlib.suppress(OSError):  # nobody is left, or one left before it was let in
+        """Greet all who wait to be accepted.
+
+        Of too many callers the oldest are dropped: a process of the run needs an instant only.
+        """
+        with contextlib.suppress(OSError):  # nobody waits any more, or one has left meanwhile
             for _ in range(self._limit):
-                link, address = self._server.accept()
-                link.setblocking(False)
-                caller = Caller(link, address[0])
+                connection, address = self._server.accept()
+                connection.setblocking(False)
+                caller = Caller(connection, address[0])
                 self._callers[caller] = None
-                self._selector.register(link, selectors.EVENT_READ, caller)
+                self._selector.register(connection, selectors.EVENT_READ, caller)
                 if len(self._callers) > self._limit:
                     self._drop(next(iter(self._callers)))
                 with contextlib.suppress(OSError):
-                    link.send(_GREETING + caller.nonce.encode() + b"\n")
+                    connection.send(_GREETING + caller.nonce.encode() + b"\n")
 
     def read(self, caller: Caller) -> Hello | None:
-        """Who has come, whose socket is the caller's from now on; None if it is not of the run."""
-        if caller not in self._callers:  # dropped in the meantime
+        """Read from a caller; return its Hello once it has proved that it is of the run.
+
+        The socket is the caller of this method's from then on. Before, None is returned; a caller
+        that fails to prove it is dropped.
+        """
+        if caller not in self._callers:  # it was dropped in the meantime
             return None
         try:
             data = caller.socket.recv(_LONGEST)
@@ -108,7 +116,7 @@ class Door:
         caller.unread += data
         line, newline, rest = caller.unread.partition(b"\n")
         if data and not newline and len(caller.unread) <= _LONGEST:
-            return None  # more is to come
+            return None  # the rest of the line is still to come
         proof, _, body = line.partition(b" ")
         nonce = caller.nonce.encode()
         proved = hmac.compare_digest(proof, _proof(self._secret, b"hello", nonce, body))
@@ -118,20 +126,20 @@ class Door:
                 self._refuse(caller)
             self._drop(caller)
             return None
-        with contextlib.suppress(OSError):  # dead already, which reading finds out
+        with contextlib.suppress(OSError):  # it is dead already, which the link will notice
             caller.socket.send(_proof(self._secret, b"welcome", nonce, body) + b"\n")
         self._selector.unregister(caller.socket)
         del self._callers[caller]
         return hello
 
     def sweep(self) -> None:
-        """Drop those who have been there for too long."""
+        """Drop the callers that have taken longer than their time."""
         for caller in list(self._callers):
             if time.monotonic() - caller.came > _PATIENCE:
                 self._drop(caller)
 
     def close(self) -> None:
-        """All have come; nobody else is let in."""
+        """Listen no longer."""
         for caller in list(self._callers):
             self._drop(caller)
         self._selector.unregister(self._server)
@@ -145,15 +153,15 @@ class Door:
     def _refuse(self, caller: Caller) -> None:
         with contextlib.suppress(OSError):
             caller.socket.send(_REFUSED)
-        if not self.refused:  # once: a stranger must not fill anybody's terminal
+        if not self.refused:  # only once, for a stranger must not fill the terminal
             self.refused = f"a process from {caller.address} was refused, as it has another {TOKEN}"
             say(f"process 0: {self.refused}, or is of another job")
 
 
 def shared_secret(launched: bool) -> bytes:
-    """The secret of this run's processes: SCALEGPT_TOKEN, else what their launcher gave to all.
+    """Return the secret of this run's processes: SCALEGPT_TOKEN, else what their launcher set.
 
-    launched: a launcher has said who is who, rather than flags.
+    launched: a launcher, not flags, has told each process its number.
     """
     if token := os.environ.get(TOKEN):
         return os.fsencode(token)
@@ -163,10 +171,10 @@ def shared_secret(launched: bool) -> bytes:
 
 
 def interface(host: str) -> str:
-    """Where process 0 listens: at HOST of the coordinator, if that is an address of this machine.
+    """Return the address at which process 0 listens for a coordinator HOST, or "" for all.
 
-    At all of its addresses, "", for a name: others may resolve it to another address than this
-    machine does, and for an address that is translated on its way here.
+    That is HOST if it is an address of this machine. It is not if it is translated on the way here;
+    and other machines may resolve a name to another address than this one does.
     """
     with contextlib.suppress(OSError, ValueError):
         if host == "localhost":
@@ -181,39 +189,39 @@ def interface(host: str) -> str:
 def connect(
     address: tuple[str, int], hello: Hello, secret: bytes, seconds: float
 ) -> socket.socket | None:
-    """To process 0, which may start later than this one; None when it has not by then.
+    """Connect to process 0, which may start later; return None if it has not after `seconds`.
 
-    Raises Mistake when whoever answers there does not share the secret.
+    Raises Mistake when whoever answers at the address does not know the secret.
     """
     until = time.monotonic() + seconds
     body = json.dumps([*hello, secrets.token_hex(16)]).encode()
     while (left := until - time.monotonic()) > 0:
         with contextlib.suppress(OSError):
-            link = socket.create_connection(address, timeout=min(left, 5))
-            greeting = _receive(link, len(_GREETING) + 33, min(until, time.monotonic() + 5))
+            connection = socket.create_connection(address, timeout=min(left, 5))
+            greeting = _receive(connection, len(_GREETING) + 33, min(until, time.monotonic() + 5))
             if greeting.startswith(_GREETING):
                 nonce = greeting.removeprefix(_GREETING).rstrip()
-                link.sendall(_proof(secret, b"hello", nonce, body) + b" " + body + b"\n")
-                answer = _receive(link, 65, until)
+                connection.sendall(_proof(secret, b"hello", nonce, body) + b" " + body + b"\n")
+                answer = _receive(connection, 65, until)
                 if hmac.compare_digest(answer, _proof(secret, b"welcome", nonce, body) + b"\n"):
-                    return link
+                    return connection
                 if len(answer) == 65:
                     where = "{}:{}".format(*address)
                     raise Mistake(
                         f"process 0 at {where} has another secret: give all processes of a run "
                         f"the same {TOKEN}, and each run that starts there another address"
                     )
-            link.close()  # none of ours, or one that is just ending
+            connection.close()  # a stranger answered, or a process that is just ending
         time.sleep(0.2)
     return None
 
 
-def _receive(link: socket.socket, size: int, until: float) -> bytes:
-    """So many bytes, or fewer, when the other end closes. Raises TimeoutError."""
+def _receive(connection: socket.socket, size: int, until: float) -> bytes:
+    """Return so many bytes, or fewer if the other end closes before. Raises TimeoutError."""
     data = b""
     while len(data) < size:
-        link.settimeout(max(0.1, until - time.monotonic()))
-        piece = link.recv(size - len(data))
+        connection.settimeout(max(0.1, until - time.monotonic()))
+        piece = connection.recv(size - len(data))
         if not piece:
             break
         data += piece
@@ -221,7 +229,8 @@ def _receive(link: socket.socket, size: int, until: float) -> bytes:
 
 
 def _proof(secret: bytes, role: bytes, nonce: bytes, body: bytes) -> bytes:
-    # body holds the other nonce; role, that nobody can send back what it was sent.
+    # The body holds the caller's own random number. The role keeps a proof from being sent back as
+    # that of the other end.
     return hmac.new(secret, b" ".join((role, nonce, body)), "sha256").hexdigest().encode()
 
 
@@ -252,16 +261,17 @@ def _listen(host: str, port: int, backlog: int) -> socket.socket:
     return server
 
 
-def keep_alive(link: socket.socket) -> None:
-    link.settimeout(5)  # to write: a process that is stopped does not hold up another one for long
-    link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+def keep_alive(connection: socket.socket) -> None:
+    """Have the kernel notice within half a minute that the machine at the other end is gone."""
+    connection.settimeout(5)  # or else writing to a process that is stopped might wait for good
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in _OPTIONS.items():
         if hasattr(socket, name):
-            link.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def free_port(wanted: int) -> int:
-    """The one next to the coordinator's, for those who open ports in a firewall, else any."""
+    """Return the port `wanted` if it is free, so that a firewall may open it, else any other."""
     for port in (wanted, 0):
         with contextlib.suppress(OSError, OverflowError), socket.socket() as free:
             free.bind(("", port))
