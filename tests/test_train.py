@@ -262,6 +262,28 @@ def test_the_training_step_is_compiled_once_also_after_resuming(data, tmp_path, 
     assert [s.jit_evaluate._cache_size() for s in built] == [1, 1]
 
 
+def test_metrics_of_an_update_are_read_after_the_next_is_dispatched(data, tmp_path, monkeypatch):
+    """The host would otherwise wait for every update, and the device for the host."""
+    events = []
+    dispatch, row = step.Steps.train, Metrics.train
+
+    def dispatched(self, state, tokens):
+        events.append(f"dispatch {sum('dispatch' in e for e in events) + 1}")
+        return dispatch(self, state, tokens)
+
+    def read(self, values):
+        events.append(f"read {values['step']}")
+        row(self, values)
+
+    monkeypatch.setattr(step.Steps, "train", dispatched)
+    monkeypatch.setattr(Metrics, "train", read)
+    changes = {"optim.steps": 5, "eval.every": 0, "checkpoint.every": 0}
+    assert train.main(arguments(data, tmp_path / "run", **changes)) == 0
+    # The first is waited for, as it compiles, and the last, as the run is evaluated.
+    order = "dispatch 1, read 1, dispatch 2, dispatch 3, read 2, dispatch 4, read 3, dispatch 5"
+    assert ", ".join(events) == f"{order}, read 4, read 5"
+
+
 # --- evaluation
 
 
