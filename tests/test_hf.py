@@ -792,6 +792,7 @@ print(peak() - base)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's peak memory")
 def test_memory_stays_below_2_2_times_the_model(tmp_path):
     """Import and export, beyond what converting a tiny model has left in the process. Of the eight

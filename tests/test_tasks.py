@@ -65,6 +65,7 @@ def cleaned(text):
     return (out + text).replace("  ", " ")
 
 
+@pytest.mark.slow
 def test_hellaswag_is_transformers_and_the_harness(gpt2, shared_data, tmp_path):
     """100 rows each of its two sources, ActivityNet and, with marks to clean, WikiHow."""
     model, score = gpt2
