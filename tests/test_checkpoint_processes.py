@@ -81,6 +81,15 @@ try:  # the other one never comes
 except TimeoutError as error:
     assert time.monotonic() - began < 5 and "process 1 did not answer within 0.5 s" in str(error)
     seen["alone"] = True
+# What a process leaves out in one occasion does not shift the collectives of the next.
+from scalegpt.processes import agreement
+for number in (1, 2):
+    trial = agreement.occasion("trial")
+    if index == number - 1:
+        agreement._write(agreement._next_key(f"{trial}/left out"), number)
+seen["in step"] = agreement.gather(f"{agreement.occasion('trial')}/sum", 1, Deadline(30))
+seen["kept of save 1"] = len(agreement._store().key_value_dir_get("scalegpt/save/1"))
+seen["kept of save 2"] = len(agreement._store().key_value_dir_get("scalegpt/save/2")) > 0
 print("RESULT" + json.dumps(seen), flush=True)
 from_first("end", 1, Deadline(30))
 """
@@ -124,6 +133,9 @@ def test_a_failure_on_one_counts_for_both_and_damage_is_found_by_both(tmp_path):
         "again": None,
         "restored": True,
         "damaged": 1,
+        "in step": [1, 1],
+        "kept of save 1": 0,  # a save that went well is forgotten
+        "kept of save 2": True,
     }
     assert len(said) == 3 and full in said[0] and "saving works again" in said[1]
     assert "its bytes were altered" in said[2]

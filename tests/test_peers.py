@@ -436,6 +436,20 @@ with phases("save"):
     assert all("stuck_here" in said[i] for i in ended), "the stacks of each"
 
 
+def test_a_process_alone_that_hangs_ends_with_its_stacks():
+    then = """
+from scalegpt.processes.group import Alone
+deadlines.Watch(phases, Alone())
+def stuck_here():
+    time.sleep(60)
+with phases("save"):
+    stuck_here()
+"""
+    ended, said = codes(start(1, then))
+    assert ended == [5] and "longer than run.deadline_save=1" in said[0]
+    assert "stuck_here" in said[0]
+
+
 def test_a_process_that_was_stopped_for_a_while_does_not_hang():
     then = """
 deadlines.Watch(phases, group)
