@@ -1,8 +1,8 @@
 """Train a model: `python -m scalegpt.train --config configs/demo.yaml`.
 
 Exit codes: 0 done; 2 the user's mistake; 3 stopped on request, state saved; 4 stopped on a
-non-finite loss or gradient, nothing bad saved; 5 a deadline passed, another process died, or the
-last checkpoint, or any for checkpoint.patience, could not be written.
+non-finite loss or gradient, nothing bad saved; 5 a deadline passed, another process died, the last
+checkpoint could not be written, or none could for checkpoint.patience seconds.
 """
 
 if __name__ == "__main__":
@@ -102,7 +102,7 @@ def main(argv: list[str]) -> int:
 
 @dataclass(frozen=True)
 class Run:
-    """A run is all that its loop works with. `meta`: what each checkpoint says about the run."""
+    """Everything that the training loop needs. `meta`: what each checkpoint says about the run."""
 
     config: Config
     datasets: list[Dataset]
@@ -236,7 +236,7 @@ def loop(run: Run, state: State, start: int) -> State:
             run.metrics.say(f"first update after {time.perf_counter() - began:.1f} s")
         best, loss = run.meta["best_loss"], None
         if evaluating:
-            loss = evaluate(run, state, step)  # asked to stop meanwhile, it saves, raises Stopped
+            loss = evaluate(run, state, step)  # a request to stop: saves, raises Stopped
             if not math.isfinite(loss):
                 raise NotFinite(step)
         if saving or (loss is not None and loss < best):

@@ -137,8 +137,8 @@ class Checkpoints:
         """Return the step that `which` names: best, latest or a number.
 
         items: what will be read. Its files are verified, and best and latest then skip damaged
-        checkpoints with a warning. Imported weights, which nobody has evaluated, are the best of
-        themselves. Raises Mistake, naming the steps that there are.
+        checkpoints with a warning. Step 0, imported weights, has no loss; where it is the
+        only step, it is the best. Raises Mistake, naming the steps that there are.
         """
         good, broken = self._list()
         number = int(which) if re.fullmatch("[0-9]{1,10}", which) else None

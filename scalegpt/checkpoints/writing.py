@@ -173,7 +173,7 @@ class Saver:
             for old in manifest.removable(losses, self.keep, self.keep_every, also=[step]):
                 retire(self.folder / str(old))
             for old, state in stored.items():
-                # A save that was killed before this run continued, and has passed the step again.
+                # An earlier process was killed during this save, and the run is past its step now.
                 if state == manifest.NEVER_FINISHED and old < step:
                     (self.folder / str(old)).remove()
         except Exception as error:

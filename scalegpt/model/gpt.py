@@ -113,7 +113,10 @@ class Attention(_Layer):
         context: Context,
         cache: Cache | None = None,
     ) -> tuple[Array, Any]:
-        """Return the output [B, T, D] and, with a cache, the layer's keys and values with x's."""
+        """Return the output [B, T, D] and, with a cache, the layer's keys and values up to x's.
+
+        keys: dropout's, one a row, or None; `key` is the attention's.
+        """
         c, (d, h, k) = self.config, (self.config.n_embd, self.config.n_head, self.config.head_dim)
         kernel = self.weight("qkv_kernel", (d, 3, h, k), ("embed", "qkv", "heads", "kv"), d)
         qkv = project("btd,dchk->btchk", x, kernel)

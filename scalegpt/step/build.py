@@ -25,7 +25,7 @@ from scalegpt.step.loss import row_losses
 from scalegpt.step.optimizer import optimizer
 from scalegpt.step.update import State
 
-# A CPU's microbatch: so many tokens that the backward pass finds a layer's values still in a cache.
+# A CPU's microbatch: few enough tokens that the backward pass finds a layer's values in a cache.
 CPU_TOKENS = 1024
 
 

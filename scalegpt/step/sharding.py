@@ -91,7 +91,7 @@ def batch_layout(
 ) -> tuple[int, int]:
     """Return (A, M): microbatches of an update, and sequences of each over all devices.
 
-    most: sequences of a microbatch on one device, at most, where batch.microbatch does not say.
+    most: the largest microbatch of a device, in sequences, if batch.microbatch is not given.
     Raises Mistake, naming numbers that work, when batch.sequences is not A * M for whole numbers.
     """
     shards = row_shards(mesh)

@@ -56,10 +56,10 @@ def accumulate(loss: Callable, params: Any, tokens: Array, rows: Array) -> tuple
 def reduced_sums(
     model: GPT, axes: Any, params: Any, tokens: Array, rows: Array, key: Array
 ) -> tuple[Array, Any, Array]:
-    """Sum loss, gradient and targets over this part's tokens [A, m, T+1], then over all parts.
+    """Sum loss, gradient and targets over tokens [A, m, T+1] here, then over all parts of a batch.
 
-    axes: the manual mesh axes, or pmap's, along which the parts lie. The sums over them are the one
-    reduction of an update. Sums, not means: masked tokens may make the counts of the parts differ.
+    axes: the manual mesh axes, or pmap's, which split the batch into parts. The sums over them are
+    the one reduction of an update. Sums, not means: masked tokens may make the parts' counts differ.
     rows: [A, m], the numbers of the rows in the global batch. key: the update's `dropout_key`.
     """
 
