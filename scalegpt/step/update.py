@@ -59,7 +59,7 @@ def reduced_sums(
     """Sum loss, gradient and targets over tokens [A, m, T+1] here, then over all parts of a batch.
 
     axes: the manual mesh axes, or pmap's, which split the batch into parts. The sums over them are
-    the one reduction of an update. Sums, not means: masked tokens may make the parts' counts differ.
+    the one reduction of an update. Sums, not means: masked tokens may make their counts differ.
     rows: [A, m], the numbers of the rows in the global batch. key: the update's `dropout_key`.
     """
 
