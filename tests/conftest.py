@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -11,10 +12,12 @@ os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ["WANDB_MODE"] = "offline"
 # Tests compile much and run little. The least of LLVM's optimizations saves a third of their time;
 # one LLVM module a program, and the older way to write fusions, which XLA has up to jax 0.10, more
-# than half of what is left.
-flags = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
-if version("jax").startswith("0.10."):
-    flags.append("--xla_cpu_use_fusion_emitters=false")
+# than half of what is left. libtpu aborts on flags that it does not know, as these.
+flags = ["--xla_backend_optimization_level=0"]
+if find_spec("libtpu") is None:
+    flags.append("--xla_cpu_parallel_codegen_split_count=1")
+    if version("jax").startswith("0.10."):
+        flags.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
 # Beside JAX's threads, torch with more than one spends ten times the CPU time.
 os.environ["OMP_NUM_THREADS"] = "1"
