@@ -100,6 +100,7 @@ def settings(**changes) -> dict:
 # --- figures ---
 
 
+@pytest.mark.slow
 def test_the_figures_of_a_run_are_those_of_its_definition(tmp_path):
     # In a process of its own: the profiler crashes one in which a test has loaded libtpu.
     argv = [*ARGV, "--batch.microbatch=1", f"--profile={tmp_path}", "--json"]

@@ -47,6 +47,7 @@ def window_losses(model, ids):
     return np.array(sums), np.array(counts)
 
 
+@pytest.mark.slow
 def test_loss_over_a_text_is_transformers(gpt2, shared_data, tmp_path, capsys):
     """And bits/byte, perplexity and their errors follow from it."""
     model, folder = gpt2

@@ -443,6 +443,7 @@ def test_transformers_reads_our_tokenizers_with_the_same_ids_and_text(kind, shar
             theirs("ß")
 
 
+@pytest.mark.slow
 def test_a_vocabulary_is_gpt2s_only_if_it_is(shared_data, tmp_path):
     """There are GPT-2s of other languages with 50257 tokens too."""
     content = tokenizer_files("gpt2", 64)["tokenizer.json"]
@@ -703,6 +704,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
 # --- a run that starts from such weights
 
 
+@pytest.mark.slow
 def test_training_starts_from_a_hugging_face_model_or_an_imported_one(tmp_path, capsys):
     text = np.frombuffer(Path(huggingface.__file__).read_bytes()[:6000], np.uint8).astype("<u2")
     data = tmp_path / "bytes"

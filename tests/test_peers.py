@@ -450,6 +450,7 @@ with phases("save"):
     assert "stuck_here" in said[0]
 
 
+@pytest.mark.slow
 def test_a_process_that_was_stopped_for_a_while_does_not_hang():
     then = """
 deadlines.Watch(phases, group)

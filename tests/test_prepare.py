@@ -347,6 +347,7 @@ def test_a_users_mistake_is_told_without_a_traceback(tmp_path, args, message):
 # --- the writer
 
 
+@pytest.mark.slow
 def test_workers_do_not_change_the_files(shakespeare, wiki, tmp_path):
     texts = [shakespeare.read_text("utf-8")[i:] for i in range(8)] + [*wiki, "", "end"]
 

@@ -96,6 +96,7 @@ def test_arguments_arrive_as_they_are(cloud):
         assert fake_gcloud.starts(folder, worker)[0]["argv"][3:] == run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [2, 4])
 def test_what_would_only_happen_again_is_not_repeated(cloud, capfd, code):
     folder = cloud([{"steps": [10], "code": code}])
@@ -106,12 +107,14 @@ def test_what_would_only_happen_again_is_not_repeated(cloud, capfd, code):
     assert "w-0: step 10/100" in printed and "tools/tpu.py down me" in printed
 
 
+@pytest.mark.slow
 def test_a_mistake_that_another_worker_sees_counts(cloud, capsys):
     folder = cloud({"all": [{"code": 5}], "w-2": [{"code": 2}]}, workers=3)
     assert train() == 2
     assert len(fake_gcloud.starts(folder)) == 1
 
 
+@pytest.mark.slow
 def test_any_other_end_is_followed_by_another_start(cloud):
     plan = [{"steps": [step], "code": code} for step, code in enumerate((3, 5, 137, 0))]
     folder = cloud(plan)
@@ -121,6 +124,7 @@ def test_any_other_end_is_followed_by_another_start(cloud):
     assert verbs(folder).count("scp") == 1
 
 
+@pytest.mark.slow
 def test_restarts_without_progress_end(cloud, capsys):
     folder = cloud([{"steps": [10], "code": 5}])
     assert train("--max-restarts=2") == 5
