@@ -50,7 +50,10 @@ def find(config: DistributedConfig, seconds: float) -> Group | Alone:
     # Where Slurm or Open MPI has started the processes, JAX would give each of them one GPU only,
     # whatever this variable says.
     numbers = os.environ.get("JAX_LOCAL_DEVICE_IDS")
-    devices = [int(number) for number in numbers.split(",")] if numbers else None
+    try:
+        devices = [int(number) for number in numbers.split(",")] if numbers else None
+    except ValueError:
+        raise Mistake(f"JAX_LOCAL_DEVICE_IDS={numbers} is not device numbers, as 0,1") from None
     # Private, for jax.distributed.initialize asks Slurm, Open MPI and TPU hosts for the others and
     # starts JAX's service in one go; the link needs the answer before that.
     from jax._src.clusters import ClusterEnv  # noqa: TID251
