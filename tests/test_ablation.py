@@ -45,6 +45,7 @@ def rows(folder: Path) -> list[dict]:
 # --- figures
 
 
+@pytest.mark.slow
 def test_the_figures_are_numpys_of_the_rows(finished, capsys):
     file, out, said = finished
     assert ablation.main([str(file), "--out", str(out), "--report", "--json"]) == 0
@@ -90,6 +91,7 @@ def test_the_figures_are_numpys_of_the_rows(finished, capsys):
     assert summary["arms"]["plain"]["ratio"] == dict.fromkeys(("tokens", "flops", "seconds"), 1.0)
 
 
+@pytest.mark.slow
 def test_seeds_come_first_and_a_second_time_nothing_runs(finished, capsys):
     file, out, said = finished
     order = [line for line in said.splitlines() if line.startswith("===")]
@@ -111,6 +113,7 @@ def test_seeds_come_first_and_a_second_time_nothing_runs(finished, capsys):
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_in_its_last_evaluation_is_not_done(finished, capsys):
     file, out, _ = finished
     # The last checkpoint is there, and no loss.
@@ -123,6 +126,7 @@ def test_a_run_that_was_stopped_in_its_last_evaluation_is_not_done(finished, cap
     metrics.write_text(whole)
 
 
+@pytest.mark.slow
 def test_a_record_gives_the_same_report_and_a_small_picture(finished, tmp_path, capsys):
     file, out, _ = finished
     kept, first, second = (tmp_path / n for n in ("tiny.json", "first.png", "second.png"))
@@ -196,6 +200,7 @@ def test_the_reference_reaches_its_own_loss_with_any_seeds():
         assert set(summarise(record)["arms"]["one"]["ratio"].values()) == {1.0}, seed
 
 
+@pytest.mark.slow
 def test_markdown_is_the_same_table(finished):
     file, out, _ = finished
     summary = summarise(ablation_record.measure(read_plan(str(file), str(out), [])))
@@ -336,6 +341,7 @@ def test_stopped_it_saves_and_the_same_command_goes_on_past_an_arm_that_fails(pl
     assert line.split()[-1] == "0/1" and line.split()[-5:-1] == ["-"] * 4
 
 
+@pytest.mark.slow
 def test_a_folder_with_another_run_is_refused_and_left_alone(finished, capsys):
     file, out, _ = finished
     before = (out / "wide" / "seed-1" / "config.yaml").read_bytes()

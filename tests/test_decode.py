@@ -123,6 +123,7 @@ def test_greedy_text_is_a_naive_loop_over_the_model(tied):
     assert len(set(want[0])) > 3  # a model that repeats one id would prove little
 
 
+@pytest.mark.slow
 def test_a_cache_that_is_read_in_growing_parts_gives_the_same_text():
     """From 128 slots on only the filled part is read: here 128, 256, then all of 512."""
     steps = steps_of({"block_size": 300}, devices=1)

@@ -177,6 +177,7 @@ def run(model, tmp_path_factory) -> Path:
     return out_dir
 
 
+@pytest.mark.slow
 def test_fault_02_the_checkpoint_asked_for_is_the_one_that_writes(run, model, capsys, monkeypatch):
     """nanogpt-jax's `--init_from resume --checkpoint_type best` ran OpenAI's GPT-2 instead."""
     common = ["--run", str(run), "--prompt=x", "--max-new-tokens=20", "--temperature=0"]

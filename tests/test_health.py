@@ -130,7 +130,8 @@ def test_deviation_is_numpys():
     assert float(health.deviation(jnp.full(health.WINDOW, 3.0), jnp.float32(3.001))) < 1
 
 
-@pytest.mark.parametrize("skip", ["true", pytest.param("false", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("skip", ["true", "false"])
 def test_a_spike_is_warned_of_and_by_option_left_out(plays, tmp_path, monkeypatch, capsys, skip):
     at = health.ENOUGH + 3
     poison(monkeypatch, at, 50.0)

@@ -71,6 +71,7 @@ def test_rows_agree_on_a_tiny_model(argv, monkeypatch, capsys):
     assert [row["parameter_difference"] == 0 for row in found["rows"]] == [True, False]
 
 
+@pytest.mark.slow
 def test_a_gradient_of_the_wrong_size_fails_though_adamw_hides_it(argv, monkeypatch, capsys):
     """As when a reduction means where it should sum; here it depends on the accumulation."""
     accumulate = update.accumulate

@@ -195,7 +195,10 @@ def test_a_process_with_another_token_is_refused_by_name_and_the_run_goes_on():
     assert f"has another {handshake.TOKEN}" in said[0] and "have not come: 1; a process" in said[0]
 
 
-@pytest.mark.parametrize("answer, code", [(b"0" * 64 + b"\n", 2), (b"", 5), (b"\n", 5)])
+@pytest.mark.parametrize(
+    "answer, code",
+    [(b"0" * 64 + b"\n", 2), (b"", 5), pytest.param(b"\n", 5, marks=pytest.mark.slow)],
+)
 def test_an_impostor_in_place_of_process_0_is_not_believed(answer, code):
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
@@ -388,6 +391,7 @@ def test_a_killed_process_ends_the_others(victim):
         assert ended[index] == 5 and f"process {victim} (" in said[index] and "died" in said[index]
 
 
+@pytest.mark.slow
 def test_an_abort_within_c_has_the_exit_code_of_a_failure():
     ended, said = codes(start(2, "join()\nif index: os.abort()\ntime.sleep(60)"))
     assert ended == [5, 5] and "process 1" in said[0] and "aborted from within JAX" in said[0]
@@ -411,7 +415,7 @@ sys.exit(3)
 # --- the watch ---
 
 
-@pytest.mark.parametrize("stopped", [1, 0])
+@pytest.mark.parametrize("stopped", [pytest.param(1, marks=pytest.mark.slow), 0])
 def test_a_deadline_names_the_phase_its_key_and_who_is_late(stopped):
     then = f"""
 join()

@@ -91,8 +91,12 @@ CASES = [
 ]
 
 
-# Of each mesh axis, and of several.
-FAST = [(HYBRID, 2, 0.1), (CUBE, 2, 0.1), (SLICES, 4, 0.1)]
+# Together they have each mesh axis.
+FAST = [
+    (CUBE, 2, 0.1),
+    pytest.param((HYBRID, 2, 0.1), marks=pytest.mark.slow),
+    (SLICES, 4, 0.1),
+]
 
 
 def assert_same(one: SimpleNamespace, here: SimpleNamespace, learnt: float) -> None:

@@ -78,6 +78,7 @@ def test_fault_07_interrupted_at_five_steps_and_continued_is_bitwise_the_same_ru
     jax.tree.map(np.testing.assert_array_equal, *states)
 
 
+@pytest.mark.slow
 def test_muon_and_averaged_weights_continue_bitwise_and_are_what_a_checkpoint_holds(
     data, tmp_path, monkeypatch, capsys
 ):
@@ -554,6 +555,7 @@ def test_a_folder_that_is_no_run_is_a_message(tmp_path):
             command(["--run", str(tmp_path), *extra])
 
 
+@pytest.mark.slow
 def test_a_run_with_wandb_offline_and_tensorboard(data, tmp_path):
     changes = {"log.wandb": "true", "log.tensorboard": "true", "optim.steps": 2}
     assert train.main(arguments(data, tmp_path / "run", **changes)) == 0

@@ -28,6 +28,7 @@ def programs(home: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in found}
 
 
+@pytest.mark.slow
 def test_a_second_process_compiles_nothing_and_gets_the_same_losses(plays, tmp_path):
     home = tmp_path / "home"
     first = run(plays, tmp_path / "a", XDG_CACHE_HOME=str(home))
