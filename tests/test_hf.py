@@ -333,6 +333,28 @@ def test_names_and_masks_of_old_files_are_read(tmp_path):
     assert_same_tensors(leaves(a.params), leaves(b.params))
 
 
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "model.", "model._orig_mod."])
+def test_the_names_of_what_wraps_a_model_are_no_part_of_its_tensors_names(prefix, tmp_path):
+    """torch.compile, DistributedDataParallel and Lightning put them before."""
+    tensors = weights(odd())
+    wrapped = {prefix + name: x for name, x in tensors.items()}
+    wrapped[f"{prefix}lm_head.weight"] = tensors["transformer.wte.weight"].copy()
+    a, b = read(write(tmp_path / "a", tensors)), read(write(tmp_path / "b", wrapped))
+    assert_same_tensors(leaves(a.params), leaves(b.params))
+    with pytest.raises(ValueError, match=r"has my.wte.weight, not wte.weight: something wraps the"):
+        read(write(tmp_path / "c", {f"my.{name[12:]}": x for name, x in tensors.items()}))
+
+
+def test_a_tied_head_may_be_stored_under_its_own_name_alone(tmp_path):
+    """As safetensors.torch.save_model does: of the names of one tensor it keeps the first."""
+    tensors = weights(odd())
+    expected = leaves(read(write(tmp_path / "a", tensors)).params)
+    tensors["lm_head.weight"] = tensors.pop("transformer.wte.weight")
+    assert_same_tensors(leaves(read(write(tmp_path / "b", tensors)).params), expected)
+    with pytest.raises(ValueError, match="missing: wte.weight$"):
+        read(write(tmp_path / "c", tensors, tie_word_embeddings=False))
+
+
 def test_shards_are_read_and_a_missing_one_is_named(tmp_path):
     tensors = weights(odd())
     whole = read(write(tmp_path / "whole", tensors))
@@ -547,7 +569,9 @@ def test_a_config_that_our_model_cannot_express_is_refused(changes, message, tmp
 
 
 def test_folders_that_are_no_model_are_told_apart(tmp_path, make_run):
-    with pytest.raises(ValueError, match=r"cannot read .*config.json: No such file"):
+    with pytest.raises(
+        ValueError, match=r"cannot read .*json: No such file.* import reads .*nanoGPT"
+    ):
         read(tmp_path)
     with pytest.raises(ValueError, match="is the folder of a run, no model of Hugging"):
         read(make_run("run"))

@@ -15,7 +15,7 @@ from conftest import ROOT
 
 from scalegpt.config import loading
 from scalegpt.data import token_files, tokenizer
-from scalegpt.weights import tensor_files
+from scalegpt.weights import predecessors, tensor_files
 from scalegpt.weights.tokenizer_files import tokenizer_files
 
 SOURCES = sorted(p for f in ("scalegpt", "tools", "data") for p in (ROOT / f).rglob("*.py"))
@@ -138,7 +138,11 @@ def test_a_malicious_pytorch_model_is_refused_and_not_executed(tmp_path):
     torch.save({"wte.weight": torch.zeros(1), "more": Malice(executed)}, file)
     with pytest.raises(ValueError, match="cannot read .*pytorch_model.bin"):
         tensor_files.open_tensors(tmp_path)
+    with pytest.raises(ValueError, match="cannot read .*pytorch_model.bin"):
+        predecessors.read(file, None, None)
     file.write_bytes(pickle.dumps(Malice(executed)))
+    with pytest.raises(ValueError, match="cannot read .*as a checkpoint of nanoGPT"):
+        predecessors.read(file, None, None)
     with pytest.raises(ValueError, match="cannot read .*pytorch_model.bin"):
         tensor_files.open_tensors(tmp_path)
     assert not executed.exists()

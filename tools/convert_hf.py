@@ -1,6 +1,7 @@
-"""This tool converts weights between scalegpt and Hugging Face, and compares two models.
+"""This tool converts weights of others to ours, and ours to Hugging Face's; it compares models.
 
 python tools/convert_hf.py import gpt2 --out out/gpt2
+python tools/convert_hf.py import ../nanoGPT/out-shakespeare-char/ckpt.pt --out out/char
 python tools/convert_hf.py export --run out/NAME --out NAME
 python tools/convert_hf.py check out/gpt2 gpt2
 
@@ -37,7 +38,7 @@ from scalegpt.model.layers import rms_norm, rotary_tables
 from scalegpt.processes.command import run_command
 from scalegpt.step import sharding
 from scalegpt.step.build import build_for_use
-from scalegpt.weights import export, huggingface, trained
+from scalegpt.weights import export, huggingface, predecessors, trained
 
 
 def main(argv: list[str]) -> int:
@@ -60,17 +61,25 @@ def parser() -> command_line.Parser:
         sub.set_defaults(function=function)
         return sub
 
-    sub = command("import", import_, "make a run folder from a model of Hugging Face")
+    sub = command("import", import_, "make a run folder from trained weights")
     sub.add_argument(
         "source",
         metavar="SOURCE",
         help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, "
-        "another repository, or a folder with config.json and weights",
+        "another repository, or a folder with config.json and weights; or a checkpoint of nanoGPT "
+        "(ckpt.pt), nanogpt-jax or gpt-jax (checkpoint_...)",
     )
     sub.add_argument(
         "--out", required=True, type=local_path, help="run folder to make, such as out/gpt2"
     )
     sub.add_argument("--block-size", type=int, help="keep only so many positions")
+    sub.add_argument("--n-head", type=int, help="heads, which nanogpt-jax and gpt-jax do not store")
+    sub.add_argument(
+        "--activation",
+        choices=("gelu", "gelu_tanh"),
+        help="gelu_tanh: of a nanoGPT from before 2023-05-17 (its checkpoints do not say)",
+    )
+    sub.add_argument("--data", help="take the tokenizer of this data set")
     sub.add_argument("--dropout", type=float, default=0.0, help="for training (default: 0)")
     sub.add_argument("--vocab-multiple", type=int, help="pad the vocabulary to a multiple of this")
 
@@ -99,21 +108,33 @@ def parser() -> command_line.Parser:
 
 
 def import_(flags: argparse.Namespace) -> int:
-    """Make a run's folder with weights of Hugging Face, which can be used but not continued."""
+    """Make a run's folder with weights of others, which can be used but not continued."""
     began, out = time.perf_counter(), flags.out
     refuse_existing(out)
-    folder = huggingface.locate(flags.source)
-    model, spec = huggingface.describe(folder)
-    keys = ("block_size", "vocab_multiple", "dropout")
+    if path := predecessors.find(flags.source):
+        source = predecessors.read(path, flags.n_head, flags.block_size)
+        model, spec, load_params = source.model, source.tokenizer, source.load_params
+    elif flags.n_head or flags.activation:
+        raise Mistake(
+            "--n-head and --activation are for checkpoints of nanoGPT, nanogpt-jax and gpt-jax; "
+            f"{flags.source} is none"
+        )
+    else:
+        path = huggingface.locate(flags.source)
+        model, spec = huggingface.describe(path)
+        load_params = partial(huggingface.load_params, path)
+    if flags.data:
+        spec = tokenizer_of(flags.data, model)
+    keys = ("block_size", "vocab_multiple", "dropout", "activation")
     changes = {key: value for key in keys if (value := getattr(flags, key)) is not None}
     values = model.model_dump() | changes
     config = loading.validate(
         {"model": values, "data": {"path": ""}, "run": {"out_dir": str(out)}}, "this command line"
     )
     kind = spec["kind"] if spec else "none"
-    print(f"reading {folder}: {describe(config.model)}, tokenizer: {kind}", flush=True)
+    print(f"reading {path}: {describe(config.model)}, tokenizer: {kind}", flush=True)
     steps = build_for_use(config, one_device(), 1)
-    params = huggingface.load_params(folder, config.model, steps.abstract.params)
+    params = load_params(config.model, steps.abstract.params)
     meta = {"config": config.model_dump(), "tokenizer": spec, "data": {}, "best_loss": math.inf}
     with new_folder(out) as scratch:
         checkpoints = Checkpoints(scratch)
@@ -243,6 +264,17 @@ def tokens_for(flags: argparse.Namespace, spec: Any, length: int, vocab: int) ->
     if ids.max() >= vocab:
         raise Mistake(f"token id {ids.max()} is outside the models' vocabulary of {vocab}")
     return ids[:length]
+
+
+def tokenizer_of(data: str, model: ModelConfig) -> Any:
+    """Return the tokenizer spec of a data set, whose ids the model must have."""
+    split = open_split(data, "val")
+    if split.vocab_size > model.vocab_size:
+        raise Mistake(
+            f"--data={data} has {split.vocab_size} ids, and the model only {model.vocab_size}: it "
+            "was trained on another data set"
+        )
+    return split.tokenizer
 
 
 def one_device() -> Mesh:

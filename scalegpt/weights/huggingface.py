@@ -23,7 +23,7 @@ from scalegpt.errors import Mistake
 from scalegpt.files.json_files import read_object
 from scalegpt.files.run_folder import is_run
 from scalegpt.model.layers import LAYER_NORM_EPS
-from scalegpt.weights.tensor_files import INDEX, SAFE, TORCH, open_tensors
+from scalegpt.weights.tensor_files import INDEX, SAFE, TORCH, Read, Shapes, open_tensors
 
 HUB_SECONDS = 15  # without an answer from Hugging Face, there is no network
 OWN_TYPE = "scalegpt"  # model_type of our own format, which names tensors by their path in params
@@ -45,6 +45,9 @@ _LAYER = {
 }
 # Causal masks that old versions of transformers saved beside the weights.
 _BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")
+_OTHERS = (
+    "; python tools/convert_hf.py import reads checkpoints of nanoGPT, nanogpt-jax and gpt-jax"
+)
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 # SHA-256 of the sorted items of GPT-2's vocabulary; GPT-2s of other languages have 50257, too.
 _GPT2_VOCAB = "71cca498f566a6fce90612118ffe70ec265ffdc746e7e6743a2253d346af4d30"
@@ -72,7 +75,7 @@ def locate(source: str) -> Path:
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source) or folder.exists():
         raise Mistake(
             f"{source} is not a folder with config.json and model.safetensors, nor the name of a "
-            "repository of Hugging Face, as gpt2 or OWNER/NAME"
+            f"repository of Hugging Face, as gpt2 or OWNER/NAME{_OTHERS}"
         )
     print(f"{source} is no folder here; looking for it on Hugging Face ...", file=sys.stderr)
     return _download(source)
@@ -113,12 +116,14 @@ def describe(folder: Path) -> tuple[ModelConfig, dict[str, Any] | None]:
     reason for a model that ours cannot express.
     """
     path = folder / "config.json"
-    hint = f"; {folder} is the folder of a run, no model of Hugging Face" if is_run(folder) else ""
+    hint = "" if path.exists() else _OTHERS
+    if is_run(folder):
+        hint = f"; {folder} is the folder of a run, no model of Hugging Face"
     values = read_object(path, hint)
     if values.get("model_type") == OWN_TYPE:
         if (spec := values.get("tokenizer")) is not None:
             tokenizer.check(spec)
-        return _model(values.get("model", {}), path), spec
+        return model_of(values.get("model", {}), path), spec
     if values.get("model_type") != "gpt2":
         raise Mistake(f"{path}: model_type is {values.get('model_type')!r}, not gpt2")
     _refuse_other_gpt2(values, path)
@@ -129,7 +134,7 @@ def describe(folder: Path) -> tuple[ModelConfig, dict[str, Any] | None]:
         "activation": ACTIVATIONS[values.get("activation_function", "gelu_new")],
         "tie_word_embeddings": values.get("tie_word_embeddings", True),
     }
-    return _model(model, path), _tokenizer(folder, values["vocab_size"])
+    return model_of(model, path), _tokenizer(folder, values["vocab_size"])
 
 
 def _refuse_other_gpt2(values: dict[str, Any], path: Path) -> None:
@@ -154,7 +159,8 @@ def _refuse_other_gpt2(values: dict[str, Any], path: Path) -> None:
             )
 
 
-def _model(values: dict[str, Any], path: Path) -> ModelConfig:
+def model_of(values: dict[str, Any], path: Path) -> ModelConfig:
+    """Return the model with these keys, which come from the file `path`. Raises Mistake."""
     model = validate_sections({"model": values}, str(path)).model
     if model.vocab_size is None:
         raise Mistake(f"{path} does not give vocab_size")
@@ -223,6 +229,24 @@ def load_params(folder: Path, model: ModelConfig, abstract_params: Any) -> Any:
     with every tensor that is missing, unexpected or misshapen.
     """
     source = describe(folder)[0]
+    is_own = read_object(folder / "config.json")["model_type"] == OWN_TYPE
+    leaves = traverse_util.flatten_dict(abstract_params, sep="/")
+    places = own_places(source, leaves) if is_own else gpt2_places(source)
+    return fill(folder, source, places, open_tensors(folder), model, abstract_params)
+
+
+def fill(
+    folder: Path,
+    source: ModelConfig,
+    places: dict[str, Place],
+    named: tuple[Shapes, Read],
+    model: ModelConfig,
+    abstract_params: Any,
+) -> Any:
+    """Load parameters from the named tensors of `folder`, as `load_params` does.
+
+    source: the model of these tensors. places: where each of them goes.
+    """
     if model.block_size > source.block_size:
         raise Mistake(
             f"model.block_size={model.block_size} is more than the {source.block_size} positions "
@@ -230,9 +254,10 @@ def load_params(folder: Path, model: ModelConfig, abstract_params: Any) -> Any:
         )
     assert model.vocab_size == source.vocab_size, (model.vocab_size, source.vocab_size)
     leaves = traverse_util.flatten_dict(abstract_params, sep="/")
-    is_own = read_object(folder / "config.json")["model_type"] == OWN_TYPE
-    places = own_places(source, leaves) if is_own else gpt2_places(source)
-    shapes, read = open_tensors(folder)
+    shapes, read = named
+    if source.tie_word_embeddings and "lm_head.weight" in shapes and "wte.weight" not in shapes:
+        # safetensors' save_model writes one name of a table that has two.
+        places = {"lm_head.weight" if n == "wte.weight" else n: x for n, x in places.items()}
     head_copy = _check(folder, shapes, places)
     tensors: dict[str, list[tuple[str, Place]]] = {path: [] for path in leaves}
     for name, place in places.items():
@@ -266,6 +291,11 @@ def _check(folder: Path, shapes: dict[str, Any], places: dict[str, Place]) -> st
     Returns the name of the file's copy of a tied head, if it has one.
     """
     names = {name for name in shapes if name not in places and not _BUFFER.fullmatch(name)}
+    if wrapped := [name for name in names if name.endswith(".wte.weight")]:
+        raise Mistake(
+            f"{folder} has {wrapped[0]}, not wte.weight: something wraps the model, and its name "
+            "precedes those of the tensors; store the state_dict of the model itself"
+        )
     head = "lm_head.weight" if "lm_head.weight" in names and "wte.weight" in places else None
     expected = {name: place.shape for name, place in places.items()}
     if head:

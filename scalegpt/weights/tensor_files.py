@@ -1,7 +1,10 @@
 """Named tensors are read from a folder's safetensors files, or from PyTorch's own file by torch."""
 
+import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes  # noqa: F401 - makes bfloat16 a NumPy dtype, which safetensors asks for by name
 import numpy as np
@@ -11,7 +14,9 @@ from scalegpt.errors import Mistake
 from scalegpt.files.json_files import read_object
 
 SAFE, INDEX, TORCH = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
-_PREFIX = "transformer."  # GPT2LMHeadModel writes it; the official GPT-2 files lack it
+# GPT2LMHeadModel writes transformer, which the official GPT-2 files lack; around it torch.compile,
+# DistributedDataParallel and Lightning write a name of their own.
+_PREFIX = re.compile(r"((_orig_mod|module|model|transformer)\.)*")
 _FLOATS = ("F32", "F16", "BF16", "float32", "float16", "bfloat16")
 
 Shapes = dict[str, tuple[int, ...]]
@@ -21,20 +26,25 @@ Read = Callable[[str], np.ndarray]
 def open_tensors(folder: Path) -> tuple[Shapes, Read]:
     """Return the shapes of a folder's tensors, and a function that reads one by its name, once.
 
-    Names are without the prefix `transformer.`. Raises Mistake when there are no weights, a shard
-    is missing, a file is damaged, or a tensor holds no floating-point numbers.
+    Names are without the prefixes of what wrapped the model. Raises Mistake when there are no
+    weights, a shard is missing, a file is damaged, or a tensor holds no floating-point numbers.
     """
     if (folder / SAFE).is_file():
         shapes, read = _safetensors([folder / SAFE])
     elif (folder / INDEX).is_file():
         shapes, read = _safetensors([folder / shard for shard in _shards(folder / INDEX)])
     elif (folder / TORCH).is_file():
-        shapes, read = _torch(folder / TORCH)
+        return torch_tensors(folder / TORCH, load_torch(folder / TORCH))
     else:
         raise Mistake(f"{folder} has no {SAFE}, no {INDEX} and no {TORCH}")
-    names = {name.removeprefix(_PREFIX): name for name in shapes}
+    return _without_prefixes(folder, shapes, read)
+
+
+def _without_prefixes(source: Path, shapes: Shapes, read: Read) -> tuple[Shapes, Read]:
+    names = {_PREFIX.sub("", name, count=1): name for name in shapes}
     if len(names) < len(shapes):
-        raise Mistake(f"{folder} has tensors both with and without the prefix {_PREFIX}")
+        twice = next(name for name in shapes if name not in names.values())
+        raise Mistake(f"{source} has tensors both with and without the prefix of {twice}")
     return {name: shapes[stored] for name, stored in names.items()}, lambda name: read(names[name])
 
 
@@ -62,37 +72,46 @@ def _safetensors(paths: list[Path]) -> tuple[Shapes, Read]:
             raise Mistake(f"cannot read {path}: {error}") from None
         for name in file.keys():
             part = file.get_slice(name)
-            _check_dtype(path, name, part.get_dtype())
+            check_dtype(path, name, part.get_dtype())
             shapes[name], files[name] = tuple(part.get_shape()), file
     return shapes, lambda name: files[name].get_tensor(name)
 
 
-def _torch(path: Path) -> tuple[Shapes, Read]:
+def load_torch(path: Path) -> Any:
+    """Return what a file of torch.save holds, without running anything of it. Raises Mistake."""
     try:
         import torch
     except ImportError as error:
         raise Mistake(
             f"{path} is PyTorch's own format, which needs a package that is not installed: "
-            f"pip install torch, or put {SAFE} beside it"
+            f"pip install torch (a model of Hugging Face needs it no more with {SAFE} beside it)"
         ) from error
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    try:  # mapped where the format allows it: of a training checkpoint, 2/3 are never read
+        mapped = zipfile.is_zipfile(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch.load has a dozen exceptions for a file of another format
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise Mistake(f"cannot read {path}: {reason}") from None
+
+
+def torch_tensors(path: Path, tensors: Any) -> tuple[Shapes, Read]:
+    """Return a state_dict of `path` as `open_tensors` returns a folder's."""
+    import torch
+
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor)
         for name, tensor in tensors.items()
     ):
         raise Mistake(f"{path} holds no named tensors, as torch.save(model.state_dict()) writes")
     for name, tensor in tensors.items():
-        _check_dtype(path, name, str(tensor.dtype).removeprefix("torch."))
+        check_dtype(path, name, str(tensor.dtype).removeprefix("torch."))
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     # pop, so that the file's copy of the model shrinks in memory as our parameters grow.
-    return shapes, lambda name: tensors.pop(name).float().numpy()
+    return _without_prefixes(path, shapes, lambda name: tensors.pop(name).float().numpy())
 
 
-def _check_dtype(path: Path, name: str, dtype: str) -> None:
+def check_dtype(path: Path, name: str, dtype: str) -> None:
+    """Raise Mistake unless the tensor `name` holds floating-point numbers that are read."""
     # GPT-2's masks, attn.bias, are stored as bytes; they are never read.
     if dtype not in _FLOATS and not name.endswith("attn.bias"):
         raise Mistake(f"{path}: {name} is stored as {dtype}; only 16 and 32 bit floats are read")

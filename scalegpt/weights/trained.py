@@ -41,7 +41,8 @@ class Trained:
         if self.tokenizer is None:
             raise Mistake(
                 f"{self.name} came without a tokenizer, so it knows no text; if it is of Hugging "
-                "Face's format, put its tokenizer.json into the folder (and import it again)"
+                "Face's format, put its tokenizer.json into the folder; if imported, import it "
+                "again with --data, the data set it was trained on"
             )
         return tokenizer.load(self.tokenizer).within(self.config.model.vocab_size)
 
