@@ -328,6 +328,28 @@ def test_resolve_minds_the_head_dim():
         resolve("cudnn", "gpu", 1024, 0.0, "bfloat16", head_dim=60)
 
 
+@pytest.mark.parametrize(
+    "kind, capability, want",
+    [
+        ("NVIDIA A100-SXM4-40GB", "8.0", "cudnn"),
+        ("NVIDIA L4", "8.9", "cudnn"),
+        ("NVIDIA B200", "10.0", "cudnn"),
+        ("Tesla T4", "7.5", "xla"),
+        ("Tesla V100-SXM2-16GB", "7.0", "xla"),
+        ("AMD Instinct MI250X", "gfx90a", "xla"),
+        ("AMD Radeon RX 7900 XTX", "gfx1100", "xla"),
+        ("Metal", "unknown", "xla"),
+    ],
+)
+def test_resolve_minds_the_gpu_for_jax_calls_each_of_them_gpu(kind, capability, want):
+    chip = {"device_kind": kind, "capability": capability}
+    assert resolve("auto", "gpu", 1024, 0.0, "bfloat16", **chip) == want
+    if want == "xla":
+        message = f"compute capability 8.0 or more, not {kind} of {capability}.*use auto or xla"
+        with pytest.raises(ValueError, match=message):
+            resolve("cudnn", "gpu", 1024, 0.0, "bfloat16", **chip)
+
+
 def test_resolve_minds_the_chip():
     """The TPU v3's compiler refuses splash in bfloat16 (E2001), and takes it in float32."""
     for kind, dtype, want in (

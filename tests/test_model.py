@@ -374,19 +374,38 @@ def test_leaves_of_gpt2_add_up_to_the_published_number():
         assert sum(x.size for x in jax.tree.leaves(shapes(model))) == published + 47 * 768
 
 
+@pytest.mark.parametrize("asked, want", [("auto", "xla"), ("flax", "flax"), ("splash", "xla")])
+def test_a_trained_model_keeps_its_attention_where_this_machine_has_it(asked, want):
+    keys = {"data": {"path": "x"}, "run": {"out_dir": "y"}}
+    config = validate({**keys, "model": {"vocab_size": 64, "attention": asked}}, "test")
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    assert step.build_for_use(config, mesh, 1).model.attention == want
+
+
 # --- precision
 
 
 def test_fault_03_products_are_bfloat16_on_every_accelerator_and_never_float16():
-    def dtype(platform, kind, **keys):
+    def dtype(platform, kind, capability=None, **keys):
         base = {"data": {"path": "x"}, "run": {"out_dir": "y"}, "model": keys}
         device = SimpleNamespace(platform=platform, device_kind=kind, coords=None)
+        if capability:
+            device.compute_capability = capability
         mesh = SimpleNamespace(devices=np.array([device]))
         return step.resolve(validate(base, "test"), mesh)[0]
 
     for kind in ("TPU v2", "TPU v3", "TPU v4", "TPU v5 lite", "TPU v6 lite"):
         assert dtype("tpu", kind) == "bfloat16"
-    assert dtype("gpu", "NVIDIA H200") == "bfloat16"
+    for kind, capability, want in (
+        ("NVIDIA H200", "9.0", "bfloat16"),
+        ("NVIDIA A100-SXM4-40GB", "8.0", "bfloat16"),
+        ("NVIDIA B200", "10.0", "bfloat16"),
+        ("AMD Instinct MI250X", "gfx90a", "bfloat16"),
+        ("Tesla T4", "7.5", "float32"),
+        ("Tesla V100-SXM2-16GB", "7.0", "float32"),
+        ("Tesla P100-PCIE-16GB", "6.0", "float32"),
+    ):
+        assert dtype("gpu", kind, capability) == want
     assert dtype("cpu", "cpu") == "float32"
     assert dtype("tpu", "TPU v3", dtype="float32") == "float32"
     assert dtype("cpu", "cpu", dtype="bfloat16") == "bfloat16"

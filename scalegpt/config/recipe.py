@@ -116,7 +116,7 @@ class ModelConfig(Section):
     value_embeddings: bool = False
     """each layer adds to its attention values an embedding of the token, from its own table"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """precision of matrix products; auto: bfloat16 on accelerators, float32 on CPU"""
+    """precision of matrix products; auto: bfloat16 on accelerators that have it, else float32"""
     attention: Literal["auto", "xla", "flax", "cudnn", "splash"] = "auto"
     scan_layers: bool = False
     """compile one layer and loop over it (fast compile), or unroll (fast step on CPU and TPU)"""

@@ -18,6 +18,7 @@ from jax.sharding import AxisType, PartitionSpec
 from scalegpt.errors import Mistake
 from scalegpt.model.custom_gradients import on_cpu, product
 
+AMPERE = (8, 0)  # NVIDIA's first GPUs with units for bfloat16; cuDNN's kernel needs one
 IMPLEMENTATIONS = ("xla", "flax", "cudnn", "splash")
 PLATFORMS = ("cpu", "gpu", "cuda", "rocm", "tpu")
 # The mesh axes of batch and heads, which only splash has to be told: a copy of ROWS and
@@ -36,19 +37,27 @@ def resolve(
     dtype: str,
     head_dim: int = 64,
     device_kind: str = "",
+    capability: str = "8.0",
 ) -> str:
     """Choose the implementation, one of IMPLEMENTATIONS; call this once and print the result.
 
     platform: what the program is lowered for, one of PLATFORMS ("gpu" means "cuda"). device_kind:
     JAX's name for the chip, like "TPU v3". dropout: the training rate of attention dropout. dtype:
-    the compute dtype. "auto" means splash on a TPU from 2048 positions on, cuDNN on an NVIDIA GPU
-    in bfloat16, else XLA. Raises Mistake for an unknown name or a choice that cannot work.
+    the compute dtype. capability: JAX's compute capability of a GPU, as "7.5" of a T4; "gpu" is
+    AMD's platform too, whose capability is no number, as "gfx90a". "auto" means splash on a TPU
+    from 2048 positions on, cuDNN on an NVIDIA GPU from Ampere on in bfloat16, else XLA. Raises
+    Mistake for an unknown name or a choice that cannot work.
     """
     if platform not in PLATFORMS:
         raise Mistake(f"unknown platform {platform!r}: use one of {', '.join(PLATFORMS)}")
     checks = {
         "cudnn": (
             (platform not in ("gpu", "cuda"), f"needs an NVIDIA GPU, not {platform!r}"),
+            (
+                (compute_capability(capability) or (0, 0)) < AMPERE,
+                "needs an NVIDIA GPU of compute capability 8.0 or more, not "
+                f"{device_kind or platform} of {capability}",
+            ),
             (dropout > 0, f"has no dropout by row, got dropout={dropout}"),
             # The kernel takes float16 too, but nothing here would scale the loss for it.
             (jnp.dtype(dtype) != jnp.bfloat16, f"needs dtype bfloat16, not {dtype}"),
@@ -76,6 +85,12 @@ def resolve(
     if obstacles.get(implementation):
         raise Mistake(f"attention {implementation!r} {obstacles[implementation]}: use auto or xla")
     return implementation
+
+
+def compute_capability(text: str) -> tuple[int, int] | None:
+    """Parse the compute capability of an NVIDIA GPU, as (7, 5); return None for AMD's "gfx90a"."""
+    major, _, minor = text.partition(".")
+    return (int(major), int(minor)) if major.isdecimal() and minor.isdecimal() else None
 
 
 def causal_attention(

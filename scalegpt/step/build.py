@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from scalegpt.config import BatchConfig, Config
+from scalegpt.errors import Mistake
 from scalegpt.model import attention
 from scalegpt.model.flops import parameter_count
 from scalegpt.model.gpt import GPT
@@ -179,11 +180,21 @@ def evaluate_step(model: GPT, params: Any, tokens: Array) -> tuple[Array, Array]
 def resolve(config: Config, mesh: Mesh) -> tuple[str, str]:
     """Choose the dtype of matrix products and the attention implementation for the mesh."""
     c, device = config.model, mesh.devices.flat[0]
+    capability = getattr(device, "compute_capability", "") or "unknown"
     dtype = c.dtype
     if dtype == "auto":
-        dtype = "float32" if device.platform == "cpu" else "bfloat16"
+        # XLA computes bfloat16 products of NVIDIA's GPUs before Ampere (V100, T4) in float32.
+        old = (attention.compute_capability(capability) or attention.AMPERE) < attention.AMPERE
+        dtype = "float32" if device.platform == "cpu" or old else "bfloat16"
     return dtype, attention.resolve(
-        c.attention, device.platform, c.block_size, c.dropout, dtype, c.head_dim, device.device_kind
+        c.attention,
+        device.platform,
+        c.block_size,
+        c.dropout,
+        dtype,
+        c.head_dim,
+        device.device_kind,
+        capability,
     )
 
 
@@ -192,6 +203,10 @@ def build_for_use(config: Config, mesh: Mesh, microbatch: int) -> Steps:
     sequences = microbatch * sharding.row_shards(mesh)
     batch = BatchConfig(sequences=sequences, microbatch=microbatch)
     # The dropout rate decides which kernels can train, and nothing here trains.
-    model = config.model.model_copy(update={"attention": "auto", "dropout": 0.0})
-    config = config.model_copy(update={"batch": batch, "model": model})
-    return build_steps(config, mesh, *resolve(config, mesh))
+    model = config.model.model_copy(update={"dropout": 0.0})
+    try:
+        resolved = resolve(config.model_copy(update={"model": model}), mesh)
+    except Mistake:  # the kernel of the machine that trained is not there on this one
+        model = model.model_copy(update={"attention": "auto"})
+        resolved = resolve(config.model_copy(update={"model": model}), mesh)
+    return build_steps(config.model_copy(update={"batch": batch, "model": model}), mesh, *resolved)

@@ -64,7 +64,7 @@ def add_flags(parser: argparse.ArgumentParser) -> Any:
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
-        help="of matrix products (default: the run's; auto: float32 on a CPU, else bfloat16)",
+        help="of matrix products (default: the run's; auto: bfloat16 where the device has it)",
     )
     for section, keys in _SECTIONS.items():
         for key, field in keys.model_fields.items():
