@@ -15,7 +15,9 @@ import pytest
 
 from scalegpt import evaluate, train
 from scalegpt.config import Config, DistributedConfig
+from scalegpt.errors import Mistake
 from scalegpt.processes import startup
+from scalegpt.processes.group import Alone
 
 STEPS = 24
 
@@ -298,6 +300,32 @@ def test_the_devices_of_one_process_add_up(monkeypatch):
 def test_distributed_flags_that_do_not_fit_are_refused(given, message):
     with pytest.raises(ValueError, match=message):
         startup.start(DistributedConfig(**given))
+
+
+def test_launchers_that_are_not_recognised_are_told_what_to_type(monkeypatch):
+    """With torchrun, two machines would each have trained a run of its own."""
+    for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for names in (("WORLD_SIZE", "RANK"), ("PMI_SIZE", "PMI_RANK")):
+        with monkeypatch.context() as patch:
+            patch.setenv("MASTER_ADDR", "10.0.0.1")
+            for name, value in zip(names, ("2", "1"), strict=True):
+                patch.setenv(name, value)
+            line = r"coordinator=10.0.0.1:PORT --distributed.num_processes=2 .*process_id=1"
+            with pytest.raises(Mistake, match=line):
+                startup.find(DistributedConfig(), 1)
+            flags = {"coordinator": "10.0.0.1:1234", "num_processes": 2, "process_id": 1}
+            assert startup.find(DistributedConfig(**flags), 1).index == 1
+            patch.setenv(names[0], "1")  # one process, as in many containers
+            assert isinstance(startup.find(DistributedConfig(), 1), Alone)
+
+
+@pytest.mark.parametrize("numbers", ["all", "0;1", "0,,1"])
+def test_device_numbers_that_are_none_are_a_mistake(monkeypatch, numbers):
+    monkeypatch.setenv("JAX_LOCAL_DEVICE_IDS", numbers)
+    flags = {"coordinator": "10.0.0.1:1234", "num_processes": 2, "process_id": 1}
+    with pytest.raises(Mistake, match=f"JAX_LOCAL_DEVICE_IDS={numbers} is not device numbers"):
+        startup.find(DistributedConfig(**flags), 1)
 
 
 def test_launchers_are_recognised(monkeypatch):

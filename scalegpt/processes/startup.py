@@ -46,6 +46,7 @@ def find(config: DistributedConfig, seconds: float) -> Group | Alone:
     if any(value is not None for value in given):
         _check(config)
     elif not _launched():
+        _refuse_other_launchers()
         return Alone()
     # Where Slurm or Open MPI has started the processes, JAX would give each of them one GPU only,
     # whatever this variable says.
@@ -128,6 +129,26 @@ def _launched() -> bool:
     """Return whether Slurm, Open MPI or a TPU host has started several processes."""
     sizes = [os.environ.get(name, "1") for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")]
     return any(size.isdigit() and int(size) > 1 for size in sizes) or on_tpu()
+
+
+def _refuse_other_launchers() -> None:
+    """Raise Mistake where torchrun or MPICH has started several processes, each to train alone."""
+    for launcher, size, rank in (
+        ("torchrun or the like", "WORLD_SIZE", "RANK"),
+        ("MPICH or Intel MPI", "PMI_SIZE", "PMI_RANK"),
+    ):
+        count, index = os.environ.get(size, ""), os.environ.get(rank, "")
+        if count.isdecimal() and index.isdecimal() and int(count) > 1:
+            host = os.environ.get("MASTER_ADDR", "HOST")
+            raise Mistake(
+                f"{launcher} has started this process ({size}={count}, {rank}={index}), whose "
+                "variables are not read. On one machine start `python -m scalegpt.train` once: it "
+                "drives all GPUs. On several, start it once on each and add "
+                f"--distributed.coordinator={host}:PORT --distributed.num_processes=N "
+                f"--distributed.process_id=I; or, with a GPU for each process, set "
+                f"JAX_LOCAL_DEVICE_IDS and add --distributed.coordinator={host}:PORT "
+                f"--distributed.num_processes={count} --distributed.process_id={index}"
+            )
 
 
 def on_tpu() -> bool:
