@@ -48,6 +48,7 @@ def main(argv: list[str]) -> int:
     splits, weights = _splits(flags, config.data) if config else ([], [])
     keep_compiled()
     with startup.start(trained.machine(flags, config).distributed) as group:
+        trained.self_check(flags, group)
         inputs = _load(flags, config, task_files, splits, weights)
         results = _results(flags, config, inputs)
         _refuse_not_finite(inputs.model, results)

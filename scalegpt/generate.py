@@ -47,6 +47,7 @@ def main(argv: list[str]) -> int:
             raise Mistake(
                 "several processes need --prompt or --prompt-file: each has its own input"
             )
+        trained.self_check(flags, group)
         _continue(flags, sampler, prompts, interactive)
         return group.farewell(0)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -268,10 +269,27 @@ def test_what_must_agree_and_what_may_differ():
     assert "data set 0: process 0 (h) has a, process 2 (h) has b" in differ(mark="b")
     assert "latest checkpoint: process 0 (h) has none, process 2 (h) has step 5" in differ(latest=5)
     assert "weights of the data" in differ(data__path={"one": 1, "two": 3})
-    older = {**facts(), "version of jax": "0.1"}
-    assert f"version of jax: process 0 (h) has {jax.__version__}" in startup._difference(
-        [facts(), older]
-    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("XLA_FLAGS", "--xla_cpu_enable_fast_math=true", "variable XLA_FLAGS: .*has.*fast_math"),
+        ("JAX_ENABLE_X64", "true", "variable JAX_ENABLE_X64: process 0 .* has none, .* has true"),
+        ("JAX_PROCESS_ID", "1", ""),
+        ("JAX_COMPILATION_CACHE_DIR", "/elsewhere", ""),
+        ("XLA_FLAGS", os.environ.get("XLA_FLAGS", "") + " --xla_dump_to=/tmp/x", ""),
+    ],
+)
+def test_what_must_agree_around_the_processes(monkeypatch, name, value, message):
+    first = {"host": "h", **startup.surroundings()}
+    assert first["version of jax"] == jax.__version__
+    assert first["devices of a process"] == "8 x cpu"
+    with monkeypatch.context() as patch:
+        patch.setenv(name, value)
+        second = {"host": "i", **startup.surroundings()}
+    difference = startup._difference([first, second])
+    assert re.search(message, difference) if message else not difference
 
 
 def test_the_devices_of_one_process_add_up(monkeypatch):

@@ -215,6 +215,11 @@ def test_two_processes_write_the_text_of_one_and_the_first_prints_it(run, capsys
     mesh = ["--mesh.data=2", "--mesh.fsdp=2", "--mesh.tensor=2"]
     first, second = processes.run("scalegpt.generate", *argv, *mesh)
     assert first[0] == alone and second == ("", "")
+    each = [["--seed=1"], ["--seed=2"]]
+    two = processes.start(["-m", "scalegpt.generate", *argv, *mesh], 2, 4, each)
+    for _, said in processes.finish(two):
+        assert "--seed: process 0" in said and "has 2" in said
+    assert [process.returncode for process in two] == [2, 2]
 
 
 def test_text_past_block_size_slides_or_is_refused(command):

@@ -26,6 +26,11 @@ from scalegpt.processes.stop_request import StopRequest
 # tell a process that is stopped, or a machine that sleeps, from a dead one; a phase's deadline ends
 # those.
 _HEARTBEAT = 600
+# Variables that may differ: which process this is, where it keeps what it compiles, what it says.
+_OF_A_PROCESS = (
+    *("JAX_LOCAL_DEVICE_IDS", "JAX_VISIBLE_DEVICES", "JAX_PROCESS", "JAX_COORDINATOR", "JAX_PORT"),
+    *("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE", "JAX_LOG", "JAX_DEBUG_LOG", "JAX_DUMP"),
+)
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -159,12 +164,10 @@ def on_tpu() -> bool:
 
 
 def facts(config: Config, data: Mapping[str, str], latest: int | None) -> dict[str, str]:
-    """Return what must be the same in all processes: config, data, versions, latest checkpoint.
+    """Return what must be the same in all processes of a run: config, data, latest checkpoint.
 
     data: name -> fingerprint. The folders of data and their caches may differ between hosts.
     """
-    versions = {"python": platform.python_version(), "scalegpt": scalegpt.__version__}
-    versions |= {name: metadata.version(name) for name in _PACKAGES}
     keys = config.model_dump(
         exclude={"distributed": True, "run": {"out_dir"}, "data": {"path", "cache_dir", "prepare"}}
     )
@@ -175,19 +178,40 @@ def facts(config: Config, data: Mapping[str, str], latest: int | None) -> dict[s
     }
     settings["weights of the data"] = list(config.data.weights.values())
     return {
-        **{f"version of {name}": version for name, version in versions.items()},
         **{name: str(value) for name, value in settings.items()},
         **{f"data set {i}": mark for i, mark in enumerate(data.values())},
         "latest checkpoint": "none" if latest is None else f"step {latest}",
     }
 
 
-def self_check(facts: Mapping[str, str]) -> None:
-    """Check that all processes are set for the same run, and that their devices work together.
+def surroundings() -> dict[str, str]:
+    """Return what must be the same around all processes: versions, devices, JAX's variables."""
+    versions = {"python": platform.python_version(), "scalegpt": scalegpt.__version__}
+    versions |= {name: metadata.version(name) for name in _PACKAGES}
+    local = jax.local_devices()
+    # Where XLA writes what it compiles changes nothing, and one host may be asked for it.
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    variables = {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith("JAX_") and not name.startswith(_OF_A_PROCESS)
+    }
+    variables["LIBTPU_INIT_ARGS"] = os.environ.get("LIBTPU_INIT_ARGS", "")
+    variables["XLA_FLAGS"] = " ".join(f for f in flags if not f.startswith("--xla_dump"))
+    return {
+        **{f"version of {name}": version for name, version in versions.items()},
+        "devices of a process": f"{len(local)} x {local[0].device_kind}",
+        **{f"environment variable {name}": value for name, value in variables.items()},
+    }
 
-    Raises Mistake, in all processes, naming one that differs from process 0 and both values.
+
+def self_check(facts: Mapping[str, str]) -> None:
+    """Check that all processes are set for the same work, and that their devices work together.
+
+    facts: name -> what must be the same in all, besides `surroundings`. Raises Mistake, in all
+    processes, naming one that differs from process 0 and both values.
     """
-    ours = {"host": socket.gethostname(), **facts}
+    ours = {"host": socket.gethostname(), **surroundings(), **facts}
     if difference := _difference(gather("facts", ours, Deadline(UNLIMITED))):
         raise Mistake(difference)
     devices = jax.device_count()
@@ -215,5 +239,5 @@ def _difference(every: list[dict[str, str]]) -> str:
             if first.get(key) != other.get(key)
         ]
         if lines:
-            return "\n  ".join(["the processes are not set for the same run:", *lines[:5]])
+            return "\n  ".join(["the processes are not set for the same work:", *lines[:5]])
     return ""

@@ -14,10 +14,13 @@ from scalegpt.data import tokenizer
 from scalegpt.data.tokenizer import Tokenizer
 from scalegpt.errors import Mistake
 from scalegpt.files.run_folder import is_run
+from scalegpt.processes import startup
+from scalegpt.processes.group import Alone, Group
 from scalegpt.step.build import Steps, build_for_use
 from scalegpt.step.sharding import make_mesh
 from scalegpt.weights import huggingface
 
+_PLACES = ("run", "config", "data", "text", "file", "prompt_file")
 _SECTIONS = {"mesh": MeshConfig, "distributed": DistributedConfig}
 
 
@@ -96,6 +99,18 @@ def machine(flags: argparse.Namespace, config: Config | None = None) -> Config:
         for name, keys in _SECTIONS.items()
     }
     return validate_sections(sections, "this command line")
+
+
+def self_check(flags: argparse.Namespace, group: Group | Alone) -> None:
+    """Check that all processes were given the same flags, in the same surroundings.
+
+    Processes that differ would compile different programs, and wait for each other for ever. Files
+    may lie in different folders. Raises Mistake, in all processes.
+    """
+    if group.count > 1:
+        given = {k: v for k, v in vars(flags).items() if k not in _PLACES}
+        settings = {f"--{k}": str(v) for k, v in given.items() if not k.startswith("distributed.")}
+        startup.self_check(settings)
 
 
 def load(flags: argparse.Namespace, microbatch: int, config: Config | None = None) -> Trained:
