@@ -38,9 +38,9 @@ import json, os, pathlib, sys, time
 fake, worker = pathlib.Path(os.environ["FAKE"]), os.path.basename(os.environ["HOME"])
 calls = fake / f"{{worker}}.starts"
 attempt = len(calls.read_text().splitlines()) if calls.exists() else 0
-key = os.environ.get("SECRET")
+key, token = os.environ.get("SECRET"), os.environ.get("SCALEGPT_TOKEN")
 with calls.open("a") as f:
-    f.write(json.dumps({{"argv": sys.argv[1:], "secret": key}}) + "\\n")
+    f.write(json.dumps({{"argv": sys.argv[1:], "secret": key, "token": token}}) + "\\n")
 plan = json.loads((fake / "plan.json").read_text())
 plan = plan.get(worker, plan["all"])
 plan = plan[min(attempt, len(plan) - 1)]

@@ -1,12 +1,15 @@
 """Real processes on this machine give the run of one, and none is waited for that is dead."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import time
+from collections import Counter, deque
 from pathlib import Path
 
 import jax
@@ -52,6 +55,17 @@ TrainBatches.__init__, TrainBatches.__getitem__ = recorded, faulty
 from scalegpt.processes.command import run_command
 run_command(train.main)
 """
+
+
+STRANGE = (
+    b"",
+    b"\n",
+    bytes(range(256)) * 4,
+    b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(64),
+    b'{"failed": [1, "x", 5, "a word of a stranger", false]}\n',
+    b"x" * 100_000,
+)
 
 
 def launch(
@@ -143,6 +157,31 @@ def test_fault_18_two_processes_are_the_run_of_one(bottles, alone, tmp_path, cap
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert row["step"] == STEPS
     assert abs(row["val/loss"] - rows(shared, "val/loss")[STEPS]) < 1e-5
+
+
+@pytest.mark.slow
+def test_strangers_at_both_ports_change_nothing(bottles, tmp_path):
+    """From the start to the farewell: rubbish, and connections that say nothing or half a hello."""
+    plain, visited = tmp_path / "plain" / "run", tmp_path / "visited" / "run"
+    outputs = processes.finish(two := launch(bottles, plain, 2))
+    assert codes(two) == [0, 0], outputs
+
+    two = launch(bottles, visited, 2)
+    (address,) = (a for a in two[0].args if a.startswith("--distributed.coordinator="))
+    port, silent, visits = int(address.rpartition(":")[2]), deque(maxlen=300), Counter()
+    while all(process.poll() is None for process in two):
+        for at in (port, port + 1):  # ours, and that of JAX's service
+            for data in (*STRANGE, b"0" * 64 + b' [1, "x", '):
+                with contextlib.suppress(OSError):
+                    silent.append(socket.create_connection(("localhost", at), 0.2))
+                    silent[-1].sendall(data)
+                    visits[at] += 1
+        time.sleep(0.02)
+    outputs = processes.finish(two)
+    assert codes(two) == [0, 0], outputs
+    assert visits[port] > 10 and visits[port + 1] > 100, visits
+    for key in ("train/loss", "val/loss"):
+        assert rows(visited, key) == rows(plain, key)
 
 
 @pytest.mark.slow

@@ -92,8 +92,9 @@ def test_arguments_arrive_as_they_are(cloud):
     awkward = ["it's", 'a "b" c', "$HOME `id` \\", "two  spaces;&|", "ü*?#~ x"]
     run = [*RUN, *(f"--log.wandb_name={text}" for text in awkward)]
     assert train("--keep", run=run) == 0
-    for worker in (0, 1):
-        assert fake_gcloud.starts(folder, worker)[0]["argv"][3:] == run
+    first, second = (fake_gcloud.starts(folder, worker)[0] for worker in (0, 1))
+    assert first["argv"][3:] == second["argv"][3:] == run
+    assert first["token"] == second["token"]
 
 
 @pytest.mark.slow
@@ -293,7 +294,8 @@ def test_a_variable_goes_in_a_file_and_never_in_a_command(cloud, monkeypatch, ca
     folder = cloud([{"steps": [100]}])
     monkeypatch.setenv("SECRET", "s3cret 'quoted'")
     assert train("--keep", "--env=SECRET") == 0
-    assert fake_gcloud.starts(folder)[0]["secret"] == "s3cret 'quoted'"
+    (start,) = fake_gcloud.starts(folder)
+    assert start["secret"] == "s3cret 'quoted'" and len(start["token"]) == 32
     assert "s3cret" not in capsys.readouterr().out + str(fake_gcloud.calls(folder))
     assert (folder / "w-0" / "scalegpt" / "run.env").stat().st_mode & 0o777 == 0o600
     assert not (folder / "w-0" / "scalegpt-me.tar.gz").exists()

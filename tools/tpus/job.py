@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import os
+import secrets
 import shlex
 import sys
 import tarfile
@@ -20,6 +21,7 @@ from scalegpt.config import Config, command_line
 from scalegpt.config.presets import recipe
 from scalegpt.errors import Mistake
 from scalegpt.processes.exits import Exit
+from scalegpt.processes.handshake import TOKEN
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = (
@@ -62,7 +64,9 @@ class Job:
             )
         if missing := [name for name in flags.env if name not in os.environ]:
             raise Mistake(f"--env {missing[0]}: there is no such variable here")
-        self.env = "".join(f"export {n}={shlex.quote(os.environ[n])}\n" for n in flags.env)
+        # The workers of a slice hear only whoever knows their token.
+        variables = {TOKEN: secrets.token_hex(16), **{n: os.environ[n] for n in flags.env}}
+        self.env = "".join(f"export {n}={shlex.quote(x)}\n" for n, x in variables.items())
         self.installed_on: int | None = None
         self.archive = f"scalegpt-{flags.name}.tar.gz"
 
@@ -85,11 +89,11 @@ class Job:
                     archive.add(ROOT / name, f"./{name}")
                 for file in self.files:
                     archive.add(file, f"./{file}")
-                if self.env:  # in a file, as arguments are printed and visible to other users
-                    secret = Path(folder, "run.env")
-                    secret.touch(0o600)
-                    secret.write_text(self.env)
-                    archive.add(secret, "./run.env")
+                # In a file, as arguments are printed and visible to other users.
+                secret = Path(folder, "run.env")
+                secret.touch(0o600)
+                secret.write_text(self.env)
+                archive.add(secret, "./run.env")
             yield str(path)
 
     def go_on(self, machine: Machine, archive: str, seconds: float) -> worker_shell.Look:
