@@ -157,7 +157,7 @@ def train(config: Config, group: Group | Alone, phases: Phases, stop: StopReques
         phases=phases,
         resume_step=rows_to_keep(start, config.optim.steps, begun_before=stored is not None),
         is_main=is_main,
-        config=meta["config"],
+        config={**meta["config"], "parameters": steps.parameters},
     )
     checkpoints.say = metrics.say
     precision = str(steps.model.dtype)

@@ -536,6 +536,7 @@ OTHER = {  # a value that differs from the default, where adding one will not do
     "run.init_checkpoint": "latest",
     "run.replay": 3,
     "eval.windows": 3,
+    "eval.train_windows": 3,
     "eval.tasks": {"lambada": "x"},
     "eval.task_examples": 3,
     "distributed.coordinator": "a:1",
@@ -544,6 +545,7 @@ OTHER = {  # a value that differs from the default, where adding one will not do
     "log.wandb_project": "x",
     "log.wandb_entity": "x",
     "log.wandb_name": "x",
+    "log.wandb_tags": ["x"],
     "mesh.data": 2,
 }
 

@@ -393,6 +393,16 @@ def test_eval_of_the_first_windows_is_split_over_hosts():
         EvalBatches(ids(1), 8, 4, np.arange(4))
 
 
+def test_eval_windows_spread_over_the_whole_file():
+    source = EvalBatches(ids(1000), 8, 4, np.arange(4), 10, spread=True)
+    starts = np.concatenate([batch[:, 0] for batch in source])[:10]
+    assert starts.tolist() == [99 * i for i in range(10)] and source.tokens == 80
+    everything = EvalBatches(ids(1000), 8, 4, np.arange(4), 500, spread=True)
+    assert [b.tolist() for b in everything] == [
+        b.tolist() for b in EvalBatches(ids(1000), 8, 4, np.arange(4))
+    ]
+
+
 def test_evaluation_does_not_change_the_training_data():
     """Fault 12 of nanogpt-jax: how often one evaluated changed what one trained on."""
     source, val = batches(), EvalBatches(ids(1000), 16, 4, np.arange(4))

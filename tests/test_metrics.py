@@ -65,6 +65,7 @@ def test_keys_that_scripts_rely_on_stay():
         "train/lr",
         "train/grad_norm",
         "train/tokens",
+        "train/epoch",
         "train/spike",
         "train/skipped",
         "perf/tokens_per_second",
@@ -80,6 +81,7 @@ def test_keys_that_scripts_rely_on_stay():
         "val/perplexity",
         "val/bits_per_byte",
         "val/best_loss",
+        "train/eval_loss",
         "time",
     )
 

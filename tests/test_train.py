@@ -542,6 +542,29 @@ def test_a_second_process_in_the_same_folder_is_refused(data, tmp_path):
     resume.lock(config).lock.release()  # free again
 
 
+def test_norms_epoch_and_training_loss_are_logged_as_asked(data, tmp_path, capsys):
+    windows = len(np.fromfile(data / "train.bin", "<u2")) // T
+    changes = {"optim.steps": 4, "log.norms_every": 2, "log.every": 10}
+    argv = arguments(data, tmp_path / "run", **changes, **{"eval.train_windows": windows})
+    assert train.main(argv) == 0
+    said = capsys.readouterr().out
+    assert "decay    0.1 on 6 of 9 tensors, " in said, said
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    with_norms = [row for row in map(json.loads, lines) if any(k[:5] == "norm/" for k in row)]
+    assert [row["step"] for row in with_norms] == [2, 4]
+    for row in with_norms:  # the norm of all is that of the norms, layer by layer
+        norms = {key: x for key, x in row.items() if key.startswith("norm/")}
+        assert {"norm/h0/attn/qkv_kernel", "norm/h1/mlp/up_kernel", "norm/wte"} <= norms.keys()
+        assert np.linalg.norm(list(norms.values())) == pytest.approx(row["train/grad_norm"])
+        tokens = len(np.fromfile(data / "train.bin", "<u2"))
+        assert row["train/epoch"] == row["step"] * ROWS * T / tokens
+    flags = ["--split", "train", "--windows", str(windows), "--json"]
+    assert evaluate.main(["--run", str(tmp_path / "run"), "--checkpoint", "4", *flags]) == 0
+    same = json.loads(capsys.readouterr().out)["train/loss"]
+    found = rows(tmp_path / "run", "train/eval_loss")
+    assert list(found) == [0, 4] and found[4] == pytest.approx(same, rel=1e-5)
+
+
 def test_an_out_dir_that_is_a_file_is_a_message(data, tmp_path):
     (tmp_path / "run").write_text("mine")
     with pytest.raises(ValueError, match="run.out_dir"):

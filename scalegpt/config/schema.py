@@ -81,6 +81,8 @@ class EvalConfig(Section):
     """updates between evaluations; 0: only at the start and the end"""
     windows: Positive | None = None
     """evaluate on the first so many windows of val.bin; default: the whole file"""
+    train_windows: Positive | None = None
+    """evaluate on so many windows of train.bin, spread over it: train/eval_loss; default: none"""
     tasks: dict[Literal["hellaswag", "lambada", "multiple_choice"], Name] = {}
     """also score these tasks, {task: jsonl file}; see `python -m scalegpt.evaluate --help`"""
     task_examples: Positive | None = None
@@ -114,12 +116,16 @@ class LogConfig(Section):
 
     every: Positive = 10
     """updates between rows of metrics.jsonl"""
+    norms_every: Whole = 0
+    """updates between rows with the gradient's norm in each parameter and layer; 0: never"""
     tensorboard: bool = True
     wandb: bool = False
     wandb_project: Name = "scalegpt"
     wandb_entity: Name | None = None
     wandb_name: Name | None = None
     """default: the name of out_dir"""
+    wandb_tags: list[Name] = []
+    """tags of the run in W&B"""
 
 
 class RunConfig(Section):

@@ -206,7 +206,8 @@ class EvalBatches:
     Window j is tokens j*T to j*T + T, so the whole file's windows predict every token but the
     first exactly once. Past the end of the file, and past the first `windows` if given, ids are -1,
     and the loss leaves these targets out. Batch i is windows i*R to i*R + R - 1, of which this host
-    reads `rows`. `tokens` counts the targets that are not -1, over all batches and hosts.
+    reads `rows`. `tokens` counts the targets that are not -1, over all batches and hosts. spread:
+    the windows lie evenly over the whole file, instead of side by side at its begin.
     """
 
     def __init__(
@@ -216,6 +217,7 @@ class EvalBatches:
         rows_per_batch: int,
         rows: np.ndarray,
         windows: int | None = None,
+        spread: bool = False,
     ):
         if len(tokens) < 2:
             raise Mistake(f"a validation file of {len(tokens)} tokens has nothing to predict")
@@ -227,6 +229,7 @@ class EvalBatches:
         self.windows = -(-targets // block_size)
         if windows is not None:
             self.windows = min(windows, self.windows)
+        self.spacing = max(block_size, targets // self.windows) if spread else block_size
         self.tokens = min(self.windows * block_size, targets)
 
     def __len__(self) -> int:
@@ -238,7 +241,7 @@ class EvalBatches:
         batch = np.full((len(self.rows), self.block_size + 1), -1, np.int32)
         for row, window in enumerate((i * self.rows_per_batch + self.rows).tolist()):
             if window < self.windows:
-                start = window * self.block_size
+                start = window * self.spacing
                 values = self.array[start : start + self.block_size + 1]
                 batch[row, : len(values)] = values
         return batch

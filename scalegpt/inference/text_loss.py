@@ -61,16 +61,19 @@ def text_evaluator(
     windows: int | None,
     shown: bool,
     check_stop: Callable[[], None] = lambda: None,
+    spread: bool = False,
 ) -> tuple[Callable[[Any], Figures], int]:
     """Return a function from parameters to `text_figures`, and the number of tokens it predicts.
 
     windows: how many of each split, None for all. shown: with a progress bar. check_stop: called
-    before each batch.
+    before each batch. spread: as of EvalBatches.
     """
     rows_per_batch = steps.layout[1]
     rows = sharding.local_rows(steps.mesh, rows_per_batch)
     block = steps.model.config.block_size
-    all_batches = [EvalBatches(s.tokens, block, rows_per_batch, rows, windows) for s in splits]
+    all_batches = [
+        EvalBatches(split.tokens, block, rows_per_batch, rows, windows, spread) for split in splits
+    ]
 
     def evaluate(params: Any) -> Figures:
         losses = [

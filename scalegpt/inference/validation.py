@@ -1,6 +1,7 @@
 """A run evaluates itself while it trains: the loss over its validation data, and eval.tasks."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from scalegpt.config import Config
@@ -26,11 +27,18 @@ def validation(
     ]
     weights = list(config.data.weights.values())
     text_figures = text_evaluator(steps, splits, weights, config.eval.windows, False, check_stop)[0]
+    if config.eval.train_windows:
+        trained_on = [replace(s, tokens=d.train) for s, d in zip(splits, datasets, strict=True)]
+        train_figures = text_evaluator(
+            steps, trained_on, weights, config.eval.train_windows, False, check_stop, spread=True
+        )[0]
     task_figures = tasks.in_training(config.eval, datasets[0].tokenizer, steps, check_stop)
 
     def evaluate(params: Any) -> dict[str, float]:
         figures = text_figures(params)
         row = {f"val/{key}": value for key, (value, _) in figures.items()}
+        if config.eval.train_windows:
+            row["train/eval_loss"] = train_figures(params)["loss"][0]
         return {**row, "val/loss_stderr": figures["loss"][1], **task_figures(params)}
 
     return evaluate

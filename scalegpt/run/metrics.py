@@ -25,13 +25,15 @@ from scalegpt.run.writers import JsonlWriter, Row, Say, TensorBoardWriter, Wandb
 # token, train/tokens counts from step 0 over restarts, train/spike is in deviations
 # (health.deviation), train/skipped counts the updates left out so far, rates are the whole run's,
 # memory is process 0's, time is unix seconds. Absent rather than wrong: perf/* where no step was
-# timed, perf/mfu on a device of unknown peak, val/bits_per_byte where bytes are not known.
+# timed, perf/mfu on a device of unknown peak, val/bits_per_byte where bytes are not known,
+# train/epoch of a mixture. Every log.norms_every updates a row has norm/NAME of each parameter too.
 TRAIN_KEYS = (
     "step",
     "train/loss",
     "train/lr",
     "train/grad_norm",
     "train/tokens",
+    "train/epoch",
     "train/spike",
     "train/skipped",
     "perf/tokens_per_second",
@@ -48,6 +50,7 @@ EVAL_KEYS = (
     "val/perplexity",
     "val/bits_per_byte",
     "val/best_loss",
+    "train/eval_loss",
     "time",
 )
 TASK_KEYS = ("acc", "acc_norm", "perplexity")
@@ -62,6 +65,7 @@ _SHOWN = {
     "val/perplexity": "perplexity {:.2f}",
     "val/bits_per_byte": "{:.4f} bits/byte",
     "val/best_loss": "best {:.4f}",
+    "train/eval_loss": "train loss {:.4f}",
 }
 
 
@@ -164,8 +168,9 @@ class Metrics:
             )
 
     def train(self, row: Row) -> None:
-        """Write a row of TRAIN_KEYS, Python, NumPy or JAX scalars, with time and memory added."""
-        assert row.keys() <= set(TRAIN_KEYS), row.keys() - set(TRAIN_KEYS)
+        """Write a row of TRAIN_KEYS and norm/NAME, any scalars; time and memory are added."""
+        unknown = {key for key in row.keys() - set(TRAIN_KEYS) if not key.startswith("norm/")}
+        assert not unknown, unknown
         if self._writers:
             memory = round(self._memory.memory_info().rss / 2**30, 4)
             self._write({**row, "memory/host_gib": memory})

@@ -83,9 +83,15 @@ class Progress:
             reports.bad_update(config, self._datasets, step, values, self._metrics)
         if step == self._first:
             self._throughput.start(step)
-        if bad or step % config.log.every == 0 or step in (self._first, total):
+        with_norms = config.log.norms_every and step % config.log.norms_every == 0
+        if with_norms:
+            norms = reports.by_layer(values["norms"])
+            row |= {f"norm/{name}": norm for name, norm in norms.items()}
+        if bad or with_norms or step % config.log.every == 0 or step in (self._first, total):
             tokens_per_step = config.batch.sequences * config.model.block_size
             row["train/tokens"] = step * tokens_per_step
+            if len(self._datasets) == 1:
+                row["train/epoch"] = row["train/tokens"] / len(self._datasets[0].train)
             self._metrics.train(row | self._throughput.read(step, tokens_per_step))
         self._phases.progress(step)
         if not finite and int(values["nonfinite"]) > config.run.skip_nonfinite:

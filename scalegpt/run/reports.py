@@ -19,6 +19,7 @@ from scalegpt.data.token_files import Dataset
 from scalegpt.files import run_folder
 from scalegpt.run.metrics import Metrics
 from scalegpt.step.build import Steps
+from scalegpt.step.optimizer import decay_mask
 
 
 def describe(config: Config, datasets: list[Dataset], steps: Steps) -> str:
@@ -37,10 +38,22 @@ def describe(config: Config, datasets: list[Dataset], steps: Steps) -> str:
             f" attention {steps.model.attention}",
             f"data     {text}",
             f"devices  {len(devices)} x {devices[0].device_kind}, {mesh}, {config.run.backend}",
+            f"decay    {config.optim.weight_decay:g} on {_decaying(config, steps)}",
             f"update   {tokens:,} tokens = {accumulation} x {microbatch} sequences of "
             f"{config.model.block_size}",
             f"run      {config.optim.steps:,} updates into {config.run.out_dir}",
         ]
+    )
+
+
+def _decaying(config: Config, steps: Steps) -> str:
+    """Say how many tensors and parameters weight decay shrinks; a stack of layers is one tensor."""
+    params = steps.abstract.params
+    leaves, marks = (jax.tree.leaves(x) for x in (params, decay_mask(config.optim)(params)))
+    decaying = [x.size for x, decays in zip(leaves, marks, strict=True) if decays]
+    count = sum(x.size for x in leaves)
+    return (
+        f"{len(decaying)} of {len(leaves)} tensors, {sum(decaying) / count:.1%} of the parameters"
     )
 
 
@@ -104,11 +117,12 @@ def bad_update(
             " it is not applied"
         )
     norms = {name: np.asarray(x).tolist() for name, x in values["norms"].items()}
+    worst = _worst(by_layer(norms))
     windows = windows_of(config, datasets, step)
     shown = ", ".join(f"{name}:{start}" for name, start in windows[:4])
     more = f", and {len(windows) - 4} more" if len(windows) > 4 else ""
     metrics.say(
-        f"{what}\n  windows (data set:first token) {shown}{more}; gradient norms {_worst(norms)}\n"
+        f"{what}\n  windows (data set:first token) {shown}{more}; gradient norms {worst}\n"
         f"  all in {config.run.out_dir}/{run_folder.BAD_UPDATES}; the loss of each example: the "
         f"same command with --run.replay={step}"
     )
@@ -120,12 +134,18 @@ def bad_update(
             file.write(json.dumps(row) + "\n")  # NaN and Infinity as in Python's json
 
 
-def _worst(norms: dict[str, Any]) -> str:
-    """List the largest gradient norms by parameter and layer; those not finite come first."""
+def by_layer(norms: dict[str, Any]) -> dict[str, float]:
+    """Name the norms of `health.layer_norms` by parameter and layer, as h3/attn/qkv_kernel."""
     flat = {}
     for name, x in norms.items():
-        layers = enumerate(x) if isinstance(x, list) else [(None, x)]
+        values = np.asarray(x).tolist()
+        layers = enumerate(values) if isinstance(values, list) else [(None, values)]
         flat |= {name.replace("h/", f"h{i}/", 1) if i is not None else name: v for i, v in layers}
+    return flat
+
+
+def _worst(flat: dict[str, float]) -> str:
+    """List the largest gradient norms of `by_layer`; those not finite come first."""
     ordered = sorted(flat.items(), key=lambda x: -x[1] if math.isfinite(x[1]) else -math.inf)
     bad = sum(not math.isfinite(v) for v in flat.values())
     more = f" ({bad} of {len(flat)} not finite)" if bad else ""
