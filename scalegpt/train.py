@@ -214,8 +214,10 @@ def loop(run: Run, state: State, start: int) -> State:
     config, total = run.config, run.config.optim.steps
     batches = batches_from(config, run.datasets, run.steps, start)
     began = time.perf_counter()
-    run.phases.begin("compile", start)
     for step in range(start + 1, total + 1):
+        compiling = step == start + 1 or step in config.batch.growth
+        if compiling:
+            run.phases.begin("compile", step - 1)
         # Meanwhile the device computes the update before, so that it need not wait for this batch.
         with run.phases("wait for data"):
             batch = next(batches)
@@ -227,11 +229,12 @@ def loop(run: Run, state: State, start: int) -> State:
         stopping = run.stop.reached()
         evaluating = step == total or due(step, config.eval.every)
         saving = stopping or step == total or due(step, config.checkpoint.every)
-        if not (evaluating or saving or step == start + 1):
+        if not (evaluating or saving or compiling):
             continue
         run.progress.read()  # an update is judged before it is evaluated or saved
-        if step == start + 1:
+        if compiling:
             run.phases.begin("step", step)
+        if step == start + 1:
             run.stop.saves = True
             run.metrics.say(f"first update after {time.perf_counter() - began:.1f} s")
         best, loss = run.meta["best_loss"], None

@@ -513,6 +513,7 @@ OTHER = {  # a value that differs from the default, where adding one will not do
     "model.dropout": 0.1,
     "model.vocab_size": 300,
     "batch.microbatch": 2,
+    "batch.growth": {7: 960},
     "data.path": "moved",
     "data.cache_dir": "x",
     "optim.lr": 7e-4,

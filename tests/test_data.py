@@ -23,7 +23,7 @@ import pytest
 from fsspec.registry import _registry
 from grain.experimental import index_shuffle
 
-from scalegpt.config import Config
+from scalegpt.config import BatchConfig, Config
 from scalegpt.data import batches as data
 from scalegpt.data import token_files
 from scalegpt.data.batches import EvalBatches, TrainBatches, TrainOrder, train_iterator
@@ -78,7 +78,9 @@ def test_order_never_changes():
     rows = np.array([0, 1, 8_823_808, 8_823_809, 480 * 600_000])
     expected = [9034788451, 7831026275, 6346397283, 5251084620, 4726655251]
     assert openwebtext.window(rows).tolist() == expected
-    batch = TrainBatches([ids(5000), ids(900)], [0.7, 0.3], 16, 5, 8, 2, np.arange(4))[1000]
+    batch = TrainBatches(
+        [ids(5000), ids(900)], [0.7, 0.3], 16, 5, BatchConfig(sequences=8), 4, np.arange(4)
+    )[1000]
     assert batch[:, :, 0].tolist() == [[2671, 4735, 1327, 26], [2127, 1807, 74, 4335]]
 
 
@@ -171,7 +173,7 @@ def batches(B=8, A=2, rows=None, T=16, seed=5, tokens=None, weights=None):
     tokens = [ids(5000)] if tokens is None else tokens
     weights = [1.0] if weights is None else weights
     rows = np.arange(B // A) if rows is None else rows
-    return TrainBatches(tokens, weights, T, seed, B, A, rows)
+    return TrainBatches(tokens, weights, T, seed, BatchConfig(sequences=B), B // A, rows)
 
 
 def test_batches_hold_the_windows_of_the_order():
@@ -243,7 +245,9 @@ def test_an_error_while_reading_reaches_the_consumer():
                 raise OSError("the disk went away")
             return super().__getitem__(step)
 
-    iterator = train_iterator(Broken([ids(5000)], [1.0], 16, 5, 8, 2, np.arange(4)), 0)
+    iterator = train_iterator(
+        Broken([ids(5000)], [1.0], 16, 5, BatchConfig(sequences=8), 4, np.arange(4)), 0
+    )
     for _ in range(3):
         next(iterator)
     with pytest.raises(OSError, match="the disk went away"):
@@ -391,6 +395,22 @@ def test_eval_of_the_first_windows_is_split_over_hosts():
         EvalBatches(ids(20), 8, 4, np.arange(4), 0)
     with pytest.raises(ValueError, match="nothing to predict"):
         EvalBatches(ids(1), 8, 4, np.arange(4))
+
+
+def test_a_batch_that_grows_takes_the_same_rows_in_the_same_order():
+    """As a list: the rows of all updates, one after the other, are those of any fixed batch."""
+    size = BatchConfig(sequences=4, growth={3: 8, 4: 12})
+    assert [size.sequences_at(step) for step in (1, 2, 3, 4, 5)] == [4, 4, 8, 12, 12]
+    assert [size.rows_after(step) for step in range(6)] == [0, 4, 8, 16, 28, 40]
+    make = lambda size, micro: TrainBatches(  # noqa: E731
+        [ids(5000), ids(900)], [0.7, 0.3], 16, 5, size, micro, np.arange(micro)
+    )
+    grown, fixed = make(size, 4), make(BatchConfig(sequences=4), 4)
+    assert [grown[step].shape[0] for step in range(5)] == [1, 1, 2, 3, 3]
+    rows = np.concatenate([grown[step].reshape(-1, 17) for step in range(5)])
+    assert rows.tolist() == np.concatenate([fixed[i][0] for i in range(10)]).tolist()
+    with pytest.raises(ValueError, match="batch.growth has 6 sequences.*multiple of the 4"):
+        make(BatchConfig(sequences=4, growth={2: 6}), 4)
 
 
 def test_eval_windows_spread_over_the_whole_file():
@@ -877,9 +897,9 @@ def test_fault_15_the_input_pipeline_throughput(tmp_path):
             best = min(best, time.perf_counter() - begin)
         return steps * B * T / best / 1e6
 
-    source = TrainBatches([tokens], [1.0], T, 0, B, 1, np.arange(B))
+    source = TrainBatches([tokens], [1.0], T, 0, BatchConfig(sequences=B), B, np.arange(B))
     halves = [tokens[: n // 2], tokens[n // 2 :]]
-    mixed = TrainBatches(halves, [0.7, 0.3], T, 0, B, 1, np.arange(B))
+    mixed = TrainBatches(halves, [0.7, 0.3], T, 0, BatchConfig(sequences=B), B, np.arange(B))
     starts, within = np.random.default_rng(0).integers(0, n - T, (steps, B, 1)), np.arange(T + 1)
     order, rows = source.orders[0], np.arange(B)
     plain, mixture = train_iterator(source, 0), train_iterator(mixed, 0)

@@ -16,7 +16,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from scalegpt.config import Config, command_line, loading
+from scalegpt.config import BatchConfig, Config, command_line, loading
 from scalegpt.config.types import Name, Place, Text, Which, divisors
 from scalegpt.data import tokenizer
 from scalegpt.data.batches import TrainBatches, TrainOrder, mixture_index
@@ -59,6 +59,8 @@ ALONE = {  # keys whose values another key limits, too
     "optim.warmup_steps": st.just(0),
     "checkpoint.every": st.just(1),
     "eval.tasks": st.dictionaries(st.sampled_from(["hellaswag", "lambada"]), NAMES, max_size=2),
+    "batch.growth": st.dictionaries(st.integers(2, 99), st.integers(1, 99), max_size=2),
+    "log.wandb_tags": st.lists(NAMES, max_size=2),
     "data.path": NAMES,
 }
 
@@ -140,7 +142,7 @@ def test_any_value_of_the_right_type_is_accepted_and_lands(name, data):
     value = data.draw(KEYS[name].filter(lambda value: value is not None))
     expected = getattr(getattr(loading.validate(with_key(name, value), "here"), section), key)
     base = [f"--{s}.{k}={v}" for s, keys in BASE.items() for k, v in keys.items()]
-    text = json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else str(value)
+    text = json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else str(value)
     config, _ = command_line.parse([*base, f"--{name}={text}"], "test", {})
     found = getattr(getattr(config, section), key)
     assert found == expected == value
@@ -349,8 +351,9 @@ def test_a_batch_depends_neither_on_accumulation_nor_on_hosts(order, sets, step,
     weights = [1.0 + i for i in range(sets)]
 
     def batch(accumulation: int, rows: np.ndarray) -> np.ndarray:
-        source = TrainBatches(tokens, weights, block, seed, sequences, accumulation, rows)
-        return source[step]
+        micro = sequences // accumulation
+        size = BatchConfig(sequences=sequences)
+        return TrainBatches(tokens, weights, block, seed, size, micro, rows)[step]
 
     whole = batch(1, np.arange(sequences))[0]
     parts = [batch(accumulation, h * each + np.arange(each)) for h in range(hosts)]

@@ -542,6 +542,24 @@ def test_a_second_process_in_the_same_folder_is_refused(data, tmp_path):
     resume.lock(config).lock.release()  # free again
 
 
+@pytest.mark.parametrize("backend", ["jit", pytest.param("pmap", marks=pytest.mark.slow)])
+def test_a_run_whose_batch_grows_continues_bitwise(data, tmp_path, monkeypatch, backend):
+    changes = {"optim.steps": 5, "run.backend": backend, "eval.every": 0, "checkpoint.every": 0}
+    grown = {**changes, "batch.growth": f"{{3: {2 * ROWS}}}"}
+    assert train.main(arguments(data, tmp_path / "whole", **grown)) == 0
+    stop_after(monkeypatch, 3)
+    assert train.main(arguments(data, tmp_path / "parts", **grown)) == 3
+    stop_after(monkeypatch)
+    assert train.main(arguments(data, tmp_path / "parts", **grown)) == 0
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+    tokens = rows(tmp_path / "whole", "train/tokens")
+    assert list(tokens.values()) == [n * ROWS * T for n in (1, 2, 4, 6, 8)]
+
+    assert train.main(arguments(data, tmp_path / "plain", **changes)) == 0
+    small, large = (list(rows(tmp_path / name).values()) for name in ("plain", "whole"))
+    assert small[:2] == large[:2] and small[2] != large[2]
+
+
 def test_norms_epoch_and_training_loss_are_logged_as_asked(data, tmp_path, capsys):
     windows = len(np.fromfile(data / "train.bin", "<u2")) // T
     changes = {"optim.steps": 4, "log.norms_every": 2, "log.every": 10}

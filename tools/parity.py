@@ -114,7 +114,9 @@ def main(argv: list[str]) -> int:
     given, devices = config, choose_devices()
     config = config.with_vocab(max(d.vocab_size for d in datasets))
     sequences = -(-config.batch.sequences // DIVISOR) * DIVISOR
-    config = changed(config, batch={"sequences": sequences}, model={"dtype": "float32"})
+    config = changed(
+        config, batch={"sequences": sequences, "growth": {}}, model={"dtype": "float32"}
+    )
     if not flags.json:
         print(header(given, config, devices, flags))
     with tempfile.TemporaryDirectory(prefix="parity-") as folder:

@@ -111,7 +111,7 @@ def size(config: Config, flags: Namespace) -> dict[str, Any]:
     training = {kind: 3 * sum(by.values()) for kind, by in sequence.items()}
     palm = flops.palm_flops_per_token(model) * model.block_size
     tokens_per_update = config.batch.sequences * model.block_size
-    tokens = config.optim.steps * tokens_per_update
+    tokens = config.batch.rows_after(config.optim.steps) * model.block_size
     budget = flags.budget or 6 * used * tokens
     permanent = config.optim.steps // every if (every := config.checkpoint.keep_every) else 0
     place, checkpoint = placement(config, flags), memory.checkpoint_bytes(model, config.optim)

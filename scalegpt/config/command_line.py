@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
-from scalegpt.config import Config, DataConfig, EvalConfig
+from scalegpt.config import BatchConfig, Config, DataConfig, EvalConfig
 from scalegpt.config.loading import load, nearest, parse_yaml, validate
 from scalegpt.errors import Mistake
 
@@ -37,7 +37,7 @@ def parse(
         overrides, flag_values = source(), parser.parse_args(argv)
     except SettingsError as error:
         raise Mistake(f"{error}; write --section.key=value, one for each key") from None
-    for section, key in (("data", "path"), ("eval", "tasks")):
+    for section, key in (("data", "path"), ("eval", "tasks"), ("batch", "growth")):
         if isinstance(keys := overrides.get(section), dict) and key in keys:
             overrides[section] = {**keys, key: _mapping(f"--{section}.{key}", keys[key])}
     values = {} if flag_values.config is None else load(flag_values.config)
@@ -52,6 +52,11 @@ def parse(
     if flag_values.config:
         source = f"{flag_values.config} with {source}" if overrides else flag_values.config
     return validate(values, source), flag_values
+
+
+class _BatchOnCommandLine(BatchConfig):
+    growth: str = "{}"
+    """later batches, '{update: sequences, ...}': from that update on, each has so many sequences"""
 
 
 class _DataOnCommandLine(DataConfig):
@@ -69,6 +74,7 @@ class _CommandLine(Config, BaseSettings):
 
     # Texts here, because pydantic-settings would split "lang=en" and quote "C:\text" for a key
     # that may be a dictionary; `_mapping` makes the dictionary.
+    batch: _BatchOnCommandLine = _BatchOnCommandLine()
     data: _DataOnCommandLine
     eval: _EvalOnCommandLine = _EvalOnCommandLine()
     model_config = SettingsConfigDict(extra="forbid", nested_model_default_partial_update=True)

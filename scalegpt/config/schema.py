@@ -1,5 +1,6 @@
 """`Config` describes a run: frozen, typed keys in sections; no JAX here."""
 
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -52,6 +53,24 @@ class BatchConfig(Section):
     microbatch: Positive | None = None
     """sequences a device computes at a time; gradient accumulation follows from it. Default: all of
     the device's at once, on a CPU about 1024 tokens"""
+    growth: dict[Positive, Positive] = {}
+    """later batches, {update: sequences}: from that update on, each has so many sequences"""
+
+    @model_validator(mode="after")
+    def _check(self) -> "BatchConfig":
+        if isinstance(self.growth, dict) and 1 in self.growth:  # on a command line it is a text
+            raise Mistake("batch.growth begins at update 1, whose batch is batch.sequences")
+        return self
+
+    def sequences_at(self, step: int) -> int:
+        """Return the sequences of update `step`, which counts from 1."""
+        begun = [update for update in self.growth if update <= step]
+        return self.growth[max(begun)] if begun else self.sequences
+
+    def rows_after(self, step: int) -> int:
+        """Return the sequences of the updates 1 to `step` together."""
+        begins = [1, *sorted(update for update in self.growth if update <= step), step + 1]
+        return sum(self.sequences_at(a) * (b - a) for a, b in pairwise(begins))
 
 
 class DataConfig(Section):

@@ -14,6 +14,7 @@ import grain
 import numpy as np
 from grain.experimental import index_shuffle
 
+from scalegpt.config import BatchConfig
 from scalegpt.data.token_files import Dataset, check_tokens, open_dataset
 from scalegpt.errors import Mistake
 
@@ -133,8 +134,9 @@ def _whole_parts(weights: Sequence[float]) -> list[int]:
 class TrainBatches:
     """Training batches by step, as Grain reads them: self[step] is int32 [A, len(rows), T + 1].
 
-    Row m of microbatch a is row a * (B // A) + m of the step's B; only this host's m, those in
-    `rows`, are read. Neither A nor the split over hosts changes which B windows a step has.
+    A microbatch has M of the step's B rows: row m of microbatch a is row a * M + m. Only this
+    host's m, those in `rows`, are read. Neither M nor the split over hosts changes which B windows
+    a step has. Where B grows, so does A = B // M.
 
     datasets: token arrays, 1-D. weights: each dataset's share of the rows, of any sum.
     """
@@ -145,23 +147,30 @@ class TrainBatches:
         weights: Sequence[float],
         block_size: int,
         seed: int,
-        sequences: int,
-        accumulation: int,
+        batch: BatchConfig,
+        microbatch: int,
         rows: np.ndarray,
     ):
         if len(weights) != len(datasets):
             raise Mistake(f"{len(weights)} weights for {len(datasets)} datasets: give one each")
         rows = np.asarray(rows, np.int64)
-        per_micro = sequences // accumulation
-        assert sequences == per_micro * accumulation, (sequences, accumulation)
-        assert rows.size and 0 <= rows.min() and rows.max() < per_micro, (rows, per_micro)
+        for sequences in (batch.sequences, *batch.growth.values()):
+            if sequences % microbatch:
+                raise Mistake(
+                    f"batch.growth has {sequences} sequences, which is no multiple of the "
+                    f"{microbatch} that all devices take at a time"
+                )
+        assert rows.size and 0 <= rows.min() and rows.max() < microbatch, (rows, microbatch)
         # Plain array views: slicing a memmap object costs more than copying the row.
         self.tokens = [np.asarray(tokens) for tokens in datasets]
         self.orders = [TrainOrder(len(t), block_size, seed, i) for i, t in enumerate(datasets)]
         self.parts = _whole_parts(weights)
-        self.block_size, self.sequences = block_size, sequences
-        self.rows = (np.arange(accumulation)[:, None] * per_micro + rows).reshape(-1)
-        self.shape = (accumulation, len(rows), block_size + 1)
+        self.block_size, self.batch, self.microbatch, self.rows = (
+            block_size,
+            batch,
+            microbatch,
+            rows,
+        )
 
     def __len__(self) -> int:
         return STEPS
@@ -171,17 +180,19 @@ class TrainBatches:
             raise IndexError(f"step {step}")
         dataset, starts = self.windows(step)
         batch = np.empty((len(starts), self.block_size + 1), np.int32)
+        shape = (-1, len(self.rows), self.block_size + 1)
         if len(self.tokens) == 1:
             _read(self.tokens[0], starts, batch)
-            return batch.reshape(self.shape)
+            return batch.reshape(shape)
         for d in np.unique(dataset).tolist():
             positions = np.flatnonzero(dataset == d)
             _read(self.tokens[d], starts[positions], batch, positions)
-        return batch.reshape(self.shape)
+        return batch.reshape(shape)
 
     def windows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Return (dataset, first token), both int64 [A * R], of this host's rows of `step`."""
-        rows = step * self.sequences + self.rows
+        first, size = self.batch.rows_after(step), self.batch.sequences_at(step + 1)
+        rows = first + (np.arange(0, size, self.microbatch)[:, None] + self.rows).reshape(-1)
         if len(self.tokens) == 1:
             return np.zeros_like(rows), self.orders[0].window(rows)
         dataset, within = mixture_index(rows, self.parts)

@@ -65,23 +65,25 @@ def _run(argv: list[str], alive: Callable[[], None]) -> int:
 
 
 def train_batches(
-    config: Config, datasets: list[Dataset], accumulation: int, rows: np.ndarray
+    config: Config, datasets: list[Dataset], microbatch: int, rows: np.ndarray
 ) -> TrainBatches:
-    """Return the batches of a run by step; of each microbatch only `rows` are read."""
+    """Return the batches of a run by step; of each microbatch only `rows` are read.
+
+    microbatch: its sequences over all devices.
+    """
     return TrainBatches(
         [d.train for d in datasets],
         list(config.data.weights.values()),
         config.model.block_size,
         config.run.seed,
-        config.batch.sequences,
-        accumulation,
+        config.batch,
+        microbatch,
         rows,
     )
 
 
 def windows_of(config: Config, datasets: list[Dataset], update: int) -> list[tuple[str, int]]:
     """Return (data set, first token) of every row of an update's batch; updates count from 1."""
-    all_rows = np.arange(config.batch.sequences)
-    indices, starts = train_batches(config, datasets, 1, all_rows).windows(update - 1)
+    indices, starts = train_batches(config, datasets, 1, np.zeros(1, int)).windows(update - 1)
     names = [d.name for d in datasets]
     return [(names[d], start) for d, start in zip(indices.tolist(), starts.tolist(), strict=True)]

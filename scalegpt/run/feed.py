@@ -19,8 +19,8 @@ def batches_from(
 
     A process reads the rows of its own devices only.
     """
-    accumulation, microbatch = steps.layout
+    microbatch = steps.layout[1]
     rows = sharding.local_rows(steps.mesh, microbatch)
-    source = train_batches(config, datasets, accumulation, rows)
+    source = train_batches(config, datasets, microbatch, rows)
     for batch in train_iterator(source, start, config.data.prefetch):
         yield sharding.to_global(batch, rows, steps.batch_sharding, microbatch)

@@ -81,18 +81,19 @@ class Progress:
         bad = not finite or row["train/spike"] > config.run.spike
         if bad:
             reports.bad_update(config, self._datasets, step, values, self._metrics)
-        if step == self._first:
+        if step == self._first or step in config.batch.growth:  # that one was compiled
             self._throughput.start(step)
         with_norms = config.log.norms_every and step % config.log.norms_every == 0
         if with_norms:
             norms = reports.by_layer(values["norms"])
             row |= {f"norm/{name}": norm for name, norm in norms.items()}
         if bad or with_norms or step % config.log.every == 0 or step in (self._first, total):
-            tokens_per_step = config.batch.sequences * config.model.block_size
-            row["train/tokens"] = step * tokens_per_step
+            length = config.model.block_size
+            row["train/tokens"] = config.batch.rows_after(step) * length
             if len(self._datasets) == 1:
                 row["train/epoch"] = row["train/tokens"] / len(self._datasets[0].train)
-            self._metrics.train(row | self._throughput.read(step, tokens_per_step))
+            speed = self._throughput.read(step, config.batch.sequences_at(step) * length)
+            self._metrics.train(row | speed)
         self._phases.progress(step)
         if not finite and int(values["nonfinite"]) > config.run.skip_nonfinite:
             raise NotFinite(step)

@@ -30,6 +30,8 @@ def describe(config: Config, datasets: list[Dataset], steps: Steps) -> str:
         mesh = f"{jax.process_count()} processes, {mesh}"
     tokens = config.batch.sequences * config.model.block_size
     text = ", ".join(f"{d.name} ({len(d.train):,} tokens)" for d in datasets)
+    growth = sorted(config.batch.growth.items())
+    later = "".join(f"; from update {update:,} on {n:,} sequences" for update, n in growth)
     recipe = [f"recipe   {line}" for line in (depth_line(config), muon_line(config)) if line]
     return "\n".join(
         [
@@ -40,7 +42,7 @@ def describe(config: Config, datasets: list[Dataset], steps: Steps) -> str:
             f"devices  {len(devices)} x {devices[0].device_kind}, {mesh}, {config.run.backend}",
             f"decay    {config.optim.weight_decay:g} on {_decaying(config, steps)}",
             f"update   {tokens:,} tokens = {accumulation} x {microbatch} sequences of "
-            f"{config.model.block_size}",
+            f"{config.model.block_size}{later}",
             f"run      {config.optim.steps:,} updates into {config.run.out_dir}",
         ]
     )
@@ -67,7 +69,7 @@ def depth_line(config: Config) -> str:
         for key in ("lr", "embedding_lr", "head_lr", "scalar_lr")
         if (value := getattr(o, key)) is not None
     ]
-    tokens = o.steps * config.batch.sequences * c.block_size
+    tokens = config.batch.rows_after(o.steps) * c.block_size
     return (
         f"depth {c.depth}: {c.n_layer} layers, {c.n_embd} wide, {c.n_head} heads; {o.name}, "
         f"{', '.join(rates)}, weight_decay {o.weight_decay:g}, {o.steps:,} updates of "

@@ -109,7 +109,7 @@ def build_steps(config: Config, mesh: Mesh, dtype: str, implementation: str) -> 
         windows,
         jit_init=jax.jit(lambda: nn.unbox(init()), out_shardings=shardings),
         jit_train=jax.jit(
-            partial(train_step, config, model, sums, layout),
+            partial(train_step, config, model, sums),
             in_shardings=(shardings, batches),
             out_shardings=(shardings, replicated),
             donate_argnums=0,
@@ -162,11 +162,11 @@ def train_step(
     config: Config,
     model: GPT,
     sums: Callable,
-    layout: tuple[int, int],
     state: State,
     tokens: Array,
 ) -> tuple[State, dict[str, Array]]:
     """Do one update from tokens [A, M, T+1]; sums: what `gradient_sums_on` returned."""
+    layout = tokens.shape[:2]
     rows = jnp.arange(layout[0] * layout[1], dtype=jnp.uint32).reshape(layout)
     return update.train_step(config, model, sums, rows, state, tokens)
 

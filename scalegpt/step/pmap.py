@@ -54,19 +54,19 @@ def build_steps(config: Config, mesh: Mesh, dtype: str, implementation: str) -> 
     grid = np.array(devices).reshape(mesh.devices.shape)
     mesh = Mesh(grid, mesh.axis_names, axis_types=mesh.axis_types)
     steps = build.build_steps(config, mesh, dtype, implementation)
-    accumulation, microbatch = steps.layout
+    microbatch = steps.layout[1]
     per_device = microbatch // mesh.size  # sequences of a microbatch on one device
 
     def train(state: State, tokens: Array) -> tuple[State, dict[str, Array]]:
         """Do one device's part of an update, with tokens [A, per_device, T+1]."""
         first = jax.lax.axis_index(AXIS) * per_device
-        rows = jnp.arange(accumulation)[:, None] * microbatch + first + jnp.arange(per_device)
+        rows = jnp.arange(len(tokens))[:, None] * microbatch + first + jnp.arange(per_device)
         sums = partial(update.reduced_sums, steps.model, AXIS)
         return update.train_step(config, steps.model, sums, rows.astype(jnp.uint32), state, tokens)
 
     def split(tokens: Array) -> Array:
         """Reshape [A, M, T+1] to [A, devices, per_device, T+1]: pmap maps over the devices."""
-        return tokens.reshape(accumulation, mesh.size, per_device, -1)
+        return tokens.reshape(len(tokens), mesh.size, per_device, -1)
 
     mapped = jax.pmap(
         train, AXIS, in_axes=(None, 1), out_axes=None, devices=devices, donate_argnums=0

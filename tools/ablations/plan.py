@@ -72,6 +72,8 @@ def read_plan(file: str, out: str, overrides: list[str]) -> Plan:
             config, _ = command_line.parse(argv, "tools/ablation.py", {})
         except ValueError as error:
             raise Mistake(f"arm {arm}: {error}") from None
+        if config.batch.growth:
+            raise Mistake(f"arm {arm}: batch.growth: curves are over updates of one size")
         return Run(arm, seed, argv, config)
 
     runs = [run(arm, seed) for seed in seeds for arm in arms]
