@@ -546,7 +546,7 @@ OTHER = {  # a value that differs from the default, where adding one will not do
     "log.wandb_project": "x",
     "log.wandb_entity": "x",
     "log.wandb_name": "x",
-    "log.wandb_tags": ["x"],
+    "log.wandb_tags": "a,b",
     "mesh.data": 2,
 }
 

@@ -143,8 +143,8 @@ class LogConfig(Section):
     wandb_entity: Name | None = None
     wandb_name: Name | None = None
     """default: the name of out_dir"""
-    wandb_tags: list[Name] = []
-    """tags of the run in W&B"""
+    wandb_tags: Name | None = None
+    """tags of the run in W&B, with commas between them"""
 
 
 class RunConfig(Section):
