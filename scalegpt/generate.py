@@ -136,6 +136,9 @@ def _check_length(flags: argparse.Namespace, longest: int, block: int) -> None:
 def _prompts(flags: argparse.Namespace) -> tuple[Iterable[list[str]], bool]:
     """Return batches of prompts, and whether somebody is typing them."""
     if flags.prompt is not None:
+        for text in flags.prompt:
+            if text.startswith("FILE:") and Path(file := text.removeprefix("FILE:")).is_file():
+                raise Mistake(f"--prompt={text} is the way of nanoGPT; write --prompt-file={file}")
         return [flags.prompt], False
     if flags.prompt_file is not None:
         try:

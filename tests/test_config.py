@@ -169,6 +169,20 @@ def test_yaml_numbers_in_every_spelling(in_yaml, written, value):
     assert lr == value and isinstance(lr, float)
 
 
+def test_whole_numbers_with_an_exponent_and_texts_that_look_like_one(in_yaml):
+    argv = (*GIVEN, "--optim.steps=1.2e4", "--batch.microbatch=1e1", "--run.out_dir=1e5")
+    for extra in ((), ("--model.depth=4", "--optim.lr=1e-2")):
+        c = parse(in_yaml("checkpoint: {every: 1e3}\neval: {every: 1.0e+3}"), *argv, *extra)
+        assert (c.optim.steps, c.batch.microbatch, c.run.out_dir) == (12_000, 10, "1e5")
+        assert (c.checkpoint.every, c.eval.every) == (1000, 1000)
+
+
+def test_help_says_what_every_key_means():
+    for section, field in Config.model_fields.items():
+        for key, info in field.annotation.model_fields.items():
+            assert info.description, f"{section}.{key}"
+
+
 def test_empty_section_means_its_defaults(in_yaml):
     assert parse(in_yaml("optim:\nmodel: {}\n"), *GIVEN) == parse(*GIVEN)
 
@@ -233,7 +247,24 @@ def test_a_mistake_names_the_file_and_the_command_line_that_made_it(in_yaml):
         (["--lr=1"], ["--lr=1", "did you mean --optim.lr?"]),
         (["--model.lr=1"], ["--model.lr=1", "did you mean --optim.lr?"]),
         (["--modle.n_layer=1"], ["did you mean --model.n_layer?"]),
-        (["--optim.learning_rate=1"], ["--optim.learning_rate=1"]),
+        # Other trainers' names, as configs/README has them.
+        (["--optim.learning_rate=1"], ["--optim.learning_rate=1; here that is --optim.lr"]),
+        (["--learning-rate=1"], ["here that is --optim.lr"]),
+        (["--max_iters=5"], ["here that is --optim.steps"]),
+        (["--batch_size=12"], ["here that is --batch.sequences", "--batch.microbatch"]),
+        (["--device=cpu"], ["here that is JAX_PLATFORMS=cpu"]),
+        (["--dataset=text"], ["here that is --data.path"]),
+        (["--compile=False"], ["here that is nothing"]),
+        (["--eval_only=True"], ["here that is python -m scalegpt.evaluate"]),
+        (["--decay_lr=False"], ["here that is --optim.schedule=constant"]),
+        (["--init_from=resume"], ["the same command again"]),
+        (["--init_from=gpt2"], ["did you mean --run.init_from?"]),
+        (["--run.resume=true"], ["the same command again"]),
+        (["--backend=nccl"], ["the same command on every host"]),
+        (["--n_layer=4"], ["did you mean --model.n_layer?"]),
+        (["config/x.py"], ["here that is --config FILE"]),
+        (["configs/demo.yaml"], ["did you mean --config configs/demo.yaml?"]),
+        (["--config=ablations/char_cpu"], ["several arms", "tools/ablation.py"]),
         (["--mesh.dat=2"], ["did you mean --mesh.data?"]),  # not --data
         (["--print-confg"], ["did you mean --print-config?"]),
         (["--optim.l=1"], ["--optim.l=1"]),  # no abbreviations
@@ -242,6 +273,8 @@ def test_a_mistake_names_the_file_and_the_command_line_that_made_it(in_yaml):
         # Wrong types.
         (["--optim.lr=abc"], ["optim.lr='abc'", "valid number"]),
         (["--optim.steps=1.5"], ["optim.steps='1.5'", "valid integer"]),
+        (["--optim.steps=1.5e0"], ["optim.steps=1.5", "valid integer"]),
+        (["--optim.steps=1e99"], ["optim.steps=1e+99", "maximum size"]),
         (["--model.bias=maybe"], ["model.bias='maybe'", "boolean"]),
         (["--optim=3"], ["optim=3"]),
         (["--data=3"], ["data=3"]),
@@ -319,6 +352,7 @@ def test_every_mistake_is_named_at_once():
         ("model: {lr: 1}", ["unknown key model.lr=1", "did you mean optim.lr?"]),
         ("optimm: {lr: 1}", ["unknown key optimm", "did you mean optim?"]),
         ("lr: 1", ["unknown key lr=1", "did you mean optim.lr?"]),
+        ("max_iters: 1", ["unknown key max_iters=1", "here that is --optim.steps"]),
         ("model: {qqq: 1}", ["unknown key model.qqq=1", "there are", "n_layer", "loss_chunk"]),
         ("mesh: {dat: 1}", ["unknown key mesh.dat=1", "did you mean mesh.data?"]),
         ("optim: [1, 2]", ["optim=[1, 2]"]),

@@ -289,6 +289,10 @@ def test_an_empty_stop_string_and_an_unreadable_prompt_file_are_named(tmp_path):
     for path in (tmp_path / "none", bad):
         with pytest.raises(ValueError, match="cannot read --prompt-file"):
             generate.main(["--run=out/none", f"--prompt-file={path}"])
+    (tmp_path / "p.txt").write_text("ROMEO:")
+    for flag in ("--prompt", "--start"):  # nanoGPT's --start=FILE:p.txt
+        with pytest.raises(ValueError, match="--prompt-file"):
+            generate.main(["--run=out/none", f"{flag}=FILE:{tmp_path / 'p.txt'}"])
 
 
 def test_a_prompt_that_is_no_text_and_a_model_that_knows_none_are_told(command, model):

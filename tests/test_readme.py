@@ -11,6 +11,7 @@ import ablation
 import pytest
 
 from scalegpt.config import Config, command_line
+from scalegpt.config.predecessors import ROWS
 from scalegpt.processes.exits import Exit
 from scalegpt.run.metrics import EVAL_KEYS, TRAIN_KEYS
 
@@ -186,6 +187,11 @@ def test_every_key_they_name_exists():
     for section, key in keys:
         known = sections[section].model_fields
         assert key in known or key in ("py", "bin", "yaml"), f"{section}.{key}"
+
+
+def test_the_table_of_other_trainers_names_is_the_one_that_messages_read():
+    shown = TEXTS["configs/README.md"].partition("## Coming from nanoGPT")[2]
+    assert re.findall(r"^\| (.*) \| (.*) \|$", shown, re.MULTILINE) == [("there", "here"), *ROWS]
 
 
 def test_the_config_it_shows_is_the_file():

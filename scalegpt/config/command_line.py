@@ -9,6 +9,7 @@ from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDic
 
 from scalegpt.config import BatchConfig, Config, DataConfig, EvalConfig
 from scalegpt.config.loading import load, nearest, parse_yaml, validate
+from scalegpt.config.predecessors import advice
 from scalegpt.errors import Mistake
 
 
@@ -111,7 +112,12 @@ class Parser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments: "):
             flag = (message.removeprefix("unrecognized arguments: ").split() or ["''"])[0]
             known = [name.removeprefix("--") for name in self._option_string_actions]
-            near = nearest(flag.split("=")[0].removeprefix("--"), known, "--")
+            if flag.endswith(".py"):
+                near = advice("config/x.py", known)
+            elif flag.endswith(".yaml") and "config" in known:
+                near = f"did you mean --config {flag}?"
+            else:
+                near = nearest(flag.removeprefix("--"), known, "--")
             raise Mistake(f"unknown argument {flag}; {near or 'see --help'}")
         if message.endswith("expected one argument"):
             message += "; where its value begins with -, write FLAG=VALUE"

@@ -11,6 +11,7 @@ share of the run. nanochat scales by the same rules.
 import math
 from typing import Any
 
+from scalegpt.config import types
 from scalegpt.config.recipe import GPT2_SIZES, MUON, muons
 from scalegpt.errors import Mistake
 
@@ -96,7 +97,7 @@ def weights(layers: int, embd: int, vocabulary: int) -> int:
 def _whole(key: str, value: Any) -> int:
     """Return a count that pydantic has not validated yet. Raises Mistake."""
     try:
-        number = int(value)
+        number = int(types.number(value))
     except (TypeError, ValueError, OverflowError):
         number = 0
     if number < 1 or isinstance(value, bool):

@@ -9,6 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from scalegpt.config import Config
+from scalegpt.config.predecessors import advice
 from scalegpt.config.presets import own_configs
 from scalegpt.errors import Mistake
 
@@ -60,6 +61,10 @@ def validate(values: dict[str, Any], source: str) -> Config:
 
     Raises Mistake: one line for each mistake, with the key, the value and the fix.
     """
+    if "arms" in values:
+        raise Mistake(
+            f"{source} has several arms, each a run: python tools/ablation.py FILE --out DIR"
+        )
     for name in ("data", "run"):  # a missing section is reported as its key data.path is
         values = {**values, name: values.get(name, {})}
     try:
@@ -74,10 +79,17 @@ def validate_sections(values: dict[str, Any], source: str) -> Config:
     return validate({**values, **NO_RUN}, source)
 
 
-def nearest(name: str, known: list[str], prefix: str = "") -> str:
-    """Return "did you mean NAME?" for the known key that `name` probably means, or ""."""
+def nearest(word: str, known: list[str], prefix: str = "") -> str:
+    """Return a clause that names the known key that `word`, as `lr` or `lr=1`, stands for, or "".
+
+    It may be a key of another trainer's.
+    """
+    name, _, value = word.partition("=")
     section, _, key = name.rpartition(".")
     keys = [k.split(".")[-1] for k in known]
+    for other in (f"{key}={value}", *([] if key in keys else [key.replace("-", "_")])):
+        if found := advice(other, known):
+            return found
     # The right key in the wrong section, or without one, is nearer than any mistyped one.
     near = [key] if key in keys else difflib.get_close_matches(key, keys, n=1)
     candidates = [k for k in known if k.split(".")[-1] in near]

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from scalegpt.config.types import (
     Amount,
+    Integer,
     Positive,
     Rate,
     Section,
@@ -78,11 +79,13 @@ class ModelConfig(Section):
     preset: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "modern"] | None = None
     """gpt2*: its n_layer, n_head, n_embd, block_size 1024, bias; modern: an architecture of any
     size that needs fewer tokens; keys that are given override the preset's"""
-    depth: Annotated[int, Field(ge=1, le=1000)] | None = None
+    depth: Annotated[Integer, Field(ge=1, le=1000)] | None = None
     """one dial: layers, from which width, heads, batch, optimizer, rates and updates follow by the
     rules of scalegpt/config/depth.py; keys that are given stay"""
-    n_layer: Annotated[int, Field(ge=1, le=10_000)] = 12
+    n_layer: Annotated[Integer, Field(ge=1, le=10_000)] = 12
+    """number of layers"""
     n_head: Width = 12
+    """number of attention heads; divides n_embd"""
     n_embd: Width = 768
     """width of the residual stream"""
     block_size: Positive = 1024
@@ -92,12 +95,15 @@ class ModelConfig(Section):
     vocab_multiple: Width = 128
     """the embedding table is padded to a multiple of this (50257 -> 50304); the tail is masked"""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """share of activations that training zeroes at random"""
     bias: bool = False
     """biases in linear layers and LayerNorms (GPT-2: true, nanoGPT: false)"""
     tie_word_embeddings: bool = True
     """the head is the embedding table itself (GPT-2, nanoGPT); false: a table of its own"""
     position: Literal["learned", "rope"] = "learned"
+    """a learned embedding of each position, or rotation of queries and keys (RoPE)"""
     rope_base: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10000.0
+    """with rope: the base of the rotation's wavelengths"""
     activation: Literal["gelu_tanh", "gelu", "relu2"] = "gelu_tanh"
     """GPT-2's tanh approximation, the exact GELU of nanoGPT, or the square of ReLU"""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
@@ -118,6 +124,7 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """precision of matrix products; auto: bfloat16 on accelerators that have it, else float32"""
     attention: Literal["auto", "xla", "flax", "cudnn", "splash"] = "auto"
+    """the implementation: cudnn is for NVIDIA GPUs, splash for TPUs; auto: by device"""
     scan_layers: bool = False
     """compile one layer and loop over it (fast compile), or unroll (fast step on CPU and TPU)"""
     remat: Literal["none", "dots", "full"] = "none"
@@ -180,7 +187,7 @@ class OptimConfig(Section):
     """with muon: Nesterov momentum"""
     momentum_warmup: Whole = 0
     """with muon: updates in which the momentum rises from 0.85"""
-    ns_steps: Annotated[int, Field(ge=1, le=20)] = 5
+    ns_steps: Annotated[Integer, Field(ge=1, le=20)] = 5
     """with muon: Newton-Schulz iterations of an update"""
     average: Rate = 0.0
     """share of the run, at its end, over which the weights are averaged; the average is evaluated
@@ -194,14 +201,19 @@ class OptimConfig(Section):
     steps: Positive = 600_000
     """optimizer updates of the whole run"""
     warmup_steps: Whole = 2000
+    """updates in which the learning rate rises to its peak"""
     decay_steps: Positive | None = None
     """update at which min_lr is reached; default: steps"""
     cooldown: Rate = 0.2
     """share of decay_steps in which wsd falls"""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """AdamW's decay of the mean gradient"""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """AdamW's decay of the mean squared gradient"""
     eps: Share = 1e-8
+    """AdamW's addition to the root of the mean squared gradient"""
     weight_decay: Amount = 0.1
+    """an update takes this times the learning rate off a weight"""
     decay: Literal["matrices", "no_embeddings", "all"] = "matrices"
     """which parameters decay: matrices and embeddings (nanoGPT), matrices only, or all"""
     grad_clip: Amount = 1.0

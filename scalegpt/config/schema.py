@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from scalegpt.config.depth import derived
 from scalegpt.config.recipe import ModelConfig, OptimConfig, muons
 from scalegpt.config.types import (
+    Integer,
     MeshAxis,
     Name,
     Place,
@@ -80,7 +81,7 @@ class DataConfig(Section):
     """folder or URL with train.bin, val.bin, meta.json; or a mixture {path: weight, ...}"""
     prepare: bool = False
     """make missing token files with scalegpt's data/NAME/prepare.py, where NAME is the folder's"""
-    prefetch: Annotated[int, Field(ge=1, le=1000)] = 2
+    prefetch: Annotated[Integer, Field(ge=1, le=1000)] = 2
     """batches read ahead"""
     cache_dir: Place | None = None
     """where files of a URL are staged; default: the user's cache folder"""
@@ -138,13 +139,17 @@ class LogConfig(Section):
     norms_every: Whole = 0
     """updates between rows with the gradient's norm in each parameter and layer; 0: never"""
     tensorboard: bool = True
+    """also write TensorBoard files to out_dir/tensorboard"""
     wandb: bool = False
+    """also send the metrics to W&B, offline where there is no account"""
     wandb_project: Name = "scalegpt"
+    """with wandb: the project's name"""
     wandb_entity: Name | None = None
+    """with wandb: the user or team; default: the account's own"""
     wandb_name: Name | None = None
-    """default: the name of out_dir"""
+    """with wandb: the name of the run; default: that of out_dir"""
     wandb_tags: Name | None = None
-    """tags of the run in W&B, with commas between them"""
+    """with wandb: tags of the run, with commas between them"""
 
 
 class RunConfig(Section):
@@ -152,7 +157,8 @@ class RunConfig(Section):
 
     out_dir: Place
     """the run's folder; a second start with the same folder continues the run"""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1337
+    seed: Annotated[Integer, Field(ge=0, lt=2**32)] = 1337
+    """decides the initial weights, the order of the data and dropout"""
     backend: Literal["jit", "pmap"] = "jit"
     """what compiles the update; pmap: a copy of the whole model on each device, for comparison"""
     init_from: Place | None = None
@@ -174,12 +180,15 @@ class RunConfig(Section):
     deadline_data: Seconds = 7200.0
     """seconds to open the data, maybe copied from a URL, and to wait for hosts that still do"""
     deadline_restore: Seconds = 3600.0
+    """seconds to verify and read a checkpoint, or the weights to start from"""
     deadline_compile: Seconds = 3600.0
     """seconds for the first update, which is compiled"""
     deadline_step: Seconds = 1800.0
     """seconds for any other update, with reading its data"""
     deadline_evaluation: Seconds = 7200.0
+    """seconds for an evaluation, or for the sample at the end"""
     deadline_save: Seconds = 1800.0
+    """seconds for a checkpoint to be written"""
 
 
 class DistributedConfig(Section):
@@ -188,7 +197,9 @@ class DistributedConfig(Section):
     coordinator: Name | None = None
     """HOST:PORT of process 0"""
     num_processes: Positive | None = None
+    """how many processes there are"""
     process_id: Whole | None = None
+    """which of them this one is, from 0"""
 
 
 class Config(Section):

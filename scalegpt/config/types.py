@@ -2,10 +2,11 @@
 
 import math
 import os.path
+import re
 import unicodedata
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 
@@ -15,11 +16,21 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
+def number(value: Any) -> Any:
+    """Return the number that a text like "1e5" means, or else `value` itself.
+
+    YAML and a command line leave it a text, and pydantic takes no such text for a whole number.
+    """
+    like_one = r"[0-9]+(\.[0-9]*)?[eE]\+?[0-9]{1,2}"
+    return float(value) if isinstance(value, str) and re.fullmatch(like_one, value) else value
+
+
 LARGEST = 2**31 - 1  # JAX counts in int32
-Positive = Annotated[int, Field(ge=1, le=LARGEST)]
-Whole = Annotated[int, Field(ge=0, le=LARGEST)]
-MeshAxis = Annotated[int, Field(ge=-1, le=LARGEST)]  # -1: all devices that are left
-Width = Annotated[int, Field(ge=1, le=2**20)]
+Integer = Annotated[int, BeforeValidator(number)]
+Positive = Annotated[Integer, Field(ge=1, le=LARGEST)]
+Whole = Annotated[Integer, Field(ge=0, le=LARGEST)]
+MeshAxis = Annotated[Integer, Field(ge=-1, le=LARGEST)]  # -1: all devices that are left
+Width = Annotated[Integer, Field(ge=1, le=2**20)]
 Rate = Annotated[float, Field(ge=0, le=1)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, allow_inf_nan=False)]
