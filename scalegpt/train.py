@@ -49,7 +49,7 @@ from scalegpt.run.metrics import Metrics, check_packages
 from scalegpt.run.progress import Ended, NotFinite, NotSaved, Progress, Stopped
 from scalegpt.run.replay import replay
 from scalegpt.run.resume import (
-    check_same_run,
+    carry_over,
     initial_state,
     lock,
     open_to_save,
@@ -138,18 +138,17 @@ def train(config: Config, group: Group | Alone, phases: Phases, stop: StopReques
         "data": {d.name: d.fingerprint for d in datasets},
         "best_loss": math.inf,
         "evaluation_due": False,  # True if a request to stop has cut it short
+        "changes": [],  # of keys: [step, "key: old -> new"]
     }
     with phases("restore"):
         start = checkpoints.continue_from() or 0
     with phases("self-check"):
         startup.self_check(startup.facts(config, meta["data"], start))
+    notes, changes = list[str](), list[str]()
     if start > 0:
-        stored_meta = checkpoints.meta(start)
-        meta["best_loss"] = check_same_run(config, meta, stored_meta)
-        meta["evaluation_due"] = stored_meta.get("evaluation_due", False)
-    notes: list[str] = []
+        changes = carry_over(config, meta, checkpoints.meta(start), start, notes.append)
     with phases("restore" if start else "weights"):
-        state = initial_state(config, steps, checkpoints, start, notes.append)
+        state = initial_state(config, steps, checkpoints, start, notes.append, changes)
     metrics = Metrics(
         config.run.out_dir,
         config.log,

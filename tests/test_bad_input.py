@@ -182,7 +182,7 @@ for name, argv, *words in [
     ("key without its section", "--lr=1", "--lr=1", "mean --optim.lr?"),
     ("flag mistyped", "--print-confg", "--print-confg", "mean --print-config?"),
     ("flag shortened", "--print-conf", "--print-conf", "mean --print-config?"),
-    ("word without a flag", "demo.yaml", "demo.yaml", "see --help"),
+    ("word without a flag", "demo.yaml", "did you mean --config demo.yaml?"),
     ("one dash", "-optim.lr=1", "-optim.lr=1"),
     ("float for an int", "--optim.steps=1.5", "optim.steps='1.5'", "integer"),
     ("word for an int", "--model.n_layer=many", "model.n_layer='many'", "integer"),

@@ -380,9 +380,37 @@ def test_what_is_kept_besides_the_last_ones(tmp_path):
         checkpoints.save(state(at), at, {}, loss)
         assert checkpoints.wait() is None
     assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"20", "30", "50"}
-    assert manifest.removable(losses, 2, 0) == [10, 30]
-    assert manifest.removable(losses, 1, 20, also=[30]) == [10]
-    assert manifest.removable({1: None, 2: None}, 1, 0) == [1]
+    contents = {at: {"val_loss": loss, "meta": {}} for at, loss in losses.items()}
+    assert manifest.removable(contents, 2, 0) == [10, 30]
+    assert manifest.removable(contents, 1, 20, also=[30]) == [10]
+    assert manifest.removable({1: contents[40], 2: contents[40]}, 1, 0) == [1]
+
+
+def test_the_best_is_sought_anew_when_losses_are_measured_on_other_text(tmp_path):
+    """The best of before is kept, but neither named nor found."""
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    for at, loss, windows in ((10, 2.0, 320), (20, 1.0, 320), (30, 5.0, 8), (40, 6.0, 8)):
+        meta = {"config": {"eval": {"windows": windows}}, "best_loss": loss}
+        checkpoints.save(state(at), at, meta, loss)
+        assert checkpoints.wait() is None
+        assert checkpoints.find("best") == {10: 10, 20: 20, 30: 30, 40: 30}[at]
+    assert checkpoints.steps == [20, 30, 40]
+    group = {"data": {"a": "1"}, "config": {"data": {"path": {"a": 1, "b": 3}}}}
+    same = {"data": {"x": "1"}, "config": {"data": {"path": {"/mnt/a": 2, "/mnt/b": 6}}}}
+    assert manifest.measure(group) == manifest.measure(same)
+    assert manifest.measure(group) != manifest.measure({**group, "data": {"a": "2"}})
+    assert manifest.losses({}) == [{}]
+
+
+def test_weights_alone_that_find_no_room_are_a_mistake_and_no_training_goes_on(
+    tmp_path, monkeypatch
+):
+    said: list[str] = []
+    checkpoints = Checkpoints(tmp_path, say=said.append)
+    Disk(monkeypatch).full = True
+    with pytest.raises(ValueError, match="cannot write to .*: No space left on device"):
+        checkpoints.save_weights(state(0).params, {"best_loss": 1.0})
+    assert not said
 
 
 @pytest.mark.parametrize("call", ["write", "delete", "remove"])

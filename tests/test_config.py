@@ -17,7 +17,8 @@ from scalegpt.config import Config, DataConfig, command_line, loading
 from scalegpt.config.differences import curve_diff
 from scalegpt.config.recipe import ModelConfig
 from scalegpt.model.flops import parameter_count
-from scalegpt.run.reports import muon_line
+from scalegpt.processes.command import python
+from scalegpt.run.reports import cpu_line, muon_line, unread_line
 from scalegpt.train import FLAGS
 
 GIVEN = ["--data.path=text", "--run.out_dir=out/x"]
@@ -533,6 +534,8 @@ NEUTRAL = {
     "data.prepare",
     "data.prefetch",
     "data.cache_dir",
+    # Of RoPE, of wsd and of an untied head, which the defaults are not.
+    *("model.rope_base", "optim.cooldown", "optim.head_lr"),
 }
 OTHER = {  # a value that differs from the default, where adding one will not do
     "model.preset": "gpt2",
@@ -613,6 +616,40 @@ def test_curve_diff_minds_the_weights_of_a_mixture_but_not_where_it_lies():
     assert "data.path" in curve_diff(config("a"), stored)[0]
 
 
+def test_a_schedule_that_stays_the_same_curve_may_end_later():
+    def differs(old: list[str], new: list[str]) -> list[str]:
+        lines = curve_diff(parse(*GIVEN, *old), parse(*GIVEN, *new))
+        return [line.partition(":")[0] for line in lines]
+
+    longer = ["--optim.steps=700_000"]
+    constant, ends = ["--optim.schedule=constant"], ["--optim.decay_steps=600000"]
+    average = ["--optim.average=0.1"]
+    assert differs(constant, [*constant, *longer, "--optim.min_lr=0", *ends]) == []
+    assert (
+        differs([], ends) == differs(ends, [*ends, *longer]) == differs([], [*ends, *longer]) == []
+    )
+    assert differs([], longer) == ["optim.steps"]
+    assert differs([], ["--optim.decay_steps=7e5", *longer]) == ["optim.steps", "optim.decay_steps"]
+    for kind in (constant, ends):
+        assert differs([*kind, *average], [*kind, *average, *longer]) == ["optim.steps"]
+    assert differs(constant, longer) == ["optim.schedule", "optim.steps"]
+
+
+def test_config_changes_are_allowed_by_key(in_yaml):
+    def allowed(value: str) -> Config:
+        config = parse(*GIVEN, f"--run.allow_config_change={value}")
+        assert parse(in_yaml(f"run: {{allow_config_change: {value}}}"), *GIVEN) == config
+        return config
+
+    for value in ("[optim.lr, data.path]", '["optim.lr", "data.path"]'):
+        run = allowed(value).run
+        assert run.allow_config_change == ["optim.lr", "data.path"]
+        assert run.allows("data.path") and not run.allows("optim.steps")
+    assert parse(*GIVEN, "--run.allow_config_change=optim.lr,data.path").run == run
+    assert allowed("true").run.allows("optim.lr") and not allowed("false").run.allows("optim.lr")
+    assert "allow_config_change='maybe'" in mistake(*GIVEN, "--run.allow_config_change=maybe")
+
+
 # --- one dial
 
 
@@ -625,6 +662,50 @@ def test_the_start_names_what_is_not_muons_own():
     nulls = [f"{flag.partition('=')[0]}=null" for flag in of_adamw]
     for silent in (["--optim.name=muon"], ["--optim.name=muon", *of_adamw, *nulls], of_adamw):
         assert muon_line(parse(*silent, *GIVEN)) == ""
+
+
+def test_the_start_names_what_nothing_reads():
+    for argv, said in (
+        (["--optim.cooldown=0.5"], "optim.cooldown=0.5 (optim.schedule=cosine)"),
+        (["--model.rope_base=5e4"], "model.rope_base=50000.0 (model.position=learned)"),
+        (["--optim.schedule=constant", "--optim.min_lr=0"], "optim.min_lr=0.0 (optim.schedule=con"),
+        (["--optim.name=muon", "--optim.head_lr=0.1"], "optim.head_lr=0.1 (model.tie_word_embeddi"),
+        (
+            ["--optim.name=muon", "--model.preset=modern", "--optim.scalar_lr=0.1"],
+            "optim.scalar_lr=0.1 (a model without norms",
+        ),
+        (
+            ["--eval.task_examples=9", "--log.wandb_name=a"],
+            "examples=9 (no eval.tasks), log.",
+        ),
+    ):
+        assert said in unread_line(parse(*argv, *GIVEN)), argv
+    for silent in (
+        ["--optim.schedule=wsd", "--optim.cooldown=0.5"],
+        ["--model.position=rope", "--model.rope_base=5e4"],
+        ["--optim.name=muon", "--optim.schedule=cosine"],
+        ["--model.depth=4"],
+    ):
+        assert unread_line(parse(*silent, *GIVEN)) == ""
+
+
+def test_the_start_says_how_long_a_large_run_takes_on_a_cpu():
+    said = cpu_line(parse(*GIVEN).with_vocab(50257))
+    # 6 x 123.6M + 6 x 12 x 1024 x 768 FLOPs a token, 600,000 updates of 491,520 tokens.
+    assert "2.4e+20 FLOPs, 7 years at" in said and "configs/demo.yaml" in said
+    assert cpu_line(parse("--config=demo").with_vocab(256)) == ""
+
+
+def test_what_to_type_next_begins_with_the_python_that_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "a b" / "bin" / "python3"))
+    assert python() == "'a b/bin/python3'"
+    Path("a b", "bin").mkdir(parents=True)
+    Path(sys.executable).touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    assert python() == "python3"
+    monkeypatch.setattr(sys, "executable", "/elsewhere/python3")
+    assert python() == "/elsewhere/python3"
 
 
 def test_muon_moves_a_tied_table_by_smaller_steps():
@@ -736,6 +817,7 @@ def test_config_file_is_a_run_and_opens_with_four_lines_of_comment(path):
     config = parse(f"--config={path}")
     assert config.run.out_dir and config.data.path
     assert "".join(lines[:4]).find("PENDING") == -1, "say (not measured) or measure it"
+    assert unread_line(config) == ""
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,7 @@ def test_replay_shows_the_batch_as_the_run_saw_it_and_writes_nothing(plays, tmp_
     with pytest.raises(ValueError, match="is not the folder of a run"):
         train.main(arguments(plays, tmp_path / "none", run__replay=3))
     other = tiny_run.write_data(tmp_path / "plays", tiny_run.TEXT[::-1])
-    with pytest.raises(ValueError, match="data plays: other tokens"):
+    with pytest.raises(ValueError, match="data.path: other tokens in plays"):
         train.main([*argv, f"--data.path={other}", "--run.replay=8"])
 
 

@@ -30,6 +30,7 @@ from scalegpt.checkpoints.checkpoints import Checkpoints, open_checkpoints
 from scalegpt.config import LogConfig, RunConfig
 from scalegpt.config.command_line import parse
 from scalegpt.processes import stop_request
+from scalegpt.processes.command import python
 from scalegpt.processes.phases import Phases
 from scalegpt.run import resume
 from scalegpt.run.metrics import Metrics
@@ -392,8 +393,8 @@ def test_fault_21_the_default_run_saves_and_the_commands_it_names_work(
     assert "at step 3" in printed and "--- a sample ---" in printed
     lines = [line.strip() for line in printed.splitlines() if "python -m" in line]
     assert lines == [
-        f'python -m scalegpt.generate --run {tmp_path}/run --prompt "..."',
-        f"python -m scalegpt.evaluate --run {tmp_path}/run",
+        f'{python()} -m scalegpt.generate --run {tmp_path}/run --prompt "..."',
+        f"{python()} -m scalegpt.evaluate --run {tmp_path}/run",
     ]
     assert (
         generate.main(
@@ -424,16 +425,27 @@ def test_fault_21_the_default_run_saves_and_the_commands_it_names_work(
 )
 def test_a_change_of_the_curve_is_refused_naming_the_key(data, unbroken, change, line):
     before = sorted(p.stat().st_mtime_ns for p in unbroken.rglob("*"))
-    with pytest.raises(ValueError, match=f"differs:\n  {line}\n(.|\n)*allow_config_change=true"):
+    allowed = f"allow_config_change={next(iter(change))}"
+    with pytest.raises(ValueError, match=f"differs:\n  {line}\n(.|\n)*{allowed}"):
         train.main(arguments(data, unbroken, **change))
     assert sorted(p.stat().st_mtime_ns for p in unbroken.rglob("*")) == before
 
 
-def test_a_change_of_the_curve_can_be_allowed(data, unbroken, tmp_path):
+def test_a_change_of_the_curve_can_be_allowed(data, unbroken, tmp_path, capsys):
     out_dir = shutil.copytree(unbroken, tmp_path / "run")
-    changes = {"optim.steps": 14, "run.allow_config_change": "true"}
-    assert train.main(arguments(data, out_dir, **changes)) == 0
+    other = write_data(tmp_path / "plays", TEXT[::-1])
+    changes = {"optim.steps": 14, "run.allow_config_change": "optim.steps,data.path"}
+    assert train.main(arguments(other, out_dir, **changes)) == 0
     assert list(rows(out_dir)) == list(range(1, 15))
+    allowed = "data.path: other tokens in plays", "optim.steps: 12 -> 14"
+    assert "as allowed:\n  {}\n  {}\n".format(*allowed) in capsys.readouterr().out
+    checkpoints = open_checkpoints(out_dir)
+    assert checkpoints.meta(14)["changes"] == [[12, change] for change in allowed]
+    # Neither the best loss nor the losses that a spike is measured against are those of other text.
+    assert checkpoints.find("best") == 14 and checkpoints.meta(12)["best_loss"] is not None
+    assert rows(out_dir, "val/best_loss")[14] == rows(out_dir, "val/loss")[14]
+    assert np.isfinite(checkpoints.read_item(14, "optimizer")["health"]["recent"]).sum() == 2
+    checkpoints.close()
 
 
 def test_other_data_under_the_same_path_is_refused(data, unbroken, tmp_path):
@@ -441,7 +453,7 @@ def test_other_data_under_the_same_path_is_refused(data, unbroken, tmp_path):
     moved = shutil.copytree(data, tmp_path / "moved")
     assert train.main(arguments(moved, out_dir)) == 0, "the same tokens elsewhere are the same"
     changed = write_data(tmp_path / "plays", TEXT[::-1])
-    with pytest.raises(ValueError, match="data plays: other tokens"):
+    with pytest.raises(ValueError, match="data.path: other tokens in plays"):
         train.main(arguments(changed, out_dir))
 
 
@@ -620,12 +632,38 @@ def test_fault_18_every_process_decides_by_its_own_index():
 
 def test_data_sets_in_another_order_are_refused(data, tmp_path):
     config = parse(arguments(data, tmp_path / "run"), "test", {})[0]
-    stored = {"data": {"a": "1", "b": "2"}, "best_loss": 1.5}
-    renamed = {"data": {"x": "1", "y": "2"}}
-    assert resume.check_same_run(config, renamed, stored) == 1.5
-    for other in ({"b": "2", "a": "1"}, {"a": "1", "b": "2", "c": "3"}):
-        with pytest.raises(ValueError, match="other tokens"):
-            resume.check_same_run(config, {"data": other}, stored)
+    stored = {"data": {"a": "1", "b": "2"}, "best_loss": 1.5, "config": config.model_dump()}
+    for names, others in (("xy", None), ("ba", "21"), ("abc", "123")):
+        meta = {"data": dict(zip(names, others or "12", strict=True)), "config": stored["config"]}
+        if others is None:
+            assert resume.carry_over(config, meta, stored, 4, print) == []
+            assert meta["best_loss"] == 1.5
+        else:
+            with pytest.raises(ValueError, match="other tokens"):
+                resume.carry_over(config, meta, stored, 4, print)
+
+
+def test_what_was_allowed_is_said_and_kept_and_a_best_of_other_text_is_none(data, tmp_path):
+    old = parse(arguments(data, tmp_path / "run"), "test", {})[0]
+    stored = {"data": {"a": "1"}, "best_loss": 1.5, "config": old.model_dump()}
+    stored = json.loads(json.dumps(stored))  # as a manifest has it
+
+    def continued(mark: str, **changes) -> tuple[list[str], dict, str]:
+        config = parse(arguments(data, tmp_path / "run", **changes), "test", {})[0]
+        meta, said = {"data": {"a": mark}, "config": config.model_dump(), "best_loss": 9.0}, []
+        changed = resume.carry_over(config, meta, stored, 4, said.append)
+        return changed, meta, "\n".join(said)
+
+    allow = {"run.allow_config_change": "optim.lr,data.path"}
+    changed, meta, said = continued("1", **allow | {"optim.lr": 0.02})
+    assert changed == ["optim.lr: 0.01 -> 0.02"] and changed[0] in said
+    assert meta["changes"] == [[4, changed[0]]] and meta["best_loss"] == 1.5
+    with pytest.raises(ValueError, match="batch.sequences: 16 -> 32\n.*=batch.sequences$"):
+        continued("1", **allow | {"batch.sequences": 32})
+    for mark, change in (("2", allow), ("1", {"eval.windows": 5})):
+        changed, meta, said = continued(mark, **change)
+        assert meta["best_loss"] == 9.0 and "1.5000, was measured on other text" in said
+        assert changed == (["data.path: other tokens in a"] if mark == "2" else [])
 
 
 @pytest.mark.parametrize("patience", ["0.001", "3600"])

@@ -72,23 +72,24 @@ def folder_of(run: str) -> Folder:
     return open_folder(run) / FOLDER
 
 
-def losses_of(contents: dict[int, Any]) -> dict[int, float | None]:
-    """Return the loss of each step that has a manifest; others have a text, what is wrong."""
-    return {step: x["val_loss"] for step, x in contents.items() if not isinstance(x, str)}
+def good_of(contents: dict[int, Any]) -> dict[int, manifest.Manifest]:
+    """Return the manifest of each step that has one; others have a text, what is wrong."""
+    return {step: x for step, x in contents.items() if not isinstance(x, str)}
 
 
-def marks(losses: dict[int, float | None]) -> dict[int, str]:
+def marks(good: dict[int, manifest.Manifest]) -> dict[int, str]:
     """Return the names, best and latest, of the steps that have them."""
-    evaluated = {step: loss for step, loss in losses.items() if loss is not None}
+    evaluated = manifest.losses(good)[-1]
     pairs = [(manifest.best(evaluated), "best")] if evaluated else []
-    pairs += [(max(losses), "latest")] if losses else []
+    pairs += [(max(good), "latest")] if good else []
     return {step: ", ".join(name for s, name in pairs if s == step) for step, _ in pairs}
 
 
 def list_(flags: argparse.Namespace) -> int:
     folder = folder_of(flags.run)
     contents = manifest.steps(folder)
-    names = marks(losses_of(contents))
+    good = good_of(contents)
+    names = marks(good)
     code = 0
     print(f"{'step':>9}  {'date':16}  {'size':>10}  {'val loss':>8}  state")
     for step, content in contents.items():
@@ -108,6 +109,8 @@ def list_(flags: argparse.Namespace) -> int:
     for name in folder.names():
         if not name.isdigit():
             print(f"{name}: no checkpoint")
+    for step, change in good[max(good)]["meta"].get("changes", []) if good else ():
+        print(f"changed after step {step}: {change}")
     return code
 
 
@@ -216,13 +219,13 @@ def prune(flags: argparse.Namespace) -> int:
     run = {"data": {"path": ""}, "run": {"out_dir": flags.run}}
     with lock(loading.validate(run, "this command line")):
         contents = manifest.steps(folder)
-        losses = losses_of(contents)
-        candidates = manifest.removable(losses, flags.keep, flags.keep_every)
-        damaged = set(contents) - set(losses)
+        good = good_of(contents)
+        damaged = set(contents) - set(good)
+        candidates = manifest.removable(good, flags.keep, flags.keep_every)
         if candidates:
-            damaged |= {s for s in losses if problems(folder / str(s), contents[s])}
-            good = {s: loss for s, loss in losses.items() if s not in damaged}
-            candidates = manifest.removable(good, flags.keep, flags.keep_every)
+            damaged |= {s for s, x in good.items() if problems(folder / str(s), x)}
+            whole = {s: x for s, x in good.items() if s not in damaged}
+            candidates = manifest.removable(whole, flags.keep, flags.keep_every)
         for step in sorted(damaged):
             content = contents[step]
             reason = content if isinstance(content, str) else "a file of it is damaged"
@@ -234,7 +237,7 @@ def prune(flags: argparse.Namespace) -> int:
             )
             if not flags.dry_run:
                 retire(folder / str(step))
-        print(f"{len(losses) - len(candidates)} checkpoints stay")
+        print(f"{len(good) - len(candidates)} checkpoints stay")
     return 0
 
 

@@ -35,7 +35,7 @@ from scalegpt.files.run_folder import is_run
 from scalegpt.model.flops import parameter_count
 from scalegpt.model.gpt import GPT, Block, Context, head_table, logits
 from scalegpt.model.layers import rms_norm, rotary_tables
-from scalegpt.processes.command import run_command
+from scalegpt.processes.command import python, run_command
 from scalegpt.step import sharding
 from scalegpt.step.build import build_for_use
 from scalegpt.weights import export, huggingface, predecessors, trained
@@ -141,12 +141,12 @@ def import_(flags: argparse.Namespace) -> int:
         checkpoints.save_weights(params, meta)
         checkpoints.close()
         (scratch / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    name = shlex.quote(str(out))
+    name, run = shlex.quote(str(out)), f"{python()} -m scalegpt"
     print(f"{wrote(out, config.model, began)}\nnext:")
     if spec:
-        print(f'  python -m scalegpt.generate --run {name} --prompt "..."')
-    print(f"  python -m scalegpt.evaluate --run {name} --data DIR")
-    print(f"  python -m scalegpt.train --config FILE --run.init_from={name} --run.out_dir=out/NEW")
+        print(f'  {run}.generate --run {name} --prompt "..."')
+    print(f"  {run}.evaluate --run {name} --data DIR")
+    print(f"  {run}.train --config FILE --run.init_from={name} --run.out_dir=out/NEW")
     return 0
 
 
@@ -161,9 +161,9 @@ def export_(flags: argparse.Namespace) -> int:
         write(loaded, scratch)
     name = shlex.quote(str(out))
     print(f"{wrote(out, loaded.config.model, began)}\nnext:")
-    print(f"  python tools/convert_hf.py check {shlex.quote(flags.run)} {name}")
+    print(f"  {python()} tools/convert_hf.py check {shlex.quote(flags.run)} {name}")
     if loaded.tokenizer:
-        print(f'  python -m scalegpt.generate --hf {name} --prompt "..."')
+        print(f'  {python()} -m scalegpt.generate --hf {name} --prompt "..."')
     if flags.format == "hf":
         print(f'  transformers: AutoModelForCausalLM.from_pretrained("{out}")')
     return 0

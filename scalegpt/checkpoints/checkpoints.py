@@ -170,13 +170,18 @@ class Checkpoints:
         )
 
     def _list(self) -> tuple[dict[int, float | None], dict[int, str]]:
-        """Return the steps with a manifest (and val_loss), and the others (and their fault)."""
+        """Return the steps with a manifest, and the others with their fault.
+
+        The value of a step is its val_loss, or None if that does not compare with the latest one.
+        """
         listing: list[Any] = [[], [], None]  # steps with a manifest, the others, why unreadable
         if jax.process_index() == 0:
             try:
-                for step, content in manifest.steps(self._folder).items():
-                    is_broken = isinstance(content, str)
-                    listing[is_broken].append([step, content if is_broken else content["val_loss"]])
+                contents = manifest.steps(self._folder)
+                good = {s: x for s, x in contents.items() if not isinstance(x, str)}
+                losses = manifest.losses(good)[-1]
+                listing[0] = [[step, losses.get(step)] for step in good]
+                listing[1] = [[s, x] for s, x in contents.items() if isinstance(x, str)]
             except Exception as error:
                 listing[2] = reason(error)
         good, broken, problem = from_first("list", listing, Deadline(self._seconds))

@@ -179,19 +179,42 @@ def steps(folder: Folder) -> dict[int, Manifest | str]:
     return manifests
 
 
-def removable(
-    losses: dict[int, float | None], keep: int, keep_every: int, also: Iterable[int] = ()
-) -> list[int]:
-    """Return the good steps that may be removed.
+def measure(meta: dict[str, Any]) -> str:
+    """Return what a checkpoint's val_loss is measured on, as text to compare: tokens and windows.
 
-    Kept are the last `keep`, the best, those that `keep_every` divides, and `also`. losses: step ->
-    val_loss.
+    meta: of a checkpoint, as `Checkpoints.save` was given it.
     """
-    evaluated = {step: loss for step, loss in losses.items() if loss is not None}
-    needed = {*sorted(losses)[-keep:], *also}
-    if evaluated:
-        needed.add(best(evaluated))
-    return [s for s in losses if s not in needed and not (keep_every and s % keep_every == 0)]
+    config = meta.get("config", {})
+    path = config.get("data", {}).get("path")
+    weights = list(path.values()) if isinstance(path, dict) else [1]
+    shares = [weight / sum(weights) for weight in weights]
+    windows = config.get("eval", {}).get("windows"), config.get("model", {}).get("block_size")
+    return json.dumps([list(meta.get("data", {}).values()), shares, windows])
+
+
+def losses(contents: dict[int, Manifest]) -> list[dict[int, float]]:
+    """Group steps by what their val_loss is measured on; the group of the latest step is last.
+
+    Losses of one group alone compare: step -> val_loss. There is always one group, maybe empty.
+    """
+    groups: dict[str, dict[int, float]] = {}
+    for step, content in sorted(contents.items()):
+        if content["val_loss"] is not None:
+            key = measure(content["meta"])
+            groups[key] = {**groups.pop(key, {}), step: content["val_loss"]}
+    return list(groups.values()) or [{}]
+
+
+def removable(
+    contents: dict[int, Manifest], keep: int, keep_every: int, also: Iterable[int] = ()
+) -> list[int]:
+    """Return those of these good steps that may be removed.
+
+    Kept are the last `keep`, the best of each group of `losses`, those that `keep_every` divides,
+    and `also`.
+    """
+    needed = {*sorted(contents)[-keep:], *also, *map(best, filter(None, losses(contents)))}
+    return [s for s in contents if s not in needed and not (keep_every and s % keep_every == 0)]
 
 
 def best(losses: dict[int, float]) -> int:

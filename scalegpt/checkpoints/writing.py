@@ -131,7 +131,8 @@ class Saver:
             return ended
         since = earlier.since if earlier else save.began
         self.failure = Failure(since, problem, seconds - since > self.patience)
-        if earlier is None or earlier.reason != problem:
+        # Step 0 is imported weights: no training goes on, and `save_weights` raises the reason.
+        if save.step and (earlier is None or earlier.reason != problem):
             self.say(
                 f"warning: step {save.step} could not be saved in {self.folder}: {problem}. "
                 f"Training goes on, and the next save is tried when it is due; "
@@ -165,12 +166,12 @@ class Saver:
         """Remove old checkpoints, in process 0 after `step` is one: a kill leaves a good one."""
         try:
             stored = manifest.steps(self.folder)
-            losses = {
-                s: m["val_loss"]
+            good = {
+                s: m
                 for s, m in stored.items()
                 if not isinstance(m, str) and (s == step or s not in self.damaged)
             }
-            for old in manifest.removable(losses, self.keep, self.keep_every, also=[step]):
+            for old in manifest.removable(good, self.keep, self.keep_every, also=[step]):
                 retire(self.folder / str(old))
             for old, state in stored.items():
                 # An earlier process was killed during this save, and the run is past its step now.

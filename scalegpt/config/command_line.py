@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
-from scalegpt.config import BatchConfig, Config, DataConfig, EvalConfig
+from scalegpt.config import BatchConfig, Config, DataConfig, EvalConfig, RunConfig
 from scalegpt.config.loading import load, nearest, parse_yaml, validate
 from scalegpt.config.predecessors import advice
 from scalegpt.errors import Mistake
@@ -70,6 +70,11 @@ class _EvalOnCommandLine(EvalConfig):
     """also score these, '{task: jsonl file}'; see `python -m scalegpt.evaluate --help`"""
 
 
+class _RunOnCommandLine(RunConfig):
+    allow_config_change: str = "false"
+    """true, or the keys that may differ from the stored run's, as optim.steps,data.path"""
+
+
 class _CommandLine(Config, BaseSettings):
     """Config in the form that pydantic-settings parses; environment variables are not read."""
 
@@ -78,6 +83,7 @@ class _CommandLine(Config, BaseSettings):
     batch: _BatchOnCommandLine = _BatchOnCommandLine()
     data: _DataOnCommandLine
     eval: _EvalOnCommandLine = _EvalOnCommandLine()
+    run: _RunOnCommandLine
     model_config = SettingsConfigDict(extra="forbid", nested_model_default_partial_update=True)
 
 

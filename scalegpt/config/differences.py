@@ -1,4 +1,4 @@
-"""A stored run may be continued with some keys changed; this file says which."""
+"""Which keys of a run matter: those that a stored run may change, and those that nothing reads."""
 
 from scalegpt.config import Config
 
@@ -17,11 +17,21 @@ def curve_diff(stored: Config, requested: Config) -> list[str]:
     fingerprint of the token files themselves.
     """
     old, new = stored.model_dump(), requested.model_dump()
+    neutral = _NEUTRAL | (unread(stored).keys() & unread(requested).keys())
+    optims = stored.optim, requested.optim
+    # A run with a constant rate, or with its own end of the decay, has the same curve if longer.
+    ends = [None if o.schedule == "constant" else o.decay_steps or o.steps for o in optims]
+    if ends[0] == ends[1]:
+        neutral |= {"optim.decay_steps"}
+    if (ends[0] == ends[1] or all(o.decay_steps for o in optims)) and not any(
+        o.average for o in optims
+    ):
+        neutral |= {"optim.steps"}
     lines = [
         f"{section}.{key}: {old[section][key]} -> {value}"
         for section in ("model", "batch", "data", "optim")
         for key, value in new[section].items()
-        if f"{section}.{key}" not in _NEUTRAL and old[section][key] != value
+        if f"{section}.{key}" not in neutral and old[section][key] != value
     ]
     shares = [list(c.data.weights.values()) for c in (stored, requested)]
     if shares[0] != shares[1]:
@@ -29,6 +39,37 @@ def curve_diff(stored: Config, requested: Config) -> list[str]:
     if stored.run.seed != requested.run.seed:
         lines.append(f"run.seed: {stored.run.seed} -> {requested.run.seed}")
     return lines
+
+
+def unread(config: Config) -> dict[str, str]:
+    """Return the keys that nothing reads with this run's other keys, each with the key to blame."""
+    model, optim = config.model, config.optim
+    parts = model.norm == "layernorm" or model.bias, model.residual_scalars, model.value_embeddings
+    cases = (
+        ("model.position=learned", model.position == "learned", ["model.rope_base"]),
+        (
+            "optim.schedule=constant",
+            optim.schedule == "constant",
+            ["optim.min_lr", "optim.decay_steps"],
+        ),
+        (f"optim.schedule={optim.schedule}", optim.schedule != "wsd", ["optim.cooldown"]),
+        ("optim.weight_decay=0", not optim.weight_decay, ["optim.decay"]),
+        ("model.tie_word_embeddings=true", model.tie_word_embeddings, ["optim.head_lr"]),
+        ("a model without norms, biases or scalars to train", not any(parts), ["optim.scalar_lr"]),
+        ("no eval.tasks", not config.eval.tasks, ["eval.task_examples"]),
+        ("no run.init_from", not config.run.init_from, ["run.init_checkpoint"]),
+        (
+            "log.wandb=false",
+            not config.log.wandb,
+            ["log.wandb_project", "log.wandb_entity", "log.wandb_name"],
+        ),
+        (
+            "data on a local disk",
+            not any("://" in path for path in config.data.weights),
+            ["data.cache_dir"],
+        ),
+    )
+    return {key: why for why, applies, keys in cases if applies for key in keys}
 
 
 # These keys of a model may differ from those of the run whose weights it starts from.

@@ -1,10 +1,11 @@
 """`Config` describes a run: frozen, typed keys in sections; no JAX here."""
 
+import re
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from scalegpt.config.depth import derived
 from scalegpt.config.recipe import ModelConfig, OptimConfig, muons
@@ -165,8 +166,8 @@ class RunConfig(Section):
     """start from the weights of another run (its out_dir), or of Hugging Face: gpt2-xl, a folder"""
     init_checkpoint: Which = "best"
     """which checkpoint of init_from's run: best, latest or a step"""
-    allow_config_change: bool = False
-    """continue although model, batch, data or optimizer differ from the stored run"""
+    allow_config_change: bool | list[Name] = False
+    """true, or the keys that may differ from the stored run's, as optim.steps,data.path"""
     skip_nonfinite: Whole = 0
     """how many updates with a loss or gradient that is not finite are left out before a stop"""
     skip_spikes: bool = False
@@ -189,6 +190,17 @@ class RunConfig(Section):
     """seconds for an evaluation, or for the sample at the end"""
     deadline_save: Seconds = 1800.0
     """seconds for a checkpoint to be written"""
+
+    @field_validator("allow_config_change", mode="before")
+    @classmethod
+    def _keys(cls, value: Any) -> Any:
+        """Read keys from a command line, with commas or as a YAML list."""
+        return isinstance(value, str) and re.findall(r"\w+\.\w+", value) or value
+
+    def allows(self, key: str) -> bool:
+        """Tell whether a run that continues may have another value of `key` than it began with."""
+        allowed = self.allow_config_change
+        return allowed if isinstance(allowed, bool) else key in allowed
 
 
 class DistributedConfig(Section):

@@ -2,9 +2,12 @@
 
 import errno
 import os
+import shlex
+import shutil
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from scalegpt.errors import Mistake
@@ -88,3 +91,12 @@ def message_of(error: BaseException) -> str:
     if len(lines) > 40:
         lines[30:-5] = [f"... {len(lines) - 35} more lines ..."]
     return "\n".join(lines)
+
+
+def python() -> str:
+    """Return what to type for the Python that runs this: `python`, or `.venv/bin/python`."""
+    path = Path(sys.executable)
+    if shutil.which(path.name) == str(path):
+        return path.name
+    here = Path.cwd()
+    return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))

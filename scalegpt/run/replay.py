@@ -23,7 +23,7 @@ from scalegpt.data.token_files import Dataset
 from scalegpt.errors import Mistake
 from scalegpt.processes.phases import Phases
 from scalegpt.run.feed import batches_from
-from scalegpt.run.resume import check_same_run, initial_state
+from scalegpt.run.resume import carry_over, initial_state
 from scalegpt.step import sharding
 from scalegpt.step.build import Steps
 from scalegpt.step.loss import row_losses
@@ -99,10 +99,11 @@ def _state_before(
         )
     checkpoints = open_checkpoints(config.run.out_dir)
     start = max((step for step in checkpoints.steps if step < update), default=0)
+    changes = list[str]()
     if start:
-        data = {d.name: d.fingerprint for d in datasets}
-        check_same_run(config, {"data": data}, checkpoints.meta(start))
+        meta = {"data": {d.name: d.fingerprint for d in datasets}}
+        changes = carry_over(config, meta, checkpoints.meta(start), start, lambda text: None)
     with phases("restore" if start else "weights"):
-        state = initial_state(config, steps, checkpoints, start, lambda text: None)
+        state = initial_state(config, steps, checkpoints, start, lambda text: None, changes)
     checkpoints.close()
     return state, start

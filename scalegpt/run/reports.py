@@ -13,10 +13,13 @@ import numpy as np
 from scalegpt.checkpoints.checkpoints import Checkpoints
 from scalegpt.checkpoints.writing import Failure
 from scalegpt.config import Config
-from scalegpt.config.recipe import muons
+from scalegpt.config.differences import unread
+from scalegpt.config.recipe import MUON, muons
 from scalegpt.data.datasets import windows_of
 from scalegpt.data.token_files import Dataset
 from scalegpt.files import run_folder
+from scalegpt.model.flops import flops_per_token
+from scalegpt.processes.command import python
 from scalegpt.run.metrics import Metrics
 from scalegpt.step.build import Steps
 from scalegpt.step.optimizer import decay_mask
@@ -32,7 +35,8 @@ def describe(config: Config, datasets: list[Dataset], steps: Steps) -> str:
     text = ", ".join(f"{d.name} ({len(d.train):,} tokens)" for d in datasets)
     growth = sorted(config.batch.growth.items())
     later = "".join(f"; from update {update:,} on {n:,} sequences" for update, n in growth)
-    recipe = [f"recipe   {line}" for line in (depth_line(config), muon_line(config)) if line]
+    lines = depth_line(config), muon_line(config), unread_line(config)
+    recipe = [f"recipe   {line}" for line in lines if line]
     return "\n".join(
         [
             *recipe,
@@ -44,6 +48,7 @@ def describe(config: Config, datasets: list[Dataset], steps: Steps) -> str:
             f"update   {tokens:,} tokens = {accumulation} x {microbatch} sequences of "
             f"{config.model.block_size}{later}",
             f"run      {config.optim.steps:,} updates into {config.run.out_dir}",
+            *([f"warning: {line}"] if (line := cpu_line(config)) else ()),
         ]
     )
 
@@ -90,14 +95,42 @@ def muon_line(config: Config) -> str:
     return f"muon with {', '.join(differing)}; null gives its own" if differing else ""
 
 
+def unread_line(config: Config) -> str:
+    """Name the keys that were given and that nothing reads with the other keys; "" for none."""
+    muons_own = MUON if config.optim.name == "muon" else {}
+    given = []
+    for name, why in unread(config).items():
+        section, key = name.split(".")
+        values = getattr(config, section)
+        default = muons_own.get(key, type(values).model_fields[key].default)
+        derived = config.model.depth and key in ("head_lr", "scalar_lr")
+        if (value := getattr(values, key)) != default and not derived:
+            given.append(f"{name}={value} ({why})")
+    return f"not read: {', '.join(given)}" if given else ""
+
+
+def cpu_line(config: Config) -> str:
+    """Say how long a run takes at least on the CPU that JAX has; "" below a day, or elsewhere."""
+    tokens = config.batch.rows_after(config.optim.steps) * config.model.block_size
+    flops = tokens * flops_per_token(config.model)
+    days = flops / 1e12 / 86400
+    if days < 1 or jax.default_backend() != "cpu":
+        return ""
+    age = f"{days:,.0f} days" if days < 730 else f"{days / 365:,.0f} years"
+    return (
+        f"this run is {flops:.1e} FLOPs, {age} at 1 TFLOP/s, about what a fast CPU does; runs for "
+        "a CPU: --config configs/demo.yaml, --config configs/shakespeare_char_cpu.yaml"
+    )
+
+
 def finish(config: Config, checkpoints: Checkpoints, best_loss: float, metrics: Metrics) -> None:
     """Say at the end of a run where its results are and what to type next."""
     best, out_dir = checkpoints.find("best"), shlex.quote(config.run.out_dir)
     metrics.say(
         f"done: best val loss {best_loss:.4f} at step {best}; metrics in "
         f"{out_dir}/metrics.jsonl\nnext:\n"
-        f'  python -m scalegpt.generate --run {out_dir} --prompt "..."\n'
-        f"  python -m scalegpt.evaluate --run {out_dir}"
+        f'  {python()} -m scalegpt.generate --run {out_dir} --prompt "..."\n'
+        f"  {python()} -m scalegpt.evaluate --run {out_dir}"
     )
 
 

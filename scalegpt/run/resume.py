@@ -1,7 +1,6 @@
 """Find out what run.out_dir holds, whether this run may continue it, and with what state."""
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -89,26 +88,51 @@ def open_to_save(config: Config) -> Checkpoints:
     )
 
 
-def check_same_run(config: Config, meta: dict[str, Any], stored: dict[str, Any]) -> float:
-    """Return the best loss of the `stored` run; raise Mistake if it was trained on other data."""
+def carry_over(
+    config: Config,
+    meta: dict[str, Any],
+    stored: dict[str, Any],
+    step: int,
+    say: Callable[[str], Any],
+) -> list[str]:
+    """Take into `meta` what the checkpoint of `step` has stored of the run, where it still holds.
+
+    Returns the keys that have changed since, as `key: old -> new`, which `meta` keeps too. Raises
+    Mistake if run.allow_config_change does not allow them.
+    """
     # Compared by position, not by name: a mixture deals its rows out by position.
     stored_data = list(stored["data"].values())
     changes = [
-        f"data {name}: other tokens"
+        f"data.path: other tokens in {name}"
         for i, (name, fingerprint) in enumerate(meta["data"].items())
         if stored_data[i : i + 1] != [fingerprint]
     ]
+    # config.yaml may have these changes already: a start that was killed has left it.
+    changes += curve_diff(validate(stored["config"], config.run.out_dir), config)
     refuse_changes(config, changes)
-    return math.inf if stored["best_loss"] is None else stored["best_loss"]
+    meta["changes"] = stored.get("changes", []) + [[step, change] for change in changes]
+    meta["evaluation_due"] = stored.get("evaluation_due", False)
+    if changes:
+        say("\n  ".join([f"changed after step {step}, as allowed:", *changes]))
+    if stored["best_loss"] is not None:
+        if manifest.measure(stored) == manifest.measure(meta):
+            meta["best_loss"] = stored["best_loss"]
+        else:
+            say(
+                f"the best loss so far, {stored['best_loss']:.4f}, was measured on other text; "
+                "the best is sought anew"
+            )
+    return changes
 
 
 def refuse_changes(config: Config, changes: list[str]) -> None:
-    """Raise Mistake if there are changes and run.allow_config_change does not allow them."""
-    if changes and not config.run.allow_config_change:
+    """Raise Mistake unless run.allow_config_change allows the keys of all changes."""
+    keys = list(dict.fromkeys(change.partition(":")[0] for change in changes))
+    if not all(map(config.run.allows, keys)):
         raise Mistake(
             "\n  ".join([f"{config.run.out_dir} holds a run that differs:", *changes])
             + "\nchoose another --run.out_dir, or continue it all the same with "
-            "--run.allow_config_change=true"
+            f"--run.allow_config_change={','.join(keys)}"
         )
 
 
@@ -138,13 +162,22 @@ def rows_to_keep(start: int, total: int, begun_before: bool) -> int | None:
 
 
 def initial_state(
-    config: Config, steps: Steps, checkpoints: Checkpoints, start: int, say: Callable[[str], Any]
+    config: Config,
+    steps: Steps,
+    checkpoints: Checkpoints,
+    start: int,
+    say: Callable[[str], Any],
+    changes: Sequence[str] = (),
 ) -> State:
     """Restore the run's checkpoint of step `start`; if that is 0, begin with the weights of
-    run.init_from, or with random ones."""
+    run.init_from, or with random ones. changes: as `carry_over` returns them."""
     if start:
         say(f"continuing from step {start} in {checkpoints.folder}")
-        return checkpoints.restore(start, steps.abstract).swapped()
+        state = checkpoints.restore(start, steps.abstract).swapped()
+        if any(change.startswith(("model.", "batch.", "data.")) for change in changes):
+            say("spikes are measured against the losses from here on")
+            state = state.replace(health=state.health.without_losses())
+        return state
     state = steps.init()
     if config.run.init_from is None:
         return state

@@ -32,6 +32,10 @@ class Health:
     nonfinite: Array
     spikes: Array
 
+    def without_losses(self) -> "Health":
+        """Forget the losses: those of other data or another model are no measure of a spike."""
+        return self.replace(recent=self.recent * jnp.nan)
+
 
 def initial() -> Health:
     """Make the health of a run before its first update."""

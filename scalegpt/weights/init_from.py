@@ -79,12 +79,12 @@ def check(config: Config, tokenizer_spec: Any) -> None:
     if (
         both_known
         and not tokenizer.same(spec, tokenizer_spec)
-        and not config.run.allow_config_change
+        and not config.run.allows("data.path")
     ):
         raise Mistake(
             f"run.init_from={source} was trained on tokens of {tokenizer.kind(spec)}, the data has "
             f"those of another tokenizer, {tokenizer.kind(tokenizer_spec)}; prepare it again, or "
-            "start all the same with --run.allow_config_change=true"
+            "start all the same with --run.allow_config_change=data.path"
         )
 
 
