@@ -61,6 +61,8 @@ ALONE = {  # keys whose values another key limits, too
     "eval.tasks": st.dictionaries(st.sampled_from(["hellaswag", "lambada"]), NAMES, max_size=2),
     "batch.growth": st.dictionaries(st.integers(2, 99), st.integers(1, 99), max_size=2),
     "data.path": NAMES,
+    "run.allow_config_change": st.booleans()
+    | st.lists(st.sampled_from(["optim.lr", "data.path"]), min_size=1),
 }
 
 

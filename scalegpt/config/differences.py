@@ -43,33 +43,23 @@ def curve_diff(stored: Config, requested: Config) -> list[str]:
 
 def unread(config: Config) -> dict[str, str]:
     """Return the keys that nothing reads with this run's other keys, each with the key to blame."""
-    model, optim = config.model, config.optim
-    parts = model.norm == "layernorm" or model.bias, model.residual_scalars, model.value_embeddings
+    model, optim, log = config.model, config.optim, config.log
+    scalars = model.bias, model.residual_scalars, model.value_embeddings
+    no_scalars = model.norm == "rmsnorm" and not any(scalars)
+    local = not any("://" in path for path in config.data.weights)
     cases = (
-        ("model.position=learned", model.position == "learned", ["model.rope_base"]),
-        (
-            "optim.schedule=constant",
-            optim.schedule == "constant",
-            ["optim.min_lr", "optim.decay_steps"],
-        ),
-        (f"optim.schedule={optim.schedule}", optim.schedule != "wsd", ["optim.cooldown"]),
-        ("optim.weight_decay=0", not optim.weight_decay, ["optim.decay"]),
-        ("model.tie_word_embeddings=true", model.tie_word_embeddings, ["optim.head_lr"]),
-        ("a model without norms, biases or scalars to train", not any(parts), ["optim.scalar_lr"]),
-        ("no eval.tasks", not config.eval.tasks, ["eval.task_examples"]),
-        ("no run.init_from", not config.run.init_from, ["run.init_checkpoint"]),
-        (
-            "log.wandb=false",
-            not config.log.wandb,
-            ["log.wandb_project", "log.wandb_entity", "log.wandb_name"],
-        ),
-        (
-            "data on a local disk",
-            not any("://" in path for path in config.data.weights),
-            ["data.cache_dir"],
-        ),
+        ("model.position=learned", model.position == "learned", "model.rope_base"),
+        ("model.tie_word_embeddings=true", model.tie_word_embeddings, "optim.head_lr"),
+        ("a model without norms, biases or scalars", no_scalars, "optim.scalar_lr"),
+        ("optim.schedule=constant", optim.schedule == "constant", "optim.min_lr optim.decay_steps"),
+        (f"optim.schedule={optim.schedule}", optim.schedule != "wsd", "optim.cooldown"),
+        ("optim.weight_decay=0", not optim.weight_decay, "optim.decay"),
+        ("no eval.tasks", not config.eval.tasks, "eval.task_examples"),
+        ("no run.init_from", not config.run.init_from, "run.init_checkpoint"),
+        ("log.wandb=false", not log.wandb, "log.wandb_project log.wandb_entity log.wandb_name"),
+        ("data on a local disk", local, "data.cache_dir"),
     )
-    return {key: why for why, applies, keys in cases if applies for key in keys}
+    return {key: why for why, applies, keys in cases if applies for key in keys.split()}
 
 
 # These keys of a model may differ from those of the run whose weights it starts from.
