@@ -88,7 +88,7 @@ def _parser() -> command_line.Parser:
     source.add_argument("--prompt", action="append", help="text to continue; can be repeated")
     source.add_argument("--prompt-file", type=Path, help="file with the text to continue")
     parser.add_argument("--num-samples", type=int, default=1, help="continuations of each prompt")
-    parser.add_argument("--max-new-tokens", type=int, default=200)
+    parser.add_argument("--max-new-tokens", type=int, default=200, help="of each, at most")
     for option in fields(Sampler):
         parser.add_argument(
             f"--{option.name.replace('_', '-')}",
@@ -103,7 +103,7 @@ def _parser() -> command_line.Parser:
         metavar="TEXT",
         help="end before this text; can be repeated",
     )
-    parser.add_argument("--seed", type=int, default=1337)
+    parser.add_argument("--seed", type=int, default=1337, help="decides what is drawn")
     parser.add_argument(
         "--past-block",
         choices=("slide", "error"),

@@ -263,6 +263,7 @@ def test_a_mistake_names_the_file_and_the_command_line_that_made_it(in_yaml):
         (["--run.resume=true"], ["the same command again"]),
         (["--backend=nccl"], ["the same command on every host"]),
         (["--n_layer=4"], ["did you mean --model.n_layer?"]),
+        (["--n_layer", "4"], ["did you mean --model.n_layer?"]),
         (["config/x.py"], ["here that is --config FILE"]),
         (["configs/demo.yaml"], ["did you mean --config configs/demo.yaml?"]),
         (["--config=ablations/char_cpu"], ["several arms", "tools/ablation.py"]),

@@ -115,7 +115,8 @@ def carry_over(
     if changes:
         say("\n  ".join([f"changed after step {step}, as allowed:", *changes]))
     if stored["best_loss"] is not None:
-        if manifest.measure(stored) == manifest.measure(meta):
+        finished = step >= config.optim.steps  # and nothing will be measured
+        if finished or manifest.measure(stored) == manifest.measure(meta):
             meta["best_loss"] = stored["best_loss"]
         else:
             say(
