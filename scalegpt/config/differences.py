@@ -43,9 +43,10 @@ def curve_diff(stored: Config, requested: Config) -> list[str]:
 
 def unread(config: Config) -> dict[str, str]:
     """Return the keys that nothing reads with this run's other keys, each with the key to blame."""
-    model, optim, log = config.model, config.optim, config.log
+    model, optim = config.model, config.optim
     scalars = model.bias, model.residual_scalars, model.value_embeddings
     no_scalars = model.norm == "rmsnorm" and not any(scalars)
+    wandb = "log.wandb_project log.wandb_entity log.wandb_name log.wandb_tags"
     local = not any("://" in path for path in config.data.weights)
     cases = (
         ("model.position=learned", model.position == "learned", "model.rope_base"),
@@ -56,7 +57,7 @@ def unread(config: Config) -> dict[str, str]:
         ("optim.weight_decay=0", not optim.weight_decay, "optim.decay"),
         ("no eval.tasks", not config.eval.tasks, "eval.task_examples"),
         ("no run.init_from", not config.run.init_from, "run.init_checkpoint"),
-        ("log.wandb=false", not log.wandb, "log.wandb_project log.wandb_entity log.wandb_name"),
+        ("log.wandb=false", not config.log.wandb, wandb),
         ("data on a local disk", local, "data.cache_dir"),
     )
     return {key: why for why, applies, keys in cases if applies for key in keys.split()}
