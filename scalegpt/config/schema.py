@@ -195,7 +195,8 @@ class RunConfig(Section):
     @classmethod
     def _keys(cls, value: Any) -> Any:
         """Read keys from a command line, with commas or as a YAML list."""
-        return isinstance(value, str) and re.findall(r"\w+\.\w+", value) or value
+        keys = re.findall(r"\w+\.\w+", value) if isinstance(value, str) else []
+        return keys or value
 
     def allows(self, key: str) -> bool:
         """Tell whether a run that continues may have another value of `key` than it began with."""
