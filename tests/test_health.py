@@ -63,7 +63,7 @@ def test_windows_of_an_update_are_what_the_step_was_given(plays, tmp_path):
     datasets = open_datasets(config)
     from scalegpt.data.datasets import train_batches
 
-    batch = train_batches(config, datasets, 2, np.arange(ROWS // 2))[BAD - 1]
+    batch = train_batches(config, datasets, ROWS // 2, np.arange(ROWS // 2))[BAD - 1]
     expected = [datasets[0].train[s : s + T + 1] for _, s in windows_of(config, datasets, BAD)]
     np.testing.assert_array_equal(batch.reshape(ROWS, T + 1), expected)
 
