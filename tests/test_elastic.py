@@ -62,7 +62,7 @@ def test_8_4_2_8_devices_in_1_2_1_4_processes_are_one_run(plays, tmp_path):
     seen = [live(argv, tmp_path, *life) for life in LIVES]
     assert [list(part) for part in seen] == [[1, 2, 3, 4], [5, 6, 7], [8, 9], [10, 11, 12]]
     config = parse(argv, "test", {})[0]
-    batches = train_batches(config, open_datasets(config), 1, np.arange(tiny_run.ROWS))
+    batches = train_batches(config, open_datasets(config), tiny_run.ROWS, np.arange(tiny_run.ROWS))
     for step, digest in {k: v for part in seen for k, v in part.items()}.items():
         assert digest == hashlib.sha256(batches[step - 1].astype("<i4").tobytes()).hexdigest()
 
