@@ -305,6 +305,8 @@ def finish(run: Run, state: State, start: int, end: Ended | None) -> Exit:
     if start < config.optim.steps:
         metrics.ledger(step)
         metrics.summary()
+    if config.log.report and jax.process_index() == 0:
+        reports.write_report(config, metrics)
     return code
 
 

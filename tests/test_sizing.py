@@ -318,13 +318,6 @@ def test_the_plot_shows_both_fits_and_the_run(capsys, tmp_path):
         assert np.ptp(columns) > 0.8 * width  # a curve from side to side, not a mark alone
 
 
-def test_without_matplotlib_the_error_names_the_extra(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ValueError, match=r"\[plot\]"):
-        sizing.main(["--plot=a.png"])
-    assert capsys.readouterr().out == ""
-
-
 def test_the_command_needs_no_device_no_data_and_exits_2_on_a_mistake():
     env = os.environ | {"JAX_PLATFORMS": "nothing", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "tools/sizing.py", "--model.preset=gpt2-xl"]

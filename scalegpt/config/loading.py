@@ -40,14 +40,19 @@ def load(path: str | Path) -> dict[str, Any]:
         raise Mistake(f"config {path} is not UTF-8 text: {error}") from None
     except ValueError as error:  # a path with a NUL in it
         raise Mistake(f"cannot read config {str(path)!r}: {error}") from None
+    return sections(text, str(path))
+
+
+def sections(text: str, source: str) -> dict[str, Any]:
+    """Return the sections in the YAML `text` of the config `source`. Raises Mistake."""
     try:
         values = parse_yaml(text)
     except ValueError as error:
-        raise Mistake(f"config {path} is not valid YAML: {error}") from None
+        raise Mistake(f"config {source} is not valid YAML: {error}") from None
     if values is None:  # an empty file
         values = {}
     if not isinstance(values, dict):
-        raise Mistake(f"config {path} holds a {type(values).__name__}, not sections of keys")
+        raise Mistake(f"config {source} holds a {type(values).__name__}, not sections of keys")
     # A section whose keys are all commented out is None in YAML, and means the defaults.
     return {name: {} if section is None else section for name, section in values.items()}
 

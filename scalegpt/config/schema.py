@@ -151,6 +151,8 @@ class LogConfig(Section):
     """with wandb: the name of the run; default: that of out_dir"""
     wandb_tags: Name | None = None
     """with wandb: tags of the run, with commas between them"""
+    report: bool = False
+    """write report.html into out_dir when the run ends, as scalegpt.report does"""
 
 
 class RunConfig(Section):

@@ -59,7 +59,7 @@ def fetch(out_dir: str, is_main: bool = True) -> Path:
         for name in [*names, *logs] if is_main else _FILES[:1]:
             _fetch_file(remote, here, name)
     except Exception as error:  # each file system has its own
-        raise Mistake(f"cannot read run.out_dir={out_dir}: {_first_line(error)}") from error
+        raise Mistake(f"cannot read run.out_dir={out_dir}: {first_line(error)}") from error
     return here
 
 
@@ -107,8 +107,9 @@ def push_or_explain(out_dir: str) -> None:
     try:
         push(out_dir)
     except Exception as error:
-        raise Mistake(f"cannot write to run.out_dir={out_dir}: {_first_line(error)}") from error
+        raise Mistake(f"cannot write to run.out_dir={out_dir}: {first_line(error)}") from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the kind of an error, which may be of any file system, and its text's first line."""
     return f"{type(error).__name__}: {(str(error).splitlines() or ['no reason given'])[0]}"

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from scalegpt.errors import Mistake
 from scalegpt.files import run_folder
+from scalegpt.files.folder import open_folder
 from scalegpt.processes.phases import Phases
 from scalegpt.run import ledger
 from scalegpt.run.writers import JsonlWriter, Row, Say, TensorBoardWriter, WandbWriter
@@ -74,7 +75,8 @@ class Console:
 
     def __init__(self, total_steps: int, start_step: int = 0, stream: TextIO | None = None) -> None:
         self._total, self._stream, self._bar = total_steps, stream or sys.stdout, None
-        if self._stream.isatty():
+        self.on_terminal = self._stream.isatty()
+        if self.on_terminal:
             self._bar = tqdm(
                 total=total_steps,
                 initial=start_step,
@@ -141,6 +143,7 @@ class Metrics:
     ) -> None:
         self._writers: list[Any] = []
         self.say: Say = lambda text: None
+        self.on_terminal, self.folder = False, open_folder(run_folder.local(out_dir))
         self._ledger: ledger.Ledger | None = None
         self._stalled: Row = {}
         if not is_main:
@@ -152,6 +155,7 @@ class Metrics:
         self._ledger = ledger.Ledger(phases, jsonl.earlier, resume_step)
         self._memory = psutil.Process()
         self.say, self._writers = console.say, [jsonl, console]
+        self.on_terminal = console.on_terminal
         if log.tensorboard:
             self._writers.append(TensorBoardWriter(folder / "tensorboard", resume_step))
         if log.wandb:

@@ -20,7 +20,10 @@ from scalegpt.data.token_files import Dataset
 from scalegpt.files import run_folder
 from scalegpt.model.flops import flops_per_token
 from scalegpt.processes.command import python
+from scalegpt.run.curves import text_plot
+from scalegpt.run.history import read_history, read_rows
 from scalegpt.run.metrics import Metrics
+from scalegpt.run.page import NAME, write_page
 from scalegpt.step.build import Steps
 from scalegpt.step.optimizer import decay_mask
 
@@ -126,12 +129,26 @@ def cpu_line(config: Config) -> str:
 def finish(config: Config, checkpoints: Checkpoints, best_loss: float, metrics: Metrics) -> None:
     """Say at the end of a run where its results are and what to type next."""
     best, out_dir = checkpoints.find("best"), shlex.quote(config.run.out_dir)
+    if metrics.on_terminal and (plot := text_plot(read_rows(metrics.folder))):
+        metrics.say(plot)
     metrics.say(
         f"done: best val loss {best_loss:.4f} at step {best}; metrics in "
         f"{out_dir}/metrics.jsonl\nnext:\n"
         f'  {python()} -m scalegpt.generate --run {out_dir} --prompt "..."\n'
-        f"  {python()} -m scalegpt.evaluate --run {out_dir}"
+        f"  {python()} -m scalegpt.evaluate --run {out_dir}\n"
+        f"  {python()} -m scalegpt.report {out_dir}"
     )
+
+
+def write_report(config: Config, metrics: Metrics) -> None:
+    """Write the run's page into its folder, in process 0; a fault is a warning, not an end."""
+    out_dir = config.run.out_dir
+    try:
+        run_folder.push(out_dir)  # a bucket has the metrics as of the last checkpoint
+        write_page(f"{out_dir}/{NAME}", [read_history(out_dir)])
+        metrics.say(f"report in {out_dir}/{NAME}")
+    except Exception as error:  # of drawing or of a bucket: no reason for another exit code
+        metrics.say(f"warning: no report: {type(error).__name__}: {error}")
 
 
 def bad_update(

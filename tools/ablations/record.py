@@ -4,12 +4,10 @@ The file is JSON and small enough for a repository; tables and pictures can be m
 """
 
 import json
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 from ablations.plan import Plan, Run
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -18,10 +16,12 @@ from scalegpt.config import Config, loading
 from scalegpt.config.differences import curve_diff
 from scalegpt.errors import Mistake
 from scalegpt.files import json_files
+from scalegpt.files.folder import open_folder
 from scalegpt.files.run_folder import FOLDER
 from scalegpt.model import flops
+from scalegpt.run import history
+from scalegpt.run.history import DONE, state, training_seconds
 
-DONE = "done"
 # A difference in these means another arm or another measurement, although scalegpt.train would
 # continue the run.
 _COMPARED = (
@@ -33,8 +33,6 @@ _COMPARED = (
     "run.skip_spikes",
     "run.spike",
 )
-# The keys of metrics.jsonl that are read here; null stands for a number that was not finite.
-_NUMBERS = ("train/loss", "train/grad_norm", "val/loss", "val/bits_per_byte", "perf/step_seconds")
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -165,28 +163,8 @@ def finished(run: Run) -> bool:
 
 
 def rows_of(run: Run) -> list[dict[str, Any]]:
-    """Return the rows of metrics.jsonl. Raises Mistake for rows that no run writes."""
-    path = run.folder / "metrics.jsonl"
-    if not path.exists():
-        return []
-    try:
-        rows = json_files.complete_rows(path.read_text(errors="replace").splitlines())
-    except OSError as error:
-        raise Mistake(f"cannot read {path}: {error.strerror}; move it away") from None
-    for row in rows:
-        bad_keys = [key for key in _NUMBERS if not _is_number(row.get(key, 0))]
-        if type(row["step"]) is not int or bad_keys:
-            key = bad_keys[0] if bad_keys else "step"
-            raise Mistake(
-                f"{path}: {key}={row[key]!r} at step {row['step']} is no number that "
-                "a run writes; mend that line, or move the folder away"
-            )
-    return rows
-
-
-def _is_number(value: Any) -> bool:
-    """Return whether a value is finite or None; math.isfinite raises for huge integers."""
-    return value is None or type(value) in (int, float) and abs(value) <= sys.float_info.max
+    """Return the rows of a run's metrics.jsonl. Raises Mistake for rows that no run writes."""
+    return history.read_rows(open_folder(run.folder))
 
 
 def curve(rows: list[dict[str, Any]], config: Config) -> Curve:
@@ -201,37 +179,6 @@ def curve(rows: list[dict[str, Any]], config: Config) -> Curve:
         seconds=training_seconds(rows, steps),
         bits_per_byte=None if None in bits else [round(x, 6) for x in bits],
     )
-
-
-def state(rows: list[dict[str, Any]], steps: int) -> str:
-    """Return DONE, "not finite at step 7" where the run gave up, or "step 7 of 12"."""
-    last = {key: row for row in rows for key in ("train/loss", "val/loss") if key in row}
-    if last.get("val/loss", {}).get("val/loss") is not None and last["val/loss"]["step"] == steps:
-        return DONE
-    # JSON has no NaN, so null stands for it. Only last rows are read: a run that skips an update
-    # that is not finite goes on, and has later rows.
-    for row in last.values():
-        if any(row.get(key, 0) is None for key in ("train/loss", "train/grad_norm", "val/loss")):
-            return f"not finite at step {row['step']}"
-    return f"step {max((row['step'] for row in last.values()), default=0)} of {steps}"
-
-
-def training_seconds(rows: list[dict[str, Any]], steps: list[int]) -> list[float] | None:
-    """Return the seconds spent in updates until each of `steps`; None where no update was timed.
-
-    Start-up, compilation, evaluations and saves do not count. perf/step_seconds is the mean since
-    the row before. The first update of each process compiles and is not timed, so it counts as much
-    as its neighbours.
-    """
-    timed = {row["step"]: row.get("perf/step_seconds") for row in rows if "train/loss" in row}
-    known = [(step, seconds) for step, seconds in sorted(timed.items()) if seconds is not None]
-    if not known:
-        return None
-    if (last := max(timed)) > known[-1][0]:
-        known.append((last, known[-1][1]))
-    timed_steps, mean = np.array(known).T
-    clock = np.cumsum(mean * np.diff(timed_steps, prepend=0))
-    return np.interp(steps, [0, *timed_steps], [0, *clock]).round(3).tolist()
 
 
 def read_record(file: str) -> Record:

@@ -20,10 +20,6 @@ def check_file(file: str) -> None:
         raise Mistake(f"--plot={file} must end in {', '.join(FORMATS)}")
     if not Path(file).resolve().parent.is_dir():
         raise Mistake(f"--plot={file}: there is no folder {Path(file).parent}")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise Mistake('--plot needs matplotlib: pip install -e ".[plot]"') from None
 
 
 def draw(scaling: dict[str, Any], file: str) -> None:

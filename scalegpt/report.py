@@ -1,0 +1,55 @@
+"""This command shows one or several runs on a page: `python -m scalegpt.report out/demo`.
+
+The page is one HTML file with curves, times, samples, checkpoints and what differs in the runs'
+settings. It needs no network. A run that is going on, or was interrupted, is shown as far as it is.
+"""
+
+import argparse
+
+from scalegpt.config import command_line
+from scalegpt.errors import Mistake
+from scalegpt.files.folder import replacing
+from scalegpt.processes.command import run_command
+from scalegpt.run.curves import draw
+from scalegpt.run.history import read_history
+from scalegpt.run.page import NAME, write_page
+
+
+def main(argv: list[str]) -> int:
+    flags = _parser().parse_args(argv)
+    if twice := next((run for run in flags.runs if flags.runs.count(run) > 1), None):
+        raise Mistake(f"{twice} is given twice")
+    histories = [read_history(run) for run in flags.runs]
+    if flags.png:
+        try:
+            with replacing(flags.png) as beside:
+                draw(histories).savefig(beside, format="png")
+        except OSError as error:
+            raise Mistake(f"cannot write --png={flags.png}: {error.strerror}") from None
+        print(f"picture in {flags.png}")
+    if flags.out or not flags.png:
+        # Of one run, the page lies with it: in its folder or in its bucket.
+        out = flags.out or (f"{flags.runs[0].rstrip('/')}/{NAME}" if len(flags.runs) == 1 else NAME)
+        write_page(out, histories)
+        print(f"report in {out}; open it in a browser")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command_line.Parser(
+        prog="scalegpt.report",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__,
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="the run.out_dir of a training run")
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        help=f"the page (default: {NAME} in the run's folder; of several runs, in this one)",
+    )
+    parser.add_argument("--png", metavar="FILE", help="the curves alone, as a picture; no page")
+    return parser
+
+
+if __name__ == "__main__":
+    run_command(main)

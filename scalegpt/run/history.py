@@ -1,0 +1,134 @@
+"""A history is what a run has left in its folder so far: config, metrics, checkpoints, samples.
+
+A run that is going on, was interrupted or lies in a bucket is read like a finished one, and nothing
+is written. Its curves are arrays [N] over the rows of metrics.jsonl that have a key.
+"""
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from scalegpt.checkpoints import manifest
+from scalegpt.config import Config, loading
+from scalegpt.errors import Mistake
+from scalegpt.files import json_files
+from scalegpt.files.folder import Folder, open_folder
+from scalegpt.files.run_folder import FOLDER, first_line
+from scalegpt.model import flops
+
+DONE = "done"
+AXES = ("tokens", "flops", "seconds")  # what training costs
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class History:
+    """What the run in folder `name` has left. checkpoints: step -> manifest, or what is damaged."""
+
+    name: str
+    config: Config
+    rows: list[Row]
+    samples: list[Row]
+    checkpoints: dict[int, manifest.Manifest | str]
+
+    def curve(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return the steps [N], ascending, and the values [N] of a key; not finite is NaN."""
+        values = {row["step"]: row[key] for row in self.rows if key in row}
+        steps = sorted(values)
+        found = [np.nan if values[step] is None else values[step] for step in steps]
+        return np.array(steps, float), np.array(found, float)
+
+    def cost(self, axis: str, steps: np.ndarray) -> np.ndarray:
+        """Return what training up to each of `steps` [N] has cost, by one of AXES.
+
+        flops: those of training by the formula of `model.flops`. seconds: of updates alone, as in
+        `training_seconds`; NaN where no update was timed.
+        """
+        if axis == "seconds":
+            seconds = training_seconds(self.rows, steps.tolist())
+            return np.full(len(steps), np.nan) if seconds is None else np.array(seconds)
+        known, tokens = self.curve("train/tokens")
+        tokens = np.interp(steps, [0, *known], [0, *tokens])
+        return tokens * (1 if axis == "tokens" else flops.flops_per_token(self.config.model))
+
+
+def read_history(name: str) -> History:
+    """Read the run in folder or bucket `name`. Raises Mistake where there is none."""
+    folder = open_folder(name)
+    try:
+        if not folder.has("config.yaml"):
+            raise Mistake(
+                f"{name} is not the folder of a run: it has no config.yaml; "
+                "give the run.out_dir of a training run"
+            )
+        text = folder.read("config.yaml").decode(errors="replace")
+        checkpoints = manifest.steps(folder / FOLDER)
+    except Mistake:
+        raise
+    except Exception as error:  # each file system has its own
+        raise Mistake(f"cannot read {name}: {first_line(error)}") from error
+    source = f"{name}/config.yaml"
+    config = loading.validate(loading.sections(text, source), source)
+    return History(name, config, read_rows(folder), read_rows(folder, "samples.jsonl"), checkpoints)
+
+
+def read_rows(folder: Folder, name: str = "metrics.jsonl") -> list[Row]:
+    """Return the rows of a run's metrics, [] where it has none yet.
+
+    Raises Mistake for a row that no run writes: null stands for a number that is not finite.
+    """
+    if not folder.has(name):
+        return []
+    try:
+        text = folder.read(name).decode(errors="replace")
+    except OSError as error:
+        raise Mistake(f"cannot read {folder}/{name}: {error.strerror}; move it away") from None
+    rows = json_files.complete_rows(text.splitlines())
+    for row in rows:
+        numbers = {key: value for key, value in row.items() if "/" in key}
+        bad = [key for key, value in numbers.items() if not _is_number(value)]
+        if type(row["step"]) is not int or bad:
+            key = bad[0] if bad else "step"
+            raise Mistake(
+                f"{folder}/{name}: {key}={row[key]!r} at step {row['step']} is no number that "
+                "a run writes; mend that line, or move the folder away"
+            )
+    return rows
+
+
+def _is_number(value: Any) -> bool:
+    """Return whether a value is finite or None; math.isfinite raises for huge integers."""
+    return value is None or type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def state(rows: list[Row], steps: int) -> str:
+    """Return DONE, "not finite at step 7" where the run gave up, or "step 7 of 12"."""
+    last = {key: row for row in rows for key in ("train/loss", "val/loss") if key in row}
+    if last.get("val/loss", {}).get("val/loss") is not None and last["val/loss"]["step"] == steps:
+        return DONE
+    # JSON has no NaN, so null stands for it. Only last rows are read: a run that skips an update
+    # that is not finite goes on, and has later rows.
+    for row in last.values():
+        if any(row.get(key, 0) is None for key in ("train/loss", "train/grad_norm", "val/loss")):
+            return f"not finite at step {row['step']}"
+    return f"step {max((row['step'] for row in last.values()), default=0)} of {steps}"
+
+
+def training_seconds(rows: list[Row], steps: list[int]) -> list[float] | None:
+    """Return the seconds spent in updates until each of `steps`; None where no update was timed.
+
+    Start-up, compilation, evaluations and saves do not count. perf/step_seconds is the mean since
+    the row before. The first update of each process compiles and is not timed, so it counts as much
+    as its neighbours.
+    """
+    timed = {row["step"]: row.get("perf/step_seconds") for row in rows if "train/loss" in row}
+    known = [(step, seconds) for step, seconds in sorted(timed.items()) if seconds is not None]
+    if not known:
+        return None
+    if (last := max(timed)) > known[-1][0]:
+        known.append((last, known[-1][1]))
+    timed_steps, mean = np.array(known).T
+    clock = np.cumsum(mean * np.diff(timed_steps, prepend=0))
+    return np.interp(steps, [0, *timed_steps], [0, *clock]).round(3).tolist()
