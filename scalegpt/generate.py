@@ -18,7 +18,7 @@ from scalegpt.config import command_line
 from scalegpt.data.tokenizer import Tokenizer
 from scalegpt.errors import Mistake
 from scalegpt.files.cache import keep_compiled
-from scalegpt.inference.continuation import Continuation, continuations, prompt_ids
+from scalegpt.inference.continuation import continued, prompt_ids
 from scalegpt.inference.decode import Decoder, decoder
 from scalegpt.inference.sampling import Sampler
 from scalegpt.processes import startup
@@ -189,24 +189,20 @@ def _write(
     is_main, stream = jax.process_index() == 0, not flags.json
     printed, began, first = "", time.perf_counter(), 0.0
 
-    def watch(samples: list[Continuation]) -> None:
-        nonlocal printed, first
-        first = first or time.perf_counter()
-        if is_main and stream:
-            print(samples[0].text[len(printed) :], end="", flush=True)
-            printed = samples[0].text
-
     if is_main and stream:
         print(pairs[0][0], end="", flush=True)
-    samples = continuations(
+    for samples in continued(
         write,
         codec,
         [prompt for _, prompt in pairs],
         max_new_tokens=flags.max_new_tokens,
         seed=flags.seed,
         stops=flags.stop,
-        watch=watch,
-    )
+    ):
+        first = first or time.perf_counter()
+        if is_main and stream:
+            print(samples[0].text[len(printed) :], end="", flush=True)
+            printed = samples[0].text
     ended = time.perf_counter()
     if not is_main:
         return

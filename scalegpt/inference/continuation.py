@@ -1,7 +1,8 @@
 """A continuation is the text that a model writes after a prompt, token by token."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -50,7 +51,7 @@ class Continuation:
         return self.codec.decode(np.array(self.ids, np.int64))
 
 
-def continuations(
+def continued(
     write: Decoder,
     codec: Tokenizer,
     prompts: Sequence[np.ndarray],
@@ -58,22 +59,27 @@ def continuations(
     max_new_tokens: int,
     seed: int = 1337,
     stops: Sequence[str] = (),
-    watch: Callable[[list[Continuation]], None] = lambda texts: None,
-) -> list[Continuation]:
+) -> Iterator[list[Continuation]]:
     """Continue each prompt until end of text, a stop string or max_new_tokens.
 
-    watch: called with all texts after each token. Every process of a run must call this together.
+    Yields all texts after each token; the same objects, which grow. Every process of a run must
+    call this together.
     """
     texts = [Continuation(codec, stops) for _ in prompts]
     for ids in write.ids(prompts, max_new_tokens, seed):
         for text, token in zip(texts, ids.tolist(), strict=True):
             text.add(token)
-        watch(texts)
+        yield texts
         if all(text.finish for text in texts):
             break
     for text in texts:
         text.end("length")
-    watch(texts)
+    yield texts
+
+
+def continuations(*arguments: Any, **options: Any) -> list[Continuation]:
+    """Return the texts of `continued` when they have ended; its arguments."""
+    *_, texts = continued(*arguments, **options)
     return texts
 
 

@@ -112,6 +112,26 @@ def _score_batch(
         return log_likelihood(hidden, head_table(params), targets, model.config)
 
 
+def token_logits(steps: Steps, params: Any, ids: np.ndarray) -> np.ndarray:
+    """Return the logits [T, V] float32 after each of `ids` [T], on every process of a run."""
+    model, batch = steps.model, steps.layout[1]
+    width, _ = _padded_shape(Row(np.append(ids, 0), 1), model)
+    tokens = np.zeros((batch, width), np.int32)
+    tokens[:, : len(ids)] = ids
+    local = sharding.local_rows(steps.mesh, batch)
+    whole = NamedSharding(steps.mesh, PartitionSpec())
+    with jax.set_mesh(steps.mesh):
+        scores = jax.jit(partial(_first_row, model), out_shardings=whole)
+        inputs = sharding.to_global(tokens[local], local, steps.eval_sharding, batch)
+        return np.asarray(scores(params, inputs))[: len(ids), : model.config.vocab_size]
+
+
+def _first_row(model: GPT, params: Any, tokens: Array) -> Array:
+    with nn.logical_axis_rules(tuple(sharding.RULES.items())):
+        hidden = model.apply({"params": params}, tokens)
+        return logits(hidden[0], head_table(params), model.config)
+
+
 def _groups(rows: list[Row], batch: int, model: GPT) -> list[tuple[tuple[int, int], np.ndarray]]:
     """Sort rows into batches of one padded shape: ((W, K), indices of at most `batch` rows)."""
     by_shape: dict[tuple[int, int], list[int]] = {}

@@ -109,14 +109,21 @@ def text_figures(splits: list[Split], weights: list[float], losses: np.ndarray) 
 
 
 def text_split(path: str, codec: Tokenizer) -> Split:
-    """Encode a text file, after an end-of-text mark if the tokenizer has one. Raises Mistake."""
-    text = read_text(path)
+    """Encode a text file as `encoded_text`. Raises Mistake."""
+    return encoded_text(read_text(path), codec, path)
+
+
+def encoded_text(text: str, codec: Tokenizer, name: str) -> Split:
+    """Encode a text, after an end-of-text mark if the tokenizer has one.
+
+    name: of the text, or of its file. Raises Mistake for a text without anything to predict.
+    """
     ids, size = codec.encode(text), len(text.encode())
     if codec.eot is None:  # nothing predicts the first token, so its bytes must not count
         size -= len(codec.decode(ids[:1]).encode())
     else:
         ids = np.concatenate([[codec.eot], ids])
     if len(ids) < 2:
-        raise Mistake(f"{path} holds no text to predict")
+        raise Mistake(f"{name} holds no text to predict")
     rate = size / (len(ids) - 1)
-    return Split(Path(path).name, codec.spec(), codec.vocab_size, ids.astype(np.int32), rate)
+    return Split(Path(name).name, codec.spec(), codec.vocab_size, ids.astype(np.int32), rate)
