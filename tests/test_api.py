@@ -1,9 +1,11 @@
 """A trained model used from Python says what the commands say."""
 
 import json
+import re
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from tiny_run import arguments
 
 import scalegpt
@@ -27,7 +29,7 @@ def model(run) -> scalegpt.Model:
 
 
 def test_it_writes_what_the_command_writes(run, model, capsys):
-    flags = ["--prompt", "KING", "--prompt", "sir", "--max-new-tokens", "30", "--seed", "7", "--json"]
+    flags = ["--prompt=KING", "--prompt=sir", "--max-new-tokens=30", "--seed=7", "--json"]
     assert generate.main(["--run", run, *flags]) == 0
     said = [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
     assert model.generate(["KING", "sir"], 30, seed=7) == said
@@ -59,6 +61,17 @@ def test_checkpoint_mesh_and_dtype_are_those_asked_for(run, model):
     assert spread.params["wte"].sharding.shard_shape(spread.params["wte"].shape)[0] < len(
         spread.params["wte"]
     )
+
+
+def test_the_lines_of_the_readme_run(run):
+    text = (ROOT / "configs" / "README.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(import scalegpt\n.*?)```", text, re.DOTALL)[1]
+    for written, ours in (("out/slow", run), ("ROMEO:", "KING:"), ("To be, or not to be", TEXT)):
+        assert written in code
+        code = code.replace(written, ours.replace("\n", "\\n"))
+    names: dict = {}
+    exec(code.replace("To be", "KING"), names)
+    assert names["text"] and names["loss"] > 0 and names["logits"].shape[0] == len("KING")
 
 
 def test_mistakes_are_named(run, model, tmp_path):
