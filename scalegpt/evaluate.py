@@ -4,6 +4,11 @@ Evaluation shares no random key and no data position with training, so that a ru
 however often it is evaluated.
 """
 
+if __name__ == "__main__":
+    from scalegpt.processes.exits import leave_on_interrupt
+
+    leave_on_interrupt()
+
 import argparse
 import json
 import math

@@ -1,5 +1,10 @@
 """This command writes text: `python -m scalegpt.generate --run out/NAME --prompt "..."`."""
 
+if __name__ == "__main__":
+    from scalegpt.processes.exits import leave_on_interrupt
+
+    leave_on_interrupt()
+
 import argparse
 import contextlib
 import importlib

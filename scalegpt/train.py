@@ -35,7 +35,7 @@ from scalegpt.inference.decode import decoder
 from scalegpt.inference.sampling import Sampler
 from scalegpt.inference.validation import validation
 from scalegpt.model.flops import mfu_meter
-from scalegpt.processes import startup
+from scalegpt.processes import startup, streams
 from scalegpt.processes.agreement import Deadline, gather
 from scalegpt.processes.command import run_command
 from scalegpt.processes.deadlines import Watch
@@ -123,12 +123,13 @@ def train(config: Config, group: Group | Alone, phases: Phases, stop: StopReques
         datasets = open_datasets(config, phases.progress)
     config = config.with_vocab(max(d.vocab_size for d in datasets))
     with phases("devices"):
-        devices = jax.devices()
+        devices = sharding.all_devices()
     with phases("mesh"):
         steps = build_for_training(config, sharding.make_mesh(config.mesh))
     stored = stored_config(config, datasets[0].tokenizer)
     if config.run.replay:
         return replay(config, datasets, steps, phases)
+    streams.make_optional()
     validate = validation(config, datasets, steps, stop.check)
     in_use = lock(config) if is_main else None
     checkpoints = open_to_save(config)

@@ -446,21 +446,6 @@ def test_mistake_exits_2_with_one_message_and_makes_nothing(tmp_path, arguments,
     assert not out.exists()
 
 
-@pytest.mark.parametrize(
-    "body, code, said",
-    [("raise KeyboardInterrupt", 130, "\ninterrupted\n"), ("print('x' * 10**6)", 141, "")],
-)
-def test_ctrl_c_and_a_closed_pipe_end_a_command_without_a_traceback(body, code, said):
-    program = f"def main(argv):\n    {body}\n"
-    program += "from scalegpt.processes.command import run_command\nrun_command(main)"
-    process = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    process.stdout.close()  # as `| head` does
-    error = process.stderr.read()
-    assert (process.wait(), error) == (code, said)
-
-
 def test_mesh_that_does_not_fit_the_machine_exits_2_and_makes_nothing(tmp_path):
     """Found only when the devices are known; the data is opened before, so there has to be some."""
     import numpy as np

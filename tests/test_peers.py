@@ -496,21 +496,62 @@ def test_every_phase_has_a_deadline(tmp_path):
 # --- the request to stop ---
 
 
-def test_a_stop_request_is_noticed_and_the_signals_are_given_back(capfd):
-    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
+def test_a_stop_request_is_noticed_and_the_signals_are_given_back(name, capfd):
+    before = {n: signal.getsignal(n) for n in STOPS}
     request = StopRequest(Alone())
     try:
         request.saves = True
         assert not request.reached()
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(getattr(signal, name))
         until = time.monotonic() + 10
         while not request.reached() and time.monotonic() < until:
             time.sleep(0.01)
         assert request.reached() and request.reached()
-        assert "SIGTERM: saving after this step; once more" in capfd.readouterr().err
+        assert f"{name}: saving after this step; a second" in capfd.readouterr().err
     finally:
         request.close()
     assert {n: signal.getsignal(n) for n in before} == before
+
+
+def test_only_ctrl_c_and_sigterm_hurry_and_nohup_keeps_its_meaning(capfd):
+    """The end of a terminal sends SIGHUP twice; Slurm sends SIGUSR1, and SIGTERM a minute later."""
+
+    class Recorded(Alone):
+        def leave(self, code, text, with_stacks=False):
+            left.append((code, text))
+
+    left, nohup = [], signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        request = StopRequest(Recorded())
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        request.close()
+        signal.signal(signal.SIGHUP, nohup)
+        request = StopRequest(Recorded())
+        request.saves = True
+        for name in ("SIGHUP", "SIGHUP", "SIGUSR1", "SIGTERM", "SIGINT"):
+            assert not left
+            signal.raise_signal(getattr(signal, name))
+            said, until = "", time.monotonic() + 10
+            while f"{name}: saving" not in said and time.monotonic() < until:
+                said += capfd.readouterr().err
+            assert "SIGHUP" not in said or name == "SIGHUP"
+        request.close()
+    finally:
+        signal.signal(signal.SIGHUP, nohup)
+    assert left == [(128 + signal.SIGINT, "left at once on a second signal")]
+
+
+def test_in_a_thread_a_stop_request_hears_no_signals_and_does_no_harm():
+    before, requests = signal.getsignal(signal.SIGTERM), []
+    thread = threading.Thread(target=lambda: requests.append(StopRequest(Alone())))
+    thread.start()
+    thread.join()
+    assert not requests[0].reached() and signal.getsignal(signal.SIGTERM) == before
+    requests[0].close()
 
 
 def test_a_signal_while_there_is_nothing_to_save_ends_the_process_though_it_is_in_c():
@@ -524,7 +565,7 @@ hashlib.pbkdf2_hmac("sha256", b"", b"", 1_000_000_000)  # minutes, without a loo
     process.send_signal(signal.SIGTERM)
     began = time.monotonic()
     ended, said = codes([process])
-    assert ended == [3] and "before there was anything to save" in said[0]
+    assert ended == [3] and "SIGTERM: stopped; there was nothing new to save" in said[0]
     assert time.monotonic() - began < 5
     # Of several processes, one is enough.
     running = start(3, "join()\ntime.sleep(60)")

@@ -2,8 +2,12 @@
 
 import json
 import math
+import os
+import pty
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -173,6 +177,28 @@ def test_a_real_signal_saves_and_the_same_command_continues(data, longer_run, tm
     assert 12 <= stopped < 40 and f"stopped on request after update {stopped}" in output
     assert train.main(argv) == 0
     assert rows(tmp_path / "run") == rows(longer_run)
+
+
+@pytest.mark.slow
+def test_a_terminal_that_goes_away_is_a_request_to_stop_and_a_full_disk_of_the_log_is_not(
+    data, tmp_path
+):
+    argv = arguments(data, tmp_path / "run", **LONG | {"optim.steps": 150})
+    out_dir = tmp_path / "run"
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, "-m", "scalegpt.train", *argv])
+    said = b""
+    while b"step 20/" not in said:
+        said += os.read(terminal, 1 << 16)
+    os.close(terminal)  # the kernel sends SIGHUP, and whatever is printed fails from here on
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
+    stopped = max(rows(out_dir))
+    assert 20 <= stopped < 150 and (out_dir / "checkpoints" / str(stopped)).is_dir()
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "scalegpt.train", *argv]
+        assert subprocess.run(command, stdin=full, stdout=full, stderr=full).returncode == 0
+    assert len(rows(out_dir)) == 150 and (out_dir / "checkpoints" / "150").is_dir()
 
 
 def test_after_kill_9_between_checkpoints_no_row_is_missing_or_twice(data, longer_run, tmp_path):

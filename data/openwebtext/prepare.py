@@ -4,6 +4,11 @@ Without --input the text comes from the Hugging Face hub; with it, from local pa
 (with a column "text"), or from .txt files, each of which is a document.
 """
 
+if __name__ == "__main__":
+    from scalegpt.processes.exits import leave_on_interrupt
+
+    leave_on_interrupt()
+
 import glob
 import os
 import sys

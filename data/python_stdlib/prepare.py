@@ -4,6 +4,11 @@ Documents are its .py files, without tests and installed packages, separated by 
 twentieth of the bytes is for validation: whole files, chosen by a hash of their path.
 """
 
+if __name__ == "__main__":
+    from scalegpt.processes.exits import leave_on_interrupt
+
+    leave_on_interrupt()
+
 import platform
 import sysconfig
 import tokenize

@@ -3,6 +3,11 @@
 The split is by characters and no end-of-text marks are set, so that the counts are nanoGPT's.
 """
 
+if __name__ == "__main__":
+    from scalegpt.processes.exits import leave_on_interrupt
+
+    leave_on_interrupt()
+
 import hashlib
 import os
 import urllib.request

@@ -5,6 +5,11 @@ compressed as .gz, .xz, .bz2 or .zst. A hash of its text decides whether a docum
 validation; of a single document, the end does.
 """
 
+if __name__ == "__main__":
+    from scalegpt.processes.exits import leave_on_interrupt
+
+    leave_on_interrupt()
+
 import codecs
 import glob
 import os

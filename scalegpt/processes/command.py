@@ -1,9 +1,9 @@
 """How a command ends: its exit code, and one message for a user's mistake."""
 
 import errno
-import os
 import shlex
 import shutil
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from scalegpt.errors import Mistake
+from scalegpt.processes import streams
 from scalegpt.processes.exits import Exit
 
 Main = Callable[[list[str]], int]
@@ -28,8 +29,9 @@ _OF_THE_DISK = {
 
 def run_command(main: Main) -> NoReturn:
     """Run a command on this process's command line and exit with its code: a script's last line."""
-    # A model may write any character. A terminal without UTF-8 shows "?" for those it lacks.
-    sys.stdout.reconfigure(errors="replace")
+    streams.prepare()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # by exits.leave_on_interrupt
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(exit_code(main, sys.argv[1:]))
 
 
@@ -40,12 +42,13 @@ def exit_code(main: Main, argv: list[str]) -> int:
     raised again, so that Python shows its traceback.
     """
     try:
-        return main(argv)
-    except SystemExit:
-        raise
+        try:
+            code = main(argv)
+        except SystemExit as end:  # of --help
+            code = end.code
+        sys.stdout.flush()  # here an error has a message and an exit code
+        return code
     except BaseException as error:
-        if isinstance(error, BrokenPipeError):  # else Python would complain once more
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if (code := code_of(error)) == Exit.FAILED:
             raise
         show(error)

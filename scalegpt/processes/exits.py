@@ -8,6 +8,8 @@ import threading
 from enum import IntEnum
 from typing import NoReturn
 
+from scalegpt.processes.streams import offer
+
 
 class Exit(IntEnum):
     """The exit codes of every command; README and scripts rely on them."""
@@ -21,9 +23,12 @@ class Exit(IntEnum):
     BROKEN_PIPE = 141  # `| head` has seen enough
 
 
+NOTHING_TO_SAVE = "stopped; there was nothing new to save"
+
+
 def say(text: str) -> None:
     """Write a line to standard error, past Python's buffers: a stuck thread may hold their lock."""
-    os.write(2, f"{text}\n".encode())
+    offer(2, f"{text}\n".encode())
 
 
 def dump_stacks() -> None:
@@ -31,18 +36,35 @@ def dump_stacks() -> None:
     faulthandler.dump_traceback(2)
 
 
+def stop_signals() -> list[signal.Signals]:
+    """Return the signals that ask a run to stop, without SIGHUP where nohup has it ignored.
+
+    A connection that drops sends SIGHUP, Slurm SIGUSR1 (`--signal=USR1@60`) and then SIGTERM.
+    """
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+    known = [getattr(signal, name) for name in names if hasattr(signal, name)]  # Windows has two
+    return [n for n in known if n in known[:2] or signal.getsignal(n) is not signal.SIG_IGN]
+
+
 def leave_on_signals() -> None:
-    """From here on SIGINT and SIGTERM end this process at once, as a run that was stopped.
+    """From here on a request to stop ends this process at once, as a run that was stopped.
 
     This is for the time before `StopRequest` exists, when there is nothing to save.
     """
 
     def leave(number: int, frame: object) -> NoReturn:
-        say(f"{signal.Signals(number).name}: stopped before there was anything to save")
+        say(f"{signal.Signals(number).name}: {NOTHING_TO_SAVE}")
         os._exit(Exit.STOPPED)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in stop_signals():
         signal.signal(number, leave)
+
+
+def leave_on_interrupt() -> None:
+    """Let Ctrl-C end this process without a word until `run_command`: while modules are imported
+    an exception may be swallowed, or end in a page of traceback."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def end(code: int) -> NoReturn:

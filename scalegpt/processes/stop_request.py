@@ -1,4 +1,4 @@
-"""The request to stop a run, which may come at any moment: Ctrl-C, SIGTERM, or Google's notice."""
+"""The request to stop a run, which may come at any moment: by a signal, or by Google's notice."""
 
 import os
 import signal
@@ -6,11 +6,11 @@ import socket
 import threading
 import time
 import urllib.request
+from typing import Any
 
-from scalegpt.processes.exits import Exit, say
+from scalegpt.processes.exits import NOTHING_TO_SAVE, Exit, say, stop_signals
 from scalegpt.processes.group import Alone, Group
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _METADATA = "http://{}/computeMetadata/v1/instance/{}"
 _NOTICES = {
     "preempted": ("TRUE", "this spot machine is being preempted"),
@@ -26,26 +26,32 @@ class Interrupted(Exception):
 class StopRequest:
     """Takes requests to stop: the run saves after the current update and leaves.
 
-    On a second signal it leaves at once; so it does on the first while `saves` is false and there
-    is nothing to save. A thread of its own acts on signals, for the main thread may be compiling
-    and not see them. Create it in the main thread; `close` gives the signals back.
+    On a second SIGINT or SIGTERM it leaves at once; so it does on the first signal of any kind
+    while `saves` is false and there is nothing to save. A thread of its own acts on signals, for
+    the main thread may be compiling and not see them. `close` gives the signals back. Created in
+    another thread than the main one, as in a server, it hears no signals: Python has no way to.
     """
 
     def __init__(self, group: Group | Alone) -> None:
         self.saves = False
         self._group = group
-        self._signals, self._asked_here = 0, False
+        self._insisting, self._asked_here = 0, False
         self._calls, self._last_call = 0, None  # of `reached`
         self._counting = threading.Lock()
+        self._before: dict[int, Any] = {}
+        if threading.current_thread() is not threading.main_thread():
+            return
         ours, theirs = socket.socketpair()
         theirs.setblocking(False)
         self._sockets = (ours, theirs)
         # C writes the number of a signal there, whatever Python's main thread does.
         self._wakeup = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
-        self._before = {n: signal.signal(n, lambda number, frame: None) for n in _SIGNALS}
+        self._before = {n: signal.signal(n, lambda number, frame: None) for n in stop_signals()}
         threading.Thread(target=self._listen, daemon=True, name="stop").start()
 
     def close(self) -> None:
+        if not self._before:
+            return
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup)
@@ -53,9 +59,10 @@ class StopRequest:
 
     def _listen(self) -> None:
         while numbers := self._sockets[0].recv(1):
-            if numbers[0] in _SIGNALS:
-                self._signals += 1
-                if self._signals > 1:
+            if numbers[0] in self._before:
+                # The end of a terminal sends SIGHUP twice, and SIGTERM may follow by itself.
+                self._insisting += numbers[0] in (signal.SIGINT, signal.SIGTERM)
+                if self._insisting > 1:
                     self._group.leave(128 + numbers[0], "left at once on a second signal")
                 self.ask(signal.Signals(numbers[0]).name)
         self._sockets[0].close()
@@ -63,8 +70,8 @@ class StopRequest:
     def ask(self, why: str) -> None:
         """Ask the run to stop, from any thread."""
         if not self.saves:
-            self._group.leave(Exit.STOPPED, f"{why}: stopped before there was anything to save")
-        say(f"\n{why}: saving after this step; once more to leave at once")
+            self._group.leave(Exit.STOPPED, f"{why}: {NOTHING_TO_SAVE}")
+        say(f"\n{why}: saving after this step; a second SIGINT or SIGTERM leaves at once")
         self._asked_here = True
         if self._group.count == 1:
             self._last_call = 0
