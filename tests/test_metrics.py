@@ -22,7 +22,7 @@ from scalegpt.model import flops
 from scalegpt.processes.phases import Phases
 from scalegpt.run.metrics import EVAL_KEYS, TRAIN_KEYS, Console, Metrics, check_packages
 from scalegpt.run.progress import Throughput
-from scalegpt.run.writers import JsonlWriter, TensorBoardWriter, WandbWriter
+from scalegpt.run.writers import Apart, JsonlWriter, TensorBoardWriter, WandbWriter
 
 PHASES = Phases(RunConfig(out_dir="x"))
 ROOT = Path(__file__).resolve().parents[1]
@@ -295,9 +295,9 @@ def test_wandb_without_an_account_goes_offline_and_never_waits(tmp_path):
 def test_wandb_with_a_bad_key_is_one_warning(tmp_path):
     code = """
         import sys
-        from scalegpt.run.writers import WandbWriter
+        from scalegpt.run.writers import Apart, WandbWriter
         said = []
-        writer = WandbWriter({}, sys.argv[1], "p", say=said.append)
+        writer = Apart("W&B", lambda: WandbWriter({}, sys.argv[1], "p"), said.append)
         writer.write({"step": 1})
         writer.close()
         for line in said:
@@ -325,7 +325,7 @@ def fake_wandb(monkeypatch, run=None):
 def test_wandb_without_a_network_is_one_warning(monkeypatch, tmp_path):
     said = []
     fake_wandb(monkeypatch)
-    writer = WandbWriter({}, tmp_path, "p", say=said.append)
+    writer = Apart("W&B", lambda: WandbWriter({}, tmp_path, "p"), said.append)
     writer.write({"step": 1})
     writer.close()
     assert said == ["warning: W&B is off from here on (OSError: no route to host)"]
@@ -346,7 +346,7 @@ def test_wandb_that_breaks_while_logging_turns_itself_off(monkeypatch, tmp_path)
             raise AssertionError("it was turned off")
 
     fake_wandb(monkeypatch, Run())
-    writer = WandbWriter({}, tmp_path, "p", say=said.append)
+    writer = Apart("W&B", lambda: WandbWriter({}, tmp_path, "p"), said.append)
     for step in (1, 2):
         writer.write({"step": step, "train/loss": 1.0})
     writer.close()
@@ -354,13 +354,37 @@ def test_wandb_that_breaks_while_logging_turns_itself_off(monkeypatch, tmp_path)
     assert said == ["warning: W&B is off from here on (OSError: disk full)"]
 
 
-def test_wandb_does_not_swallow_ctrl_c(monkeypatch, tmp_path):
-    def log(row, step):
-        raise KeyboardInterrupt
+def test_a_writer_that_blocks_or_dies_holds_up_nothing_and_is_named_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(Apart, "MOST_WAITING", 3)
+    monkeypatch.setattr(Apart, "PATIENCE", 0.05)
+    said, written, blocked, free = [], [], threading.Event(), threading.Event()
 
-    fake_wandb(monkeypatch, SimpleNamespace(id="abc", log=log))
-    with pytest.raises(KeyboardInterrupt):
-        WandbWriter({}, tmp_path, "p").write({"step": 1})
+    def block(row):
+        blocked.set()
+        free.wait()
+
+    stuck = Apart("A", lambda: SimpleNamespace(write=block, close=None), said.append)
+    stuck.write({})
+    assert blocked.wait(10)
+    for _ in range(10):
+        stuck.write({})
+    stuck.close()
+    assert said.pop() == "warning: A is off from here on (3 rows wait for it)" and not said
+    late = Apart("B", lambda: SimpleNamespace(write=block, close=None), said.append)
+    late.write({})
+    late.close()
+    assert said.pop().startswith("warning: B is off from here on (not done 0 s") and not said
+    free.set()
+    monkeypatch.setattr(Apart, "PATIENCE", 10)
+    (tmp_path / "tb").write_text("")  # where a folder should be, as if the disk could not make it
+    broken = Apart("TensorBoard", lambda: TensorBoardWriter(tmp_path / "tb"), said.append)
+    whole = Apart("C", lambda: SimpleNamespace(write=written.append, close=list), said.append)
+    for writer in (broken, whole):
+        for step in (1, 2):
+            writer.write({"step": step})
+        writer.close()
+    assert written == [{"step": 1}, {"step": 2}]
+    assert len(said) == 1 and said[0].startswith("warning: TensorBoard is off from here on (File")
 
 
 def test_missing_wandb_names_the_extra(monkeypatch):
@@ -401,10 +425,11 @@ def test_console_without_a_terminal_is_plain_lines():
     assert not set("\r\x1b\x08") & set(stream.getvalue())
 
 
-def test_console_on_a_terminal_keeps_one_live_line():
-    main, side = pty.openpty()
+def test_console_on_a_terminal_keeps_one_live_line(monkeypatch):
+    main, side = pty.openpty()  # which says that it has 0 lines of 0 columns
     with os.fdopen(side, "w") as stream:
-        console = Console(100, start_step=50, stream=stream)
+        monkeypatch.setattr(sys, "stdout", stream)
+        console = Console(100, start_step=50)
         console.write(train_row(60, **{"perf/step_seconds": 2.0}))
         console.write({"step": 60, "val/loss": 3.0})
         console.write(train_row(100))

@@ -4,11 +4,11 @@ The same keys go to metrics.jsonl (always), TensorBoard and W&B (optional), and 
 on the console. Only the main process of a run writes anything.
 """
 
-import contextlib
 import importlib.util
 import shutil
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,7 +20,7 @@ from scalegpt.files import run_folder
 from scalegpt.files.folder import open_folder
 from scalegpt.processes.phases import Phases
 from scalegpt.run import ledger
-from scalegpt.run.writers import JsonlWriter, Row, Say, TensorBoardWriter, WandbWriter
+from scalegpt.run.writers import Apart, JsonlWriter, Row, Say, TensorBoardWriter, WandbWriter
 
 # Scripts read these: a key is never renamed. A step is an optimizer update, a loss is in nats a
 # token, train/tokens counts from step 0 over restarts, train/spike is in deviations
@@ -81,14 +81,14 @@ class Console:
                 total=total_steps,
                 initial=start_step,
                 file=self._stream,
+                nrows=20,  # a terminal that says 0 shows the line, too
                 bar_format="{desc} |{bar}| {percentage:3.0f}%",
             )
 
     def say(self, text: str) -> None:
         """Print a line that stays; on a terminal, above the live one."""
         if self._bar is None:
-            with contextlib.suppress(BrokenPipeError):  # so that `| head` does not end a run
-                print(text, file=self._stream, flush=True)
+            print(text, file=self._stream, flush=True)
         else:
             self._bar.write(text, file=self._stream)
 
@@ -157,19 +157,20 @@ class Metrics:
         self.say, self._writers = console.say, [jsonl, console]
         self.on_terminal = console.on_terminal
         if log.tensorboard:
-            self._writers.append(TensorBoardWriter(folder / "tensorboard", resume_step))
+            tensorboard = partial(TensorBoardWriter, folder / "tensorboard", resume_step)
+            self._writers.append(Apart("TensorBoard", tensorboard, self.say))
         if log.wandb:
-            self._writers.append(
-                WandbWriter(
-                    config or {},
-                    folder,
-                    log.wandb_project,
-                    log.wandb_name or Path(out_dir).name,
-                    resume_step is not None,
-                    log.wandb_entity,
-                    self.say,
-                )
+            wandb = partial(
+                WandbWriter,
+                config or {},
+                folder,
+                log.wandb_project,
+                log.wandb_name or Path(out_dir).name,
+                resume_step is not None,
+                log.wandb_entity,
+                self.say,
             )
+            self._writers.append(Apart("W&B", wandb, self.say))
 
     def train(self, row: Row) -> None:
         """Write a row of TRAIN_KEYS and norm/NAME, any scalars; time and memory are added."""

@@ -3,7 +3,10 @@
 import json
 import math
 import os
+import queue
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,6 +87,54 @@ class JsonlWriter:
         self._file.close()
 
 
+class Apart:
+    """Hand rows to a writer in a thread of its own, so that it neither ends nor holds up a run.
+
+    make: creates the writer, in that thread. A writer that fails, as on a full disk, or that takes
+    no rows while MOST_WAITING of them come, is off from then on, with one warning: metrics.jsonl
+    has the rows anyway.
+    """
+
+    MOST_WAITING = 20_000  # some 20 MB
+    PATIENCE = 90.0  # seconds at the end; W&B's service gets 60
+
+    def __init__(self, name: str, make: Callable[[], Any], say: Say) -> None:
+        self._name, self._make, self._say, self._off = name, make, say, False
+        self._rows: queue.Queue[Row | None] = queue.Queue(self.MOST_WAITING)
+        self._thread = threading.Thread(target=self._run, daemon=True, name=name)
+        self._thread.start()
+
+    def _run(self) -> None:
+        # Any exception, on purpose: a bad key, a full disk, a fault of W&B's server or client must
+        # not end days of training.
+        try:
+            writer = self._make()
+            while (row := self._rows.get()) is not None and not self._off:
+                writer.write(row)
+            writer.close()
+        except Exception as error:
+            self._turn_off(f"{type(error).__name__}: {error}")
+
+    def _turn_off(self, why: str) -> None:
+        if not self._off:
+            self._off = True
+            self._say(f"warning: {self._name} is off from here on ({why})")
+
+    def write(self, row: Row | None) -> None:
+        if not self._off:
+            try:
+                self._rows.put_nowait(row)
+            except queue.Full:
+                self._turn_off(f"{self.MOST_WAITING} rows wait for it")
+
+    def close(self) -> None:
+        self.write(None)
+        if not self._off:
+            self._thread.join(self.PATIENCE)
+            if self._thread.is_alive():
+                self._turn_off(f"not done {self.PATIENCE:.0f} s after the last row")
+
+
 class TensorBoardWriter:
     """The writer makes TensorBoard scalars of rows; TensorBoard hides those after `resume_step`."""
 
@@ -91,32 +142,44 @@ class TensorBoardWriter:
         # Where torch is installed, tensorboardX imports it for the name of a type: for seconds.
         without_torch = sys.modules.setdefault("torch", None) is None
         try:
-            from tensorboardX import SummaryWriter
-            from tensorboardX.proto.summary_pb2 import Summary
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto import event_pb2, summary_pb2
         finally:
             if without_torch:
                 del sys.modules["torch"]
 
-        purge = None if resume_step is None else resume_step + 1  # hidden from this step on
-        self._writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=10)
-        self._summary, self.close = Summary, self._writer.close
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        # Not SummaryWriter, whose own thread dies on a full disk and lets the run wait for ever.
+        self._events = EventsWriter(str(Path(folder, "events")))
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        self._flushed = 0.0
+        if resume_step is not None:
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._add(resume_step + 1, time.time(), session_log=start)  # hidden from this step on
+
+    def _add(self, step: int, at: float, **content: Any) -> None:
+        self._events.write_event(self._event(step=step, wall_time=at, **content))
+        if time.monotonic() > self._flushed + 10:
+            self._events.flush()
+            self._flushed = time.monotonic()
 
     def write(self, row: Row) -> None:
-        # One event a row: add_scalar writes one a value, which costs a millisecond a row.
+        # One event a row costs less than one a value.
         values = [
             self._summary.Value(tag=key, simple_value=value)
             for key, value in row.items()
             if key not in ("step", "time")
         ]
-        summary = self._summary(value=values)
-        self._writer.file_writer.add_summary(summary, row["step"], row["time"])
+        self._add(row["step"], row["time"], summary=self._summary(value=values))
+
+    def close(self) -> None:
+        self._events.close()
 
 
 class WandbWriter:
-    """The writer sends rows to Weights & Biases, whose failures neither stop nor hold up a run.
+    """The writer sends rows to Weights & Biases; without credentials it logs offline.
 
-    Without credentials it logs offline. Any other trouble turns it off with one warning. A
-    continued run keeps its W&B id, in out_dir/wandb_id.txt, and W&B ignores steps that it has.
+    A continued run keeps its W&B id, in out_dir/wandb_id.txt, and W&B ignores steps that it has.
     """
 
     def __init__(
@@ -129,51 +192,33 @@ class WandbWriter:
         entity: str | None = None,
         say: Say = print,
     ) -> None:
-        self._say, self._run = say, None
-        id_file = Path(out_dir) / "wandb_id.txt"
+        import wandb
 
-        def start() -> None:
-            import wandb
-
-            mode = wandb.setup().settings.mode  # from WANDB_MODE or W&B's settings files
-            online = mode not in ("offline", "dryrun", "disabled")
-            # wandb.init would ask for a key and wait; this neither asks nor goes to the network.
-            if online and not wandb.login(prompt=False, verify=False):
-                mode = "offline"
-                say(
-                    "warning: no W&B credentials, so W&B logs offline; to upload later: "
-                    f"wandb login && wandb sync {out_dir}/wandb/offline-run-*"
-                )
-            run_id = id_file.read_text().strip() if resume and id_file.exists() else None
-            self._run = wandb.init(
-                project=project,
-                name=name,
-                entity=entity,
-                config=config,
-                dir=str(out_dir),
-                mode=mode,
-                id=run_id,
-                resume="allow" if run_id else None,
-                # Without this limit a run whose network died waits for ever at its end.
-                settings=wandb.Settings(finish_timeout=60),
+        mode = wandb.setup().settings.mode  # from WANDB_MODE or W&B's settings files
+        online = mode not in ("offline", "dryrun", "disabled")
+        # wandb.init would ask for a key and wait; this neither asks nor goes to the network.
+        if online and not wandb.login(prompt=False, verify=False):
+            mode = "offline"
+            say(
+                "warning: no W&B credentials, so W&B logs offline; to upload later: "
+                f"wandb login && wandb sync {out_dir}/wandb/offline-run-*"
             )
-            id_file.write_text(self._run.id + "\n")
-
-        self._guard(start)
-
-    def _guard(self, call: Callable[[], Any]) -> None:
-        try:
-            call()
-        except Exception as error:
-            # Any exception, on purpose: a bad key, a full disk, a fault of W&B's server or client
-            # must not end days of training, whose rows are in metrics.jsonl anyway.
-            self._run = None
-            self._say(f"warning: W&B is off from here on ({type(error).__name__}: {error})")
+        id_file = Path(out_dir) / "wandb_id.txt"
+        run_id = id_file.read_text().strip() if resume and id_file.exists() else None
+        self._run = wandb.init(
+            project=project,
+            name=name,
+            entity=entity,
+            config=config,
+            dir=str(out_dir),
+            mode=mode,
+            id=run_id,
+            resume="allow" if run_id else None,
+            # Without this limit a run whose network died waits for ever at its end.
+            settings=wandb.Settings(finish_timeout=60),
+        )
+        id_file.write_text(self._run.id + "\n")
+        self.close = self._run.finish
 
     def write(self, row: Row) -> None:
-        if run := self._run:
-            self._guard(lambda: run.log(row, step=row["step"]))
-
-    def close(self) -> None:
-        if run := self._run:
-            self._guard(run.finish)
+        self._run.log(row, step=row["step"])
