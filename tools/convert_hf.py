@@ -53,7 +53,9 @@ def main(argv: list[str]) -> int:
 
 
 def parser() -> command_line.Parser:
-    whole = command_line.Parser(prog="convert_hf.py", description=__doc__.splitlines()[0])
+    whole = command_line.Parser(
+        prog="convert_hf.py", description=(__doc__ or "").partition("\n")[0]
+    )
     commands = whole.add_subparsers(required=True)
 
     def command(name: str, function: Any, summary: str) -> argparse.ArgumentParser:

@@ -260,7 +260,7 @@ def work(config: Config, folder: Path, count: int) -> int:
 
 def choose_devices() -> list[Any]:
     """Return eight real devices, or else eight simulated on the CPU. Raises Mistake."""
-    devices = jax.devices()
+    devices = sharding.all_devices()
     devices = devices if len(devices) >= DEVICES else jax.devices("cpu")
     if (count := len(devices)) < DEVICES:
         raise Mistake(f"{count} devices, parity needs {DEVICES}: unset JAX_NUM_CPU_DEVICES")

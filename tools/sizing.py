@@ -11,7 +11,6 @@ scalegpt/step/memory.py and tools/planning/scaling_laws.py.
 import json
 import math
 from argparse import Namespace
-from pathlib import Path
 from typing import Any
 
 from jax.sharding import AbstractMesh
@@ -22,6 +21,7 @@ from scalegpt.config import Config, command_line
 from scalegpt.config.loading import NO_RUN
 from scalegpt.data.token_files import read_meta
 from scalegpt.errors import Mistake
+from scalegpt.files.folder import expanded
 from scalegpt.model import attention, flops
 from scalegpt.processes.command import run_command
 from scalegpt.step import memory, sharding
@@ -92,7 +92,7 @@ def with_vocabulary(config: Config) -> tuple[Config, str]:
     if config.model.vocab_size is not None:
         return config, "model.vocab_size"
     paths = [path for path in config.data.weights if path]
-    metas = [(read_meta(Path(path).expanduser()), path) for path in paths]
+    metas = [(read_meta(expanded(path)), path) for path in paths]
     if known := [(meta["vocab_size"], path) for (meta, stated), path in metas if stated]:
         vocabulary, path = max(known)
         return config.with_vocab(vocabulary), f"meta of {path}"

@@ -60,7 +60,9 @@ def main(argv: list[str]) -> int:
 
 
 def parser() -> command_line.Parser:
-    whole = command_line.Parser(prog="tpu.py", description=__doc__.splitlines()[0], epilog=UNTRIED)
+    whole = command_line.Parser(
+        prog="tpu.py", description=(__doc__ or "").partition("\n")[0], epilog=UNTRIED
+    )
     commands = whole.add_subparsers(required=True, metavar="COMMAND")
     creating, starting = (train, up), (train, run)
     for function, summary in (

@@ -58,11 +58,18 @@ def _named(text: str) -> str:
     return text
 
 
+def _expanded(text: str) -> str:
+    path = os.path.expanduser(text)
+    if path.startswith("~"):
+        raise PydanticCustomError("home", "is in a home folder that is not known here")
+    return path
+
+
 Text = Annotated[str, AfterValidator(_plain)]
 Which = Annotated[str, AfterValidator(checkpoint)]
 Name = Annotated[Text, AfterValidator(_named)]  # of a file, a folder, a project
 # A shell does not expand "~" in --key=~/runs, and a folder named "~" invites rm -r ~.
-Place = Annotated[Name, AfterValidator(os.path.expanduser)]
+Place = Annotated[Name, AfterValidator(_expanded)]
 
 
 def divisors(n: int) -> list[int]:

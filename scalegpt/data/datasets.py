@@ -12,6 +12,7 @@ from scalegpt.config.presets import recipe
 from scalegpt.data.batches import TrainBatches
 from scalegpt.data.token_files import Dataset, check_tokens, open_dataset
 from scalegpt.errors import Mistake
+from scalegpt.files.folder import expanded
 
 
 def open_datasets(config: Config, alive: Callable[[], None] = lambda: None) -> list[Dataset]:
@@ -23,7 +24,7 @@ def open_datasets(config: Config, alive: Callable[[], None] = lambda: None) -> l
     datasets = []
     for path in config.data.weights:
         if config.data.prepare and "://" not in path:
-            _prepare(Path(path).expanduser(), alive)
+            _prepare(expanded(path), alive)
         dataset = open_dataset(path, config.data.cache_dir)
         check_tokens(dataset, config.model.block_size)
         if datasets and dataset.tokenizer != datasets[0].tokenizer:

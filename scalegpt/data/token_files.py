@@ -20,6 +20,7 @@ from scalegpt.config.presets import recipe
 from scalegpt.config.types import LARGEST
 from scalegpt.data import tokenizer
 from scalegpt.errors import Mistake
+from scalegpt.files.folder import expanded
 from scalegpt.files.json_files import read_object
 from scalegpt.files.staging import stage
 
@@ -98,7 +99,7 @@ def open_split(path: str | Path, split: str, cache_dir: str | None = None) -> Sp
 
     Copies and raises as `open_dataset`.
     """
-    file = Path(path).expanduser().resolve()
+    file = expanded(path).resolve()
     if file.is_file():
         name, folder, split = file.name, file.parent, file.stem
     else:
@@ -115,7 +116,7 @@ def _locate(path: str, needed: tuple[str, ...], cache_dir: str | None) -> tuple[
     if not path:
         raise Mistake("data.path is empty; name a folder with train.bin and val.bin")
     remote = "://" in path
-    folder = Path(path).expanduser().resolve()
+    folder = expanded(path).resolve()
     if remote:
         folder = stage(path, (*META, *needed), cache_dir)
     if not folder.is_dir():

@@ -6,10 +6,18 @@ import platform
 import posixpath
 from pathlib import Path
 
+from scalegpt.errors import Mistake
+
 
 def cache_folder(*parts: str) -> Path:
-    """Return `$XDG_CACHE_HOME/scalegpt/parts`, or `~/.cache/scalegpt/parts`; create nothing."""
+    """Return `$XDG_CACHE_HOME/scalegpt/parts`, or `~/.cache/scalegpt/parts`; create nothing.
+
+    Raises Mistake for a user without a home, as of a container that runs under any number: a folder
+    for temporary files, where others can write, is no place for programs.
+    """
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    if home.startswith("~"):
+        raise Mistake("this user has no home folder for copies: set XDG_CACHE_HOME to a folder")
     return Path(home, "scalegpt", *parts)
 
 
@@ -32,7 +40,10 @@ def keep_compiled() -> None:
     import jax  # not at the top: a process that only copies files needs no JAX
 
     if jax.config.jax_compilation_cache_dir is None:
-        folder = cache_folder("compiled", kind_of_cpu())
+        try:
+            folder = cache_folder("compiled", kind_of_cpu())
+        except Mistake:  # no home: each process compiles for itself
+            return
         jax.config.update("jax_compilation_cache_dir", str(folder))
         # JAX stores only what took a second to compile, which leaves out most programs of a small
         # run; together they take seconds.

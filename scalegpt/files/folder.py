@@ -137,6 +137,14 @@ class Folder:
         return digest.hexdigest()
 
 
+def expanded(path: str | Path) -> Path:
+    """Return the path with "~" replaced by a home folder. Raises Mistake where there is none."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise Mistake(f"{path}: that home folder is not known here; write the whole path") from None
+
+
 def local_path(text: str) -> Path:
     """Parse a flag that names a local folder, for argparse.
 
@@ -144,7 +152,7 @@ def local_path(text: str) -> Path:
     """
     if is_url(text) or not text:
         raise argparse.ArgumentTypeError(f"{text!r} must be a local folder")
-    return Path(text).expanduser()
+    return expanded(text)
 
 
 def open_url(url: str, verb: str, **options: Any) -> tuple[Any, str]:
@@ -170,7 +178,7 @@ def open_folder(path: str | Path) -> Folder:
     import fsspec
 
     if not is_url(path):
-        path = Path(path).expanduser().absolute().as_posix()
+        path = expanded(path).absolute().as_posix()
         return Folder(path, fsspec.filesystem("file"), path)
     path = str(path).rstrip("/")
     if not path.startswith(("gs://", "s3://")):  # else Orbax would make a local folder "x:"

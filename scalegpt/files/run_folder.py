@@ -9,7 +9,7 @@ from pathlib import Path
 
 from scalegpt.errors import Mistake
 from scalegpt.files.cache import cache_folder, name_of_url
-from scalegpt.files.folder import Folder, is_url, open_folder, replace_file
+from scalegpt.files.folder import Folder, expanded, is_url, open_folder, replace_file
 
 FOLDER = "checkpoints"
 BAD_UPDATES = "bad_updates.jsonl"
@@ -21,7 +21,7 @@ def is_run(folder: str | Path) -> bool:
     """Tell whether `folder` is a run's, or of imported weights, and not one of Hugging Face's."""
     if is_url(folder):
         return bool((open_folder(folder) / FOLDER).names())
-    return Path(folder, FOLDER).expanduser().is_dir()
+    return expanded(Path(folder, FOLDER)).is_dir()
 
 
 def has_imported_weights(out_dir: str | Path) -> bool:
@@ -33,7 +33,7 @@ def local(out_dir: str) -> Path:
     """Return the folder of this machine that the small files are in; it may not exist yet."""
     if is_url(out_dir):
         return cache_folder("runs", name_of_url(out_dir))
-    return Path(out_dir).expanduser()
+    return expanded(out_dir)
 
 
 def fetch(out_dir: str, is_main: bool = True) -> Path:

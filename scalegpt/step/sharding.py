@@ -63,9 +63,21 @@ def mesh_shape(config: MeshConfig, devices: int, what: str) -> tuple[int, ...]:
     return tuple(devices // fixed if size == -1 else size for size in sizes.values())
 
 
+def all_devices() -> list[Any]:
+    """Return JAX's devices. Raises Mistake where there are none of the kind that it wants."""
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        raise Mistake(
+            f"JAX_PLATFORMS={jax.config.jax_platforms or ''}: JAX finds no such device here"
+            f"{': ' if str(error) else ''}{str(error).partition(chr(10))[0]}; unset it, or install "
+            "what the device needs: pip install 'scalegpt[cuda]' or 'scalegpt[tpu]'"
+        ) from error
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Make the mesh over all devices. Raises Mistake as `mesh_shape` does."""
-    devices = jax.devices() if devices is None else devices
+    devices = all_devices() if devices is None else devices
     shape = mesh_shape(config, len(devices), devices[0].platform)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     # Flax's logical constraints need Auto axes; jax.make_mesh would give Explicit ones.

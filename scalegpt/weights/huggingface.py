@@ -20,6 +20,7 @@ from scalegpt.config.loading import validate_sections
 from scalegpt.config.recipe import ModelConfig
 from scalegpt.data import tokenizer
 from scalegpt.errors import Mistake
+from scalegpt.files.folder import expanded
 from scalegpt.files.json_files import read_object
 from scalegpt.files.run_folder import is_run
 from scalegpt.model.layers import LAYER_NORM_EPS
@@ -69,7 +70,7 @@ def locate(source: str) -> Path:
 
     Raises Mistake, which says what to place where, when `source` is neither or cannot be had.
     """
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     if source and folder.is_dir():
         return folder
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source) or folder.exists():
