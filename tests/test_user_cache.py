@@ -9,7 +9,10 @@ import jax
 import pytest
 import tiny_run
 
+from scalegpt.config.command_line import parse
+from scalegpt.errors import Mistake
 from scalegpt.files import cache
+from scalegpt.files.folder import expanded
 
 
 def run(data: Path, out_dir: Path, **environment: str) -> dict[int, float]:
@@ -73,6 +76,49 @@ def test_programs_of_a_tenth_of_a_second_are_kept_if_nobody_said_otherwise(
     finally:
         for key, value in before.items():
             jax.config.update(key, value)
+
+
+@pytest.mark.parametrize("limit", [str(2**30), "-1"])
+def test_a_program_that_a_killed_process_has_half_written_is_removed(monkeypatch, tmp_path, limit):
+    """Without its "-atime" JAX adds no other program; with no limit it writes none at all."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", limit)
+    keys = ("jax_compilation_cache_dir", "jax_compilation_cache_max_size")
+    before = {key: getattr(jax.config, key) for key in keys}
+    folder = cache.cache_folder("compiled", cache.kind_of_cpu())
+    folder.mkdir(parents=True)
+    for name in ("half-cache", "whole-atime", "whole-cache"):
+        (folder / name).write_bytes(b"x")
+    try:
+        jax.config.update(keys[0], None)
+        jax.config.update(keys[1], int(limit))
+        cache.keep_compiled()
+    finally:
+        for key, value in before.items():
+            jax.config.update(key, value)
+    assert (folder / "half-cache").exists() == (limit == "-1")
+    assert (folder / "whole-cache").exists()
+
+
+def test_a_user_without_a_home_gets_no_folder_named_tilde(monkeypatch):
+    monkeypatch.setattr(
+        os.path, "expanduser", lambda path: path
+    )  # as for `docker run --user 12345`
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        cache.keep_compiled()
+        assert jax.config.jax_compilation_cache_dir is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    with pytest.raises(Mistake, match="set XDG_CACHE_HOME"):
+        cache.cache_folder("runs")
+    for flag in ("--run.out_dir=~/run", "--data.cache_dir=~/cache"):
+        with pytest.raises(Mistake, match="home folder that is not known here"):
+            parse(["--data.path=x", "--run.out_dir=x", flag], "train", {})
+    with pytest.raises(Mistake, match="home folder is not known here"):
+        expanded("~/x")
 
 
 def test_each_kind_of_cpu_has_a_folder_of_its_own(monkeypatch):

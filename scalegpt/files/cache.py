@@ -1,5 +1,6 @@
 """The user's cache folder holds copies of files behind URLs, and compiled programs."""
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -54,6 +55,15 @@ def keep_compiled() -> None:
         for name, value in settings.items():
             if name.upper() not in os.environ:
                 jax.config.update(name, value)
+        if jax.config.jax_compilation_cache_max_size == -1:
+            return
+        # JAX writes a program, then the time of its last use. What a process has left that was
+        # killed before that would never be replaced, and JAX would fail to add any other program.
+        with contextlib.suppress(OSError):
+            used = {path.name.removesuffix("-atime") for path in folder.glob("*-atime")}
+            for path in folder.glob("*-cache"):
+                if path.name.removesuffix("-cache") not in used:
+                    path.unlink()
 
 
 def kind_of_cpu() -> str:
