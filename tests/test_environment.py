@@ -4,14 +4,12 @@ import checkpoint
 import convert_hf
 import jax
 import pytest
-import tiny_run
 import tpu
 
 from scalegpt.config import DistributedConfig, MeshConfig
-from scalegpt.config.command_line import parse
 from scalegpt.errors import Mistake
 from scalegpt.processes import startup
-from scalegpt.step import build_for_training, sharding
+from scalegpt.step import sharding
 
 
 @pytest.mark.parametrize("error", [AssertionError(), RuntimeError("no cuda\nframes")])
@@ -25,16 +23,17 @@ def test_a_platform_that_is_not_here_is_a_mistake(monkeypatch, error):
     assert "frames" not in str(said.value) and "scalegpt[cuda]" in str(said.value)
 
 
-def test_jax_debug_nans_does_not_end_a_healthy_run(tmp_path, capsys):
-    """A state holds NaN on purpose: `health.Health` before there are enough losses."""
-    config, _ = parse(tiny_run.arguments(tmp_path, tmp_path), "train", {})
-    jax.config.update("jax_debug_nans", True)
+@pytest.mark.parametrize("name", sharding._CHECKS)
+def test_jaxs_checks_do_not_end_a_healthy_run(name, capsys):
+    strict, harmless = sharding._CHECKS[name]
+    before = getattr(jax.config, name)
     try:
-        build_for_training(config.with_vocab(65), sharding.make_mesh(MeshConfig()))
-        assert not jax.config.jax_debug_nans
+        jax.config.update(name, strict)
+        sharding.make_mesh(MeshConfig())
+        assert getattr(jax.config, name) == harmless
+        assert capsys.readouterr().err.startswith(f"note: {name.upper()} does not apply")
     finally:
-        jax.config.update("jax_debug_nans", False)
-    assert "JAX_DEBUG_NANS is off" in capsys.readouterr().err
+        jax.config.update(name, before)
 
 
 @pytest.mark.parametrize("tool", [checkpoint, convert_hf, tpu])

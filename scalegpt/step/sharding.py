@@ -1,5 +1,6 @@
 """Make the mesh, and shard arrays over it by one table from logical axis names to mesh axes."""
 
+import sys
 from collections.abc import Sequence
 from math import lcm, prod
 from typing import Any
@@ -40,6 +41,15 @@ RULES = {
     "act_vocab": "tensor",
 }
 
+# Checks of JAX that some set for all of their programs: name -> (what ends a healthy run, what does
+# not). A state holds NaN on purpose (health.Health), and arrays are made on the host.
+_CHECKS = {
+    "jax_debug_nans": (True, False),
+    "jax_numpy_rank_promotion": ("raise", "allow"),
+    "jax_numpy_dtype_promotion": ("strict", "standard"),
+    "jax_transfer_guard": ("disallow", "allow"),
+}
+
 
 def rules_within(manual: Sequence[str]) -> dict[str, Any]:
     """Return the RULES that hold inside a jax.shard_map over the axes `manual`."""
@@ -64,7 +74,14 @@ def mesh_shape(config: MeshConfig, devices: int, what: str) -> tuple[int, ...]:
 
 
 def all_devices() -> list[Any]:
-    """Return JAX's devices. Raises Mistake where there are none of the kind that it wants."""
+    """Return JAX's devices. Raises Mistake where there are none of the kind that it wants.
+
+    First it turns off, with a note, what ends a healthy run where the environment asks for it.
+    """
+    for name, (value, harmless) in _CHECKS.items():
+        if getattr(jax.config, name) == value:
+            jax.config.update(name, harmless)
+            print(f"note: {name.upper()} does not apply to scalegpt, and is off", file=sys.stderr)
     try:
         return jax.devices()
     except (RuntimeError, AssertionError) as error:
