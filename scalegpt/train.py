@@ -28,6 +28,7 @@ from scalegpt.config import Config, command_line
 from scalegpt.data import tokenizer
 from scalegpt.data.datasets import open_datasets
 from scalegpt.data.token_files import Dataset
+from scalegpt.errors import Mistake
 from scalegpt.files import run_folder
 from scalegpt.files.cache import keep_compiled
 from scalegpt.inference.continuation import continuations
@@ -241,7 +242,7 @@ def loop(run: Run, state: State, start: int) -> State:
         if evaluating:
             loss = evaluate(run, state, step)  # a request to stop: saves, raises Stopped
             if not math.isfinite(loss):
-                raise NotFinite(step)
+                raise NotFinite(step, evaluated=True)
         if saving or (loss is not None and loss < best):
             save(run, state, step, loss)
             if step < total and not stopping:  # `finish` writes the last row of the ledger
@@ -292,8 +293,9 @@ def finish(run: Run, state: State, start: int, end: Ended | None) -> Exit:
     with run.phases("save"):
         failure = checkpoints.wait()
     run.stop.saves = False
-    if code == Exit.NOT_FINITE:
-        reports.not_finite(step, config.run.skip_nonfinite, checkpoints, metrics)
+    if isinstance(end, NotFinite):
+        allowed = None if end.evaluated else config.run.skip_nonfinite
+        reports.not_finite(step, allowed, checkpoints, metrics)
     elif failure or code == Exit.FAILED:
         reports.not_saved(failure, checkpoints, metrics)
         code = Exit.FAILED
@@ -321,7 +323,7 @@ def sample(run: Run, params: Any) -> str:
     try:
         codec = tokenizer.load(run.meta["tokenizer"])
         start = codec.encode("\n") if codec.eot is None else np.array([codec.eot])
-    except ValueError as error:
+    except Mistake as error:
         problem = str(error)
     problems = gather("sample", problem, Deadline(run.config.run.deadline_evaluation))
     if first := next(filter(None, problems), None):

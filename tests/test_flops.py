@@ -190,14 +190,13 @@ def test_unknown_device_has_no_mfu_and_one_warning():
     assert len(said) == 1 and said[0].startswith("warning") and "'Quantum 9000'" in said[0]
 
 
-def test_cpu_gets_a_note_and_a_known_device_nothing():
+def test_a_cpu_and_a_known_device_get_no_note():
     said = []
     assert flops.mfu_meter(gpt(), "cpu", 1, said.append)(1e3) is None
-    assert len(said) == 1 and "warning" not in said[0]
     meter = flops.mfu_meter(gpt(), "NVIDIA H200", 2, said.append)
-    assert meter(1e6) == flops.mfu(gpt(), 1e6, "NVIDIA H200", 2) and len(said) == 1
+    assert meter(1e6) == flops.mfu(gpt(), 1e6, "NVIDIA H200", 2) and not said
     meter = flops.mfu_meter(gpt(), "NVIDIA H200", 2, said.append, "float32")
-    assert meter(1e6) is None and said[1].startswith("note: no MFU in float32")
+    assert meter(1e6) is None and said[0].startswith("note: no MFU in float32")
 
 
 def test_importing_flops_and_metrics_brings_no_heavy_package():

@@ -481,7 +481,7 @@ def test_what_takes_long_is_announced(capfd):
         time.sleep(1.3)
     finally:
         watching.close()
-    assert re.findall("still in restore after [67] s, deadline 3600 s", capfd.readouterr().err)
+    assert re.findall("^restore: [67] s so far, of at most 3600 s", capfd.readouterr().err)
 
 
 def test_every_phase_has_a_deadline(tmp_path):

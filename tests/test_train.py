@@ -515,7 +515,8 @@ def test_a_loss_that_is_not_finite_ends_with_4_and_no_bad_checkpoint(data, tmp_p
     }
     assert train.main(arguments(data, out_dir, **changes)) == 4
     printed = capsys.readouterr().out
-    assert "is not finite; stopped" in printed and "no checkpoint yet" in printed
+    assert "gradient of update 2 is not finite; stopped" in printed
+    assert "no checkpoint yet" in printed and "--run.skip_nonfinite=N" in printed
     assert not [p for p in (out_dir / "checkpoints").iterdir() if p.name.isdigit()]
 
 
@@ -526,7 +527,9 @@ def test_the_last_good_checkpoint_is_named_and_a_bad_evaluation_saves_none(
     changes = {"optim.lr": 1e38, "optim.schedule": "constant", "optim.steps": 20}
     changes |= {"run.allow_config_change": "true", "eval.every": 1, "checkpoint.every": 1}
     assert train.main(arguments(data, out_dir, **changes)) == 4
-    assert f"last good checkpoint is step {STEPS} in" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"last good checkpoint is step {STEPS} in" in printed
+    assert "error: the validation loss after update" in printed and "skip_non" not in printed
     checkpoints = open_checkpoints(out_dir)
     assert checkpoints.steps[-1] == STEPS
     checkpoints.close()

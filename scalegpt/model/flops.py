@@ -179,11 +179,12 @@ def mfu_meter(
     say: Callable[[str], None] = print,
     dtype: str = "bfloat16",
 ) -> Callable[[float], float | None]:
-    """Return a function from tokens/s to MFU, or to None where no peak is known, and say so now."""
-    if device_kind == "cpu":
-        say("note: no MFU on a CPU")
-    elif peak_flops(device_kind) is None:
+    """Return a function from tokens/s to MFU, or to None where no peak is known.
+
+    The latter is said now, but on a CPU, where nobody misses MFU.
+    """
+    if device_kind != "cpu" and peak_flops(device_kind) is None:
         say(f"warning: no MFU: scalegpt/model/flops.py has no peak FLOP/s for {device_kind!r}")
-    elif peak_flops(device_kind, dtype) is None:
+    elif device_kind != "cpu" and peak_flops(device_kind, dtype) is None:
         say(f"note: no MFU in {dtype}, whose products have no one peak FLOP/s")
     return lambda tokens_per_second: mfu(model, tokens_per_second, device_kind, n_devices, dtype)

@@ -45,7 +45,7 @@ class Watch:
                 announced = phase.since
                 announce_after = 5.0 if once else max(5.0, phase.deadline / 20)
             elif seconds > announce_after and self._group.index == 0:
-                say(f"still in {phase.name} after {seconds:.0f} s, deadline {phase.deadline:.0f} s")
+                say(f"{phase.name}: {seconds:.0f} s so far, of at most {phase.deadline:.0f} s")
                 announce_after *= 4
 
     def _end(self, phase: Phase, seconds: float) -> None:

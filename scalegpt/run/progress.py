@@ -29,9 +29,16 @@ class Stopped(Ended):
 
 
 class NotFinite(Ended):
-    """A loss or a gradient is NaN or infinite, once more often than the run allows."""
+    """A loss or a gradient is NaN or infinite, once more often than the run allows.
+
+    evaluated: not that of an update, but the loss of the evaluation after it.
+    """
 
     code = Exit.NOT_FINITE
+
+    def __init__(self, step: int, evaluated: bool = False) -> None:
+        super().__init__(step)
+        self.evaluated = evaluated
 
 
 class NotSaved(Ended):

@@ -204,13 +204,19 @@ def _worst(flat: dict[str, float]) -> str:
     return ", ".join(f"{name} {v:.3g}" for name, v in ordered[:3]) + more
 
 
-def not_finite(step: int, allowed: int, checkpoints: Checkpoints, metrics: Metrics) -> None:
-    """Say that the run stops: loss or gradient of more than `allowed` updates was not finite."""
+def not_finite(step: int, allowed: int | None, checkpoints: Checkpoints, metrics: Metrics) -> None:
+    """Say that the run stops: loss or gradient of more than `allowed` updates was not finite.
+
+    allowed: None where it was the loss of the evaluation after `step`.
+    """
+    what, how = f"the validation loss after update {step}", ""
+    if allowed is not None:
+        what = f"loss or gradient of update {step}"
+        how = "; to go on without such updates: --run.skip_nonfinite=N leaves out up to N of the "
+        how += f"whole run ({allowed} now)"
     metrics.say(
-        f"error: loss or gradient of update {step} is not finite; stopped; "
-        f"{checkpoints.last_good()} in {checkpoints.folder}. A lower optim.lr or a longer warm-up "
-        f"may help; to go on without such updates: --run.skip_nonfinite=N leaves out up to N of "
-        f"the whole run ({allowed} now)"
+        f"error: {what} is not finite; stopped; {checkpoints.last_good()} in "
+        f"{checkpoints.folder}. A lower optim.lr or a longer warm-up may help{how}"
     )
 
 
