@@ -24,6 +24,8 @@ from scalegpt.inference.sampling import Sampler
 from scalegpt.step import build, sharding, update
 from scalegpt.weights import trained
 
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
+METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
 BYTE = tokenizer.load({"kind": "byte"})
 BLOCK = 32
 
@@ -48,6 +50,33 @@ def test_what_is_shown_is_only_ever_added_to():
     assert "\ufffd" not in "".join(shown) and shown[-1] == text
     assert shown[2] == "Gr" and shown[3] == "Grö"  # not half a character
     assert continuation.finish is None
+
+
+def test_the_text_of_the_prompt_is_not_part_of_what_was_added():
+    """A SentencePiece-like tokenizer drops the space before the first word that it decodes."""
+    pieces = ["</s>", *"▁Once ▁upon ▁a ▁time ▁there".split()]
+    content = {
+        "model": {"type": "Unigram", "unk_id": 0, "vocab": [[p, -1.0] for p in pieces]},
+        "added_tokens": [
+            {"id": 0, "content": "</s>", "special": True} | dict.fromkeys(FLAGS, False)
+        ],
+        "pre_tokenizer": METASPACE,
+        "decoder": METASPACE,
+    }
+    codec = tokenizer.load({"kind": "tokenizer.json", "name": "t.json", "json": content})
+    prompt = continuation.prompt_ids(codec, "Once upon a time")
+    assert prompt.tolist() == [1, 2, 3, 4] and codec.decode([5]) == "there" and codec.eot == 0
+    for ids, want in ((prompt, " there a"), ([1, 0], "there a"), ([0], "there a"), ([], "there a")):
+        text = Continuation(codec, prompt=ids)
+        text.add(5)
+        text.add(3)
+        assert text.text == want
+    text = Continuation(codec, stops=[" a"], prompt=prompt)
+    text.add(3)
+    assert (text.text, text.finish) == ("", "stop")
+    text = Continuation(BYTE, prompt=[*"🙂🙂🙂🙂a".encode()])  # the tail begins within a character
+    text.add(66)
+    assert text.text == "B"
 
 
 def test_an_unfinished_character_is_shown_as_such_in_the_end():

@@ -13,7 +13,7 @@ from scalegpt.inference.decode import Decoder
 
 @dataclass
 class Continuation:
-    """A continuation holds what has been written after one prompt.
+    """A continuation holds what has been written after a prompt, whose ids are `prompt`.
 
     text: the part that no later token can change. finish: why the text ended, which is end_of_text,
     stop (a stop string, which is not part of the text) or length; None while it goes on.
@@ -21,9 +21,18 @@ class Continuation:
 
     codec: Tokenizer
     stops: Sequence[str] = ()
+    prompt: Sequence[int] | np.ndarray = ()
     ids: list[int] = field(default_factory=list)
     text: str = ""
     finish: str | None = None
+
+    def __post_init__(self) -> None:
+        # A SentencePiece-like tokenizer drops the space before a text's first word. So the text is
+        # decoded after some tokens of prompt, less what these are by themselves.
+        self._before = list(self.prompt[-16:])
+        if self.codec.eot in self._before:  # a new text begins after the mark
+            del self._before[: len(self._before) - self._before[::-1].index(self.codec.eot)]
+        self._known = len(self.codec.decode(self._before))
 
     def add(self, token: int) -> None:
         """Append a token, unless the text has ended."""
@@ -48,7 +57,7 @@ class Continuation:
             self.text, self.finish = self._decoded(), finish
 
     def _decoded(self) -> str:
-        return self.codec.decode(np.array(self.ids, np.int64))
+        return self.codec.decode([*self._before, *self.ids])[self._known :]
 
 
 def continued(
@@ -65,7 +74,7 @@ def continued(
     Yields all texts after each token; the same objects, which grow. Every process of a run must
     call this together.
     """
-    texts = [Continuation(codec, stops) for _ in prompts]
+    texts = [Continuation(codec, stops, prompt) for prompt in prompts]
     for ids in write.ids(prompts, max_new_tokens, seed):
         for text, token in zip(texts, ids.tolist(), strict=True):
             text.add(token)
