@@ -254,7 +254,7 @@ def _refuse_other_tokens(split: Split, model: trained.Trained) -> None:
         raise Mistake(
             f"{split.name} was made with tokenizer {tokenizer.kind(split.tokenizer)}, the model "
             f"with another, {tokenizer.kind(model.tokenizer)}, so that ids do not mean the same; "
-            "prepare the text again"
+            "prepare the text again, with --tokenizer and the run's folder"
         )
 
 

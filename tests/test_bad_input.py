@@ -748,7 +748,7 @@ for name, argv, files, *words in [
     ("an unknown tokenizer", ["--input=t.txt", "--tokenizer=gpt5"], {"t.txt": "text"}, "'gpt5'",
      "gpt2, byte"),
     ("a tokenizer that is an image", ["--input=t.txt", "--tokenizer=j.json"], {"t.txt": "text",
-     "j.json": JPEG}, "j.json is not a Hugging Face tokenizer.json"),
+     "j.json": JPEG}, "j.json is not JSON"),
     ("a tokenizer of nothing", ["--input=t.txt", "--tokenizer=j.json"], {"t.txt": "text", "j.json":
      "{}"}, "j.json is not a Hugging Face tokenizer.json"),
     ("a share of 2", ["--input=t.txt", "--val-fraction=2"], {"t.txt": "text"}, "--val-fraction",

@@ -4,6 +4,7 @@ import base64
 import json
 import math
 import os
+import pickle
 import subprocess
 import sys
 from itertools import product
@@ -30,7 +31,7 @@ from scalegpt.step import build, sharding
 from scalegpt.step.build import build_for_use
 from scalegpt.step.update import State
 from scalegpt.weights import export, huggingface, trained
-from scalegpt.weights.tokenizer_files import tokenizer_files
+from scalegpt.weights.tokenizer_files import named, tokenizer_files
 
 ODD = {"n_layer": 3, "n_head": 3, "n_embd": 51, "vocab_size": 101, "n_positions": 37}
 # The real widths and head counts; depth and vocabulary only repeat.
@@ -291,7 +292,7 @@ def test_without_biases_gpt2s_format_gets_zeros_and_the_same_logits(make_run, tm
     assert "no biases" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_the_card_and_the_configs_say_what_the_run_was(make_run, tmp_path):
+def test_the_card_and_the_configs_say_what_the_run_was(make_run, tmp_path, capsys):
     run = make_run(
         "plays",
         {"kind": "char", "chars": "".join(map(chr, range(33, 134)))},
@@ -300,6 +301,7 @@ def test_the_card_and_the_configs_say_what_the_run_was(make_run, tmp_path):
         dropout=0.1,
     )
     convert("export", "--run", run, "--out", tmp_path / "out")
+    assert "scalegpt[data]'  # for the next command" in capsys.readouterr().out
     card = (tmp_path / "out" / "README.md").read_text()
     lines = (
         "# plays",
@@ -463,6 +465,92 @@ def test_transformers_reads_our_tokenizers_with_the_same_ids_and_text(kind, shar
     if kind == "char":
         with pytest.raises(Exception, match="Missing"):  # as ours; never dropped in silence
             theirs("ß")
+
+
+def word_level(**more) -> dict:
+    """A tokenizer.json of three words and a mark whose name says what it is."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    mark = {"id": 0, "content": "[EOS]", "special": True, **flags}
+    other = {"id": 1, "content": "<END>", "special": True, **flags}
+    vocab = {"[EOS]": 0, "<END>": 1, "a": 2, "b": 3, "c": 4}
+    return {
+        "version": "1.0",
+        "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "c"},
+        "pre_tokenizer": {"type": "Whitespace"},
+        "added_tokens": [mark, other],
+        **more,
+    }
+
+
+def test_the_end_of_text_is_what_the_tokenizers_folder_says(tmp_path):
+    folder = write(tmp_path / "hf")
+    (folder / "tokenizer.json").write_text(json.dumps(word_level()))
+
+    def eot():
+        assert named(str(folder)).eot == (
+            eot := tokenizer.load(huggingface.describe(folder)[1]).eot
+        )
+        return eot
+
+    assert eot() == 0, "[EOS] is known by its name"
+    config = json.loads((folder / "config.json").read_text())
+    for stated, want in ((50256, 0), (2, 0), (1, 1)):  # not the default, nor a word
+        (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": stated}))
+        assert eot() == want
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 1]}))
+    assert eot() == 0
+    (folder / "tokenizer_config.json").write_text('{"eos_token": {"content": "<END>"}}')
+    assert eot() == 1
+    exported = tokenizer_files(huggingface.describe(folder)[1], 64)
+    assert exported["tokenizer_config.json"]["eos_token"] == "<END>"
+
+
+def test_a_template_of_the_tokenizer_is_not_exported(tmp_path):
+    """Training never saw the token that it puts before a text."""
+    from transformers import AutoTokenizer
+
+    piece = {"Sequence": {"id": "A", "type_id": 0}}
+    template = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "[EOS]", "type_id": 0}}, piece],
+        "pair": [piece, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"[EOS]": {"id": "[EOS]", "ids": [0], "tokens": ["[EOS]"]}},
+    }
+    cut = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    content = word_level(post_processor=template, truncation=cut)
+    spec = {"kind": "tokenizer.json", "name": "t.json", "json": content}
+    for name, value in tokenizer_files(spec, 64).items():
+        (tmp_path / name).write_text(json.dumps(value))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert (
+        theirs("a b a")["input_ids"] == tokenizer.load(spec).encode("a b a").tolist() == [2, 3, 2]
+    )
+    assert tokenizer.same(spec, tokenizer.read_json(tmp_path / "tokenizer.json"))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "byte", "char"])
+def test_an_exported_tokenizer_means_the_same_ids(kind, tmp_path):
+    spec = {"kind": kind} | ({"chars": "abĀ"} if kind == "char" else {})
+    for name, content in tokenizer_files(spec, 64).items():
+        (tmp_path / name).write_text(json.dumps(content))
+    exported = named(str(tmp_path)).spec()
+    assert exported["kind"] == "tokenizer.json" and tokenizer.same(exported, spec)
+    others = ({"kind": "char", "chars": "aĀb"}, {"kind": "ids", "vocab_size": 256}, "gpt2", "byte")
+    assert [other for other in others if tokenizer.same(exported, other)] == [kind] * (
+        kind != "char"
+    )
+
+
+def test_a_runs_or_data_sets_folder_names_its_tokenizer(tmp_path):
+    spec = {"kind": "char", "chars": "abc"}
+    checkpoints = Checkpoints(tmp_path / "run")
+    checkpoints.save_weights({"wte": np.zeros(2)}, {"tokenizer": spec})
+    checkpoints.close()
+    (tmp_path / "data").mkdir()
+    meta = {"vocab_size": 3, "itos": ["a", "b", "c"]}
+    (tmp_path / "data" / "meta.pkl").write_bytes(pickle.dumps(meta))
+    for folder in ("run", "data"):
+        assert named(str(tmp_path / folder)).spec() == spec
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from conftest import ROOT
 from scalegpt.config import loading
 from scalegpt.data import token_files, tokenizer
 from scalegpt.weights import predecessors, tensor_files
-from scalegpt.weights.tokenizer_files import tokenizer_files
+from scalegpt.weights.tokenizer_files import named, tokenizer_files
 
 SOURCES = sorted(p for f in ("scalegpt", "tools", "data") for p in (ROOT / f).rglob("*.py"))
 FORBIDDEN = {
@@ -183,7 +183,7 @@ def test_a_spec_is_never_a_path_and_a_name_that_is_typed_is(tmp_path):
     for spec in (str(file), {"kind": str(file)}, {"kind": "tokenizer.json", "name": str(file)}):
         with pytest.raises(ValueError, match="no tokenizer"):
             tokenizer.load(spec)
-    assert tokenizer.named(str(file)).encode("a").tolist() == [97]
+    assert named(str(file)).encode("a").tolist() == [97]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ import sys
 import numpy as np
 import pytest
 
-from scalegpt.data.tokenizer import char_tokenizer, load, named
+from scalegpt.data.tokenizer import char_tokenizer, load
+from scalegpt.weights.tokenizer_files import named
 
 UNICODE = (
     "naïve façade — Ελλάδα 漢字かな 🙂👩‍👩‍👧 e\u0301\r\n\t  x  \u00a0\u3000 y<|endoftext|>z\n\n\n"
@@ -163,8 +164,10 @@ def test_load_names_a_file_that_is_no_tokenizer(tmp_path):
     pytest.importorskip("tokenizers")
     for content in ("{}", "not JSON", '{"model": 3}'):
         (tmp_path / "t.json").write_text(content)
-        with pytest.raises(ValueError, match="t.json is not a Hugging Face tokenizer.json"):
+        with pytest.raises(ValueError, match="t.json is not (a Hugging Face tokenizer.json|JSON)"):
             named(str(tmp_path / "t.json"))
+    with pytest.raises(ValueError, match="no tokenizer .*none'.* the folder of a run or data set"):
+        named(str(tmp_path / "none"))
 
 
 def test_a_missing_package_names_the_extra(tmp_path, monkeypatch):

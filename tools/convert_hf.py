@@ -164,7 +164,9 @@ def export_(flags: argparse.Namespace) -> int:
     name = shlex.quote(str(out))
     print(f"{wrote(out, loaded.config.model, began)}\nnext:")
     print(f"  {python()} tools/convert_hf.py check {shlex.quote(flags.run)} {name}")
-    if loaded.tokenizer:
+    if spec := huggingface.describe(out)[1]:  # GPT-2's format has no ids without a text
+        if tokenizer.kind(spec) == "tokenizer.json":
+            print("  pip install 'scalegpt[data]'  # for the next command, which needs tokenizers")
         print(f'  {python()} -m scalegpt.generate --hf {name} --prompt "..."')
     if flags.format == "hf":
         print(f'  transformers: AutoModelForCausalLM.from_pretrained("{out}")')

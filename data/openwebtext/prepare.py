@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from scalegpt.data.prepare import Corpus, check_disk, script_parser, write_dataset
-from scalegpt.data.tokenizer import Tokenizer, named
+from scalegpt.data.tokenizer import Tokenizer
 from scalegpt.errors import Mistake
 from scalegpt.processes.command import run_command
+from scalegpt.weights.tokenizer_files import named
 
 REPOSITORY = "Skylion007/openwebtext"
 TOKENS = {"train": 9_035_582_198, "val": 4_434_897}  # nanoGPT's, with gpt2
@@ -79,7 +80,7 @@ def corpus(tokenizer: Tokenizer, dataset: Any) -> Corpus:
 
 def main(argv: list[str]) -> int:
     parser = script_parser(__doc__, __file__)
-    parser.add_argument("--tokenizer", default="gpt2", help="gpt2, byte or a tokenizer.json")
+    parser.add_argument("--tokenizer", default="gpt2", help="as in data/text, but for char")
     args = parser.parse_args(argv)
     tokenizer = named(args.tokenizer)
     source = f"{Path(args.input).resolve() if args.input else REPOSITORY}, {args.tokenizer}"

@@ -25,12 +25,14 @@ from scalegpt.data.prepare import (
     stable_fraction,
     write_dataset,
 )
-from scalegpt.data.tokenizer import char_tokenizer, named
+from scalegpt.data.tokenizer import char_tokenizer
 from scalegpt.errors import Mistake
 from scalegpt.files import json_files
 from scalegpt.files.compressed import PACKED, blocks
 from scalegpt.processes.command import run_command
+from scalegpt.weights.tokenizer_files import named
 
+_NOT_SHAPING = ("out", "workers", "force")
 HASHED = 1 << 16  # the first so many characters of a document decide its split
 
 
@@ -145,7 +147,11 @@ def _lines(chunks: Iterator[str]) -> Iterator[str]:
 
 def main(argv: list[str]) -> int:
     parser = script_parser(__doc__, __file__)
-    parser.add_argument("--tokenizer", default="gpt2", help="gpt2, byte, char or a tokenizer.json")
+    parser.add_argument(
+        "--tokenizer",
+        default="gpt2",
+        help="gpt2, byte, char, a tokenizer.json, or the folder of a run or data set",
+    )
     parser.add_argument("--key", default="text", help="where a line of .jsonl holds its text")
     parser.add_argument("--val-fraction", type=float, default=0.005)
     parser.add_argument("--seed", type=int, default=0, help="of the choice of documents")
@@ -182,9 +188,10 @@ def main(argv: list[str]) -> int:
         sizes = (p.stat().st_size * (4 if p.suffix in PACKED else 1) for p in all_files)
         return Corpus(tokenizer, documents, sum(sizes))
 
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "workers", "force")}
-    settings["input"] = str(Path(args.input).resolve())
-    write_dataset(args.out, corpus, f"text {settings}", args.workers, args.force)
+    given = {**vars(args), "input": Path(args.input).resolve()}
+    shaping = [k for k in given if k not in _NOT_SHAPING and given[k] != parser.get_default(k)]
+    source = " ".join(["text", *(f"--{k.replace('_', '-')}={given[k]}" for k in shaping)])
+    write_dataset(args.out, corpus, source, args.workers, args.force)
     return 0
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from scalegpt.config import Config
 from scalegpt.config.presets import recipe
+from scalegpt.data import tokenizer
 from scalegpt.data.batches import TrainBatches
 from scalegpt.data.token_files import Dataset, check_tokens, open_dataset
 from scalegpt.errors import Mistake
@@ -27,7 +28,7 @@ def open_datasets(config: Config, alive: Callable[[], None] = lambda: None) -> l
             _prepare(expanded(path), alive)
         dataset = open_dataset(path, config.data.cache_dir)
         check_tokens(dataset, config.model.block_size)
-        if datasets and dataset.tokenizer != datasets[0].tokenizer:
+        if datasets and not tokenizer.same(dataset.tokenizer, datasets[0].tokenizer):
             raise Mistake(
                 f"{dataset.name} and {datasets[0].name} have different tokenizers; "
                 "prepare the data sets of a mixture with the same one"

@@ -1,10 +1,14 @@
 """Tokenizers map text to ids and back: GPT-2's BPE, characters, bytes, or any tokenizer.json.
 
+Ids without a text have one too, which spells them as numbers.
+
 A tokenizer travels as its `spec()`, a JSON value in a data set's meta.json and in a run's folder,
 so that sampling from a run needs none of the files it was prepared with.
 """
 
+import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,16 +17,33 @@ from typing import Any
 import numpy as np
 
 from scalegpt.errors import Mistake
+from scalegpt.files.json_files import read_object
 
 END_OF_TEXT = "<|endoftext|>"  # prompts write this, whatever the tokenizer calls its mark
-_EOT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>")
+# Names of the mark in a tokenizer.json, less all but letters and "/": <｜end▁of▁sentence｜>, [EOS]
+_EOT_NAMES = ("endoftext", "endofsentence", "/s", "eos")
+# SHA-256 of the sorted items of GPT-2's vocabulary; GPT-2s of other languages have 50257, too.
+_GPT2_VOCAB = "71cca498f566a6fce90612118ffe70ec265ffdc746e7e6743a2253d346af4d30"
+
+
+def _byte_characters() -> str:
+    """Return the characters that GPT-2's vocabulary writes for bytes 0 to 255.
+
+    A printable byte is its own character; the others take characters from U+0100 on.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return "".join(chr(b if b in printable else next(others)) for b in range(256))
+
+
+BYTES = _byte_characters()
 
 
 @dataclass(frozen=True)
 class Tokenizer:
     """A tokenizer, made by `load`, `named` or `char_tokenizer`.
 
-    name: "gpt2", "byte", "char", or the file name of a tokenizer.json.
+    name: "gpt2", "byte", "char", "ids", or the file name of a tokenizer.json.
     vocab_size: number of ids, so every id is in [0, vocab_size).
     eot: id of the end-of-text mark between documents, or None; for bytes it is 0, NUL.
     piecewise: a text may be cut before a space or newline that follows a non-space, and encoding
@@ -86,9 +107,37 @@ class Tokenizer:
 
 
 def same(spec: str | dict[str, Any], other: str | dict[str, Any]) -> bool:
-    """Tell whether two specs mean the same ids, whatever their files are called."""
-    a, b = ({"kind": x} if isinstance(x, str) else x for x in (spec, other))
-    return {**a, "name": None} == {**b, "name": None}
+    """Tell whether an id stands for the same text in both specs, however they are spelt."""
+    return _meaning(spec) == _meaning(other)
+
+
+def _meaning(spec: str | dict[str, Any]) -> str:
+    """Return a value that is equal for two specs if every id stands for the same text in both."""
+    match spec:
+        case "gpt2" | {"kind": "gpt2"}:
+            return _GPT2_VOCAB
+        case "byte" | {"kind": "byte"}:
+            vocab = {c: i for i, c in enumerate(BYTES)}
+        case {"kind": "char", "chars": str(chars)}:
+            vocab = {c: i for i, c in enumerate(chars)}
+        case {"json": {"model": {"vocab": dict() | list() as vocab}, **rest}}:
+            if isinstance(vocab, list):  # Unigram's pieces with their scores
+                vocab = {str(piece): i for i, piece in enumerate(vocab)}
+            vocab = vocab | {t["content"]: t["id"] for t in _added(rest)}
+        case _:
+            return json.dumps(spec, sort_keys=True)
+    return hashlib.sha256(json.dumps(sorted(vocab.items())).encode()).hexdigest()
+
+
+def _added(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the tokens that a tokenizer.json has beside its model's."""
+    tokens = content.get("added_tokens")
+    added = []
+    for token in tokens if isinstance(tokens, list) else ():
+        match token:
+            case {"content": str(), "id": int()}:
+                added.append(token)
+    return added
 
 
 def kind(spec: str | dict[str, Any]) -> str:
@@ -110,8 +159,10 @@ def load(spec: str | dict[str, Any]) -> Tokenizer:
             return _byte()
         case {"kind": "char", "chars": str(chars)}:
             return _char(chars)
-        case {"name": name, "json": content}:
-            return _hugging_face(name, json.dumps(content))
+        case {"kind": "ids", "vocab_size": size}:
+            return _ids(size, spec)
+        case {"kind": "tokenizer.json"}:
+            return _hugging_face(spec)
     raise AssertionError(spec)
 
 
@@ -126,26 +177,34 @@ def check(spec: Any) -> None:
                     f"a char tokenizer needs distinct characters, at least one; got {chars!r}"
                 )
             return
-        case {"kind": "tokenizer.json", "name": str(), "json": dict()}:
+        case {"kind": "ids", "vocab_size": int(size)} if size > 0:
             return
+        case {"kind": "tokenizer.json", "name": str(), "json": dict(), **rest}:
+            if isinstance(rest.get("eot", ""), str):
+                return
     raise Mistake(f"no tokenizer {str(spec)[:60]!r}: there are gpt2, byte, and specs of others")
 
 
-def named(name: str) -> Tokenizer:
-    """Return the tokenizer that a user has named: gpt2, byte, or the path of a tokenizer.json.
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the spec of a tokenizer.json, with the end-of-text mark that files beside it state.
 
-    Raises Mistake as `load`, and for a file that cannot be read.
+    Raises Mistake for a file that cannot be read.
     """
-    if name in ("gpt2", "byte"):
-        return load(name)
-    try:
-        return _hugging_face(Path(name).name, Path(name).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise Mistake(
-            f"no tokenizer {name!r} ({error.strerror}): say gpt2, byte or a tokenizer.json's path"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise Mistake(f"{name} is not a Hugging Face tokenizer.json: {error}") from None
+    spec = {"kind": "tokenizer.json", "name": file.name, "json": read_object(file)}
+    # Special tokens only: GPT-2's config.json names id 50256, whatever the vocabulary is.
+    special = [t for t in _added(spec["json"]) if t.get("special")]
+    marks = {key: t["content"] for t in special for key in (t["id"], t["content"])}
+    for name, key in (
+        ("tokenizer_config.json", "eos_token"),
+        ("generation_config.json", "eos_token_id"),
+        ("config.json", "eos_token_id"),
+    ):
+        stated = read_object(path).get(key) if (path := file.with_name(name)).is_file() else None
+        stated = stated.get("content") if isinstance(stated, dict) else stated
+        for mark in stated if isinstance(stated, list) else [stated]:
+            if isinstance(mark, str | int) and mark in marks:
+                return {**spec, "eot": marks[mark]}
+    return spec
 
 
 def char_tokenizer(text_chunks: Iterable[str]) -> Tokenizer:
@@ -202,24 +261,44 @@ def _gpt2() -> Tokenizer:
     return Tokenizer("gpt2", bpe.n_vocab, bpe.eot_token, True, encode, decode, {"kind": "gpt2"})
 
 
-def _hugging_face(name: str, text: str) -> Tokenizer:
+def _ids(size: int, spec: dict[str, Any]) -> Tokenizer:
+    def encode(text: str) -> list[int]:
+        try:
+            ids = [int(number) for number in text.split()]
+        except ValueError:
+            raise Mistake(
+                f"{text[:20]!r}: these ids stand for no text that is known; write ids, as in '5 17'"
+            ) from None
+        if unknown := [i for i in ids if not 0 <= i < size]:
+            raise Mistake(f"token id {unknown[0]} is outside 0..{size - 1}")
+        return ids
+
+    def decode(ids: np.ndarray) -> str:
+        return " ".join(map(str, ids.tolist()))
+
+    return Tokenizer("ids", size, None, True, encode, decode, spec)
+
+
+def _hugging_face(spec: dict[str, Any]) -> Tokenizer:
+    name, content = spec["name"], spec["json"]
     try:
         import tokenizers
 
-        bpe = tokenizers.Tokenizer.from_str(text)
+        bpe = tokenizers.Tokenizer.from_str(json.dumps(content))
     except ImportError as error:
         raise Mistake(f"{name} needs `tokenizers`: pip install 'scalegpt[data]'") from error
     except Exception as error:  # the package raises nothing narrower for a file it cannot use
         raise Mistake(f"{name} is not a Hugging Face tokenizer.json: {error}") from error
-    content = json.loads(text)
     bpe.no_truncation()
     bpe.no_padding()
     bpe.encode_special_tokens = True  # spelt in the text, a special token is only text
     size = max(bpe.get_vocab(with_added_tokens=True).values(), default=-1) + 1  # may have gaps
     if not size:
         raise Mistake(f"{name} is not a Hugging Face tokenizer.json: its vocabulary is empty")
-    marks = {t["content"]: t["id"] for t in content.get("added_tokens", []) if t["special"]}
-    eot = next((marks[mark] for mark in _EOT_NAMES if mark in marks), None)
+    marks = {t["content"]: t["id"] for t in _added(content) if t.get("special")}
+    letters = {re.sub("[^a-z/]", "", mark.lower()): mark for mark in reversed(marks)}
+    known = [letters[mark] for mark in _EOT_NAMES if mark in letters]
+    eot = next((marks[mark] for mark in (spec.get("eot"), *known) if mark in marks), None)
 
     def encode(text: str) -> list[int]:
         return bpe.encode(text, add_special_tokens=False).ids
@@ -227,5 +306,4 @@ def _hugging_face(name: str, text: str) -> Tokenizer:
     def decode(ids: np.ndarray) -> str:
         return bpe.decode(ids.tolist(), skip_special_tokens=False)
 
-    spec = {"kind": "tokenizer.json", "name": name, "json": content}
     return Tokenizer(name, size, eot, False, encode, decode, spec)

@@ -75,7 +75,7 @@ def export_gpt2(model: Trained, folder: Path) -> None:
     use = _USE.format(folder=folder.name)
     if not config.bias:
         use += "\n\nThe model has no biases; GPT-2's format has, and they are 0."
-    if model.tokenizer is None:
+    if "tokenizer.json" not in files:
         use += "\n\nIt came without a tokenizer: only `model` can be loaded, for token ids."
     _write(folder, tensors, files, model, use, "transformers")
 

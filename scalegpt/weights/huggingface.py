@@ -5,8 +5,6 @@ GPT-2's Conv1D kernels are [in, out] as ours are, so a leaf [L, ...] of our para
 layers' tensors stacked and reshaped.
 """
 
-import hashlib
-import json
 import re
 import sys
 from pathlib import Path
@@ -49,9 +47,13 @@ _BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")
 _OTHERS = (
     "; python tools/convert_hf.py import reads checkpoints of nanoGPT, nanogpt-jax and gpt-jax"
 )
-_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
-# SHA-256 of the sorted items of GPT-2's vocabulary; GPT-2s of other languages have 50257, too.
-_GPT2_VOCAB = "71cca498f566a6fce90612118ffe70ec265ffdc746e7e6743a2253d346af4d30"
+_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+    "vocab.json",
+    "merges.txt",
+)
 
 
 class Place(NamedTuple):
@@ -169,21 +171,14 @@ def model_of(values: dict[str, Any], path: Path) -> ModelConfig:
 
 
 def _tokenizer(folder: Path, vocab_size: int) -> dict[str, Any] | None:
-    def is_gpt2(vocab: Any) -> bool:
-        items = json.dumps(sorted(vocab.items())) if isinstance(vocab, dict) else ""
-        return hashlib.sha256(items.encode()).hexdigest() == _GPT2_VOCAB
-
+    gpt2 = {"kind": "gpt2"}
     if (path := folder / "tokenizer.json").is_file():
-        content = read_object(path)
-        match content:
-            case {"model": {"vocab": vocab}} if is_gpt2(vocab):
-                added = content.get("added_tokens") or []
-                if [token.get("id") for token in added if isinstance(token, dict)] in ([], [50256]):
-                    return {"kind": "gpt2"}
-        return {"kind": "tokenizer.json", "name": path.name, "json": content}
+        spec = tokenizer.read_json(path)
+        return gpt2 if tokenizer.same(spec, gpt2) else spec
     if (path := folder / "vocab.json").is_file():
-        return {"kind": "gpt2"} if is_gpt2(read_object(path)) else None
-    return {"kind": "gpt2"} if vocab_size == 50257 else None
+        same = tokenizer.same({"json": {"model": {"vocab": read_object(path)}}}, gpt2)
+        return gpt2 if same else None
+    return gpt2 if vocab_size == 50257 else None
 
 
 def gpt2_places(model: ModelConfig) -> dict[str, Place]:

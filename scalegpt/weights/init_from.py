@@ -83,8 +83,9 @@ def check(config: Config, tokenizer_spec: Any) -> None:
     ):
         raise Mistake(
             f"run.init_from={source} was trained on tokens of {tokenizer.kind(spec)}, the data has "
-            f"those of another tokenizer, {tokenizer.kind(tokenizer_spec)}; prepare it again, or "
-            "start all the same with --run.allow_config_change=data.path"
+            f"those of another tokenizer, {tokenizer.kind(tokenizer_spec)}; prepare it again "
+            "with --tokenizer and the run's folder, or start all the same with "
+            "--run.allow_config_change=data.path"
         )
 
 

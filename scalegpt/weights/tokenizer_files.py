@@ -1,18 +1,51 @@
-"""A tokenizer is written as the files that `transformers.AutoTokenizer.from_pretrained` loads."""
+"""Tokenizers are found by name or folder, and written as transformers loads them."""
 
+from pathlib import Path
 from typing import Any
 
 from scalegpt.data import tokenizer
-from scalegpt.data.tokenizer import END_OF_TEXT
+from scalegpt.data.token_files import META, read_meta
+from scalegpt.data.tokenizer import BYTES, END_OF_TEXT, Tokenizer
+from scalegpt.errors import Mistake
+from scalegpt.files.run_folder import is_run
+
+
+def named(name: str) -> Tokenizer:
+    """Return the tokenizer that a user has named.
+
+    name: gpt2, byte, the path of a tokenizer.json, or a folder: a run's, a data set's, or one with
+    a tokenizer.json. Raises Mistake as `tokenizer.load`, and for what cannot be read.
+    """
+    path = Path(name).expanduser()
+    if name in ("gpt2", "byte"):
+        return tokenizer.load(name)
+    if is_run(name):
+        from scalegpt.checkpoints.checkpoints import open_checkpoints  # JAX, which few need here
+
+        checkpoints = open_checkpoints(name)
+        spec = checkpoints.meta(checkpoints.find("best"))["tokenizer"]
+        checkpoints.close()
+        if spec is None:
+            raise Mistake(f"{name} came without a tokenizer; give another to --tokenizer")
+        return tokenizer.load(spec)
+    if any((path / file).is_file() for file in META):
+        return tokenizer.load(read_meta(path)[0]["tokenizer"])
+    path = path / "tokenizer.json" if path.is_dir() else path
+    if not path.exists():
+        raise Mistake(
+            f"no tokenizer {name!r}: say gpt2, byte, a tokenizer.json's path, or the folder of a "
+            "run or data set"
+        )
+    return tokenizer.load(tokenizer.read_json(path))
 
 
 def tokenizer_files(spec: Any, block_size: int) -> dict[str, Any]:
-    """Return each file's JSON value by its name; {} where there is no tokenizer.
+    """Return each file's JSON value by its name; {} where there is no tokenizer, or no text.
 
     The files encode to the same ids, and decode them to the same text. block_size: transformers
     warns of texts with more tokens. Raises Mistake as `tokenizer.load` does.
     """
-    if spec is None:
+    if spec is None or tokenizer.kind(spec) == "ids":
         return {}
     codec = tokenizer.load(spec)
     match codec.spec():
@@ -20,12 +53,14 @@ def tokenizer_files(spec: Any, block_size: int) -> dict[str, Any]:
             content, mark = _gpt2(), END_OF_TEXT
         case {"kind": "byte"}:
             # No mark: NUL ends a text here, but as a special token transformers would drop it.
-            content, mark = _byte_level({c: i for i, c in enumerate(_BYTES)}, [], False), None
+            content, mark = _byte_level({c: i for i, c in enumerate(BYTES)}, [], False), None
         case {"kind": "char", "chars": chars}:
             content, mark = _char(chars), None
         case {"json": content}:
             names = {t["id"]: t["content"] for t in content.get("added_tokens", [])}
             mark = names.get(codec.eot)
+            # A template would put tokens around a text that training has not seen there.
+            content = {**content, "post_processor": None, "truncation": None, "padding": None}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": block_size,
@@ -36,26 +71,13 @@ def tokenizer_files(spec: Any, block_size: int) -> dict[str, Any]:
     return {"tokenizer.json": content, "tokenizer_config.json": config}
 
 
-def _byte_characters() -> str:
-    """Return the characters that GPT-2's vocabulary writes for bytes 0 to 255.
-
-    A printable byte is its own character; the others take characters from U+0100 on.
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return "".join(chr(b if b in printable else next(others)) for b in range(256))
-
-
-_BYTES = _byte_characters()
-
-
 def _gpt2() -> dict[str, Any]:
     import tiktoken
 
     ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
-    vocab = {"".join(_BYTES[b] for b in token): rank for token, rank in ranks.items()}
+    vocab = {"".join(BYTES[b] for b in token): rank for token, rank in ranks.items()}
     merges = [_last_merge(token, ranks) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
-    merges = [["".join(_BYTES[b] for b in part) for part in pair] for pair in merges]
+    merges = [["".join(BYTES[b] for b in part) for part in pair] for pair in merges]
     end = len(vocab)
     content = _byte_level({**vocab, END_OF_TEXT: end}, merges, True)
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
