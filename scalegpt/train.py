@@ -323,6 +323,7 @@ def sample(run: Run, params: Any) -> str:
     try:
         codec = tokenizer.load(run.meta["tokenizer"])
         start = codec.encode("\n") if codec.eot is None else np.array([codec.eot])
+        start = start if start.size else np.zeros(1, np.int32)  # ids that stand for no text
     except Mistake as error:
         problem = str(error)
     problems = gather("sample", problem, Deadline(run.config.run.deadline_evaluation))

@@ -25,7 +25,7 @@ from grain.experimental import index_shuffle
 
 from scalegpt.config import BatchConfig, Config
 from scalegpt.data import batches as data
-from scalegpt.data import token_files
+from scalegpt.data import token_files, tokenizer
 from scalegpt.data.batches import EvalBatches, TrainBatches, TrainOrder, train_iterator
 from scalegpt.data.datasets import open_datasets
 from scalegpt.data.token_files import check_tokens, open_dataset
@@ -528,6 +528,20 @@ def test_bins_alone_in_uint32_are_noticed(tmp_path):
     folder = write(tmp_path / "u", dtype="uint32", meta=False)
     with pytest.raises(ValueError, match="every second value is 0.*uint32"):
         open_dataset(folder)
+    (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 65}))
+    for wide in ("uint32", "int64"):  # nanoGPT's table states no dtype either
+        for split in ("train", "val"):
+            np.arange(200, dtype=wide).tofile(folder / f"{split}.bin")
+        with pytest.raises(
+            ValueError, match=f"0, which looks like {wide} read as uint16; .*'{wide}'"
+        ):
+            open_dataset(folder)
+    (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 70_000}))
+    with pytest.raises(ValueError, match="0, which looks like int64 read as uint32"):
+        open_dataset(folder)
+    for split in ("train", "val"):
+        (np.arange(200) + 69_000).astype("<u4").tofile(folder / f"{split}.bin")
+    assert open_dataset(folder).train.tolist() == list(range(69_000, 69_200))
     open_dataset(write(tmp_path / "ok", train=np.arange(200) % 2, val=np.arange(200) % 3))
 
 
@@ -569,9 +583,11 @@ def test_a_pickle_that_runs_a_command_is_refused(tmp_path):
     [
         b"",
         b"\x80\x05garbage",
-        pickle.dumps({"vocab_size": 2}),
+        pickle.dumps({"itos": {0: "a"}}),
+        pickle.dumps({"vocab_size": "2"}),
+        pickle.dumps({"vocab_size": 0}),
+        pickle.dumps({"vocab_size": 1 << 40}),
         pickle.dumps({"vocab_size": 2, "itos": {0: "a"}}),
-        pickle.dumps({"vocab_size": 2, "itos": {0: "a", 1: "bc"}}),
         pickle.dumps([1, 2]),
         pickle.dumps({"vocab_size": 2, "itos": np.arange(2)}),
     ],
@@ -579,8 +595,24 @@ def test_a_pickle_that_runs_a_command_is_refused(tmp_path):
 def test_a_damaged_meta_pkl_is_refused(tmp_path, content):
     folder = write(tmp_path / "bad", meta=False)
     (folder / "meta.pkl").write_bytes(content)
-    with pytest.raises(ValueError, match="meta.pkl is not nanoGPT's character table"):
+    with pytest.raises(ValueError, match="meta.pkl is not nanoGPT's table"):
         open_dataset(folder)
+
+
+def test_ids_that_stand_for_no_known_text_are_data_and_written_as_numbers(tmp_path):
+    folder = write(tmp_path / "ids", train=np.arange(200) % 3, val=np.arange(99) % 3, meta=False)
+    specs = []
+    for more in ({}, {"itos": ["the", " cat", "s"]}, {"itos": ["the", " dog", "s"]}):
+        (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 3, **more}))
+        dataset = open_dataset(folder)
+        assert dataset.vocab_size == 3 and len(dataset.train) == 200
+        specs.append(dataset.tokenizer)
+        codec = tokenizer.load(json.loads(json.dumps(dataset.tokenizer)))
+        assert codec.encode(" 2 0\n1").tolist() == [2, 0, 1] and codec.decode([2, 0, 1]) == "2 0 1"
+        for text, problem in (("the cat", "stand for no text"), ("3", "outside 0..2")):
+            with pytest.raises(ValueError, match=problem):
+                codec.encode(text)
+    assert [[tokenizer.same(a, b) for b in specs] for a in specs] == np.eye(3).tolist()
 
 
 def test_missing_folder_and_files(tmp_path):
@@ -600,6 +632,20 @@ def test_missing_folder_and_files(tmp_path):
 def prepared(folder: Path, **data) -> list:
     data = {"path": str(folder), **data}
     return open_datasets(Config(data=data, run={"out_dir": "x"}, model={"block_size": 8}))
+
+
+def test_data_sets_mix_if_their_ids_mean_the_same_however_it_is_written(tmp_path):
+    write(tmp_path / "bare", meta=False)
+    for kind, refused in (("gpt2", False), ("byte", True)):
+        folder = write(tmp_path / kind)
+        meta = json.loads((folder / "meta.json").read_text()) | {"tokenizer": {"kind": kind}}
+        (folder / "meta.json").write_text(json.dumps(meta))
+        mixture = {str(tmp_path / "bare"): 0.5, str(folder): 0.5}
+        if refused:
+            with pytest.raises(ValueError, match="byte and bare have different tokenizers"):
+                prepared(tmp_path, path=mixture)
+        else:
+            assert len(prepared(tmp_path, path=mixture)) == 2
 
 
 def test_a_data_set_of_scalegpts_own_is_prepared_in_any_folder_of_its_name(tmp_path, capfd):

@@ -286,17 +286,17 @@ def test_at_a_terminal_one_prompt_after_the_other_is_asked_for(command, monkeypa
     out = command(*common)[0]  # Ctrl-C at the prompt leaves
     assert out == "".join(command(f"--prompt={p}", *common)[0] for p in ("AB", "C")) + "\n"
     interrupted = iter([True, False])
-    real = continuation.continuations
+    real = continuation.continued
 
     def once(*args, **kwargs):
         if next(interrupted):
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(generate, "continuations", once)
+    monkeypatch.setattr(generate, "continued", once)
     typed = iter(["AB", "\udcff", "C", EOFError])
     out = command(*common)[0]  # and while a text is made, only that text
-    monkeypatch.setattr(generate, "continuations", real)
+    monkeypatch.setattr(generate, "continued", real)
     first, error, rest = out.split("\n", 2)
     assert first == "AB" and error.startswith("error: the prompt") and "UTF-8" in error
     assert rest == command("--prompt=C", *common)[0] + "\n"

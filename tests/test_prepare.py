@@ -222,6 +222,7 @@ def test_text_is_split_by_a_hash_and_tokenised_as_by_hand(wiki, wiki_jsonl, tmp_
         assert meta[split]["bytes"] == sum(len(t.encode()) for t in kept)
         assert meta[split]["documents"] == len(kept)
     assert 15 <= meta["val"]["documents"] <= 45
+    assert meta["source"] == f"text --input={wiki_jsonl.resolve()} --val-fraction=0.1 --seed=7"
 
 
 def test_packed_and_plain_and_reordered_text_is_the_same_data(wiki, wiki_jsonl, tmp_path):
@@ -398,10 +399,15 @@ def test_more_than_65536_ids_are_uint32(tmp_path):
         assert ids["train"].tolist() == list(range(n)) and ids["val"].tolist() == [n - 1]
 
 
-def test_without_separation_no_mark_is_set(tmp_path):
+def test_without_separation_no_mark_is_set(tmp_path, capsys):
     write_dataset(tmp_path, lambda: corpus(["ab", "c", "d"], separate=False), "x", 0, False)
     ids, meta = bins(tmp_path)
     assert ids["train"].tolist() == [97, 98, 99] and meta["train"]["documents"] == 2
+    assert "nothing separates" not in capsys.readouterr().out, "as it was asked for"
+    for texts, told in ((["a", "b"], False), (["a", "b", "c"], True)):
+        letters = corpus(texts, {"kind": "char", "chars": "abc"})
+        write_dataset(tmp_path, lambda made=letters: made, f"{texts}", 0, True)
+        assert ("nothing separates documents" in capsys.readouterr().out) == told
 
 
 def test_what_is_there_is_kept_until_the_new_is_whole(tmp_path):

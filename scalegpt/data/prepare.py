@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from scalegpt.config import command_line
 from scalegpt.config.presets import data_folder
+from scalegpt.data.token_files import narrowest
 from scalegpt.data.tokenizer import Tokenizer, load
 from scalegpt.errors import Mistake
 from scalegpt.files.folder import local_path
@@ -73,7 +74,7 @@ def write_dataset(
             return meta
         corpus = build()
         tokenizer = corpus.tokenizer
-        dtype = np.dtype("<u2" if tokenizer.vocab_size <= 65536 else "<u4")
+        dtype = narrowest(tokenizer.vocab_size)
         bpe = tokenizer.name not in ("byte", "char")  # English: 4.4 bytes a token of gpt2's
         check_disk(out, corpus.text_bytes * dtype.itemsize / (4 if bpe else 1))
         if workers is None:  # to start processes costs seconds: only where it pays
@@ -81,6 +82,9 @@ def write_dataset(
         meta = {"format": 1, "tokenizer": tokenizer.spec(), "vocab_size": tokenizer.vocab_size}
         meta |= {"dtype": dtype.name, **_write_bins(out, corpus, dtype, workers), "source": source}
         _publish(out, meta)
+    several = any(meta[split]["documents"] > 1 for split in SPLITS)
+    if several and corpus.separate and tokenizer.eot is None:
+        print("nothing separates documents: this tokenizer has no end-of-text mark")
     for split in SPLITS:
         print(f"{split}: {meta[split]['tokens']:,} tokens, {meta[split]['documents']:,} documents")
     return meta

@@ -43,6 +43,11 @@ _FOREIGN = {
 SLOW = 1 << 28  # files above this many bytes get a progress bar
 
 
+def narrowest(vocab_size: int) -> np.dtype:
+    """Return the type that ids of such a vocabulary are written in."""
+    return DTYPES["uint16" if vocab_size <= 1 << 16 else "uint32"]
+
+
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """An opened dataset, whose `train` and `val` are read-only memory maps of ids [tokens]."""
@@ -75,10 +80,10 @@ def open_dataset(path: str | Path, cache_dir: str | None = None) -> Dataset:
     outside its vocabulary.
     """
     name, folder = _locate(str(path), ("train.bin", "val.bin"), cache_dir)
-    meta, stated = read_meta(folder)
+    meta = read_meta(folder)[0]
     splits, hashed = {}, [meta["dtype"], meta["vocab_size"]]
     for split in ("train", "val"):
-        tokens = splits[split] = _open_tokens(folder / f"{split}.bin", meta, stated)
+        tokens = splits[split] = _open_tokens(folder / f"{split}.bin", meta)
         # Both ends tell other data of equal size apart, whatever meta.json says of it.
         ends = tokens[: 1 << 16].tobytes() + tokens[-(1 << 16) :].tobytes()
         stated_hash = meta.get(split, {}).get("sha256")
@@ -105,8 +110,8 @@ def open_split(path: str | Path, split: str, cache_dir: str | None = None) -> Sp
     else:
         name, folder = _locate(str(path), (f"{split}.bin",), cache_dir)
         file = folder / f"{split}.bin"
-    meta, stated = read_meta(folder)
-    tokens = _open_tokens(file, meta, stated)
+    meta = read_meta(folder)[0]
+    tokens = _open_tokens(file, meta)
     rate = _bytes_per_token(meta, split, tokens)
     return Split(name, meta["tokenizer"], meta["vocab_size"], tokens, rate)
 
@@ -135,13 +140,13 @@ def _how_to_make(folder: Path) -> str:
     )
 
 
-def _open_tokens(file: Path, meta: dict, stated: bool) -> np.memmap:
+def _open_tokens(file: Path, meta: dict) -> np.memmap:
     dtype, vocab_size, facts = DTYPES[meta["dtype"]], meta["vocab_size"], meta.get(file.stem, {})
     try:
         tokens = _map_tokens(file, dtype, facts.get("tokens"))
     except OSError as error:
         raise Mistake(f"cannot read {file}: {error.strerror}; is its disk there?") from None
-    if not stated:
+    if "format" not in meta:  # nanoGPT's files do not state their dtype, as meta.json does
         _refuse_other_files(file, tokens)
     if not 0 <= facts.get("max_id", vocab_size) < vocab_size:
         _check_ids(file, tokens, vocab_size)
@@ -217,16 +222,21 @@ def _read_meta_pkl(file: Path) -> dict:
     try:
         with open(file, "rb") as stream:
             meta = _PlainUnpickler(stream).load()
-        size, itos = meta["vocab_size"], meta["itos"]
-        chars = [itos[i] for i in range(size)]
-        assert size and all(isinstance(c, str) and len(c) == 1 for c in chars)
+        size = meta["vocab_size"]
+        if type(size) is not int or not 0 < size <= LARGEST:
+            raise Mistake(f"vocab_size is {size!r}")
+        names = [meta["itos"][i] for i in range(size)] if "itos" in meta else []
+        spec = {"kind": "ids", "vocab_size": size}
+        if names and all(isinstance(c, str) and len(c) == 1 for c in names):
+            spec = {"kind": "char", "chars": "".join(names)}
+        elif names:  # how words make a text is not said: the table only tells these ids from others
+            spec["table"] = hashlib.sha256(file.read_bytes()).hexdigest()
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise Mistake(
-            f"{file} is not nanoGPT's character table, a pickle of plain vocab_size, itos and "
-            f"stoi ({type(error).__name__}: {error}); write a meta.json instead"
+            f"{file} is not nanoGPT's table, a pickle of plain vocab_size and, where ids stand for "
+            f"text, itos ({type(error).__name__}: {error}); write a meta.json instead"
         ) from error
-    tokenizer = {"kind": "char", "chars": "".join(chars)}
-    return {"tokenizer": tokenizer, "vocab_size": size, "dtype": "uint16"}
+    return {"tokenizer": spec, "vocab_size": size, "dtype": narrowest(size).name}
 
 
 def _map_tokens(file: Path, dtype: np.dtype, expected: int | None) -> np.memmap:
@@ -274,8 +284,8 @@ def _check_hash(file: Path, expected: str) -> None:
 def _refuse_other_files(file: Path, tokens: np.ndarray) -> None:
     """Raise Mistake for files of other formats, where no meta file states the dtype.
 
-    Plain text and .npy files, read as uint16, would pass the check of ids. So would uint32 ids, and
-    a run would train on text with an id 0 after every token.
+    Plain text and .npy files, read as uint16, would pass the check of ids. So would ids in uint32
+    or int64, and a run would train on text with an id 0 after every token.
     """
     head = tokens[: 1 << 16]
     if kind := _foreign(head.tobytes()[:FOREIGN_HEAD]):
@@ -283,10 +293,13 @@ def _refuse_other_files(file: Path, tokens: np.ndarray) -> None:
             f"{file} is {kind}, no file of token ids; make those with {recipe('text')}, or "
             "say what they are in a meta.json"
         )
+    ours, width = tokens.dtype.name, tokens.dtype.itemsize
     if len(head) >= 64 and not head[1::2].any():
+        wide = "int64" if width == 4 or not head[2::4].any() else "uint32"
         raise Mistake(
-            f"{file}: every second value is 0, which looks like uint32 read as uint16; say "
-            '"dtype": "uint32" in a meta.json'
+            f"{file}: every second value is 0, which looks like {wide} read as {ours}; write it "
+            f"as {ours}, np.fromfile(FILE, {wide!r}).astype({ours!r}).tofile(NEW_FILE), or say "
+            f'"dtype": "{ours}" in a meta.json if it is right'
         )
 
 
