@@ -8,7 +8,8 @@ import sys
 import ablation
 import pytest
 from ablations.plan import read_plan
-from ablations.record import Curve
+from ablations.record import Curve, Record, arm, curve
+from ablations.report import notes, summarise
 from conftest import ROOT
 from tiny_ablation import ARMS, write
 
@@ -163,6 +164,23 @@ def test_curves_that_do_not_fit_are_refused():
     ):
         with pytest.raises(ValueError):
             Curve(**(whole | wrong), bits_per_byte=None)
+
+
+def test_seconds_of_a_busy_machine_are_marked():
+    rows = [
+        {"step": 0, "val/loss": 3.0, "perf/others_cpu": 0.9},
+        {"step": 600_000, "train/loss": 2.0, "perf/step_seconds": 1.0},
+        {"step": 600_000, "val/loss": 2.0},
+    ]
+    config, _ = command_line.parse(["--data.path=x", "--run.out_dir=x"], "", {})
+    config = config.with_vocab(64)
+    curves = {}
+    for seed, last in enumerate(({"perf/others_cpu": 0.31}, {"perf/others_cpu": 0.02}, {})):
+        curves[seed] = curve([*rows[seed == 2 :], {"step": 600_000, **last}], config)
+    assert [c.others_cpu for c in curves.values()] == [0.31, 0.02, None]
+    record = Record(name="r", reference="a", seeds=[0, 1, 2], arms={"a": arm(config, curves)})
+    (note,) = [note for note in notes(summarise(record)) if "busy" in note]
+    assert note == "a, seed 0: its seconds are of a busy machine: others used 31% of it"
 
 
 def test_without_file_or_folder_the_message_says_what_to_give(tmp_path):

@@ -46,6 +46,14 @@ def test_each_phase_has_the_deadline_of_its_key_and_progress_renews_it():
     assert p.current.deadline == 3 and p.current.step == 2 and p.current.since > since
 
 
+def test_what_other_programs_used_is_a_share_of_the_cores(monkeypatch):
+    cores, others = ledger._cpu()
+    assert 0 < others < cores
+    values = iter([(1000.0, 300.0), (1100.0, 325.0)])
+    monkeypatch.setattr(ledger, "_cpu", lambda: next(values))
+    assert ledger.Ledger(phases.Phases(RUN), [], None).row()["perf/others_cpu"] == 0.25
+
+
 def test_what_a_killed_process_did_after_its_checkpoint_is_lost():
     p = phases.Phases(RUN)
     now = time.time() - p.lifetime

@@ -2,12 +2,15 @@
 
 `Ledger.row` returns as `time/*` the seconds spent on each of `phases.LEDGER` since the run first
 began; as `time/lost` what killed processes did after the checkpoint that the next one continued
-from; as `time/down` the time between processes; and as `perf/goodput` the share of updates in all
-but `time/down`.
+from; as `time/down` the time between processes; as `perf/goodput` the share of updates in all but
+`time/down`; and as `perf/others_cpu` the share of this machine's cores that other programs have
+used since this process began: seconds of a busy machine do not compare with those of another.
 """
 
 import time
 from typing import Any
+
+import psutil
 
 from scalegpt.processes.phases import LEDGER, Phases
 
@@ -21,6 +24,7 @@ class Ledger:
 
     def __init__(self, phases: Phases, earlier: list[Row], start: int | None) -> None:
         self._phases, self._earlier = phases, dict.fromkeys(TIMES, 0.0)
+        self._cpu = _cpu()
         ledger_rows = [row for row in earlier if {"time", "time/step"} <= row.keys()]
         if start is None or not ledger_rows:
             return
@@ -42,6 +46,8 @@ class Ledger:
         total = {name: self._earlier[name] + spent.get(name, 0.0) for name in TIMES}
         lived = sum(total.values()) - total["down"]
         row = {f"time/{name}": round(seconds, 3) for name, seconds in total.items()}
+        cores, others = (now - then for now, then in zip(_cpu(), self._cpu, strict=True))
+        row["perf/others_cpu"] = round(max(0.0, others) / max(cores, 1e-9), 3)
         return {**row, "perf/goodput": round(total["step"] / max(lived, 1e-9), 4)}
 
     def summary(self) -> str:
@@ -57,3 +63,13 @@ class Ledger:
         ]
         down = f"; and {down:.0f} s between processes" if down >= 1 else ""
         return f"time     {lived:.0f} s: {', '.join(shares)}{down}"
+
+
+def _cpu() -> tuple[float, float]:
+    """Return the seconds that this machine's cores have run or idled, and other programs' part."""
+    seconds = psutil.cpu_times()._asdict()
+    guests = seconds.get("guest", 0.0) + seconds.get("guest_nice", 0.0)  # are in user and nice, too
+    cores = sum(seconds.values()) - guests
+    own = psutil.Process().cpu_times()
+    idle = seconds["idle"] + seconds.get("iowait", 0.0)
+    return cores, cores - idle - own.user - own.system

@@ -45,6 +45,7 @@ class Curve(_Part):
     """A curve is the evaluations of a run, by ascending step.
 
     val_loss: nats a token. seconds: spent in updates until then. state: DONE, or how far it came.
+    others_cpu: the share of the machine that other programs used meanwhile, None if not known.
     """
 
     state: str
@@ -52,6 +53,7 @@ class Curve(_Part):
     val_loss: list[Finite]
     seconds: list[Finite] | None
     bits_per_byte: list[Finite] | None
+    others_cpu: Finite | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "Curve":
@@ -172,12 +174,14 @@ def curve(rows: list[dict[str, Any]], config: Config) -> Curve:
     evaluations = {row["step"]: row for row in rows if row.get("val/loss") is not None}
     steps = sorted(evaluations)
     bits = [evaluations[step].get("val/bits_per_byte") for step in steps]
+    shares = [x for row in rows if (x := row.get("perf/others_cpu")) is not None]
     return Curve(
         state=state(rows, config.optim.steps),
         step=steps,
         val_loss=[round(evaluations[step]["val/loss"], 6) for step in steps],
         seconds=training_seconds(rows, steps),
         bits_per_byte=None if None in bits else [round(x, 6) for x in bits],
+        others_cpu=shares[-1] if shares else None,
     )
 
 

@@ -12,6 +12,7 @@ from planning.isoflop_plot import short
 
 AXES = ("tokens", "flops", "seconds")  # what it costs to reach a loss
 NOT_BEGUN = "not begun"
+BUSY = 0.1  # share of a machine's cores
 
 
 class Mean(NamedTuple):
@@ -95,6 +96,7 @@ def summarise(record: Record) -> dict[str, Any]:
             "reach": own,
             "ratio": {x: own[x] / base[x] if own[x] and base.get(x) else None for x in AXES},
             "runs": states | {seed: run.state for seed, run in arm.curves.items()},
+            "others_cpu": {seed: run.others_cpu for seed, run in arm.curves.items()},
         }
     return {"name": record.name, "reference": record.reference, "target": target, "arms": arms}
 
@@ -166,7 +168,8 @@ def _cells(arm: dict[str, Any]) -> list[str]:
 
 
 def notes(summary: dict[str, Any]) -> list[str]:
-    """Explain the columns, and say how far each run came that has begun and is not done."""
+    """Explain the columns, and say how far each run came that has begun and is not done, and which
+    runs shared their machine."""
     name, target = summary["reference"], summary["target"]
     if target is None:
         lines = [f"x: no run of {name} has finished, so there is no loss to reach"]
@@ -175,9 +178,16 @@ def notes(summary: dict[str, Any]) -> list[str]:
             f"x: cost of reaching {name}'s final loss {target:.4f}, over {name}'s own; "
             "mean ± standard deviation over runs"
         ]
-    return lines + [
+    arms = summary["arms"].items()
+    lines += [
         f"{arm}, seed {seed}: {state}"
-        for arm, values in summary["arms"].items()
+        for arm, values in arms
         for seed, state in values["runs"].items()
         if state not in (DONE, NOT_BEGUN)
+    ]
+    return lines + [
+        f"{arm}, seed {seed}: its seconds are of a busy machine: others used {share:.0%} of it"
+        for arm, values in arms
+        for seed, share in values.get("others_cpu", {}).items()
+        if share is not None and share > BUSY
     ]
