@@ -22,6 +22,7 @@ FULL = "error: cannot write to standard output: No space left on device\n"
     [
         (PRINTS, "", (0, "result\n", "remark\n")),
         (PRINTS, ">/dev/full", (2, "", f"remark\n{FULL}")),  # a result that is not kept
+        (PRINTS, ">/dev/full #files", (0, "", "remark\n")),  # its result is files
         (PRINTS, "2>/dev/full", (0, "result\n", "")),
         (PRINTS, "<&- >&- 2>&-", (0, "", "")),
         (OPENS, "<&- >&-", (0, "", "")),  # later files do not take the place of closed streams
@@ -30,7 +31,8 @@ FULL = "error: cannot write to standard output: No space left on device\n"
 )
 def test_a_command_and_its_streams(body, redirected, result):
     program = f"def main(argv):\n    {body}\n    return 0\n"
-    program += "from scalegpt.processes.command import run_command\nrun_command(main)"
+    program += "from scalegpt.processes.command import run_command\n"
+    program += f"run_command(main, essential={'#' not in redirected})"
     line = ["bash", "-c", f'"$@" {redirected}', "bash", sys.executable, "-c", program]
     done = subprocess.run(line, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == result

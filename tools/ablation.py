@@ -45,6 +45,7 @@ from planning import isoflop_plot
 from scalegpt.config import command_line
 from scalegpt.errors import Mistake
 from scalegpt.files.folder import replacing
+from scalegpt.processes import streams
 from scalegpt.processes.command import run_command
 from scalegpt.processes.exits import Exit
 
@@ -197,6 +198,8 @@ def train(runs: list[Run], plan: Plan, output: Any) -> int:
     the arms' own keys were checked before, so every other run would make the same mistake.
     """
     children, result = Children(), Exit.DONE
+    if output is None:
+        streams.make_optional()  # days of runs do not end for a table, which --report shows again
     say = partial(print, file=output, flush=True)
     try:
         for i, run in enumerate(runs):

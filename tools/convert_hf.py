@@ -332,4 +332,4 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, essential=False)

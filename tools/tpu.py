@@ -276,4 +276,4 @@ def left_over(flags: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, essential=False)

@@ -27,9 +27,12 @@ _OF_THE_DISK = {
 }
 
 
-def run_command(main: Main) -> NoReturn:
-    """Run a command on this process's command line and exit with its code: a script's last line."""
-    streams.prepare()
+def run_command(main: Main, essential: bool = True) -> NoReturn:
+    """Run a command on this process's command line and exit with its code: a script's last line.
+
+    essential: what it prints is its result, so that it fails where that cannot be written.
+    """
+    streams.prepare(essential)
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # by exits.leave_on_interrupt
         signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(exit_code(main, sys.argv[1:]))

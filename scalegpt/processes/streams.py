@@ -51,7 +51,7 @@ class Output(io.FileIO):
             raise Mistake(f"cannot write to standard output: {error.strerror}") from None
 
 
-def prepare() -> None:
+def prepare(essential: bool) -> None:
     """Put standard output and error on `Output`, and open those of the three that are closed.
 
     Without that the next file that is opened would take the place of a closed one, and what is
@@ -68,7 +68,7 @@ def prepare() -> None:
         if stream is not getattr(sys, f"__{name}__"):
             continue
         lines = stream is not None and (stream.line_buffering or stream.write_through)
-        buffer = io.BufferedWriter(Output(number, essential=name == "stdout"))
+        buffer = io.BufferedWriter(Output(number, essential and name == "stdout"))
         encoding = stream and stream.encoding
         setattr(sys, name, io.TextIOWrapper(buffer, encoding, errors, line_buffering=lines))
 
