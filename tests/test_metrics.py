@@ -46,6 +46,7 @@ def log(tensorboard=False, wandb=False):
         wandb_project="p",
         wandb_name=None,
         wandb_entity=None,
+        wandb_tags=None,
     )
 
 
@@ -234,7 +235,7 @@ WANDB = """
     from pathlib import Path
     from scalegpt.run.writers import WandbWriter
     for life, resume in ((1, False), (2, True)):
-        writer = WandbWriter({"lr": 0.125}, sys.argv[1], "proj", "nick", resume)
+        writer = WandbWriter({"lr": 0.125}, sys.argv[1], "proj", "nick", resume, tags=["a", "b"])
         for step in (2 * life, 2 * life + 1):
             writer.write({"step": step, "train/loss": 1.0 / step, "time": 0.0})
         writer.close()
@@ -281,6 +282,7 @@ def test_wandb_without_an_account_goes_offline_and_never_waits(tmp_path):
     for records in (first, second):
         (run,) = [r.run for r in records if r.HasField("run")]
         assert (run.run_id, run.project, run.display_name) == (ids[0], "proj", "nick")
+        assert list(run.tags) == ["a", "b"]
         assert {c.key: c.value_json for c in run.config.update}["lr"] == "0.125"
     history = [
         {item.key or item.nested_key[0]: json.loads(item.value_json) for item in r.history.item}

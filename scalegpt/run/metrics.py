@@ -169,6 +169,7 @@ class Metrics:
                 resume_step is not None,
                 log.wandb_entity,
                 self.say,
+                [tag.strip() for tag in (log.wandb_tags or "").split(",") if tag.strip()],
             )
             self._writers.append(Apart("W&B", wandb, self.say))
 

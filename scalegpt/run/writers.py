@@ -7,7 +7,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +191,7 @@ class WandbWriter:
         resume: bool = False,
         entity: str | None = None,
         say: Say = print,
+        tags: Sequence[str] = (),
     ) -> None:
         import wandb
 
@@ -209,6 +210,7 @@ class WandbWriter:
             project=project,
             name=name,
             entity=entity,
+            tags=tags,
             config=config,
             dir=str(out_dir),
             mode=mode,
