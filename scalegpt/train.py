@@ -17,7 +17,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -31,8 +31,8 @@ from scalegpt.data.token_files import Dataset
 from scalegpt.errors import Mistake
 from scalegpt.files import run_folder
 from scalegpt.files.cache import keep_compiled
-from scalegpt.inference.continuation import continuations
-from scalegpt.inference.decode import decoder
+from scalegpt.inference.continuation import continuations, prompt_ids
+from scalegpt.inference.decode import Decoder, decoder
 from scalegpt.inference.sampling import Sampler
 from scalegpt.inference.validation import validation
 from scalegpt.model.flops import mfu_meter
@@ -115,6 +115,7 @@ class Run:
     progress: Progress
     phases: Phases
     stop: StopRequest
+    decoders: list[Decoder] = field(default_factory=list)  # that of earlier samples
 
 
 def train(config: Config, group: Group | Alone, phases: Phases, stop: StopRequest) -> int:
@@ -230,7 +231,8 @@ def loop(run: Run, state: State, start: int) -> State:
         stopping = run.stop.reached()
         evaluating = step == total or due(step, config.eval.every)
         saving = stopping or step == total or due(step, config.checkpoint.every)
-        if not (evaluating or saving or compiling):
+        sampling = step < total and due(step, config.eval.sample_every)
+        if not (evaluating or saving or compiling or sampling):
             continue
         run.progress.read()  # an update is judged before it is evaluated or saved
         if compiling:
@@ -243,6 +245,8 @@ def loop(run: Run, state: State, start: int) -> State:
             loss = evaluate(run, state, step)  # a request to stop: saves, raises Stopped
             if not math.isfinite(loss):
                 raise NotFinite(step, evaluated=True)
+        if sampling:
+            write_sample(run, state, step)
         if saving or (loss is not None and loss < best):
             save(run, state, step, loss)
             if step < total and not stopping:  # `finish` writes the last row of the ledger
@@ -302,8 +306,7 @@ def finish(run: Run, state: State, start: int, end: Ended | None) -> Exit:
     elif code == Exit.STOPPED:
         metrics.say(f"stopped on request after update {step}; the same command continues")
     else:
-        with run.phases("sample"):
-            metrics.say(sample(run, state.swapped().params))
+        write_sample(run, state, step)
         reports.finish(config, checkpoints, run.meta["best_loss"], metrics)
     if start < config.optim.steps:
         metrics.ledger(step)
@@ -313,26 +316,41 @@ def finish(run: Run, state: State, start: int, end: Ended | None) -> Exit:
     return code
 
 
-def sample(run: Run, params: Any) -> str:
-    """Return a text that the model writes from nothing, or the reason why it cannot.
+def write_sample(run: Run, state: State, step: int) -> None:
+    """Show and keep what the model writes after update `step`, if it can."""
+    with run.phases("sample"):
+        if (text := sample(run, state.swapped().params)) is not None:
+            run.metrics.sample(step, run.config.eval.sample_prompt, text)
+
+
+def sample(run: Run, params: Any) -> str | None:
+    """Return a text that the model writes after eval.sample_prompt; None where it says why not.
 
     A tokenizer may need the network or a package that only some processes have. All processes
     write together, so either all of them do or none does.
     """
-    problem = None
+    problem, prompt = None, run.config.eval.sample_prompt
     try:
         codec = tokenizer.load(run.meta["tokenizer"])
-        start = codec.encode("\n") if codec.eot is None else np.array([codec.eot])
-        start = start if start.size else np.zeros(1, np.int32)  # ids that stand for no text
+        if prompt:
+            start = prompt_ids(codec, prompt)
+        else:
+            start = codec.encode("\n") if codec.eot is None else np.array([codec.eot])
+            start = start if start.size else np.zeros(1, np.int32)  # ids that stand for no text
     except Mistake as error:
         problem = str(error)
     problems = gather("sample", problem, Deadline(run.config.run.deadline_evaluation))
     if first := next(filter(None, problems), None):
-        return f"no sample: {first}"
-    decode = decoder(run.steps, params, Sampler(), codec.vocab_size)
+        run.metrics.say(f"no sample: {first}")
+        return None
+    if run.decoders:  # of an earlier sample, so that nothing is compiled again
+        decode = run.decoders[0].with_params(params)
+    else:
+        decode = decoder(run.steps, params, Sampler(), codec.vocab_size)
+    # Between two samples there is no second copy of the parameters.
+    run.decoders[:] = [decode.with_params(None)]
     longest = min(200, run.config.model.block_size)
-    text = continuations(decode, codec, [start], max_new_tokens=longest)[0].text
-    return f"--- a sample ---\n{text}\n----------------"
+    return continuations(decode, codec, [start], max_new_tokens=longest)[0].text
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def faulty(self, step):
     fault(str(step))
     return read(self, step)
 opened = train.open_datasets
-train.sample = lambda run, params: "no sample in tests"
+train.sample = lambda run, params: None
 train.open_datasets = lambda *a: (time.sleep(int(ours.get("late", 0))), opened(*a))[1]
 check = startup.self_check
 startup.self_check = lambda facts: (fault("check"), check(facts))

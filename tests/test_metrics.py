@@ -175,7 +175,11 @@ def test_tensorboard_events_read_back(tmp_path):
     first = TensorBoardWriter(tmp_path / "tb")
     first.write({**train_row(3), "time": 1000.5})
     first.write({"step": 3, "val/loss": 2.5, "val/wiki/loss": 3.5, "time": 1001.0})
+    first.write({"step": 3, "prompt": "To be", "text": " or not", "time": 1002.0})
     first.close()
+    values = [value for event in events(tmp_path / "tb") for value in event.summary.value]
+    (text,) = [x for x in values if x.tag == "sample/text_summary"]
+    assert list(text.tensor.string_val) == [b"To be or not"]
     got = {
         v.tag: (e.step, v.simple_value, e.wall_time)
         for e in events(tmp_path / "tb")

@@ -405,23 +405,35 @@ def test_without_a_tokenizer_that_can_begin_a_text_a_run_ends_without_a_sample(
     data, tmp_path, with_sample
 ):
     config = parse(arguments(data, tmp_path / "run"), "test", {})[0]
-    run = SimpleNamespace(config=config, meta={"tokenizer": {"kind": "char", "chars": "ACGT"}})
-    said = with_sample(run, None)
-    assert said == "no sample: char tokenizer has no '\\n' (U+000A); byte has all"
+    said: list[str] = []
+    metrics = SimpleNamespace(say=said.append)
+    spec = {"kind": "char", "chars": "ACGT"}
+    run = SimpleNamespace(config=config, meta={"tokenizer": spec}, metrics=metrics)
+    assert with_sample(run, None) is None
+    (line,) = said
+    assert line == "no sample: char tokenizer has no '\\n' (U+000A); byte has all"
 
 
 def test_fault_21_the_default_run_saves_and_the_commands_it_names_work(
     data, tmp_path, capsys, with_sample
 ):
     changes = {"checkpoint.every": None, "eval.every": None, "optim.steps": 3}
+    changes |= {"eval.sample_every": 2, "eval.sample_prompt": "KING"}
     assert train.main(arguments(data, tmp_path / "run", **changes)) == 0
     printed = capsys.readouterr().out
-    assert "at step 3" in printed and "--- a sample ---" in printed
+    assert "at step 3" in printed and "- a sample after update 3 -" in printed
     lines = [line.strip() for line in printed.splitlines() if "python -m" in line]
     assert lines == [
         f'{python()} -m scalegpt.generate --run {tmp_path}/run --prompt "..."',
         f"{python()} -m scalegpt.evaluate --run {tmp_path}/run",
+        f"{python()} -m scalegpt.report {tmp_path}/run",
     ]
+    samples = map(json.loads, (tmp_path / "run" / "samples.jsonl").read_text().splitlines())
+    samples = {row["step"]: row["prompt"] + row["text"] for row in samples}
+    assert list(samples) == [2, 3] and all(samples[step] in printed for step in samples)
+    asked = ["--checkpoint", "3", "--prompt", "KING", "--max-new-tokens", str(T)]
+    assert generate.main(["--run", str(tmp_path / "run"), *asked]) == 0
+    assert capsys.readouterr().out.strip() == samples[3].strip()  # what the command writes
     assert (
         generate.main(
             [

@@ -104,6 +104,10 @@ class EvalConfig(Section):
     """evaluate on the first so many windows of val.bin; default: the whole file"""
     train_windows: Positive | None = None
     """evaluate on so many windows of train.bin, spread over it: train/eval_loss; default: none"""
+    sample_every: Whole = 0
+    """updates between texts that the model writes, for samples.jsonl and the logs; 0: at the end"""
+    sample_prompt: str = ""
+    """the text that samples continue; by default none, they begin anew"""
     tasks: dict[Literal["hellaswag", "lambada", "multiple_choice"], Name] = {}
     """also score these tasks, {task: jsonl file}; see `python -m scalegpt.evaluate --help`"""
     task_examples: Positive | None = None

@@ -13,7 +13,8 @@ from scalegpt.files.folder import Folder, expanded, is_url, open_folder, replace
 
 FOLDER = "checkpoints"
 BAD_UPDATES = "bad_updates.jsonl"
-_FILES = ("config.yaml", "metrics.jsonl", BAD_UPDATES, "wandb_id.txt")
+SAMPLES = "samples.jsonl"
+_FILES = ("config.yaml", "metrics.jsonl", SAMPLES, BAD_UPDATES, "wandb_id.txt")
 _LOGS = "tensorboard"
 
 

@@ -6,7 +6,7 @@ about the same length compiles anything anew.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -40,6 +40,16 @@ class Decoder:
     begin: Callable
     prefill: Callable
     step: Callable
+
+    def with_params(self, params: Any) -> "Decoder":
+        """Return this decoder for other parameters of the same model; nothing is compiled again.
+
+        They are copied. None makes a decoder that only keeps what is compiled.
+        """
+        if params is not None:
+            with jax.set_mesh(self.steps.mesh):
+                params = _for_decoding(params, self.steps.model.dtype, True)
+        return replace(self, params=params)
 
     def ids(
         self, prompts: Sequence[np.ndarray], max_new_tokens: int, seed: int = 1337

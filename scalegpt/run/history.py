@@ -15,7 +15,7 @@ from scalegpt.config import Config, loading
 from scalegpt.errors import Mistake
 from scalegpt.files import json_files
 from scalegpt.files.folder import Folder, open_folder
-from scalegpt.files.run_folder import FOLDER, first_line
+from scalegpt.files.run_folder import FOLDER, SAMPLES, first_line
 from scalegpt.model import flops
 
 DONE = "done"
@@ -71,7 +71,7 @@ def read_history(name: str) -> History:
         raise Mistake(f"cannot read {name}: {first_line(error)}") from error
     source = f"{name}/config.yaml"
     config = loading.validate(loading.sections(text, source), source)
-    return History(name, config, read_rows(folder), read_rows(folder, "samples.jsonl"), checkpoints)
+    return History(name, config, read_rows(folder), read_rows(folder, SAMPLES), checkpoints)
 
 
 def read_rows(folder: Folder, name: str = "metrics.jsonl") -> list[Row]:

@@ -142,6 +142,7 @@ class Metrics:
         stream: TextIO | None = None,
     ) -> None:
         self._writers: list[Any] = []
+        self._texts: list[Any] = []  # the writers of samples
         self.say: Say = lambda text: None
         self.on_terminal, self.folder = False, open_folder(run_folder.local(out_dir))
         self._ledger: ledger.Ledger | None = None
@@ -156,6 +157,9 @@ class Metrics:
         self._memory = psutil.Process()
         self.say, self._writers = console.say, [jsonl, console]
         self.on_terminal = console.on_terminal
+        samples = folder / run_folder.SAMPLES  # runs of earlier versions have none
+        kept = resume_step if samples.exists() else None
+        self._texts.append(JsonlWriter(samples, kept, console.say))
         if log.tensorboard:
             tensorboard = partial(TensorBoardWriter, folder / "tensorboard", resume_step)
             self._writers.append(Apart("TensorBoard", tensorboard, self.say))
@@ -172,6 +176,7 @@ class Metrics:
                 [tag.strip() for tag in (log.wandb_tags or "").split(",") if tag.strip()],
             )
             self._writers.append(Apart("W&B", wandb, self.say))
+        self._texts += self._writers[2:]
 
     def train(self, row: Row) -> None:
         """Write a row of TRAIN_KEYS and norm/NAME, any scalars; time and memory are added."""
@@ -186,6 +191,13 @@ class Metrics:
         losses = {key for key in row.keys() - set(EVAL_KEYS) if not _of_task(key)}
         assert all(key.startswith("val/") and key.endswith("/loss") for key in losses), losses
         self._write(row)
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        """Show a text that the model wrote after a prompt, and keep it in samples.jsonl."""
+        frame = f" a sample after update {step} "
+        self.say(f"{frame:-^40}\n{prompt}{text}\n{'':-^40}")
+        for writer in self._texts:
+            writer.write({"time": time.time(), "step": step, "prompt": prompt, "text": text})
 
     def save_stalled(self, seconds: float) -> None:
         """Note how many seconds a save held up training; the next row of the ledger has it."""
@@ -208,7 +220,7 @@ class Metrics:
             writer.write({k: v.item() if hasattr(v, "item") else v for k, v in row.items()})
 
     def close(self) -> None:
-        for writer in self._writers:
+        for writer in {*self._writers, *self._texts}:
             writer.close()
 
 

@@ -144,6 +144,7 @@ class TensorBoardWriter:
         try:
             from tensorboardX.event_file_writer import EventsWriter
             from tensorboardX.proto import event_pb2, summary_pb2
+            from tensorboardX.summary import text
         finally:
             if without_torch:
                 del sys.modules["torch"]
@@ -151,7 +152,7 @@ class TensorBoardWriter:
         Path(folder).mkdir(parents=True, exist_ok=True)
         # Not SummaryWriter, whose own thread dies on a full disk and lets the run wait for ever.
         self._events = EventsWriter(str(Path(folder, "events")))
-        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        self._event, self._summary, self._text = event_pb2.Event, summary_pb2.Summary, text
         self._flushed = 0.0
         if resume_step is not None:
             start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
@@ -164,6 +165,9 @@ class TensorBoardWriter:
             self._flushed = time.monotonic()
 
     def write(self, row: Row) -> None:
+        if "text" in row:
+            shown = self._text("sample", row["prompt"] + row["text"])
+            return self._add(row["step"], row["time"], summary=shown)
         # One event a row costs less than one a value.
         values = [
             self._summary.Value(tag=key, simple_value=value)
@@ -223,4 +227,6 @@ class WandbWriter:
         self.close = self._run.finish
 
     def write(self, row: Row) -> None:
+        if "text" in row:
+            row = {"step": row["step"], "sample": row["prompt"] + row["text"]}
         self._run.log(row, step=row["step"])
