@@ -561,6 +561,7 @@ OTHER = {  # a value that differs from the default, where adding one will not do
     "run.replay": 3,
     "eval.windows": 3,
     "eval.train_windows": 3,
+    "eval.sample_prompt": "x",
     "eval.tasks": {"lambada": "x"},
     "eval.task_examples": 3,
     "distributed.coordinator": "a:1",
