@@ -4,6 +4,11 @@ The page is one HTML file with curves, times, samples, checkpoints and what diff
 settings. It needs no network. A run that is going on, or was interrupted, is shown as far as it is.
 """
 
+if __name__ == "__main__":
+    from scalegpt.processes.exits import leave_on_interrupt
+
+    leave_on_interrupt()
+
 import argparse
 
 from scalegpt.config import command_line
@@ -52,4 +57,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, essential=False)

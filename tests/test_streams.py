@@ -39,7 +39,7 @@ def test_a_command_and_its_streams(body, redirected, result):
 
 
 def test_ctrl_c_during_the_imports_of_a_command_is_no_page_of_frames():
-    for name in ("evaluate", "generate"):
+    for name in ("evaluate", "generate", "report"):
         program = f"""
 import os, runpy, signal, sys
 class Interrupted:  # while the command imports its first module
