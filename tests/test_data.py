@@ -23,7 +23,7 @@ import pytest
 from fsspec.registry import _registry
 from grain.experimental import index_shuffle
 
-from scalegpt.config import BatchConfig, Config
+from scalegpt.config import BatchConfig, Config, presets
 from scalegpt.data import batches as data
 from scalegpt.data import token_files, tokenizer
 from scalegpt.data.batches import EvalBatches, TrainBatches, TrainOrder, train_iterator
@@ -627,6 +627,16 @@ def test_missing_folder_and_files(tmp_path):
     fix = re.escape(f"make one: python {script} --out {folder}")
     with pytest.raises(ValueError, match=f"no train.bin; .*{fix}"):
         open_dataset(folder)
+
+
+def test_a_script_of_nanogpt_in_our_data_folder_is_no_recipe(tmp_path, monkeypatch):
+    monkeypatch.setattr(presets, "_folder", lambda name: tmp_path / name)
+    scripts = {"ours": "import os\nfrom scalegpt.errors import Mistake\n", "theirs": "import os\n"}
+    for name, text in scripts.items():
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / "data" / name / "prepare.py").write_text(text)
+    assert presets.recipe("ours") == tmp_path / "data" / "ours" / "prepare.py"
+    assert presets.recipe("theirs") is None and presets.recipe("nobodys") is None
 
 
 def prepared(folder: Path, **data) -> list:

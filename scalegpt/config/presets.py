@@ -18,9 +18,14 @@ def own_configs() -> dict[str, Path]:
 
 
 def recipe(name: str) -> Path | None:
-    """Return the script that makes the data set of this name, as `python_stdlib`, or None."""
+    """Return the script that makes the data set of this name, as `python_stdlib`, or None.
+
+    A script that does not use scalegpt is none, because folders of nanoGPT, which have scripts of
+    their own, are copied into data/ as well, and `data.prepare` runs what is found here.
+    """
     scripts = {script.parent.name: script for script in _folder("data").glob("*/prepare.py")}
-    return scripts.get(name)
+    script = scripts.get(name)
+    return script if script and b"\nfrom scalegpt." in script.read_bytes() else None
 
 
 def data_folder(script: str) -> Path:
