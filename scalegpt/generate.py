@@ -148,7 +148,7 @@ def _prompts(flags: argparse.Namespace) -> tuple[Iterable[list[str]], bool]:
         return [flags.prompt], False
     if flags.prompt_file is not None:
         try:
-            return [[flags.prompt_file.read_text(encoding="utf-8")]], False
+            return [[flags.prompt_file.read_text(encoding="utf-8-sig")]], False
         except (OSError, UnicodeDecodeError) as error:
             raise Mistake(f"cannot read --prompt-file {flags.prompt_file}: {error}") from None
     if not sys.stdin.isatty():
@@ -159,7 +159,7 @@ def _prompts(flags: argparse.Namespace) -> tuple[Iterable[list[str]], bool]:
 def _piped_prompt() -> Iterator[list[str]]:
     """Yield the text of standard input; it is read when the model has been loaded."""
     try:
-        text = sys.stdin.read()
+        text = sys.stdin.read().removeprefix("\ufeff")  # a byte order mark is no text
     except UnicodeDecodeError as error:
         raise Mistake(f"standard input is not UTF-8 text: {error}; convert it first") from None
     yield [text]

@@ -391,7 +391,7 @@ BINS = {"bad/train.bin": bytes(2000), "bad/val.bin": bytes(2000)}
 bad("data: a folder for a file", "train", DATA, "bad has no train.bin", "prepare.py",
     files={"bad/train.bin/x": "", "bad/val.bin": b"12"})
 bad("data: no folder", "train", DATA, "there is no folder", "bad", "prepare.py")
-bad("data: a file", "train", DATA, "there is no folder", files={"bad": "text"})
+bad("data: a file", "train", DATA, "bad is a file", "at its folder", files={"bad": "text"})
 bad("data: a file that cannot be read", "train", DATA, "cannot read", "bad/train.bin",
     files={**BINS, "bad/train.bin": link("/sys/kernel/mm/transparent_hugepage/enabled")})
 bad("data: a meta.json that leads nowhere", "train", DATA, "cannot read", "bad/meta.json",
@@ -589,7 +589,7 @@ for name, argv, files, *words in [
     ("text that is not there", [RUN, "--text=nowhere"], {}, "there is no file nowhere"),
     ("text that is empty", [RUN, "--text=t"], {"t": ""}, "t holds no text"),
     ("text of broken UTF-8", [RUN, "--text=t"], {"t": b"green \xe9"}, "t is not UTF-8 text"),
-    ("text that is an image", [RUN, "--text=t.gz"], {"t.gz": JPEG}, "cannot read t.gz"),
+    ("text that is an image", [RUN, "--text=t.gz"], {"t.gz": JPEG}, "t.gz is a JPEG"),
     ("text that the model has no characters for", [RUN, "--text=t"], {"t": "\u00e9"}, "U+00E9"),
     ("text that cannot be read", [RUN, "--text=t"], {"t": link("/proc/self/mem")}, "cannot read t"),
     ("data that is not there", [RUN, "--data=nowhere"], {}, "there is no folder", "nowhere"),
@@ -732,8 +732,8 @@ for name, argv, files, *words in [
     ("an empty text", ["--input=t.txt"], {"t.txt": ""}, "no text in t.txt"),
     ("broken UTF-8", ["--input=t.txt"], {"t.txt": b"green \xff bottles"}, "t.txt is not UTF-8",
      "offset 6", "--errors replace"),
-    ("an image", ["--input=t.txt"], {"t.txt": JPEG}, "t.txt is not UTF-8", "offset 0"),
-    ("gzip that is none", ["--input=t.gz"], {"t.gz": NOISE}, "cannot read t.gz"),
+    ("an image", ["--input=t.txt"], {"t.txt": JPEG}, "t.txt is a JPEG image, not UTF-8 text"),
+    ("gzip that is none", ["--input=t.gz"], {"t.gz": NOISE}, "t.gz is binary data"),
     ("gzip cut short", ["--input=t.gz"], {"t.gz": gzip.compress(NOISE)[:99]}, "cannot read t.gz"),
     ("lines not JSON", ["--input=t.jsonl"], {"t.jsonl": '{"text": "a"}\n{"te'},
      "t.jsonl, line 2 is not JSON"),
@@ -742,7 +742,7 @@ for name, argv, files, *words in [
     ("lines without the key", ["--input=t.jsonl", "--key=body"], {"t.jsonl": '{"text": "a"}'},
      "'body'", "['text']"),
     ("text too short to split", ["--input=t.jsonl"], {"t.jsonl": '{"text": "a"}\n{"text": "b"}'},
-     "split is empty"),
+     "--val-fraction", "--val-input"),
     ("a file that cannot be read", ["--input=t.txt"], {"t.txt": link("/proc/self/mem")},
      "cannot read t.txt"),
     ("an unknown tokenizer", ["--input=t.txt", "--tokenizer=gpt5"], {"t.txt": "text"}, "'gpt5'",

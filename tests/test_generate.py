@@ -324,6 +324,14 @@ def test_an_empty_stop_string_and_an_unreadable_prompt_file_are_named(tmp_path):
             generate.main(["--run=out/none", f"{flag}=FILE:{tmp_path / 'p.txt'}"])
 
 
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path, monkeypatch):
+    file = tmp_path / "prompt.txt"
+    file.write_bytes(b"\xef\xbb\xbfOnce")
+    prompts, _ = generate._prompts(SimpleNamespace(prompt=None, prompt_file=file))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(file.read_text("utf-8")))
+    assert list(prompts) == list(generate._piped_prompt()) == [["Once"]]
+
+
 def test_a_prompt_that_is_no_text_and_a_model_that_knows_none_are_told(command, model):
     with pytest.raises(ValueError, match="is not UTF-8 text"):
         command("--prompt=a\udcff")

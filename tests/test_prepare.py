@@ -6,13 +6,16 @@ import fcntl
 import gzip
 import hashlib
 import importlib.util
+import io
 import json
 import lzma
 import os
+import re
 import signal
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -24,6 +27,7 @@ from filelock import FileLock, Timeout
 from scalegpt.data import prepare
 from scalegpt.data.prepare import Corpus, write_dataset
 from scalegpt.data.tokenizer import char_tokenizer, load
+from scalegpt.files import text_files
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 
@@ -73,6 +77,11 @@ def wiki_jsonl(wiki, tmp_path_factory):
     path = tmp_path_factory.mktemp("wiki") / "wiki.jsonl"
     path.write_text("\n".join(json.dumps({"text": t, "id": 1}) for t in wiki), encoding="utf-8")
     return path
+
+
+def read(script, *paths, errors="strict", **options):
+    kinds = script.kinds_of(paths, options.pop("plain", False), errors)
+    return script.read_documents(kinds, "text", errors, **options)
 
 
 def corpus(texts, tokenizer="byte", **options):
@@ -192,9 +201,9 @@ def test_openwebtext_reads_local_parquet_as_jsonl(wiki, wiki_jsonl, tmp_path, mo
     owt = module("openwebtext")
     for pattern in (str(tmp_path / "*.parquet"), str(tmp_path), str(wiki_jsonl)):
         assert list(owt.load_text(pattern, tmp_path)["text"]) == wiki
-    for pattern in (str(tmp_path / "cache/*"), "/nowhere"):
-        with pytest.raises(ValueError, match="found: none"):
-            owt.load_text(pattern, tmp_path)
+    (tmp_path / "a.md").write_text("text")
+    with pytest.raises(ValueError, match="found: none"):
+        owt.load_text(str(tmp_path / "*.md"), tmp_path)
 
 
 # --- own text
@@ -241,10 +250,10 @@ def test_packed_and_plain_and_reordered_text_is_the_same_data(wiki, wiki_jsonl, 
     for suffix, content in packed.items():
         path = tmp_path / f"wiki.jsonl.{suffix}"
         path.write_bytes(content)
-        assert list(text.read_documents([path], "text", "strict")) == wiki, suffix
+        assert list(read(text, path)) == wiki, suffix
         path.write_bytes(content[: len(content) * 2 // 3])
         with pytest.raises(ValueError, match=f"cannot read .*wiki.jsonl.{suffix}"):
-            list(text.read_documents([path], "text", "strict"))
+            list(read(text, path))
         path.unlink()
     folder = tmp_path / "plain" / "deep"
     folder.mkdir(parents=True)
@@ -253,8 +262,8 @@ def test_packed_and_plain_and_reordered_text_is_the_same_data(wiki, wiki_jsonl, 
     (folder / ".hidden").write_bytes(b"\xff")
     sides = []
     for source in (wiki_jsonl, tmp_path / "plain", f"{tmp_path}/plain/**/*.md"):
-        files = text.find_files(str(source))
-        pairs = text.split_documents(files, "text", "strict", 0.1, 0)
+        files = text_files.find_files(str(source))
+        pairs = text.split_documents(lambda files=files: read(text, *files), 0.1, 0)
         sides.append({(split, "".join(chunks)) for split, chunks in pairs})
     assert sides[0] == sides[1] == sides[2] and len(sides[0]) == len(set(wiki))
 
@@ -308,13 +317,130 @@ def test_bad_utf8_is_named_with_its_place_or_replaced(tmp_path):
     offset = (1 << 20) + 1  # behind the first block read, whose end cuts a character in two
     path.write_bytes(b"a" * ((1 << 20) - 1) + "é".encode() + b"\xffb")
     text = module("text")
-    with pytest.raises(ValueError, match=f"bad.txt is not UTF-8: byte 0xff at offset {offset}"):
-        "".join(next(text.read_documents([path], "text", "strict")))
-    found = "".join(next(text.read_documents([path], "text", "replace")))
+    with pytest.raises(
+        ValueError, match=f"bad.txt is not UTF-8 text: byte 0xff at offset {offset}"
+    ):
+        "".join(next(read(text, path)))
+    found = "".join(next(read(text, path, errors="replace")))
     assert found == "a" * ((1 << 20) - 1) + "é\ufffdb"
     (tmp_path / "half.jsonl").write_text('{"text": "a\\ud800b"}')
     with pytest.raises(ValueError, match="half.jsonl, line 1"):
-        list(text.read_documents([tmp_path / "half.jsonl"], "text", "strict"))
+        list(read(text, tmp_path / "half.jsonl"))
+
+
+def test_what_a_file_is_read_as_is_told_by_what_it_holds(tmp_path):
+    text, rows = module("text"), '{"text": "one"}\n{"text": "two"}\n'
+    for name, content, documents in (
+        ("a.json", rows, ["one", "two"]),
+        ("A.JSONL", rows, ["one", "two"]),
+        ("a.json.gz", gzip.compress(rows.encode()), ["one", "two"]),
+        ("packed.txt", lzma.compress(b"prose"), ["prose"]),
+        ("plain.gz", "prose", ["prose"]),
+        ("long.txt", '{"text": "' + "x" * (2 << 20) + '"}', ["x" * (2 << 20)]),
+        ("marked.txt", "\ufeffprose \ufeff", ["prose \ufeff"]),
+        ("marked.jsonl", "\ufeff" + rows, ["one", "two"]),
+        ("brace.txt", "{a brace}\n", ["{a brace}\n"]),
+        ("note.txt", "[Illustration]\n", ["[Illustration]\n"]),
+        ("latin.csv", "caf\u00e9\0", ["caf\u00e9\0"]),
+        ("README.md", "---\nlicense: mit\n---\n", ["---\nlicense: mit\n---\n"]),
+        ("nothing.txt", "", []),
+    ):
+        path = tmp_path / name
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        assert ["".join(document) for document in read(text, path)] == documents, name
+    path = tmp_path / "a.json"
+    assert ["".join(document) for document in read(text, path, plain=True)] == [rows]
+    kinds = {tmp_path / "a.jsonl.gz": text.LINES, tmp_path / "b": text.PLAIN}
+    kinds |= {tmp_path / f"{i}.txt": text.PLAIN for i in range(3)}
+    assert [*text.summary(kinds)] == [
+        f"read as plain text: 3 .txt, {tmp_path}/0.txt and 2 more",
+        f"read as JSON lines: 1 .jsonl.gz, {tmp_path}/a.jsonl.gz",
+        f"read as plain text: 1 without ending, {tmp_path}/b",
+    ]
+
+
+def test_what_is_no_text_is_refused_by_what_it_is_also_where_errors_are_replaced(tmp_path):
+    text, archive, path = module("text"), io.BytesIO(), tmp_path / "a.txt"
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        tar.addfile(tarfile.TarInfo("x"))
+    for content, kind in (
+        (gzip.compress(archive.getvalue()), "is a tar archive"),
+        (gzip.compress(gzip.compress(b"text")), "is gzip"),
+        (b"PK\x03\x04" + bytes(99), "is a zip archive"),
+        (b"PAR1\x15\x04", "is Parquet"),
+        (b"\x89PNG\r\n\x1a\n", "is a PNG image"),
+        ("text".encode("utf-16"), "is UTF-16 text"),
+        ("text".encode("utf-32"), "is UTF-32 text"),
+        ("text".encode("utf-16-be"), "is UTF-16 text, or binary data"),
+        (np.arange(50_000, dtype="<u2").tobytes(), "is binary data"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
+        (b'[\n {"text": "one"},\n {"text": "two"}]', "is JSON, but not one object a line"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"a.txt {kind}"):
+            read(text, path, errors="replace")
+    (tmp_path / "a.json").write_text('{\n "text": "one"\n}')
+    with pytest.raises(ValueError, match="a.json is JSON, but not one object a line.*--plain"):
+        read(text, tmp_path / "a.json")
+    path.write_bytes("na\u00efve text of Latin-1".encode("latin-1"))
+    with pytest.raises(ValueError, match="byte 0xef at offset 2; iconv.*--errors replace"):
+        read(text, path)
+    assert "".join(*read(text, path, errors="replace")) == "na\ufffdve text of Latin-1"
+
+
+def test_a_folder_of_several_kinds_is_refused_and_a_pattern_says_which_are_meant(tmp_path):
+    text = module("text")
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
+    (tmp_path / "empty.txt").touch()
+    for name, content in (("a.txt", "prose"), ("b.jsonl", '{"text": "one"}')):
+        (tmp_path / name).write_text(content)
+        kinds = text.kinds_of(text_files.find_files(str(tmp_path)), False, "strict")
+        with pytest.raises(ValueError, match=f"README.md.*by a pattern, as '.*{name[1:]}', or"):
+            text.check_one_kind(str(tmp_path), kinds)
+    text.check_one_kind(str(tmp_path), text.kinds_of([*kinds], True, "strict"))
+    text.check_one_kind(str(tmp_path), text.kinds_of([*kinds][1:2], False, "strict"))
+
+
+def test_links_are_followed_and_lead_to_each_file_once(tmp_path):
+    (tmp_path / "far/deep").mkdir(parents=True)
+    (tmp_path / "far/deep/a.txt").write_text("a")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/b.txt").write_text("b")
+    for name, target in {"far": "../far", "again": "../far", "up": ".", "c.txt": "b.txt"}.items():
+        (tmp_path / "in" / name).symlink_to(target)
+    for pattern in ("in", "in/**/*.txt"):
+        names = [path.name for path in text_files.find_files(str(tmp_path / pattern))]
+        assert sorted(names) == ["a.txt", "b.txt"], pattern
+    (tmp_path / "in/lost").symlink_to("nowhere")
+    for pattern in ("in", "in/*"):
+        with pytest.raises(ValueError, match="in/lost is a link that leads nowhere"):
+            text_files.find_files(str(tmp_path / pattern))
+
+
+@pytest.mark.parametrize("fraction, side", [(1e-9, "validation"), (1 - 1e-9, "training")])
+def test_a_split_that_would_be_empty_is_refused_with_a_fraction_that_works(fraction, side):
+    text = module("text")
+    for n in (2, 3, 10, 300):
+        documents = [f"book {i}" for i in range(n)]
+        with pytest.raises(ValueError, match=f"none of {n} documents goes to {side}") as error:
+            text.split_documents(lambda d=documents: iter(d), fraction, 0)
+        better = float(re.search("--val-fraction=([^ ]*) gives", str(error.value))[1])
+        splits = Counter(s for s, _ in text.split_documents(lambda d=documents: iter(d), better, 0))
+        assert splits["val" if side == "validation" else "train"] == 1 and splits.total() == n
+    with pytest.raises(ValueError, match=f"goes to {side} by [^;]*: give .* by --val-input"):
+        text.split_documents(lambda: iter(["same", "same"]), fraction, 0)
+    with pytest.raises(ValueError, match="of length 1, is too short for --val-fraction"):
+        text.split_documents(lambda: iter(["x"]), fraction, 0)
+
+
+def test_a_separator_divides_plain_text(tmp_path):
+    text, mark = module("text"), "<|endoftext|>"
+    for size in range(1, 40):
+        chunks = [f"one\n{mark}\ntwo{mark}{mark}\n"[i : i + size] for i in range(0, 60, size)]
+        assert [*text._parts(tmp_path, chunks, mark)] == ["one\n", "\ntwo", "", "\n"]
+    (tmp_path / "a.txt").write_text(f"one\n{mark}\ntwo{mark}{mark}\n")
+    assert list(read(text, tmp_path / "a.txt", separator=mark)) == ["one", "two"]
+    assert ["".join(d) for d in read(text, tmp_path / "a.txt")] == [f"one\n{mark}\ntwo{mark * 2}\n"]
 
 
 @pytest.mark.parametrize(
@@ -323,20 +449,23 @@ def test_bad_utf8_is_named_with_its_place_or_replaced(tmp_path):
         ([], "--input is missing"),
         (["--input", "nowhere.txt"], "'nowhere.txt'"),
         (["--input", "empty.txt"], "no text in empty.txt"),
-        (["--input", "a.jsonl", "--key", "body"], "line 1: no text under --key 'body' in ['text']"),
+        (["--input", "a.jsonl", "--key", "body"], "line 1: nothing under --key 'body' in ['text']"),
+        (["--input", "null.jsonl"], "line 1: under --key 'text' is null, no text; leave such"),
         (["--input", "a.jsonl", "--tokenizer", "gpt5"], "'gpt5'"),
         (["--input", "a.jsonl", "--val-fraction", "1"], "between 0 and 1, got 1.0"),
-        (["--input", "a.jsonl"], "the val split is empty"),
+        (["--input", "a.jsonl"], "none of 2 documents goes to validation by --val-fraction=0.005"),
         (["--input", "torn.jsonl"], "torn.jsonl, line 2 is not JSON"),
         (["--input", "torn.gz"], "cannot read torn.gz"),
+        (["--input", "a.jsonl", "--val-input", "empty.txt"], "no text in empty.txt"),
         (["--input", "a.jsonl", "--out", "."], "--out . holds input files"),
     ],
 )
 def test_a_users_mistake_is_told_without_a_traceback(tmp_path, args, message):
     (tmp_path / "empty.txt").touch()
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"text": "two"}\n')
+    (tmp_path / "null.jsonl").write_text('{"text": null}')
     (tmp_path / "torn.jsonl").write_text('{"text": "one"}\n{"te')
-    (tmp_path / "torn.gz").write_bytes(b"no gzip")
+    (tmp_path / "torn.gz").write_bytes(gzip.compress(b"gzip" * 99)[:20])
     defaults = {"--out": "out", "--tokenizer": "byte"}
     more = [word for pair in defaults.items() if pair[0] not in args for word in pair]
     run = script("text", *args, *more, cwd=tmp_path)
@@ -371,12 +500,28 @@ def test_chunks_of_a_document_have_the_tokens_of_the_whole(shakespeare, size):
     text = nasty + shakespeare.read_text("utf-8")[: 60 * size] + nasty
     chunks = [text[i : i + size] for i in range(0, len(text), size)]
     tokenizer = load("gpt2")
-    pieces = list(prepare._pieces(chunks))
+    pieces = list(prepare._pieces(chunks, tokenizer))
     assert "".join(piece for piece, _ in pieces) == text and len(pieces) > 3
     assert [last for _, last in pieces] == [False] * (len(pieces) - 1) + [True]
     whole = tokenizer.encode(text).tolist()
     assert np.concatenate([tokenizer.encode(piece) for piece, _ in pieces]).tolist() == whole
     assert np.concatenate([tokenizer.encode(chunk) for chunk in chunks]).tolist() != whole
+
+
+def test_text_without_a_place_to_cut_is_encoded_in_linear_time_or_refused_by_size(monkeypatch):
+    for tokenizer in (load("byte"), char_tokenizer("ACGT")):
+        chunks = ["ACGT" * (1 << 18)] * 64  # looking through all that is held takes minutes
+        pieces = [piece for piece, _ in prepare._pieces(chunks, tokenizer)]
+        assert max(map(len, pieces)) == len(chunks[0]) and sum(map(len, pieces)) == 64 << 20
+    monkeypatch.setattr(prepare, "MOST_WHOLE", 100)
+    whole = dataclasses.replace(load("byte"), piecewise=False)
+    for tokenizer, chunk, where in (
+        (load("gpt2"), "ACGT", " without a space or newline after a word"),
+        (whole, "A C ", ","),
+    ):
+        assert len(list(prepare._pieces([chunk] * 25, tokenizer))) == 1
+        with pytest.raises(ValueError, match=f"more than 100 characters{where}.*tokenizer byte"):
+            list(prepare._pieces([chunk] * 26, tokenizer))
 
 
 def test_a_document_stays_whole_for_a_tokenizer_that_cuts_unknown_ways():

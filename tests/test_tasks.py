@@ -332,8 +332,8 @@ def test_a_bad_file_is_named(tmp_path):
         ("empty", b"", "empty is empty"),
         ("blank", b"\n \n", "blank is empty"),
         ("latin", b"\xe9", "latin is not UTF-8"),
-        ("not.xz", b"text", "cannot read .*not.xz"),
-        ("not.gz", b"text", "cannot read .*not.gz"),
+        ("not.xz", b"\xfd7zXZ\0text", "cannot read .*not.xz"),
+        ("not.gz", b"\x1f\x8btext", "cannot read .*not.gz"),
     ):
         if data is not None:
             (tmp_path / name).write_bytes(data)

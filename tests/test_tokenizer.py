@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 
+from scalegpt.data import prepare
 from scalegpt.data.tokenizer import char_tokenizer, load
 from scalegpt.weights.tokenizer_files import named
 
@@ -124,12 +125,34 @@ def test_char_refuses_an_empty_or_double_vocabulary():
 
 def test_tokenizer_json_of_gpt2_is_tiktokens(tokenizer_json, wiki, bpe):
     tokenizer = named(str(tokenizer_json))
-    assert (tokenizer.vocab_size, tokenizer.eot, tokenizer.piecewise) == (50257, 50256, False)
+    assert (tokenizer.vocab_size, tokenizer.eot, tokenizer.piecewise) == (50257, 50256, True)
     for text in [UNICODE, "", *wiki[:50]]:
         assert tokenizer.encode(text).tolist() == bpe.encode_ordinary(text)
         assert tokenizer.decode(tokenizer.encode(text)) == text
+    text = "\n".join([UNICODE, *wiki[:50]])
+    pieces = prepare._pieces([text[i : i + 99] for i in range(0, len(text), 99)], tokenizer)
+    ids = [tokenizer.encode(piece) for piece, _ in pieces]
+    assert len(ids) > 100 and np.concatenate(ids).tolist() == bpe.encode_ordinary(text)
     assert tokenizer.encode_prompt(UNICODE).tolist() == bpe.encode(UNICODE, allowed_special="all")
     assert tokenizer.decode([50256, 64]) == "<|endoftext|>a"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"normalizer": {"type": "NFC"}},
+        {"pre_tokenizer": None},
+        {"pre_tokenizer": {"type": "Whitespace"}},
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}},
+        {"added_tokens": [{"id": 0, "content": "x y", "special": False}]},
+    ],
+)
+def test_a_tokenizer_that_cuts_text_otherwise_than_gpt2_gets_it_whole(tokenizer_json, changes):
+    spec = named(str(tokenizer_json)).spec()
+    token = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    for added in changes.get("added_tokens", []):
+        added |= token
+    assert not load({**spec, "json": {**spec["json"], **changes}}).piecewise
 
 
 def test_a_spec_makes_the_same_tokenizer_without_its_file(tokenizer_json, tmp_path):

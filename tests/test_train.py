@@ -411,7 +411,10 @@ def test_without_a_tokenizer_that_can_begin_a_text_a_run_ends_without_a_sample(
     run = SimpleNamespace(config=config, meta={"tokenizer": spec}, metrics=metrics)
     assert with_sample(run, None) is None
     (line,) = said
-    assert line == "no sample: char tokenizer has no '\\n' (U+000A); byte has all"
+    assert line == (
+        "no sample: char tokenizer has no '\\n' (U+000A), only the 4 "
+        "characters of the text that it was made from"
+    )
 
 
 def test_fault_21_the_default_run_saves_and_the_commands_it_names_work(

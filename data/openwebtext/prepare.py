@@ -9,7 +9,6 @@ if __name__ == "__main__":
 
     leave_on_interrupt()
 
-import glob
 import os
 import sys
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from typing import Any
 from scalegpt.data.prepare import Corpus, check_disk, script_parser, write_dataset
 from scalegpt.data.tokenizer import Tokenizer
 from scalegpt.errors import Mistake
+from scalegpt.files.text_files import find_files
 from scalegpt.processes.command import run_command
 from scalegpt.weights.tokenizer_files import named
 
@@ -36,12 +36,10 @@ def load_text(pattern: str | None, out: Path) -> Any:
         raise Mistake("this needs datasets: pip install 'scalegpt[data]'") from error
     if pattern is None:
         return _download(datasets, out)
-    root = Path(pattern)
-    names = [str(p) for p in root.rglob("*")] if root.is_dir() else glob.glob(pattern)
     by_builder: dict[str, list[str]] = {}
-    for name in sorted(names):
-        if builder := BUILDERS.get(Path(name).suffix):
-            by_builder.setdefault(builder, []).append(name)
+    for path in find_files(pattern):
+        if builder := BUILDERS.get(path.suffix):
+            by_builder.setdefault(builder, []).append(str(path))
     if len(by_builder) != 1:
         kinds = ", ".join(by_builder) or "none"
         raise Mistake(f"--input {pattern}: files of one of {[*BUILDERS]} needed, found: {kinds}")

@@ -16,7 +16,7 @@ from pathlib import Path
 from scalegpt.data.prepare import Corpus, script_parser, write_dataset
 from scalegpt.data.tokenizer import char_tokenizer, load
 from scalegpt.errors import Mistake
-from scalegpt.files.compressed import read_text
+from scalegpt.files.text_files import read_text
 from scalegpt.processes.command import run_command
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"

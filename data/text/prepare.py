@@ -1,8 +1,9 @@
 """Turn your own text into token files: a file, a folder or a pattern of plain text or JSON lines.
 
-A plain file is one document; each line of a .jsonl file is one, under --key. Files may be
-compressed as .gz, .xz, .bz2 or .zst. A hash of its text decides whether a document goes to
-validation; of a single document, the end does.
+A plain file is one document, or several between which --separator stands; each line of JSON lines
+is one, under --key. What a file is, also whether it is packed (gzip, xz, bzip2, zstd), is told by
+what it holds. A hash of its text decides whether a document goes to validation; of a single
+document, the end does.
 """
 
 if __name__ == "__main__":
@@ -10,10 +11,12 @@ if __name__ == "__main__":
 
     leave_on_interrupt()
 
-import codecs
-import glob
+import json
+import math
 import os
-from collections.abc import Iterator
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -28,67 +31,147 @@ from scalegpt.data.prepare import (
 from scalegpt.data.tokenizer import char_tokenizer
 from scalegpt.errors import Mistake
 from scalegpt.files import json_files
-from scalegpt.files.compressed import PACKED, blocks
+from scalegpt.files.text_files import PACKED, decoded, find_files
 from scalegpt.processes.command import run_command
 from scalegpt.weights.tokenizer_files import named
 
 _NOT_SHAPING = ("out", "workers", "force")
 HASHED = 1 << 16  # the first so many characters of a document decide its split
+LINES, PLAIN, CARD, EMPTY = "JSON lines", "plain text", "a data set's card", "empty"
+MOST_HELD = 1 << 28  # characters of a document that has to be held in memory
+Read = Callable[[], Iterator[Document]]  # reads the documents from the first on, when called
 
 
-def find_files(pattern: str) -> list[Path]:
-    """Return the file, a folder's files at any depth but the hidden, or the matches, sorted."""
-    path = Path(pattern)
-    if path.is_dir():
-        below = (p for p in path.rglob("*") if p.is_file())
-        files = [p for p in below if not any(n.startswith(".") for n in p.relative_to(path).parts)]
-    else:
-        matches = [path] if path.is_file() else map(Path, glob.glob(pattern, recursive=True))
-        files = [p for p in matches if p.is_file()]
-    if not files:
-        raise Mistake(f"no file, folder or pattern of files {pattern!r}: check --input")
-    return sorted(files, key=lambda p: p.as_posix())
+def kinds_of(files: list[Path], plain: bool, errors: str) -> dict[Path, str]:
+    """Return what each file is read as; `plain`: as text, also what looks like something else.
+
+    Raises Mistake for a file that is no text, or is JSON that has other than one object a line.
+    """
+    return {path: _kind(path, plain, errors) for path in files}
 
 
-def read_documents(files: list[Path], key: str, errors: str) -> Iterator[Document]:
+def _kind(path: Path, plain: bool, errors: str) -> str:
+    text = _decoded(path, errors)
+    first = next(text, "")
+    name = (path.stem if path.suffix.lower() in PACKED else path.name).lower()
+    if not first or plain:
+        return PLAIN if first else EMPTY
+    if name.endswith((".jsonl", ".ndjson")):
+        return LINES
+    if name == "readme.md" and first.startswith(("---\n", "---\r\n")):
+        return CARD
+    start = first.lstrip()
+    line, newline, _ = start.partition("\n")
+    if line.startswith("{"):
+        if not newline and next(text, ""):  # a line that long is no prose
+            return LINES
+        try:
+            json_files.parse(line)
+            return LINES
+        except ValueError:
+            pass
+    if re.match(r'\[\s*\{\s*"', start) or (name.endswith(".json") and start[:1] in ("[", "{")):
+        raise Mistake(
+            f"{path} is JSON, but not one object a line; jq -c '.[]' makes such lines of an array, "
+            "and --plain reads all files as the text they are"
+        )
+    return PLAIN
+
+
+def check_one_kind(folder: str, kinds: dict[Path, str]) -> None:
+    """Raise Mistake for a folder of several kinds: its documents hardly lie in all of them."""
+    first = {kind: path for path, kind in reversed(kinds.items()) if kind != EMPTY}
+    if len(first) > 1:
+        found = " and ".join(f"{kind} ({path})" for kind, path in first.items())
+        likely = first.get(LINES) or first[PLAIN]
+        raise Mistake(
+            f"{folder} holds {found}: say which are meant by a pattern, as "
+            f"'{folder}/**/*{likely.suffix}', or read all as plain text by --plain"
+        )
+
+
+def summary(kinds: dict[Path, str]) -> Iterator[str]:
+    """Yield lines that say which files were read as what, and how many of each kind."""
+    groups = Counter((_ending(path), kind) for path, kind in kinds.items())
+    first = {(_ending(path), kind): path for path, kind in reversed(kinds.items())}
+    for (ending, kind), count in groups.most_common(20):
+        more = f" and {count - 1:,} more" if count > 1 else ""
+        yield f"read as {kind}: {count:,} {ending}, {first[ending, kind]}{more}"
+    if len(groups) > 20:
+        yield f"and files of {len(groups) - 20:,} more endings"
+
+
+def _ending(path: Path) -> str:
+    packed = path.suffix.lower() in PACKED
+    return "".join(path.suffixes[-2:] if packed else path.suffixes[-1:]) or "without ending"
+
+
+def read_documents(
+    kinds: dict[Path, str], key: str, errors: str, separator: str | None = None
+) -> Iterator[Document]:
     """Yield the documents that are not empty.
 
-    key: where a JSON line holds its text. errors: "strict", or "replace" for bad UTF-8. Raises
-    Mistake, naming the file and the place of a fault.
+    key: where a JSON line holds its text. errors: "strict", or "replace" for bad UTF-8. separator:
+    what stands between the documents of a plain file. Raises Mistake, naming the file and the place
+    of a fault.
     """
-    for path in files:
+    for path, kind in kinds.items():
         text = _decoded(path, errors)
-        name = path.stem if path.suffix in PACKED else path.name
-        if name.endswith(".jsonl"):
+        if kind == LINES:
             yield from filter(None, _json_texts(path, text, key, errors))
+        elif separator:
+            yield from filter(None, (p.strip("\r\n") for p in _parts(path, text, separator)))
         elif first := next(text, ""):
             yield chain([first], text)
 
 
 def split_documents(
-    files: list[Path], key: str, errors: str, val_fraction: float, seed: int
-) -> Iterator[tuple[str, Document]]:
+    read: Read, val_fraction: float, seed: int
+) -> Iterator[tuple[str, Iterable[str]]]:
     """Give each document to "val" with the probability `val_fraction`, by its text and the seed.
 
     Neither the order of the documents nor their number moves one to the other side. A single
-    document is cut instead, its last `val_fraction` of characters being "val".
+    document is cut instead, its last `val_fraction` of characters being "val". Raises Mistake, at
+    once, where one side would get nothing.
     """
-    if not 0 < val_fraction < 1:
-        raise Mistake(f"--val-fraction must be between 0 and 1, got {val_fraction}")
-    read = partial(read_documents, files, key, errors)
-    few = [document for _, document in zip(range(2), read(), strict=False)]
-    if len(few) == 1:
-        n_train = int(sum(map(len, few[0])) * (1 - val_fraction))
-        for split, start, stop in (("train", 0, n_train), ("val", n_train, None)):
-            (document,) = read()
-            yield split, _cut(document, start, stop)
-        return
+    shares: list[float] = []
+    for share, _ in _shares(read, seed):
+        shares.append(share)
+        if min(shares[0], share) < val_fraction <= max(shares[0], share):
+            return (("val" if s < val_fraction else "train", d) for s, d in _shares(read, seed))
+    if len(shares) > 1:
+        raise Mistake(_unsplit(shares, val_fraction))
+    size = sum(map(len, *read()))
+    n_train = int(size * (1 - val_fraction))
+    if not 0 < n_train < size:
+        raise Mistake(
+            f"a document of length {size:,}, is too short for --val-fraction={val_fraction}; "
+            "give more text, or validation text of its own by --val-input"
+        )
+    parts = (("train", 0, n_train), ("val", n_train, None))
+    return ((split, _cut(*read(), start, stop)) for split, start, stop in parts)
+
+
+def _unsplit(shares: list[float], val_fraction: float) -> str:
+    """Return why documents cannot be split by this fraction, with the nearest that can."""
+    side, values = "validation", sorted(set(shares))
+    if max(values) < val_fraction:
+        side, values = "training", values[-2:]
+    message = f"none of {len(shares):,} documents goes to {side} by --val-fraction={val_fraction}: "
+    if len(values) > 1:  # else all are the same text
+        digits = (math.floor(values[0] * 10**n + 1) / 10**n for n in range(1, 18))
+        fitting = next(fraction for fraction in digits if values[0] < fraction <= values[1])
+        message += f"--val-fraction={fitting} gives some to both; or "
+    return f"{message}give validation text of its own by --val-input"
+
+
+def _shares(read: Read, seed: int) -> Iterator[tuple[float, Iterable[str]]]:
+    """Yield each document with its place in [0, 1), a hash of its beginning."""
     for document in read():
         chunks, head = iter([document] if isinstance(document, str) else document), ""
         while len(head) < HASHED and (chunk := next(chunks, "")):
             head += chunk
-        to_val = stable_fraction(head[:HASHED], seed) < val_fraction
-        yield "val" if to_val else "train", chain([head], chunks)
+        yield stable_fraction(head[:HASHED], seed), chain([head], chunks)
 
 
 def _cut(document: Document, start: int, stop: int | None) -> Iterator[str]:
@@ -102,33 +185,28 @@ def _cut(document: Document, start: int, stop: int | None) -> Iterator[str]:
 
 
 def _decoded(path: Path, errors: str) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8")(errors)
-    n_read = 0
-    for block in chain(blocks(path), [b""]):
-        start = n_read - len(decoder.getstate()[0])
-        try:
-            text = decoder.decode(block, final=not block)
-        except UnicodeDecodeError as error:
-            raise Mistake(
-                f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset "
-                f"{start + error.start}; --errors replace reads on"
-            ) from error
-        n_read += len(block)
-        if text:
-            yield text
+    return decoded(path, errors, ", and --errors replace reads on")
 
 
 def _json_texts(path: Path, chunks: Iterator[str], key: str, errors: str) -> Iterator[str]:
-    for number, line in enumerate(_lines(chunks), 1):
+    for number, line in enumerate(_parts(path, chunks, "\n"), 1):
         if not line.strip():
             continue
         try:
             row = json_files.parse(line)
         except ValueError as error:
             raise Mistake(f"{path}, line {number} is not JSON: {error}") from error
-        if not isinstance(row, dict) or not isinstance(row.get(key), str):
+        if not isinstance(row, dict) or key not in row:
             keys = sorted(row) if isinstance(row, dict) else type(row).__name__
-            raise Mistake(f"{path}, line {number}: no text under --key {key!r} in {keys}")
+            raise Mistake(
+                f"{path}, line {number}: nothing under --key {key!r} in {keys}; --plain reads all "
+                "files as the text they are"
+            )
+        if not isinstance(row[key], str):
+            raise Mistake(
+                f"{path}, line {number}: under --key {key!r} is {json.dumps(row[key])[:40]}, no "
+                "text; leave such lines out"
+            )
         try:  # JSON can spell half a surrogate pair, which UTF-8 cannot
             yield row[key].encode("utf-16", "surrogatepass").decode("utf-16", errors)
         except UnicodeDecodeError as error:
@@ -137,61 +215,82 @@ def _json_texts(path: Path, chunks: Iterator[str], key: str, errors: str) -> Ite
             ) from error
 
 
-def _lines(chunks: Iterator[str]) -> Iterator[str]:
-    rest = ""
+def _parts(path: Path, chunks: Iterator[str], separator: str) -> Iterator[str]:
+    """Yield what stands between separators; a part has to fit into memory."""
+    held, tail = [], ""  # of the part that has no end yet; the tail may hold half a separator
     for chunk in chunks:
-        *lines, rest = (rest + chunk).split("\n")
-        yield from lines
-    yield rest
+        *parts, last = (tail + chunk).split(separator)
+        for part in parts:
+            yield "".join([*held, part])
+            held = []
+        cut = max(0, len(last) - len(separator) + 1)
+        held.append(last[:cut])
+        tail = last[cut:]
+        if sum(map(len, held)) > MOST_HELD:
+            raise Mistake(f"{path} has more than {MOST_HELD:,} characters without {separator!r}")
+    yield "".join([*held, tail])
 
 
 def main(argv: list[str]) -> int:
     parser = script_parser(__doc__, __file__)
-    parser.add_argument(
+    more = parser.add_argument
+    more(
         "--tokenizer",
         default="gpt2",
-        help="gpt2, byte, char, a tokenizer.json, or the folder of a run or data set",
+        help="gpt2 (default), byte, char, a tokenizer.json, or the folder of a run or data set",
     )
-    parser.add_argument("--key", default="text", help="where a line of .jsonl holds its text")
-    parser.add_argument("--val-fraction", type=float, default=0.005)
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of documents")
-    parser.add_argument(
-        "--val-input",
-        type=os.path.expanduser,
-        help="validation text of its own; then nothing is split off",
+    more("--key", default="text", help="where a JSON line holds its text (default: text)")
+    more("--separator", help="what stands between the documents of a plain file: '<|endoftext|>'")
+    more("--plain", action="store_true", help="read every file as plain text, also JSON")
+    more("--val-fraction", type=float, default=0.005, help="for validation (default: %(default)s)")
+    more("--seed", type=int, default=0, help="of the choice of documents (default: 0)")
+    more("--val-input", type=os.path.expanduser, help="validation text of its own; splits nothing")
+    more(
+        "--errors",
+        choices=("strict", "replace"),
+        default="strict",
+        help="refuse what is not UTF-8, or read it as U+FFFD (default: strict)",
     )
-    parser.add_argument("--errors", choices=("strict", "replace"), default="strict")
     args = parser.parse_args(argv)
     if args.input is None:
         raise Mistake("--input is missing: a file, a folder or a pattern of text files")
-    files = {"train": find_files(args.input)}
-    if args.val_input:
-        files["val"] = find_files(args.val_input)
+    if not 0 < args.val_fraction < 1:
+        raise Mistake(f"--val-fraction must be between 0 and 1, got {args.val_fraction}")
+    inputs = {"train": args.input, "val": args.val_input}
+    files = {split: find_files(name) for split, name in inputs.items() if name}
     all_files = [path for group in files.values() for path in group]
     if any(args.out.resolve() in path.resolve().parents for path in all_files):
         raise Mistake(f"--out {args.out} holds input files: choose another folder")
+    kinds: dict[Path, str] = {}
 
     def corpus() -> Corpus:
-        read = partial(read_documents, key=args.key, errors=args.errors)
-        if next(read(all_files), None) is None:
-            raise Mistake(f"no text in {args.input}")
+        readers: dict[str, Read] = {}
+        for split in files:
+            found = kinds_of(files[split], args.plain, args.errors)
+            if os.path.isdir(inputs[split]):
+                check_one_kind(inputs[split], found)
+            readers[split] = partial(read_documents, found, args.key, args.errors, args.separator)
+            if next(readers[split](), None) is None:
+                raise Mistake(f"no text in {inputs[split]}")
+            kinds.update(found)
         if args.tokenizer == "char":
-            tokenizer = char_tokenizer(chunk for text in read(all_files) for chunk in text)
+            documents = chain.from_iterable(read() for read in readers.values())
+            tokenizer = char_tokenizer(chain.from_iterable(documents))
         else:
             tokenizer = named(args.tokenizer)
         if args.val_input:
-            documents = ((split, text) for split in files for text in read(files[split]))
+            documents = ((split, text) for split, read in readers.items() for text in read())
         else:
-            documents = split_documents(
-                all_files, args.key, args.errors, args.val_fraction, args.seed
-            )
-        sizes = (p.stat().st_size * (4 if p.suffix in PACKED else 1) for p in all_files)
+            documents = split_documents(readers["train"], args.val_fraction, args.seed)
+        sizes = (p.stat().st_size * (4 if p.suffix.lower() in PACKED else 1) for p in all_files)
         return Corpus(tokenizer, documents, sum(sizes))
 
     given = {**vars(args), "input": Path(args.input).resolve()}
     shaping = [k for k in given if k not in _NOT_SHAPING and given[k] != parser.get_default(k)]
     source = " ".join(["text", *(f"--{k.replace('_', '-')}={given[k]}" for k in shaping)])
     write_dataset(args.out, corpus, source, args.workers, args.force)
+    for line in summary(kinds):
+        print(line)
     return 0
 
 

@@ -1,14 +1,15 @@
 """Documents become token files, for data/*/prepare.py: train.bin, val.bin and meta.json.
 
 A token file is nanoGPT's: headerless little-endian uint16 (uint32 above 65,536 ids). Text streams
-through in constant memory. Files get their names when they are whole, so that a killed process
-leaves no half of one.
+through in constant memory, or is refused by its size. Files get their names when they are whole, so
+that a killed process leaves no half of one.
 """
 
 import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 from collections import Counter, deque
@@ -29,13 +30,16 @@ from tqdm import tqdm
 from scalegpt.config import command_line
 from scalegpt.config.presets import data_folder
 from scalegpt.data.token_files import narrowest
-from scalegpt.data.tokenizer import Tokenizer, load
+from scalegpt.data.tokenizer import Tokenizer, kind, load
 from scalegpt.errors import Mistake
 from scalegpt.files.folder import local_path
 from scalegpt.files.json_files import read_object
 
 SPLITS = ("train", "val")
 Document = str | Iterable[str]  # a text, or its consecutive chunks where it is too long to hold
+MOST_WHOLE = 1 << 22  # characters encoded in one piece: tokenizers take up to 180 bytes for each
+_ANYWHERE = re.compile(r"(?s).*")  # these match a text up to the last place where it may be cut
+_BEFORE_A_SPACE = re.compile(r"(?s).*\S(?=[ \n])")
 _worker_tokenizer: Tokenizer | None = None  # set in a worker when it starts
 
 
@@ -211,9 +215,7 @@ def _batches(corpus: Corpus) -> Iterator[list[tuple[str, str, bool]]]:
     batch, size = [], 0
     for split, document in corpus.documents:
         chunks = [document] if isinstance(document, str) else document
-        if not corpus.tokenizer.piecewise:
-            chunks = ["".join(chunks)]
-        for piece, last in _pieces(chunks):
+        for piece, last in _pieces(chunks, corpus.tokenizer):
             batch.append((split, piece, last))
             size += len(piece) + 1
             if size >= 1 << 20:
@@ -222,18 +224,31 @@ def _batches(corpus: Corpus) -> Iterator[list[tuple[str, str, bool]]]:
     yield batch
 
 
-def _pieces(chunks: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """Cut a document where no token of a piecewise tokenizer crosses; True comes with the end."""
-    rest = ""
+def _pieces(chunks: Iterable[str], tokenizer: Tokenizer) -> Iterator[tuple[str, bool]]:
+    """Cut a document where no token of the tokenizer crosses; True comes with the end.
+
+    Raises Mistake for a document that cannot be cut often enough.
+    """
+    places, held, size, last = None, [], 0, ""
+    if tokenizer.piecewise:
+        places = _ANYWHERE if kind(tokenizer.spec()) in ("byte", "char") else _BEFORE_A_SPACE
     for chunk in chunks:
-        at = len(rest) - 1
-        while at > 0 and not (rest[at] in " \n" and not rest[at - 1].isspace()):
-            at -= 1
-        if at > 0:
-            yield rest[:at], False
-            rest = rest[at:]
-        rest += chunk
-    yield rest, True
+        text = last + chunk  # the last place may lie between chunks
+        match = places and places.match(text)
+        if cut := match.end() if match else 0:
+            yield "".join([*held, text[:cut]]), False
+            held, size = [], 0
+        rest, last = text[cut:-1], text[cut:][-1:]
+        held.append(rest)
+        size += len(rest)
+        if size > MOST_WHOLE:
+            without = " without a space or newline after a word" if tokenizer.piecewise else ""
+            raise Mistake(
+                f"a document has more than {MOST_WHOLE:,} characters{without}, which "
+                f"{tokenizer.name} would encode in one piece: {held[0][:40]!r}...; divide it, or "
+                "use the tokenizer byte"
+            )
+    yield "".join([*held, last]), True
 
 
 def _start_worker(spec: dict[str, Any]) -> None:
@@ -270,8 +285,11 @@ def stable_fraction(text: str, seed: int = 0) -> float:
 def script_parser(description: str, script: str) -> argparse.ArgumentParser:
     """Return a parser with the flags of every data/*/prepare.py; `script` is its __file__."""
     parser = command_line.Parser(description=description)
+    folder = data_folder(script)
     parser.add_argument("--input", type=os.path.expanduser, help="local text to use")
-    parser.add_argument("--out", type=local_path, default=data_folder(script))
+    parser.add_argument(
+        "--out", type=local_path, default=folder, help=f"folder to write (default: {folder})"
+    )
     parser.add_argument("--workers", type=int, help="encoding processes (by default: by size)")
     parser.add_argument("--force", action="store_true", help="prepare again what is there")
     return parser

@@ -21,25 +21,13 @@ from scalegpt.config.types import LARGEST
 from scalegpt.data import tokenizer
 from scalegpt.errors import Mistake
 from scalegpt.files.folder import expanded
+from scalegpt.files.formats import HEAD, known_format
 from scalegpt.files.json_files import read_object
 from scalegpt.files.staging import stage
 
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 META = ("meta.json", "meta.pkl")
 CHUNK = 1 << 24  # ids per check: large enough to run at disk speed, small in memory
-FOREIGN_HEAD = 4096  # the first bytes, by which files of other formats are recognised
-_FOREIGN = {
-    b"\x1f\x8b\x08": "gzip",
-    b"PK\x03\x04": "zip",
-    b"BZh9": "bzip2",
-    b"\xfd7zXZ": "xz",
-    b"\x28\xb5\x2f\xfd": "zstd",
-    b"\xff\xd8\xff": "a JPEG image",
-    b"\x89PNG": "a PNG image",
-    b"%PDF": "a PDF",
-    b"\x93NUMPY": "a NumPy .npy file",
-    b"PAR1": "Parquet",
-}
 SLOW = 1 << 28  # files above this many bytes get a progress bar
 
 
@@ -124,6 +112,11 @@ def _locate(path: str, needed: tuple[str, ...], cache_dir: str | None) -> tuple[
     folder = expanded(path).resolve()
     if remote:
         folder = stage(path, (*META, *needed), cache_dir)
+    if folder.is_file():
+        raise Mistake(
+            f"data.path: {folder} is a file; point data.path at its folder {folder.parent}, or, if "
+            f"it is text, make a data set of it: python {recipe('text')} --input {folder}"
+        )
     if not folder.is_dir():
         raise Mistake(f"data.path: there is no folder {folder}; {_how_to_make(folder)}")
     for file in needed:
@@ -245,7 +238,7 @@ def _map_tokens(file: Path, dtype: np.dtype, expected: int | None) -> np.memmap:
         raise Mistake(f"{file} is empty; run prepare.py again")
     if size % dtype.itemsize:
         with file.open("rb") as stream:
-            kind = _foreign(stream.read(FOREIGN_HEAD)) or "truncated or of another dtype"
+            kind = _foreign(stream.read(HEAD)) or "truncated or of another dtype"
         raise Mistake(
             f"{file} has {size} bytes, not a multiple of {dtype.itemsize} ({dtype.name}): it is "
             f"{kind}; run prepare.py again"
@@ -264,8 +257,8 @@ def _foreign(head: bytes) -> str:
 
     Token ids have zero bytes and control characters everywhere, which plain text has not.
     """
-    if kind := [name for magic, name in _FOREIGN.items() if head.startswith(magic)]:
-        return kind[0]
+    if kind := known_format(head):
+        return kind
     control = {*range(9), *range(14, 27), *range(28, 32)}
     return "plain text" if len(head) >= 64 and control.isdisjoint(head) else ""
 
@@ -288,7 +281,7 @@ def _refuse_other_files(file: Path, tokens: np.ndarray) -> None:
     or int64, and a run would train on text with an id 0 after every token.
     """
     head = tokens[: 1 << 16]
-    if kind := _foreign(head.tobytes()[:FOREIGN_HEAD]):
+    if kind := _foreign(head.tobytes()[:HEAD]):
         raise Mistake(
             f"{file} is {kind}, no file of token ids; make those with {recipe('text')}, or "
             "say what they are in a meta.json"
@@ -325,7 +318,7 @@ def _check_ids(file: Path, tokens: np.ndarray, vocab_size: int) -> None:
 
 def _dtype_hint(tokens: np.ndarray) -> str:
     head = tokens[: 1 << 16]
-    if kind := _foreign(head.tobytes()[:FOREIGN_HEAD]):
+    if kind := _foreign(head.tobytes()[:HEAD]):
         return f". It looks like {kind}"
     if tokens.dtype.itemsize == 2 and len(head) >= 8 and head[1::2].max() < 16:
         return ". It looks like uint32 read as uint16: every second value is nearly 0"

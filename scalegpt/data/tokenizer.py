@@ -226,7 +226,10 @@ def _char(chars: str) -> Tokenizer:
         ids = table[np.minimum(text_codes, unknown)]
         if (ids < 0).any():
             first = text[int(np.argmax(ids < 0))]
-            raise Mistake(f"char tokenizer has no {first!r} (U+{ord(first):04X}); byte has all")
+            raise Mistake(
+                f"char tokenizer has no {first!r} (U+{ord(first):04X}), only the {len(chars):,} "
+                "characters of the text that it was made from"
+            )
         return ids
 
     def decode(ids: np.ndarray) -> str:
@@ -299,6 +302,11 @@ def _hugging_face(spec: dict[str, Any]) -> Tokenizer:
     letters = {re.sub("[^a-z/]", "", mark.lower()): mark for mark in reversed(marks)}
     known = [letters[mark] for mark in _EOT_NAMES if mark in letters]
     eot = next((marks[mark] for mark in (spec.get("eot"), *known) if mark in marks), None)
+    # GPT-2's own cutter: no token reaches from one word into the space before the next.
+    gpt2_cutter = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    cutter = {"use_regex": True, **(content.get("pre_tokenizer") or {})}
+    piecewise = gpt2_cutter.items() <= cutter.items() and not content.get("normalizer")
+    piecewise &= len(marks) == len(_added(content))
 
     def encode(text: str) -> list[int]:
         return bpe.encode(text, add_special_tokens=False).ids
@@ -306,4 +314,4 @@ def _hugging_face(spec: dict[str, Any]) -> Tokenizer:
     def decode(ids: np.ndarray) -> str:
         return bpe.decode(ids.tolist(), skip_special_tokens=False)
 
-    return Tokenizer(name, size, eot, False, encode, decode, spec)
+    return Tokenizer(name, size, eot, piecewise, encode, decode, spec)

@@ -20,7 +20,7 @@ def parse(text: str) -> Any:
 def read_object(path: Path, hint: str = "") -> dict[str, Any]:
     """Return the JSON object in a file. Raises Mistake, ending with `hint`: what to do about it."""
     try:
-        values = parse(path.read_text(encoding="utf-8"))
+        values = parse(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise Mistake(f"cannot read {path}: {error.strerror}{hint}") from None
     except ValueError as error:  # of JSON or of UTF-8

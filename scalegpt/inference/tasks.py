@@ -20,7 +20,7 @@ from scalegpt.data import tokenizer
 from scalegpt.data.tokenizer import Tokenizer
 from scalegpt.errors import Mistake
 from scalegpt.files import json_files
-from scalegpt.files.compressed import read_text
+from scalegpt.files.text_files import read_text
 from scalegpt.inference.likelihood import Row, Scorer, scorer
 from scalegpt.inference.results import Figures
 from scalegpt.step.build import Steps

@@ -14,7 +14,7 @@ from scalegpt.data.batches import EvalBatches
 from scalegpt.data.token_files import Split
 from scalegpt.data.tokenizer import Tokenizer
 from scalegpt.errors import Mistake
-from scalegpt.files.compressed import read_text
+from scalegpt.files.text_files import read_text
 from scalegpt.inference.results import Figures, fetch, progress
 from scalegpt.step import sharding
 from scalegpt.step.build import Steps

@@ -1,0 +1,140 @@
+"""Text files are found and read, packed or not, by what they hold; what is no text is refused.
+
+A byte order mark at the start of a file is no part of its text.
+"""
+
+import bz2
+import codecs
+import glob
+import gzip
+import lzma
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+from scalegpt.errors import Mistake
+from scalegpt.files.formats import HEAD, not_text
+
+PACKED = (".gz", ".xz", ".bz2", ".zst")  # the usual ends of their names
+BLOCK = 1 << 20  # bytes read at once
+_OPENERS = {
+    rb"\x1f\x8b": gzip.open,
+    rb"\xfd7zXZ\0": lzma.open,
+    rb"BZh[1-9](1AY&SY|\x17rE8P\x90)": bz2.open,
+}
+
+
+def find_files(pattern: str) -> list[Path]:
+    """Return the file, a folder's files at any depth but the hidden, or the matches, sorted.
+
+    Links are followed, and a file that has several names is there once. Raises Mistake if there is
+    none, and for a link that leads nowhere.
+    """
+    path = Path(pattern)
+    if path.is_dir():
+        found = _below(path)
+    else:
+        found = [path] if path.is_file() else map(Path, glob.glob(pattern, recursive=True))
+    files: dict[Path, Path] = {}
+    for file in sorted(found, key=Path.as_posix):
+        real = file.resolve()
+        if real.is_file():
+            files.setdefault(real, file)
+        elif not real.exists():
+            raise Mistake(f"{file} is a link that leads nowhere: mend it, or remove it")
+    if not files:
+        raise Mistake(f"no file, folder or pattern of files {pattern!r}: check --input")
+    return [*files.values()]
+
+
+def _below(path: Path) -> Iterator[Path]:
+    """Yield the files below a folder; one that links lead to again, as to a parent, comes once."""
+
+    def refuse(error: OSError) -> None:
+        raise Mistake(f"cannot read the folder {error.filename}: {error.strerror}")
+
+    seen = set()
+    for folder, names, files in os.walk(path, onerror=refuse, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            names.clear()
+            continue
+        seen.add(real)
+        names[:] = [name for name in names if not name.startswith(".")]
+        yield from (Path(folder, name) for name in files if not name.startswith("."))
+
+
+def blocks(path: Path) -> Iterator[bytes]:
+    """Yield the bytes of a file, unpacked if it is gzip, xz, bzip2 or zstd, part by part.
+
+    Raises Mistake when the file cannot be read, is damaged or ends early.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(16)
+        if re.match(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", head):  # a frame, or one to skip
+            yield from _zstd_blocks(path)
+            return
+        unpack = next((u for magic, u in _OPENERS.items() if re.match(magic, head)), open)
+        with unpack(path, "rb") as file:
+            while block := file.read(BLOCK):
+                yield block
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        raise Mistake(f"cannot read {path}: {error}") from error
+
+
+def decoded(path: Path, errors: str = "strict", hint: str = "") -> Iterator[str]:
+    """Yield the text of a UTF-8 file in parts, none of them empty.
+
+    errors: "strict", or "replace" for bytes that are not UTF-8. hint: how to get the latter, for
+    the message. Raises Mistake as `blocks` does, for other encodings, and for what is no text.
+    """
+    parts, head = blocks(path), b""
+    while len(head) < HEAD and (block := next(parts, b"")):
+        head += block
+    if kind := not_text(head):
+        raise Mistake(f"{path} is {kind}, not UTF-8 text: unpack or convert it, or leave it out")
+    decoder, n_read, at_start = codecs.getincrementaldecoder("utf-8")(errors), 0, True
+    for block in chain([head] if head else [], parts, [b""]):
+        start = n_read - len(decoder.getstate()[0])
+        try:
+            text = decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            raise Mistake(
+                f"{path} is not UTF-8 text: byte 0x{error.object[error.start]:02x} at offset "
+                f"{start + error.start}; iconv -f LATIN1 -t UTF-8 converts Latin-1{hint}"
+            ) from None
+        n_read += len(block)
+        if text and at_start:
+            text, at_start = text.removeprefix("\ufeff"), False
+        if text:
+            yield text
+
+
+def read_text(path: str | Path) -> str:
+    """Return the whole text of a UTF-8 file. Raises Mistake as `decoded` does."""
+    return "".join(decoded(Path(path)))
+
+
+def _zstd_blocks(path: Path) -> Iterator[bytes]:
+    try:
+        import zstandard
+    except ImportError as error:
+        raise Mistake(f"{path} needs zstandard: pip install 'scalegpt[data]'") from error
+    # zstandard's stream_reader would take the end of a truncated file for the end of the text.
+    frame, packed = None, b""
+    with open(path, "rb") as file:
+        try:
+            while packed := packed or file.read(BLOCK >> 4):  # 64 KiB may unpack to 64 MiB
+                frame = frame or zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
+                if block := frame.decompress(packed):
+                    yield block
+                packed = frame.unused_data
+                if frame.eof:
+                    frame = None
+        except zstandard.ZstdError as error:
+            raise EOFError(error) from error
+    if frame:
+        raise EOFError("the file ends within a frame")
