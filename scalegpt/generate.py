@@ -227,8 +227,9 @@ def _write(
     later, seconds = sum(len(sample.ids) for sample in samples) - len(pairs), ended - first
     speed = f", then {later / seconds:.1f} tokens/s" if later > 0 else ""
     prompts = " + ".join(str(len(prompt)) for prompt in ids)
+    plural = "" if prompts == "1" else "s"
     print(
-        f"[{prompts} tokens of prompt, first new token after {first - began:.1f} s{speed}]",
+        f"[{prompts} token{plural} of prompt, first new token after {first - began:.1f} s{speed}]",
         file=sys.stderr,
     )
 

@@ -1,5 +1,6 @@
 """Token files against plain loops on real text: exact counts, order, packing, death half-way."""
 
+import argparse
 import bz2
 import dataclasses
 import fcntl
@@ -24,6 +25,7 @@ import numpy as np
 import pytest
 from filelock import FileLock, Timeout
 
+from scalegpt.config import command_line
 from scalegpt.data import prepare
 from scalegpt.data.prepare import Corpus, write_dataset
 from scalegpt.data.tokenizer import char_tokenizer, load
@@ -135,7 +137,9 @@ def test_a_download_is_checked_and_kept(shakespeare, tmp_path, monkeypatch):
     assert set_.download(tmp_path / "input.txt") == shakespeare.read_bytes()
     monkeypatch.setattr(set_, "URL", "http://127.0.0.1:9/gone")
     assert set_.download(tmp_path / "input.txt") == shakespeare.read_bytes()
-    with pytest.raises(ValueError, match="cannot get http://127.0.0.1:9/gone.*--input"):
+    with pytest.raises(
+        ValueError, match="cannot get http://127.0.0.1:9/gone.*a copy of it as .*/other.txt"
+    ):
         set_.download(tmp_path / "other.txt")
     (tmp_path / "wrong").write_text("an error page")
     monkeypatch.setattr(set_, "URL", (tmp_path / "wrong").as_uri())
@@ -184,6 +188,8 @@ def test_openwebtext_is_nanogpts_split_and_tokens(wiki, tmp_path):
     dataset = datasets.Dataset.from_dict({"text": texts})
     meta = write_dataset(tmp_path, lambda: owt.corpus(load("gpt2"), dataset), "wiki", 0, False)
     bpe = tiktoken.get_encoding("gpt2")
+    with pytest.raises(ValueError, match="--input has 1 of the two documents"):
+        owt.corpus(load("gpt2"), dataset.select([0]))
     parts = dataset.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
     ids, _ = bins(tmp_path)
     for split, part in (("train", parts["train"]), ("val", parts["test"])):
@@ -204,6 +210,24 @@ def test_openwebtext_reads_local_parquet_as_jsonl(wiki, wiki_jsonl, tmp_path, mo
     (tmp_path / "a.md").write_text("text")
     with pytest.raises(ValueError, match="found: none"):
         owt.load_text(str(tmp_path / "*.md"), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["openwebtext", "python_stdlib", "shakespeare", "text"])
+def test_help_says_what_each_flag_means_and_its_default(name, monkeypatch):
+    class Parsed(Exception):
+        pass
+
+    def refuse(parser, _):
+        raise Parsed(parser)
+
+    monkeypatch.setattr(command_line.Parser, "parse_args", refuse)
+    with pytest.raises(Parsed) as parsed:
+        module(name).main([])
+    for action in parsed.value.args[0]._actions:
+        assert action.help, action.option_strings
+        if action.default not in (None, False, argparse.SUPPRESS):
+            text = action.help % vars(action)
+            assert "default" in text and str(action.default) in text, action.option_strings
 
 
 # --- own text
@@ -291,6 +315,8 @@ def test_validation_text_of_its_own(tmp_path):
         *("--tokenizer", "byte", "--out", tmp_path / "out"),
     )
     assert run.returncode == 0, run.stderr
+    last = f"val: 12 tokens, 1 document\nread as plain text: 2 .txt, {tmp_path}/t.txt and 1 more\n"
+    assert run.stdout.endswith(last)
     ids, _ = bins(tmp_path / "out")
     assert {s: bytes(i.tolist()) for s, i in ids.items()} == {
         "train": b"to train\0",

@@ -237,7 +237,8 @@ def prune(flags: argparse.Namespace) -> int:
             )
             if not flags.dry_run:
                 retire(folder / str(step))
-        print(f"{len(good) - len(candidates)} checkpoints stay")
+        stay = len(good) - len(candidates)
+        print(f"{stay} checkpoint stays" if stay == 1 else f"{stay} checkpoints stay")
     return 0
 
 

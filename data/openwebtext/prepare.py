@@ -61,11 +61,16 @@ def _download(datasets: Any, out: Path) -> Any:
     try:
         return datasets.load_dataset(REPOSITORY, split="train", num_proc=processes)
     except OSError as error:  # every network error of datasets and the hub is one
-        raise Mistake(f"cannot load {REPOSITORY}: {error}; for local files, --input") from error
+        raise Mistake(
+            f"cannot load {REPOSITORY}: {error}; with local files: python {__file__} --input FILES "
+            f"--out {out}"
+        ) from error
 
 
 def corpus(tokenizer: Tokenizer, dataset: Any) -> Corpus:
     """Return the corpus in nanoGPT's order, with nanoGPT's .0005 of documents for validation."""
+    if len(dataset) < 2:
+        raise Mistake(f"--input has {len(dataset)} of the two documents that a split needs")
     parts = dataset.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
 
     def documents() -> Iterator[tuple[str, str]]:
@@ -78,7 +83,9 @@ def corpus(tokenizer: Tokenizer, dataset: Any) -> Corpus:
 
 def main(argv: list[str]) -> int:
     parser = script_parser(__doc__, __file__)
-    parser.add_argument("--tokenizer", default="gpt2", help="as in data/text, but for char")
+    parser.add_argument(
+        "--tokenizer", default="gpt2", help="as in data/text, but for char (default: gpt2)"
+    )
     args = parser.parse_args(argv)
     tokenizer = named(args.tokenizer)
     source = f"{Path(args.input).resolve() if args.input else REPOSITORY}, {args.tokenizer}"

@@ -34,7 +34,9 @@ def download(path: Path) -> bytes:
             with urllib.request.urlopen(URL, timeout=60) as reply:
                 content = reply.read()
         except OSError as error:
-            raise Mistake(f"cannot get {URL}: {error}; pass a copy with --input") from error
+            raise Mistake(
+                f"cannot get {URL}: {error}; save a copy of it as {path} and try again"
+            ) from error
         partial.write_bytes(content)
     if (digest := hashlib.sha256(content).hexdigest()) != SHA256:
         raise Mistake(f"{path} has sha256 {digest}, not {SHA256}; delete it and try again")
@@ -45,7 +47,9 @@ def download(path: Path) -> bytes:
 
 def main(argv: list[str]) -> int:
     parser = script_parser(__doc__, __file__)
-    parser.add_argument("--tokenizer", choices=("gpt2", "char"), default="gpt2")
+    parser.add_argument(
+        "--tokenizer", choices=("gpt2", "char"), default="gpt2", help="default: gpt2"
+    )
     args = parser.parse_args(argv)
 
     def corpus() -> Corpus:

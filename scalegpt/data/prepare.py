@@ -90,7 +90,9 @@ def write_dataset(
     if several and corpus.separate and tokenizer.eot is None:
         print("nothing separates documents: this tokenizer has no end-of-text mark")
     for split in SPLITS:
-        print(f"{split}: {meta[split]['tokens']:,} tokens, {meta[split]['documents']:,} documents")
+        tokens, documents = meta[split]["tokens"], meta[split]["documents"]
+        plural = "s" * (documents != 1)
+        print(f"{split}: {tokens:,} token{'s' * (tokens != 1)}, {documents:,} document{plural}")
     return meta
 
 
@@ -171,7 +173,7 @@ def _write_bins(out: Path, corpus: Corpus, dtype: np.dtype, workers: int) -> dic
             bar.update(n_bytes)
     for split in SPLITS:
         if not counts[split]["tokens"]:
-            raise Mistake(f"the {split} split is empty: it takes more text, or another split")
+            raise Mistake(f"no document is in the {split} split: give more text")
     return {s: {**counts[s], "sha256": digests[s].hexdigest()} for s in SPLITS}
 
 
@@ -285,10 +287,12 @@ def stable_fraction(text: str, seed: int = 0) -> float:
 def script_parser(description: str, script: str) -> argparse.ArgumentParser:
     """Return a parser with the flags of every data/*/prepare.py; `script` is its __file__."""
     parser = command_line.Parser(description=description)
-    folder = data_folder(script)
     parser.add_argument("--input", type=os.path.expanduser, help="local text to use")
     parser.add_argument(
-        "--out", type=local_path, default=folder, help=f"folder to write (default: {folder})"
+        "--out",
+        type=local_path,
+        default=data_folder(script),
+        help="folder to write (default: %(default)s)",
     )
     parser.add_argument("--workers", type=int, help="encoding processes (by default: by size)")
     parser.add_argument("--force", action="store_true", help="prepare again what is there")
