@@ -202,14 +202,15 @@ def test_openwebtext_is_nanogpts_split_and_tokens(wiki, tmp_path):
 @pytest.mark.oracle
 def test_openwebtext_reads_local_parquet_as_jsonl(wiki, wiki_jsonl, tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets", reason="pip install 'scalegpt[data]'")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / ".cache"))
     datasets.Dataset.from_dict({"text": wiki}).to_parquet(tmp_path / "a.parquet")
     owt = module("openwebtext")
     for pattern in (str(tmp_path / "*.parquet"), str(tmp_path), str(wiki_jsonl)):
         assert list(owt.load_text(pattern, tmp_path)["text"]) == wiki
     (tmp_path / "a.md").write_text("text")
-    with pytest.raises(ValueError, match="found: none"):
-        owt.load_text(str(tmp_path / "*.md"), tmp_path)
+    for pattern, found in (("*.md", ["'.md'"]), ("*", ["'.md'", "'.parquet'"])):
+        with pytest.raises(ValueError, match=f"found: .{', '.join(found)}.; say by a pattern"):
+            owt.load_text(str(tmp_path / pattern), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["openwebtext", "python_stdlib", "shakespeare", "text"])
@@ -464,6 +465,10 @@ def test_a_separator_divides_plain_text(tmp_path):
     for size in range(1, 40):
         chunks = [f"one\n{mark}\ntwo{mark}{mark}\n"[i : i + size] for i in range(0, 60, size)]
         assert [*text._parts(tmp_path, chunks, mark)] == ["one\n", "\ntwo", "", "\n"]
+    text.MOST_HELD = 5
+    with pytest.raises(ValueError, match="has more than 5 characters without"):
+        list(text._parts(tmp_path, ["ten of them", "and more"], mark))
+    text.MOST_HELD = 99
     (tmp_path / "a.txt").write_text(f"one\n{mark}\ntwo{mark}{mark}\n")
     assert list(read(text, tmp_path / "a.txt", separator=mark)) == ["one", "two"]
     assert ["".join(d) for d in read(text, tmp_path / "a.txt")] == [f"one\n{mark}\ntwo{mark * 2}\n"]

@@ -25,7 +25,7 @@ from scalegpt.weights.tokenizer_files import named
 REPOSITORY = "Skylion007/openwebtext"
 TOKENS = {"train": 9_035_582_198, "val": 4_434_897}  # nanoGPT's, with gpt2
 CACHE_BYTES = 54e9  # of the download and its unpacked form in datasets' cache
-BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".txt": "text"}
+BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
 
 
 def load_text(pattern: str | None, out: Path) -> Any:
@@ -36,14 +36,13 @@ def load_text(pattern: str | None, out: Path) -> Any:
         raise Mistake("this needs datasets: pip install 'scalegpt[data]'") from error
     if pattern is None:
         return _download(datasets, out)
-    by_builder: dict[str, list[str]] = {}
-    for path in find_files(pattern):
-        if builder := BUILDERS.get(path.suffix):
-            by_builder.setdefault(builder, []).append(str(path))
-    if len(by_builder) != 1:
-        kinds = ", ".join(by_builder) or "none"
-        raise Mistake(f"--input {pattern}: files of one of {[*BUILDERS]} needed, found: {kinds}")
-    ((builder, files),) = by_builder.items()
+    files = [str(path) for path in find_files(pattern)]
+    endings = {Path(name).suffix for name in files}
+    if len(endings) != 1 or not (builder := BUILDERS.get(min(endings).lower())):
+        raise Mistake(
+            f"--input {pattern}: files of one of {[*BUILDERS]} needed, found: {sorted(endings)}; "
+            "say by a pattern which are meant"
+        )
     options = {"sample_by": "document"} if builder == "text" else {}
     dataset = datasets.load_dataset(builder, data_files=files, split="train", **options)
     if "text" not in dataset.column_names:
