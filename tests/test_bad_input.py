@@ -268,7 +268,7 @@ for name, argv, *words in [
      "--mesh.fsdp=1"),
     ("vocabulary below the data's", "--model.vocab_size=10", "model.vocab_size=10", "leave it out"),
     ("window beyond the data", "--model.block_size=2147483647", "2147483647",
-     "Lower model.block_size"),
+     "Lower model.block_size", "--val-fraction"),
     ("attention not for this machine", "--model.attention=cudnn", "cudnn", "GPU"),
     ("coordinator alone", "--distributed.coordinator=localhost:1", "belong together", "all three"),
     ("coordinator without a port",

@@ -160,7 +160,7 @@ def check_tokens(dataset: Dataset, block_size: int) -> None:
             raise Mistake(
                 f"{dataset.name}/{split}.bin has {len(tokens)} tokens; model.block_size="
                 f"{block_size} needs at least {block_size + 1}. Lower model.block_size or use "
-                "more text"
+                "more text (prepare.py's --val-fraction or --val-input gives more to validation)"
             )
 
 
