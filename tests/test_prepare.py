@@ -401,6 +401,7 @@ def test_what_is_no_text_is_refused_by_what_it_is_also_where_errors_are_replaced
         ("text".encode("utf-16-be"), "is UTF-16 text, or binary data"),
         (np.arange(50_000, dtype="<u2").tobytes(), "is binary data"),
         (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
+        (b'{\n "cells": []\n}', "is JSON, but not one object a line"),
         (b'[\n {"text": "one"},\n {"text": "two"}]', "is JSON, but not one object a line"),
     ):
         path.write_bytes(content)

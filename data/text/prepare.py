@@ -39,6 +39,7 @@ _NOT_SHAPING = ("out", "workers", "force")
 HASHED = 1 << 16  # the first so many characters of a document decide its split
 LINES, PLAIN, CARD, EMPTY = "JSON lines", "plain text", "a data set's card", "empty"
 MOST_HELD = 1 << 28  # characters of a document that has to be held in memory
+_JSON = re.compile(r'(\[\s*)?\{\s*"[^"\n]*"\s*:')  # the start of an object, or of a list of these
 Read = Callable[[], Iterator[Document]]  # reads the documents from the first on, when called
 
 
@@ -70,7 +71,7 @@ def _kind(path: Path, plain: bool, errors: str) -> str:
             return LINES
         except ValueError:
             pass
-    if re.match(r'\[\s*\{\s*"', start) or (name.endswith(".json") and start[:1] in ("[", "{")):
+    if _JSON.match(start) or (name.endswith(".json") and start[:1] in ("[", "{")):
         raise Mistake(
             f"{path} is JSON, but not one object a line; jq -c '.[]' makes such lines of an array, "
             "and --plain reads all files as the text they are"

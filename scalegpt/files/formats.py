@@ -15,7 +15,7 @@ _MAGIC = {
     b"\x89PNG": "a PNG image",
     b"GIF8": "a GIF image",
     b"%PDF": "a PDF",
-    b"\xd0\xcf\x11\xe0": "an old Office document",
+    b"\xd0\xcf\x11\xe0": "an OLE file (as old .doc and .xls are)",
     b"\x93NUMPY": "a NumPy .npy file",
     b"PAR1": "Parquet",
     b"ARROW1\0\0": "Arrow",
