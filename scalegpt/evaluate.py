@@ -12,8 +12,11 @@ if __name__ == "__main__":
 import argparse
 import json
 import math
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from scalegpt.config import Config, DataConfig, command_line, loading
 from scalegpt.config.differences import NOT_SHAPING
@@ -55,6 +58,7 @@ def main(argv: list[str]) -> int:
     with startup.start(trained.machine(flags, config).distributed) as group:
         trained.self_check(flags, group)
         inputs = _load(flags, config, task_files, splits, weights)
+        startup.same_everywhere(_facts(inputs))
         results = _results(flags, config, inputs)
         _refuse_not_finite(inputs.model, results)
         if group.index == 0:
@@ -109,6 +113,21 @@ def _load(
     if flags.text:
         splits, weights = [text_split(flags.text, codec)], [1.0]
     return _Inputs(model, splits, weights, opened)
+
+
+def _facts(inputs: _Inputs) -> dict[str, str]:
+    """Return what must be the same in all processes, each of which has read its own files."""
+    model = inputs.model
+    ids = {f"text of {split.name}": split.tokens for split in inputs.splits}
+    ids |= {f"task {t.name}": np.concatenate([row.ids for row in t.rows]) for t in inputs.opened}
+    return {
+        "checkpoint": str(model.step),
+        **{f"model.{key}": str(value) for key, value in model.config.model},
+        **{
+            name: f"{len(x)} ids, SHA-256 {sha256(x[: 1 << 20].tobytes()).hexdigest()[:16]}"
+            for name, x in ids.items()
+        },
+    }
 
 
 def _results(flags: argparse.Namespace, config: Config | None, inputs: _Inputs) -> list[_Result]:

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
+from hashlib import sha256
 from pathlib import Path
 
 import jax
@@ -54,6 +55,8 @@ def main(argv: list[str]) -> int:
                 "several processes need --prompt or --prompt-file: each has its own input"
             )
         trained.self_check(flags, group)
+        digest = sha256(repr(prompts).encode()).hexdigest()[:16]
+        startup.same_everywhere({"prompts": f"SHA-256 {digest}"})
         _continue(flags, sampler, prompts, interactive)
         return group.farewell(0)
 

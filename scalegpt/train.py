@@ -126,6 +126,8 @@ def train(config: Config, group: Group | Alone, phases: Phases, stop: StopReques
     config = config.with_vocab(max(d.vocab_size for d in datasets))
     with phases("devices"):
         devices = sharding.all_devices()
+    with phases("self-check"):
+        startup.self_check()
     with phases("mesh"):
         steps = build_for_training(config, sharding.make_mesh(config.mesh))
     stored = stored_config(config, datasets[0].tokenizer)
@@ -146,7 +148,7 @@ def train(config: Config, group: Group | Alone, phases: Phases, stop: StopReques
     with phases("restore"):
         start = checkpoints.continue_from() or 0
     with phases("self-check"):
-        startup.self_check(startup.facts(config, meta["data"], start))
+        startup.same_everywhere(startup.facts(config, meta["data"], start))
     notes, changes = list[str](), list[str]()
     if start > 0:
         changes = carry_over(config, meta, checkpoints.meta(start), start, notes.append)

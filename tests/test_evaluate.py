@@ -214,6 +214,22 @@ def test_two_processes_give_the_figures_of_one_and_the_first_prints(run, choices
             assert found[key] == pytest.approx(value, rel=near), key
 
 
+def test_what_the_processes_have_read_must_agree(run, choices, tmp_path, monkeypatch):
+    """Other text, another task file or another checkpoint on one host would end in JAX's abort."""
+    shorter = tmp_path / "task.jsonl"
+    shorter.write_text("".join(choices.read_text().splitlines(True)[:-1]))
+    seen = []
+    monkeypatch.setattr(evaluate.startup, "same_everywhere", seen.append)
+    monkeypatch.setattr(evaluate, "_results", lambda *a: [])
+    task = ["--run", str(run), "--data", str(run.parent / "data"), "--task", "multiple_choice"]
+    for file, split in ((choices, "val"), (shorter, "val"), (choices, "train")):
+        assert evaluate.main([*task, "--file", str(file), "--split", split]) == 0
+    whole, other_task, other_text = seen
+    differ = [{k for k in whole if whole[k] != x[k]} for x in (other_task, other_text)]
+    assert differ == [{"task multiple_choice"}, {"text of data"}]
+    assert (whole["checkpoint"], whole["model.n_layer"]) == ("0", "1")
+
+
 def config_file(path, source, **keys):
     sections = {
         "data": {"path": str(source.parent / "data")},

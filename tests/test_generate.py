@@ -237,7 +237,7 @@ def test_fault_02_the_checkpoint_asked_for_is_the_one_that_writes(run, model, ca
 
 
 @pytest.mark.slow
-def test_two_processes_write_the_text_of_one_and_the_first_prints_it(run, capsys):
+def test_two_processes_write_the_text_of_one_and_the_first_prints_it(run, capsys, tmp_path):
     argv = ["--run", str(run), "--prompt=AB", "--prompt=C", "--max-new-tokens=12", "--json"]
     assert generate.main(argv) == 0
     alone = capsys.readouterr().out
@@ -249,6 +249,12 @@ def test_two_processes_write_the_text_of_one_and_the_first_prints_it(run, capsys
     for _, said in processes.finish(two):
         assert "--seed: process 0" in said and "has 2" in said
     assert [process.returncode for process in two] == [2, 2]
+    files = [tmp_path / "one", tmp_path / "two"]
+    for file in files:
+        file.write_text(file.name)
+    argv, each = argv[:2], [[f"--prompt-file={file}"] for file in files]
+    two = processes.start(["-m", "scalegpt.generate", *argv], 2, 4, each)
+    assert all("prompts: process 0" in said for _, said in processes.finish(two))
 
 
 def test_text_past_block_size_slides_or_is_refused(command):

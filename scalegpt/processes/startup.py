@@ -3,7 +3,9 @@
 import importlib.util
 import os
 import platform
+import re
 import socket
+from collections import Counter
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -26,12 +28,18 @@ from scalegpt.processes.stop_request import StopRequest
 # tell a process that is stopped, or a machine that sleeps, from a dead one; a phase's deadline ends
 # those.
 _HEARTBEAT = 600
-# Variables that may differ: which process this is, where it keeps what it compiles, what it says.
-_OF_A_PROCESS = (
-    *("JAX_LOCAL_DEVICE_IDS", "JAX_VISIBLE_DEVICES", "JAX_PROCESS", "JAX_COORDINATOR", "JAX_PORT"),
-    *("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE", "JAX_LOG", "JAX_DEBUG_LOG", "JAX_DUMP"),
-)
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+_BY_HAND = "give --distributed.coordinator=HOST:PORT, .num_processes=N, .process_id=I"
+_PLUGINS = ("jax-", "libtpu", "nvidia-")  # beginnings of the names of what drives devices
+# Variables that change what is computed, or how processes talk while they compute.
+_VARIABLES = re.compile(
+    r"JAX_|(XLA_FLAGS|LIBTPU_INIT_ARGS|NVIDIA_TF32_OVERRIDE|NCCL_ALGO|NCCL_PROTO)$"
+)
+# Those that may differ: which process this is, where it keeps what it compiles, what it says.
+_OF_A_PROCESS = re.compile(
+    r"JAX_(LOCAL_DEVICE_IDS|\w*VISIBLE_DEVICES|PROCESS|COORDINATOR|PORT"
+    r"|COMPILATION_CACHE_DIR|PERSISTENT_CACHE|LOG|DEBUG_LOG|DUMP)"
+)
 
 
 def start(config: DistributedConfig, seconds: float = 900.0) -> Group | Alone:
@@ -64,15 +72,20 @@ def find(config: DistributedConfig, seconds: float) -> Group | Alone:
     # starts JAX's service in one go; the link needs the answer before that.
     from jax._src.clusters import ClusterEnv  # noqa: TID251
 
-    address, count, index, devices = ClusterEnv.auto_detect_unset_distributed_params(
-        *given, devices, None, int(seconds)
-    )
+    try:
+        address, count, index, devices = ClusterEnv.auto_detect_unset_distributed_params(
+            *given, devices, None, int(seconds)
+        )
+    except (OSError, RuntimeError) as error:
+        raise Mistake(
+            f"the host of process 0 was not found: {error}; is the network up? Or else {_BY_HAND}"
+        ) from error
     if count == 1:
         return Alone()
     if address is None or count is None or index is None:
         raise Mistake(
             "several processes were started here, but not in a way that tells where the others "
-            "are; give --distributed.coordinator=HOST:PORT, .num_processes=N, .process_id=I"
+            f"are; {_BY_HAND}"
         )
     host, _, port = address.rpartition(":")
     secret = handshake.shared_secret(launched=config.coordinator is None)
@@ -88,6 +101,7 @@ def join(
     """Connect the processes and start JAX's own service, before anything asks for a device.
 
     phases, stop: as in `Group.connect`. Ends the process when not all have come after `seconds`.
+    Raises Mistake, in all processes, when their `surroundings` differ.
     """
     if isinstance(group, Alone):
         return
@@ -111,6 +125,9 @@ def join(
         heartbeat_timeout_seconds=_HEARTBEAT,
         shutdown_timeout_seconds=10,
     )
+    # Before anything asks for a device: a process without the others' plugin for GPUs would go on
+    # with its CPU, while they wait for its GPUs.
+    same_everywhere(surroundings())
 
 
 def _check(config: DistributedConfig) -> None:
@@ -131,9 +148,12 @@ def _check(config: DistributedConfig) -> None:
 
 
 def _launched() -> bool:
-    """Return whether Slurm, Open MPI or a TPU host has started several processes."""
+    """Return whether Slurm or Open MPI has started several processes, or a TPU may have others."""
     sizes = [os.environ.get(name, "1") for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")]
-    return any(size.isdigit() and int(size) > 1 for size in sizes) or on_tpu()
+    # Kaggle calls the only host of a TPU "local", which JAX would look up until the deadline.
+    hosts = os.environ.get("TPU_PROCESS_ADDRESSES", os.environ.get("TPU_WORKER_HOSTNAMES", ","))
+    others = "," in hosts or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
+    return any(size.isdigit() and int(size) > 1 for size in sizes) or (others and on_tpu())
 
 
 def _refuse_other_launchers() -> None:
@@ -185,35 +205,42 @@ def facts(config: Config, data: Mapping[str, str], latest: int | None) -> dict[s
 
 
 def surroundings() -> dict[str, str]:
-    """Return what must be the same around all processes: versions, devices, JAX's variables."""
-    versions = {"python": platform.python_version(), "scalegpt": scalegpt.__version__}
-    versions |= {name: metadata.version(name) for name in _PACKAGES}
-    local = jax.local_devices()
-    # Where XLA writes what it compiles changes nothing, and one host may be asked for it.
-    flags = os.environ.get("XLA_FLAGS", "").split()
+    """Return what must be the same around all processes: versions of packages, and variables.
+
+    Where XLA writes what it compiles changes nothing, and one process may be asked for it.
+    """
+    plugins = {d.name for d in metadata.distributions() if (d.name or "").startswith(_PLUGINS)}
     variables = {
-        name: value
+        name: " ".join(flag for flag in value.split() if not flag.startswith("--xla_dump"))
         for name, value in sorted(os.environ.items())
-        if name.startswith("JAX_") and not name.startswith(_OF_A_PROCESS)
+        if _VARIABLES.match(name) and not _OF_A_PROCESS.match(name)
     }
-    variables["LIBTPU_INIT_ARGS"] = os.environ.get("LIBTPU_INIT_ARGS", "")
-    variables["XLA_FLAGS"] = " ".join(f for f in flags if not f.startswith("--xla_dump"))
+    versions = {"python": platform.python_version(), "scalegpt": scalegpt.__version__}
+    versions |= {name: metadata.version(name) for name in (*_PACKAGES, *sorted(plugins))}
     return {
         **{f"version of {name}": version for name, version in versions.items()},
-        "devices of a process": f"{len(local)} x {local[0].device_kind}",
-        **{f"environment variable {name}": value for name, value in variables.items()},
+        **{f"environment variable {name}": value for name, value in variables.items() if value},
     }
 
 
-def self_check(facts: Mapping[str, str]) -> None:
-    """Check that all processes are set for the same work, and that their devices work together.
+def same_everywhere(facts: Mapping[str, str]) -> None:
+    """Check that the facts, name -> value, are the same in all processes.
 
-    facts: name -> what must be the same in all, besides `surroundings`. Raises Mistake, in all
-    processes, naming one that differs from process 0 and both values.
+    Raises Mistake, in all processes, naming those that differ from process 0 and both values.
     """
-    ours = {"host": socket.gethostname(), **surroundings(), **facts}
+    ours = {"host": socket.gethostname(), **facts}
     if difference := _difference(gather("facts", ours, Deadline(UNLIMITED))):
         raise Mistake(difference)
+
+
+def self_check() -> None:
+    """Check that all processes have the same devices, and that these work together.
+
+    Raises Mistake as `same_everywhere`.
+    """
+    kinds = Counter(device.device_kind for device in jax.local_devices())
+    text = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+    same_everywhere({"devices of a process": text})
     devices = jax.device_count()
     mesh = jax.make_mesh((devices,), ("all",), axis_types=(AxisType.Auto,))
     spread, whole = NamedSharding(mesh, P("all")), NamedSharding(mesh, P())

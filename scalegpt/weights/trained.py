@@ -102,7 +102,7 @@ def machine(flags: argparse.Namespace, config: Config | None = None) -> Config:
 
 
 def self_check(flags: argparse.Namespace, group: Group | Alone) -> None:
-    """Check that all processes were given the same flags, in the same surroundings.
+    """Check that all processes were given the same flags, and have the same devices.
 
     Processes that differ would compile different programs, and wait for each other for ever. Files
     may lie in different folders. Raises Mistake, in all processes.
@@ -110,7 +110,8 @@ def self_check(flags: argparse.Namespace, group: Group | Alone) -> None:
     if group.count > 1:
         given = {k: v for k, v in vars(flags).items() if k not in _PLACES}
         settings = {f"--{k}": str(v) for k, v in given.items() if not k.startswith("distributed.")}
-        startup.self_check(settings)
+        startup.same_everywhere(settings)
+        startup.self_check()
 
 
 def load(flags: argparse.Namespace, microbatch: int, config: Config | None = None) -> Trained:
