@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -10,18 +11,20 @@ import socket
 import subprocess
 import time
 from collections import Counter, deque
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import processes
+import psutil
 import pytest
 
 from scalegpt import evaluate, train
 from scalegpt.config import Config, DistributedConfig
 from scalegpt.errors import Mistake
-from scalegpt.processes import startup
+from scalegpt.processes import handshake, startup
 from scalegpt.processes.group import Alone
 
 STEPS = 24
@@ -32,7 +35,7 @@ STEPS = 24
 PROGRAM = """
 import json, os, signal, sys, time
 from scalegpt import train
-from scalegpt.processes import startup
+from scalegpt.processes import handshake, startup
 from scalegpt.data.batches import TrainBatches
 ours = dict(a.split("=", 1) for a in sys.argv[1:] if not a.startswith("--"))
 sys.argv[1:] = [a for a in sys.argv[1:] if a.startswith("--")]
@@ -56,17 +59,6 @@ TrainBatches.__init__, TrainBatches.__getitem__ = recorded, faulty
 from scalegpt.processes.command import run_command
 run_command(train.main)
 """
-
-
-STRANGE = (
-    b"",
-    b"\n",
-    bytes(range(256)) * 4,
-    b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
-    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(64),
-    b'{"failed": [1, "x", 5, "a word of a stranger", false]}\n',
-    b"x" * 100_000,
-)
 
 
 def launch(
@@ -161,28 +153,52 @@ def test_fault_18_two_processes_are_the_run_of_one(bottles, alone, tmp_path, cap
 
 
 @pytest.mark.slow
-def test_strangers_at_both_ports_change_nothing(bottles, tmp_path):
-    """From the start to the farewell: rubbish, and connections that say nothing or half a hello."""
-    plain, visited = tmp_path / "plain" / "run", tmp_path / "visited" / "run"
-    outputs = processes.finish(two := launch(bottles, plain, 2))
-    assert codes(two) == [0, 0], outputs
+def test_strangers_at_every_port_change_nothing(bottles, tmp_path):
+    """From the start to the farewell: neither the losses nor the memory of process 0."""
+    _, most = psutil.Process().rlimit(psutil.RLIMIT_NOFILE)
+    psutil.Process().rlimit(psutil.RLIMIT_NOFILE, (most, most))
 
-    two = launch(bottles, visited, 2)
-    (address,) = (a for a in two[0].args if a.startswith("--distributed.coordinator="))
-    port, silent, visits = int(address.rpartition(":")[2]), deque(maxlen=300), Counter()
-    while all(process.poll() is None for process in two):
-        for at in (port, port + 1):  # ours, and that of JAX's service
-            for data in (*STRANGE, b"0" * 64 + b' [1, "x", '):
+    def train(out_dir: Path, visit: Callable[[set[int]], None]) -> float:
+        two = launch(bottles, out_dir, 2)
+        first, peak = psutil.Process(two[0].pid), 0
+        first.rlimit(psutil.RLIMIT_NOFILE, (1024, most))
+        while all(process.poll() is None for process in two):
+            with contextlib.suppress(psutil.Error):
+                peak = max(peak, first.memory_info().rss)
+                sockets = first.net_connections("tcp")
+            visit({s.laddr.port for s in sockets if s.status == psutil.CONN_LISTEN})
+        outputs = processes.finish(two)
+        assert codes(two) == [0, 0], outputs
+        return peak / 1e6
+
+    nonce, body = b"0" * 32, b'[1, "x", 2, ""]'
+    replayed = handshake._proof(b"", b"hello", nonce, body) + b" " + body + b"\n"
+    failure = b'{"failed": [1, "x", 5, "a word of a stranger", false]}\n'
+    strange = (
+        *(b"", b"\n", random.Random(1).randbytes(1000), b"x" * 100_000, failure),
+        *(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(64)),
+        *(replayed, replayed + failure, replayed[:70]),
+    )
+    visits, kept = Counter(), deque(maxlen=2000)
+
+    def visit(ports: set[int]) -> None:
+        for port in ports:
+            for data in strange:
                 with contextlib.suppress(OSError):
-                    silent.append(socket.create_connection(("localhost", at), 0.2))
-                    silent[-1].sendall(data)
-                    visits[at] += 1
+                    kept.append(socket.create_connection(("localhost", port), 0.2))
+                    kept[-1].sendall(data)
+                    visits[port] += 1
+                    if visits[port] % 2:  # the rest stay as they are
+                        kept[-1].shutdown(socket.SHUT_WR)
         time.sleep(0.02)
-    outputs = processes.finish(two)
-    assert codes(two) == [0, 0], outputs
-    assert visits[port] > 10 and visits[port + 1] > 100, visits
+
+    plain, visited = tmp_path / "plain" / "run", tmp_path / "visited" / "run"
+    alone = train(plain, lambda ports: time.sleep(0.1))
+    peak = train(visited, visit)
+    assert min(visits.values()) > 20 and visits.total() > 2000, visits
     for key in ("train/loss", "val/loss"):
         assert rows(visited, key) == rows(plain, key)
+    assert peak < alone + 50
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Start-up of a run's processes, and the check that all of them are set for the same run."""
 
+import contextlib
 import importlib.util
 import os
 import platform
@@ -112,6 +113,12 @@ def join(
         f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         for host in (group.host, handshake.interface(group.host) or "::")
     )
+    # Strangers may connect with JAX's service, too, which keeps each of them in a file descriptor.
+    import resource  # there is none on Windows
+
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # macOS allows less than it says
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     # It would swallow SIGTERM; StopRequest agrees with the others on where to stop.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
