@@ -315,8 +315,8 @@ def test_a_hello_of_wrong_types_is_none(body):
     [
         "1",
         "{}",
-        '{"at": ["step", 1, 2], "stop": ""}',
         '{"at": ["step", 1]}',
+        '{"at": ["step", "1", 2.0]}',
         '{"stop": 1}',
         '{"failed": [1, "x", 5, "why", "no"]}',
         '{"hello": [1, "x", 2]}',
@@ -324,10 +324,14 @@ def test_a_hello_of_wrong_types_is_none(body):
         "[",
     ],
 )
-def test_what_is_no_message_is_found_out(text):
-    assert link._message(b'{"at": ["step", 1, 2.5]}') == ("at", ["step", 1, 2.5])
-    with pytest.raises(ValueError):
-        link._message(text.encode())
+def test_what_is_no_message_is_found_out(text, monkeypatch):
+    ended = []
+    monkeypatch.setattr(link.Link, "leave", lambda link, code, why: ended.append(why))
+    ours, peer = link.Link(("localhost", 1), 2, 0), link.Peer(None, 1, "x")
+    ours._handle(peer, b'{"at": ["step", 1, 2.5]}')
+    assert peer.where[:2] == ("step", 1) and not ended
+    ours._handle(peer, text.encode())
+    assert ended == [f"process 1 (x) sent what is no message: {text.encode()!r}"]
 
 
 def test_a_process_that_sends_what_is_no_message_is_named():

@@ -16,8 +16,8 @@ Each of 100 deaths of process 0 ended the other process by name with exit code 5
 - JAX aborts when process 0 dies. A call to the service in that abort's handler waited for ever in
   one of three deaths, and had to be moved to a thread of its own.
 
-Only processes that have passed the `handshake` are heard. A message is a line of JSON, an object
-with one key of `_MESSAGES`. Nothing here imports JAX.
+Only processes that have passed the `handshake` are heard. A message is a line of JSON, one of those
+in `Link._handle`. Nothing here imports JAX.
 """
 
 import contextlib
@@ -40,15 +40,6 @@ if TYPE_CHECKING:
 
 DIED = "died; all others stop, and the same command continues the run"
 _LONGEST = 1 << 24  # bytes of a message
-_MESSAGES = {  # key -> type of its value, or of the values in its list
-    "go": [int, str],  # the port for JAX's service, the host of process 0
-    "failed": [int, str, int, str, bool],  # process, its host, exit code, why, whether with stacks
-    "at": [str, int, (int, float)],  # the sender's phase, step, seconds in it
-    "where": bool,  # the sender asks process 0 for a table
-    "table": list,  # of `_table`
-    "stop": str,  # why
-    "done": int,  # exit code
-}
 _WAIT_FOR_READERS = 2.0  # seconds that a process waits for the others to read why it leaves
 _SAY_AGAIN = 4.0  # seconds after which a process says again where it is
 _SILENT = 12.0  # seconds after which a process that has said nothing is taken for stopped
@@ -197,39 +188,41 @@ class Link:
             return
         *lines, peer.unread = (peer.unread + data).split(b"\n")
         peer.heard = time.monotonic()
-        try:
-            messages = [_message(line) for line in filter(None, lines)]
-            if len(peer.unread) > _LONGEST:
-                raise ValueError(f"more than {_LONGEST} bytes without an end")
-        except ValueError as error:
-            self.leave(Exit.FAILED, f"process {peer.index} ({peer.host}) sent {error}")
-        for key, value in messages:
-            self._handle(peer, key, value)
+        if len(peer.unread) > _LONGEST:
+            lines.append(b"a line without end")
+        for line in filter(None, lines):
+            self._handle(peer, line)
 
-    def _handle(self, peer: Peer, key: str, value: Any) -> None:
-        match key:
-            case "go":
-                self._jax_port, peer.host = value
+    def _handle(self, peer: Peer, line: bytes) -> None:
+        try:
+            message = json.loads(line)
+        except (ValueError, RecursionError):
+            message = None
+        match message:
+            case {"go": [int(port), str(host)]}:  # the port for JAX's service, process 0's host
+                self._jax_port, peer.host = port, host
                 self._all_have_come.set()
-            case "failed":
-                self._end(*value)
-            case "at":
-                phase, step, seconds = value
+            case {"failed": [int(), str(), int(), str(), bool()]}:  # as of `_end`
+                self._end(*message["failed"])
+            case {"at": [str(phase), int(step), float(seconds)]}:
                 peer.where = (phase, step, time.monotonic() - seconds)
-            case "where":
+            case {"where": True}:  # the sender asks process 0 for the table
                 self._send(peer, table=self._table())
-            case "table":
-                self._received_table = value
-            case "stop" if self.index == 0:
-                self.ask_to_stop(value)
-            case "stop":
-                self._stop.agree(value)
-            case "done" if self.index == 0:
+            case {"table": list(table)}:
+                self._received_table = table
+            case {"stop": str(why)} if self.index == 0:
+                self.ask_to_stop(why)
+            case {"stop": str(why)}:
+                self._stop.agree(why)
+            case {"done": int()} if self.index == 0:
                 peer.done = True
                 self._check_done()
-            case "done":
-                self.exit_code = value
+            case {"done": int(code)}:
+                self.exit_code = code
                 self._all_done.set()
+            case _:
+                who = f"process {peer.index} ({peer.host})"
+                self.leave(Exit.FAILED, f"{who} sent what is no message: {line[:100]!r}")
 
     def _send(self, peer: Peer, **message: Any) -> None:
         # A process that cannot be written to is dead or stopped, which reading finds out.
@@ -354,26 +347,6 @@ class Link:
                     if not peer.socket.recv(65536):
                         break
         end(code)
-
-
-def _message(line: bytes) -> tuple[str, Any]:
-    """Return the key and the value of a message. Raises ValueError for anything else."""
-    try:
-        message = json.loads(line)
-    except (ValueError, RecursionError):
-        message = None
-    if not isinstance(message, dict) or len(message) != 1:
-        raise ValueError(f"what is no message: {line[:100]!r}")
-    ((key, value),) = message.items()
-    types = _MESSAGES.get(key, ())
-    if isinstance(types, list):
-        fits = isinstance(value, list) and len(value) == len(types)
-        fits = fits and all(map(isinstance, value, types))
-    else:
-        fits = isinstance(value, types)
-    if not fits:
-        raise ValueError(f"what is no message: {line[:100]!r}")
-    return key, value
 
 
 def _elsewhere(others: list[tuple], phase: str, step: int) -> str:
