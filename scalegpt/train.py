@@ -90,7 +90,7 @@ def main(argv: list[str]) -> int:
     keep_compiled()
     phases, seconds = Phases(config.run), config.run.deadline_start
     with phases("processes"):
-        group = startup.find(config.distributed, seconds)
+        group = startup.find(config.distributed, seconds, config.run.out_dir)
     with group:
         with closing(StopRequest(group)) as stop, closing(Watch(phases, group)):
             with phases("processes"):

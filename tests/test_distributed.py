@@ -171,8 +171,10 @@ def test_strangers_at_every_port_change_nothing(bottles, tmp_path):
         assert codes(two) == [0, 0], outputs
         return peak / 1e6
 
-    nonce, body = b"0" * 32, b'[1, "x", 2, ""]'
-    replayed = handshake._proof(b"", b"hello", nonce, body) + b" " + body + b"\n"
+    plain, visited = tmp_path / "plain" / "run", tmp_path / "visited" / "run"
+    alone = train(plain, lambda ports: time.sleep(0.1))
+    nonce, body, secret = b"0" * 32, b'[1, "x", 2, ""]', (plain / ".secret").read_bytes()
+    replayed = handshake._proof(secret, b"hello", nonce, body) + b" " + body + b"\n"
     failure = b'{"failed": [1, "x", 5, "a word of a stranger", false]}\n'
     strange = (
         *(b"", b"\n", random.Random(1).randbytes(1000), b"x" * 100_000, failure),
@@ -192,8 +194,6 @@ def test_strangers_at_every_port_change_nothing(bottles, tmp_path):
                         kept[-1].shutdown(socket.SHUT_WR)
         time.sleep(0.02)
 
-    plain, visited = tmp_path / "plain" / "run", tmp_path / "visited" / "run"
-    alone = train(plain, lambda ports: time.sleep(0.1))
     peak = train(visited, visit)
     assert min(visits.values()) > 20 and visits.total() > 2000, visits
     for key in ("train/loss", "val/loss"):

@@ -360,6 +360,27 @@ def test_the_secret_is_the_token_or_what_the_launcher_said(monkeypatch):
     )
 
 
+def test_the_secret_of_a_run_is_in_its_folder(monkeypatch, tmp_path):
+    """Whoever comes first makes it, and the others have the same."""
+    monkeypatch.delenv(handshake.TOKEN, raising=False)
+    folder, heard = tmp_path / "new" / "run", []
+    ask = lambda: heard.append(handshake.shared_secret(True, str(folder)))  # noqa: E731
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(heard) == 8 and len(set(heard)) == 1 and len(heard[0]) == 32
+    assert (folder / ".secret").stat().st_mode & 0o777 == 0o600
+    assert handshake.shared_secret(False, str(tmp_path / "other")) != heard[0]
+    assert handshake.shared_secret(False, "gs://bucket/run") == b""
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=f"cannot hold the secret.*{handshake.TOKEN}"):
+        handshake.shared_secret(False, str(tmp_path / "file"))
+    monkeypatch.setenv(handshake.TOKEN, "mine")
+    assert handshake.shared_secret(False, str(folder)) == b"mine"
+
+
 def test_process_0_listens_only_where_it_is_needed():
     assert handshake.interface("localhost") in ("127.0.0.1", "::1")
     assert handshake.interface("127.0.0.1") == "127.0.0.1"

@@ -6,11 +6,12 @@ constant time). Until then nothing that a caller sends is parsed, and its bytes,
 number of callers are limited. `multiprocessing.connection` has such a challenge, too, but it waits
 for one caller after the other without a time limit, and uses MD5 on Python 3.11.
 
-What this does not do: without SCALEGPT_TOKEN the secret is what a launcher tells all its processes,
-such as Slurm's job id, or is empty; that keeps out port scanners and other runs, but no one who
-knows it and this protocol. Messages are neither encrypted nor signed, so whoever sits on the path
-between the hosts can read and change them. JAX's own service and its collectives ask nobody for a
-secret: on a network with strangers a firewall must keep their ports closed.
+What this does not do: where there is neither SCALEGPT_TOKEN nor a run's folder on a disk, the secret
+is what a launcher tells all its processes, such as Slurm's job id, or is empty. That keeps out port
+scanners and other runs, but no one who knows it and this protocol. Messages are neither encrypted nor
+signed, so whoever sits on the path between the hosts can read and change them. JAX's own service and
+its collectives ask nobody for a secret: on a network with strangers a firewall must keep their ports
+closed.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ import selectors
 import socket
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 from scalegpt.errors import Mistake
@@ -158,16 +160,38 @@ class Listener:
             say(f"process 0: {self.refused}, or is of another job")
 
 
-def shared_secret(launched: bool) -> bytes:
-    """Return the secret of this run's processes: SCALEGPT_TOKEN, else what their launcher set.
+def shared_secret(launched: bool, folder: str | None = None) -> bytes:
+    """Return the secret of this run's processes.
 
+    That is SCALEGPT_TOKEN, else what the run's folder holds, else what their launcher has set.
     launched: a launcher, not flags, has told each process its number.
     """
     if token := os.environ.get(TOKEN):
         return os.fsencode(token)
+    if folder and "://" not in folder:
+        return _secret_in(Path(folder))
     if not launched:
         return b""
     return "\n".join(os.environ.get(name, "") for name in _LAUNCHED).encode()
+
+
+def _secret_in(folder: Path) -> bytes:
+    """Return the secret in a run's folder, made by the first process to come. Raises Mistake."""
+    file, until = folder / ".secret", time.monotonic() + _PATIENCE
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            descriptor = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+            with open(descriptor, "w") as new:
+                new.write(secrets.token_hex(16))
+        while not (secret := file.read_bytes()) and time.monotonic() < until:
+            time.sleep(0.1)  # another process writes it
+        return secret
+    except OSError as error:
+        raise Mistake(
+            f"run.out_dir={folder} cannot hold the secret of its processes: {error}; or give all "
+            f"the same {TOKEN}"
+        ) from None
 
 
 def interface(host: str) -> str:
@@ -209,7 +233,8 @@ def connect(
                     where = "{}:{}".format(*address)
                     raise Mistake(
                         f"process 0 at {where} has another secret: give all processes of a run "
-                        f"the same {TOKEN}, and each run that starts there another address"
+                        f"the same {TOKEN} or the same run.out_dir, and each run that starts there "
+                        "another address"
                     )
             connection.close()  # a stranger answered, or a process that is just ending
         time.sleep(0.2)

@@ -50,11 +50,12 @@ def start(config: DistributedConfig, seconds: float = 900.0) -> Group | Alone:
     return group
 
 
-def find(config: DistributedConfig, seconds: float) -> Group | Alone:
+def find(config: DistributedConfig, seconds: float, folder: str | None = None) -> Group | Alone:
     """Return the processes of this run, as flags say, or Slurm, Open MPI or a TPU host.
 
-    Nothing is connected yet; but a TPU host waits at most so many seconds until the name of process
-    0's host is known. Raises Mistake for flags that do not belong together.
+    folder: the run's own, on a disk or behind a URL, which all processes share. Nothing is
+    connected yet; but a TPU host waits at most so many seconds until the name of process 0's host
+    is known. Raises Mistake for flags that do not belong together, and where nobody is found.
     """
     given = (config.coordinator, config.num_processes, config.process_id)
     if any(value is not None for value in given):
@@ -89,7 +90,7 @@ def find(config: DistributedConfig, seconds: float) -> Group | Alone:
             f"are; {_BY_HAND}"
         )
     host, _, port = address.rpartition(":")
-    secret = handshake.shared_secret(launched=config.coordinator is None)
+    secret = handshake.shared_secret(config.coordinator is None, folder)
     return Group(host.strip("[]"), int(port), count, index, secret, devices)
 
 
