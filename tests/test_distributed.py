@@ -400,7 +400,8 @@ def test_launchers_that_are_not_recognised_are_told_what_to_type(monkeypatch):
     """With torchrun, two machines would each have trained a run of its own."""
     for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "WORLD_SIZE", "RANK"):
         monkeypatch.delenv(name, raising=False)
-    for names in (("WORLD_SIZE", "RANK"), ("PMI_SIZE", "PMI_RANK")):
+    launchers = (("WORLD_SIZE", "RANK"), ("PMI_SIZE", "PMI_RANK"), ("NUM_PROCESSES", "PROCESS_ID"))
+    for names in launchers:
         with monkeypatch.context() as patch:
             patch.setenv("MASTER_ADDR", "10.0.0.1")
             for name, value in zip(names, ("2", "1"), strict=True):

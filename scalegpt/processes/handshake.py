@@ -6,12 +6,12 @@ constant time). Until then nothing that a caller sends is parsed, and its bytes,
 number of callers are limited. `multiprocessing.connection` has such a challenge, too, but it waits
 for one caller after the other without a time limit, and uses MD5 on Python 3.11.
 
-What this does not do: where there is neither SCALEGPT_TOKEN nor a run's folder on a disk, the secret
-is what a launcher tells all its processes, such as Slurm's job id, or is empty. That keeps out port
-scanners and other runs, but no one who knows it and this protocol. Messages are neither encrypted nor
-signed, so whoever sits on the path between the hosts can read and change them. JAX's own service and
-its collectives ask nobody for a secret: on a network with strangers a firewall must keep their ports
-closed.
+What this does not do: where there is neither SCALEGPT_TOKEN nor a run's folder on a disk, the
+secret is what a launcher tells all its processes, such as Slurm's job id, or is empty. That keeps
+out port scanners and other runs, but no one who knows it and this protocol. Messages are neither
+encrypted nor signed, so whoever sits on the path between the hosts can read and change them. JAX's
+own service and its collectives ask nobody for a secret: on a network with strangers a firewall must
+keep their ports closed.
 """
 
 import contextlib

@@ -165,10 +165,11 @@ def _launched() -> bool:
 
 
 def _refuse_other_launchers() -> None:
-    """Raise Mistake where torchrun or MPICH has started several processes, each to train alone."""
+    """Raise Mistake where torchrun, say, has started several processes, each to train alone."""
     for launcher, size, rank in (
         ("torchrun or the like", "WORLD_SIZE", "RANK"),
         ("MPICH or Intel MPI", "PMI_SIZE", "PMI_RANK"),
+        ("Kubeflow or the like", "NUM_PROCESSES", "PROCESS_ID"),
     ):
         count, index = os.environ.get(size, ""), os.environ.get(rank, "")
         if count.isdecimal() and index.isdecimal() and int(count) > 1:
