@@ -17,7 +17,7 @@ from scalegpt.files.run_folder import is_run
 from scalegpt.processes import startup
 from scalegpt.processes.group import Alone, Group
 from scalegpt.step.build import Steps, build_for_use
-from scalegpt.step.sharding import make_mesh
+from scalegpt.step.sharding import all_devices, make_mesh
 from scalegpt.weights import huggingface
 
 _PLACES = ("run", "config", "data", "text", "file", "prompt_file")
@@ -111,6 +111,7 @@ def self_check(flags: argparse.Namespace, group: Group | Alone) -> None:
         given = {k: v for k, v in vars(flags).items() if k not in _PLACES}
         settings = {f"--{k}": str(v) for k, v in given.items() if not k.startswith("distributed.")}
         startup.same_everywhere(settings)
+        all_devices()
         startup.self_check()
 
 
