@@ -302,6 +302,15 @@ def test_a_microbatch_that_does_not_divide_names_those_that_do():
         sharding.batch_layout(BatchConfig(sequences=96, microbatch=5), mesh_of())
 
 
+def test_every_batch_that_grows_is_a_multiple_of_the_microbatch_or_refused_by_name():
+    grows = {"sequences": 16, "growth": {3: 24}}
+    assert sharding.batch_layout(BatchConfig(**grows), mesh_of(data=4, tensor=2)) == (2, 8)
+    with pytest.raises(ValueError, match=r"batch.growth\[3\]=17 does not divide over 4 .* is 16"):
+        sharding.batch_layout(BatchConfig(sequences=16, growth={3: 17}), mesh_of(data=4, tensor=2))
+    with pytest.raises(ValueError, match=r"the 6 .* of batch.growth\[3\]=24; it could be 1, 2$"):
+        sharding.batch_layout(BatchConfig(**grows, microbatch=4), mesh_of(data=4, tensor=2))
+
+
 @pytest.mark.parametrize(
     ("mesh", "model", "match"),
     [

@@ -118,6 +118,8 @@ def measure_decoding(config: Config, flags: Namespace) -> dict[str, Any]:
 
 
 def measure_training(config: Config, flags: Namespace, datasets: list[Dataset]) -> dict[str, Any]:
+    batch = config.batch.model_copy(update={"growth": {}})  # every update that is timed is alike
+    config = config.model_copy(update={"batch": batch})
     steps = build_for_training(config, sharding.make_mesh(config.mesh))
     trainers: list[Any] = []
     try:

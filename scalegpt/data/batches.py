@@ -154,12 +154,8 @@ class TrainBatches:
         if len(weights) != len(datasets):
             raise Mistake(f"{len(weights)} weights for {len(datasets)} datasets: give one each")
         rows = np.asarray(rows, np.int64)
-        for sequences in (batch.sequences, *batch.growth.values()):
-            if sequences % microbatch:
-                raise Mistake(
-                    f"batch.growth has {sequences} sequences, which is no multiple of the "
-                    f"{microbatch} that all devices take at a time"
-                )
+        sizes = (batch.sequences, *batch.growth.values())
+        assert all(size % microbatch == 0 for size in sizes), (sizes, microbatch)
         assert rows.size and 0 <= rows.min() and rows.max() < microbatch, (rows, microbatch)
         # Plain array views: slicing a memmap object costs more than copying the row.
         self.tokens = [np.asarray(tokens) for tokens in datasets]

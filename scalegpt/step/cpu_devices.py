@@ -1,6 +1,7 @@
 """Make two JAX devices of a CPU, each with half of the rows, so that two operations overlap."""
 
 import contextlib
+import math
 import os
 
 import jax
@@ -30,7 +31,7 @@ def fits(config: Config) -> bool:
         jax.config.jax_num_cpu_devices != -1
         or "device_count" in xla_flags
         or config.mesh != MeshConfig()
-        or batch.sequences % (DEVICES * (batch.microbatch or 1))
+        or math.gcd(batch.sequences, *batch.growth.values()) % (DEVICES * (batch.microbatch or 1))
         or _cores() < DEVICES
     )
 

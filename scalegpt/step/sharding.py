@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from math import lcm, prod
+from math import gcd, lcm, prod
 from typing import Any
 
 import flax.linen as nn
@@ -121,24 +121,27 @@ def batch_layout(
     """Return (A, M): microbatches of an update, and sequences of each over all devices.
 
     most: the largest microbatch of a device, in sequences, if batch.microbatch is not given.
-    Raises Mistake, naming numbers that work, when batch.sequences is not A * M for whole numbers.
+    Every batch of batch.growth is a multiple of M, too. Raises Mistake, naming numbers that work.
     """
     shards = row_shards(mesh)
-    per_shard, rest = divmod(batch.sequences, shards)
-    if rest:
-        near = round(batch.sequences / shards) * shards or shards
-        raise Mistake(
-            f"batch.sequences={batch.sequences} does not divide over {shards} shards of rows "
-            f"(replica x data x fsdp); the nearest that does is {near}"
-        )
-    microbatch = batch.microbatch or max(d for d in divisors(per_shard) if d <= (most or per_shard))
-    if per_shard % microbatch:
-        fits = map(str, divisors(per_shard))
-        raise Mistake(
-            f"batch.microbatch={microbatch} does not divide the {per_shard} sequences that each "
-            f"shard has of batch.sequences={batch.sequences}; it could be {', '.join(fits)}"
-        )
-    return per_shard // microbatch, microbatch * shards
+    sizes = {"batch.sequences": batch.sequences}
+    sizes |= {f"batch.growth[{update}]": size for update, size in batch.growth.items()}
+    for name, size in sizes.items():
+        if size % shards:
+            near = round(size / shards) * shards or shards
+            raise Mistake(
+                f"{name}={size} does not divide over {shards} shards of rows "
+                f"(replica x data x fsdp); the nearest that does is {near}"
+            )
+    fitting = divisors(gcd(*sizes.values()) // shards)  # those of every batch
+    microbatch = batch.microbatch or max(d for d in fitting if d <= (most or fitting[-1]))
+    for name, size in sizes.items():
+        if size // shards % microbatch:
+            raise Mistake(
+                f"batch.microbatch={microbatch} does not divide the {size // shards} sequences "
+                f"that each shard has of {name}={size}; it could be {', '.join(map(str, fitting))}"
+            )
+    return batch.sequences // shards // microbatch, microbatch * shards
 
 
 def check_divisible(model: ModelConfig, mesh: Mesh | AbstractMesh) -> None:
