@@ -161,7 +161,11 @@ def train(config: Config, group: Group | Alone, phases: Phases, stop: StopReques
         phases=phases,
         resume_step=rows_to_keep(start, config.optim.steps, begun_before=stored is not None),
         is_main=is_main,
-        config={**meta["config"], "parameters": steps.parameters},
+        config={
+            **meta["config"],
+            "parameters": steps.parameters,
+            "checkpoints": checkpoints.folder,
+        },
     )
     checkpoints.say = metrics.say
     precision = str(steps.model.dtype)

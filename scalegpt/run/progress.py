@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from scalegpt.config import Config
+from scalegpt.data.batches import TrainOrder
 from scalegpt.data.token_files import Dataset
 from scalegpt.processes.exits import Exit
 from scalegpt.processes.phases import Phases
@@ -98,7 +99,8 @@ class Progress:
             length = config.model.block_size
             row["train/tokens"] = config.batch.rows_after(step) * length
             if len(self._datasets) == 1:
-                row["train/epoch"] = row["train/tokens"] / len(self._datasets[0].train)
+                windows = TrainOrder(len(self._datasets[0].train), length, 0).n_windows
+                row["train/epoch"] = config.batch.rows_after(step) / windows
             speed = self._throughput.read(step, config.batch.sequences_at(step) * length)
             self._metrics.train(row | speed)
         self._phases.progress(step)

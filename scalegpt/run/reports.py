@@ -57,14 +57,16 @@ def describe(config: Config, datasets: list[Dataset], steps: Steps) -> str:
 
 
 def _decaying(config: Config, steps: Steps) -> str:
-    """Say how many tensors and parameters weight decay shrinks; a stack of layers is one tensor."""
+    """Say how many tensors and parameters weight decay shrinks, each layer's tensors apart."""
     params = steps.abstract.params
-    leaves, marks = (jax.tree.leaves(x) for x in (params, decay_mask(config.optim)(params)))
-    decaying = [x.size for x, decays in zip(leaves, marks, strict=True) if decays]
-    count = sum(x.size for x in leaves)
-    return (
-        f"{len(decaying)} of {len(leaves)} tensors, {sum(decaying) / count:.1%} of the parameters"
+    marks = jax.tree.leaves(decay_mask(config.optim)(params))
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    tensors = [(x.shape[0] if path[0].key == "h" else 1, x.size) for path, x in leaves]
+    decaying = [tensor for tensor, decays in zip(tensors, marks, strict=True) if decays]
+    (some, shrunk), (all_, size) = (
+        map(sum, zip((0, 0), *x, strict=True)) for x in (decaying, tensors)
     )
+    return f"{some} of {all_} tensors, {shrunk / size:.1%} of the parameters"
 
 
 def depth_line(config: Config) -> str:
