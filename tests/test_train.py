@@ -616,6 +616,21 @@ def test_a_run_whose_batch_grows_continues_bitwise(data, tmp_path, monkeypatch, 
     assert small[:2] == large[:2] and small[2] != large[2]
 
 
+@pytest.mark.slow
+def test_a_run_whose_batch_grows_continues_on_another_mesh(data, tmp_path, monkeypatch):
+    changes = {"optim.steps": 5, "eval.every": 0, "checkpoint.every": 0}
+    changes["batch.growth"] = f"{{3: {2 * ROWS}}}"
+    assert train.main(arguments(data, tmp_path / "whole", **changes)) == 0
+    stop_after(monkeypatch, 3)
+    assert train.main(arguments(data, tmp_path / "parts", **changes)) == 3
+    stop_after(monkeypatch)
+    changes |= {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "batch.microbatch": 4}
+    assert train.main(arguments(data, tmp_path / "parts", **changes)) == 0
+    ours, theirs = (rows(tmp_path / name) for name in ("parts", "whole"))
+    assert list(ours) == list(theirs)
+    np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=0, atol=1e-5)
+
+
 def test_norms_epoch_and_training_loss_are_logged_as_asked(data, tmp_path, capsys):
     windows = len(np.fromfile(data / "train.bin", "<u2")) // T
     changes = {"optim.steps": 4, "log.norms_every": 2, "log.every": 10}
