@@ -217,7 +217,9 @@ def _batches(corpus: Corpus) -> Iterator[list[tuple[str, str, bool]]]:
     batch, size = [], 0
     for split, document in corpus.documents:
         chunks = [document] if isinstance(document, str) else document
-        for piece, last in _pieces(chunks, corpus.tokenizer):
+        # In short parts, so that one place to cut, far on, does not let all before it pass whole.
+        parts = (c[i : i + (1 << 20)] for c in chunks for i in range(0, len(c), 1 << 20))
+        for piece, last in _pieces(parts, corpus.tokenizer):
             batch.append((split, piece, last))
             size += len(piece) + 1
             if size >= 1 << 20:

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
+from fsspec.utils import glob_translate
+
 from scalegpt.errors import Mistake
 from scalegpt.files.formats import HEAD, not_text
 
@@ -37,7 +39,7 @@ def find_files(pattern: str) -> list[Path]:
     if path.is_dir():
         found = _below(path)
     else:
-        found = [path] if path.is_file() else map(Path, glob.glob(pattern, recursive=True))
+        found = [path] if path.is_file() else _matching(pattern)
     files: dict[Path, Path] = {}
     for file in sorted(found, key=Path.as_posix):
         real = file.resolve()
@@ -48,6 +50,17 @@ def find_files(pattern: str) -> list[Path]:
     if not files:
         raise Mistake(f"no file, folder or pattern of files {pattern!r}: check --input")
     return [*files.values()]
+
+
+def _matching(pattern: str) -> Iterator[Path]:
+    """Yield the files and folders of a pattern; glob would follow a link to a parent for ever."""
+    parts = Path(pattern).parts
+    if "**" not in parts:
+        yield from map(Path, glob.glob(pattern))
+        return
+    plain = next(i for i, part in enumerate(parts) if glob.has_magic(part))
+    matches = re.compile(glob_translate(str(Path(pattern)))).match
+    yield from (path for path in _below(Path(*parts[:plain])) if matches(str(path)))
 
 
 def _below(path: Path) -> Iterator[Path]:
