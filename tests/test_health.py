@@ -105,6 +105,7 @@ def test_a_bad_update_changes_no_weight_and_no_moment_on_any_mesh(plays, monkeyp
     assert lr == float(optimizer.schedule(config.optim)(2))
 
 
+@pytest.mark.slow
 def test_bad_updates_are_left_out_up_to_so_many(plays, tmp_path, monkeypatch, capsys):
     poison(monkeypatch, BAD, math.nan)
     argv = arguments(plays, tmp_path / "run", run__skip_nonfinite=1)
@@ -170,6 +171,7 @@ def test_layer_norms_are_numpys():
 # --- replay
 
 
+@pytest.mark.slow
 def test_replay_shows_the_batch_as_the_run_saw_it_and_writes_nothing(plays, tmp_path, capsys):
     """From a checkpoint and from the start; with dropout; on another mesh than the run's."""
     argv = arguments(plays, tmp_path / "run", checkpoint__every=5, checkpoint__keep=3)

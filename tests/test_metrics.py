@@ -274,6 +274,7 @@ def alone(code, out, **env):
     return (out / "printed").read_text().splitlines()
 
 
+@pytest.mark.slow
 def test_wandb_without_an_account_goes_offline_and_never_waits(tmp_path):
     said = alone(WANDB, tmp_path)
     warned = [line for line in said if line.startswith("warning")]

@@ -389,7 +389,7 @@ def test_two_data_sets_of_one_name_are_refused(data, tmp_path):
 
 def test_the_folder_holds_config_metrics_best_and_latest(data, unbroken, capsys):
     names = {p.name for p in unbroken.iterdir()}
-    assert names == {".lock", "config.yaml", "metrics.jsonl", "checkpoints"}
+    assert names == {".lock", "config.yaml", "metrics.jsonl", "samples.jsonl", "checkpoints"}
     stored = parse([f"--config={unbroken}/config.yaml"], "test", {})[0]
     asked = parse(arguments(data, unbroken), "test", {})[0]
     assert stored == asked.with_vocab(stored.model.vocab_size)
@@ -598,7 +598,8 @@ def test_a_second_process_in_the_same_folder_is_refused(data, tmp_path):
     resume.lock(config).lock.release()  # free again
 
 
-@pytest.mark.parametrize("backend", ["jit", pytest.param("pmap", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["jit", "pmap"])
 def test_a_run_whose_batch_grows_continues_bitwise(data, tmp_path, monkeypatch, backend):
     changes = {"optim.steps": 5, "run.backend": backend, "eval.every": 0, "checkpoint.every": 0}
     grown = {**changes, "batch.growth": f"{{3: {2 * ROWS}}}"}
