@@ -97,6 +97,8 @@ def main(argv: list[str]) -> int:
                 startup.join(group, seconds, phases, stop)
             if group.count == 1:
                 cpu_devices.choose(config)
+            else:
+                startup.same_everywhere(startup.surroundings())
             code = train(config, group, phases, stop)
         return group.farewell(code)
 

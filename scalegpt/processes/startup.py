@@ -103,7 +103,6 @@ def join(
     """Connect the processes and start JAX's own service, before anything asks for a device.
 
     phases, stop: as in `Group.connect`. Ends the process when not all have come after `seconds`.
-    Raises Mistake, in all processes, when their `surroundings` differ.
     """
     if isinstance(group, Alone):
         return
@@ -133,9 +132,6 @@ def join(
         heartbeat_timeout_seconds=_HEARTBEAT,
         shutdown_timeout_seconds=10,
     )
-    # Before anything asks for a device: a process without the others' plugin for GPUs would go on
-    # with its CPU, while they wait for its GPUs.
-    same_everywhere(surroundings())
 
 
 def _check(config: DistributedConfig) -> None:
@@ -216,7 +212,9 @@ def facts(config: Config, data: Mapping[str, str], latest: int | None) -> dict[s
 def surroundings() -> dict[str, str]:
     """Return what must be the same around all processes: versions of packages, and variables.
 
-    Where XLA writes what it compiles changes nothing, and one process may be asked for it.
+    Compare it before anything asks for a device: a process without the others' plugin for GPUs
+    would go on with its CPU, while they wait for its GPUs. Where XLA writes what it compiles may
+    differ.
     """
     plugins = {d.name for d in metadata.distributions() if (d.name or "").startswith(_PLUGINS)}
     variables = {

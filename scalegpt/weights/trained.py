@@ -102,7 +102,7 @@ def machine(flags: argparse.Namespace, config: Config | None = None) -> Config:
 
 
 def self_check(flags: argparse.Namespace, group: Group | Alone) -> None:
-    """Check that all processes were given the same flags, and have the same devices.
+    """Check that all processes have the same flags, surroundings and devices.
 
     Processes that differ would compile different programs, and wait for each other for ever. Files
     may lie in different folders. Raises Mistake, in all processes.
@@ -110,7 +110,7 @@ def self_check(flags: argparse.Namespace, group: Group | Alone) -> None:
     if group.count > 1:
         given = {k: v for k, v in vars(flags).items() if k not in _PLACES}
         settings = {f"--{k}": str(v) for k, v in given.items() if not k.startswith("distributed.")}
-        startup.same_everywhere(settings)
+        startup.same_everywhere({**startup.surroundings(), **settings})
         all_devices()
         startup.self_check()
 
