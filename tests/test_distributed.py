@@ -31,7 +31,7 @@ STEPS = 24
 
 # The command, which records the rows that a process reads (record=FILE), and in which a signal
 # comes when the batch of a step is read, or before the self-check (fault=SIGNAL:STEP or :check),
-# and which may be late (late=SECONDS).
+# and which may be late (late=SECONDS) or have a variable of its own (algo=NCCL_ALGO).
 PROGRAM = """
 import json, os, signal, sys, time
 from scalegpt import train
@@ -39,6 +39,7 @@ from scalegpt.processes import handshake, startup
 from scalegpt.data.batches import TrainBatches
 ours = dict(a.split("=", 1) for a in sys.argv[1:] if not a.startswith("--"))
 sys.argv[1:] = [a for a in sys.argv[1:] if a.startswith("--")]
+os.environ["NCCL_ALGO"] = ours.get("algo", "")
 init, read = TrainBatches.__init__, TrainBatches.__getitem__
 def recorded(self, *arguments):
     open(ours["record"], "w").write(json.dumps(arguments[-1].tolist()))
@@ -299,6 +300,11 @@ def test_processes_set_for_different_runs_are_refused(bottles, tmp_path):
         assert "run.seed: process 0 (" in said and ") has 1337, process 1 (" in said
         assert ") has 5" in said and "data set 0: process 0" in said
     assert not (tmp_path / "a" / "run" / "config.yaml").exists()
+    two = launch(bottles, tmp_path / "b" / "run", 2, each=[[], ["algo=Ring"]])
+    outputs = processes.finish(two)
+    assert codes(two) == [2, 2], outputs
+    for _, said in outputs:
+        assert "variable NCCL_ALGO: process 0 (" in said and ") has Ring" in said
 
 
 def test_what_must_agree_and_what_may_differ():
