@@ -27,6 +27,16 @@ from scalegpt.weights import trained
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
 BYTE = tokenizer.load({"kind": "byte"})
+FALLBACK = {  # a tokenizer.json with SentencePiece's byte tokens, and nothing else
+    "model": {
+        "type": "BPE",
+        "vocab": {f"<0x{byte:02X}>": byte for byte in range(256)},
+        "merges": [],
+        "byte_fallback": True,
+    },
+    "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
+}
+FALLBACK = tokenizer.load({"kind": "tokenizer.json", "name": "t.json", "json": FALLBACK})
 BLOCK = 32
 
 
@@ -42,9 +52,10 @@ def written(text: bytes, stops=(), codec=BYTE):
 # --- where a text ends
 
 
-def test_what_is_shown_is_only_ever_added_to():
+@pytest.mark.parametrize("codec", [BYTE, FALLBACK], ids=["byte", "byte fallback"])
+def test_what_is_shown_is_only_ever_added_to(codec):
     text = "Größe: 3 € 🙂 end."
-    continuation, seen = written(text.encode())
+    continuation, seen = written(text.encode(), codec=codec)
     shown = [part for part, _ in seen]
     assert all(later.startswith(part) for part, later in zip(shown, shown[1:], strict=False))
     assert "\ufffd" not in "".join(shown) and shown[-1] == text
@@ -74,13 +85,15 @@ def test_the_text_of_the_prompt_is_not_part_of_what_was_added():
     text = Continuation(codec, stops=[" a"], prompt=prompt)
     text.add(3)
     assert (text.text, text.finish) == ("", "stop")
-    text = Continuation(BYTE, prompt=[*"🙂🙂🙂🙂a".encode()])  # the tail begins within a character
-    text.add(66)
-    assert text.text == "B"
+    for codec in (BYTE, FALLBACK):  # the tail begins within a character
+        text = Continuation(codec, prompt=[*"🙂🙂🙂🙂a".encode()])
+        text.add(66)
+        assert text.text == "B"
 
 
-def test_an_unfinished_character_is_shown_as_such_in_the_end():
-    continuation, _ = written("a€".encode()[:-1])
+@pytest.mark.parametrize("codec", [BYTE, FALLBACK], ids=["byte", "byte fallback"])
+def test_an_unfinished_character_is_shown_as_such_in_the_end(codec):
+    continuation, _ = written("a€".encode()[:-1], codec=codec)
     assert continuation.text == "a"
     continuation.end("length")
     assert (continuation.text, continuation.finish) == ("a\ufffd", "length")

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -308,10 +309,22 @@ def _hugging_face(spec: dict[str, Any]) -> Tokenizer:
     piecewise = gpt2_cutter.items() <= cutter.items() and not content.get("normalizer")
     piecewise &= len(marks) == len(_added(content))
 
+    byte_ids = [bpe.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]  # as SentencePiece has
+    falls_back = None not in byte_ids and "ByteFallback" in json.dumps(content.get("decoder"))
+    bytes_of = {i: byte for byte, i in enumerate(byte_ids)} if falls_back else {}
+
     def encode(text: str) -> list[int]:
         return bpe.encode(text, add_special_tokens=False).ids
 
     def decode(ids: np.ndarray) -> str:
-        return bpe.decode(ids.tolist(), skip_special_tokens=False)
+        whole: list[int] = []
+        for are_bytes, part in groupby(ids.tolist(), bytes_of.__contains__):
+            if are_bytes:
+                # One byte that is not UTF-8 would turn all its neighbours into U+FFFD, and so an
+                # unfinished character would take away the text before it.
+                text = bytes(bytes_of[i] for i in part).decode(errors="replace")
+                part = (byte_ids[byte] for byte in text.encode())
+            whole += part
+        return bpe.decode(whole, skip_special_tokens=False)
 
     return Tokenizer(name, size, eot, piecewise, encode, decode, spec)
