@@ -600,7 +600,8 @@ def test_a_damaged_meta_pkl_is_refused(tmp_path, content):
 def test_ids_that_stand_for_no_known_text_are_data_and_written_as_numbers(tmp_path):
     folder = write(tmp_path / "ids", train=np.arange(200) % 3, val=np.arange(99) % 3, meta=False)
     specs = []
-    for more in ({}, {"itos": ["the", " cat", "s"]}, {"itos": ["the", " dog", "s"]}):
+    for itos in (None, ["the", " cat", "s"], ["the", " dog", "s"], ["a", "?", "?"]):
+        more = {} if itos is None else {"itos": itos}
         (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 3, **more}))
         dataset = open_dataset(folder)
         assert dataset.vocab_size == 3 and len(dataset.train) == 200
@@ -610,7 +611,7 @@ def test_ids_that_stand_for_no_known_text_are_data_and_written_as_numbers(tmp_pa
         for text, problem in (("the cat", "stand for no text"), ("3", "outside 0..2")):
             with pytest.raises(ValueError, match=problem):
                 codec.encode(text)
-    assert [[tokenizer.same(a, b) for b in specs] for a in specs] == np.eye(3).tolist()
+    assert [[tokenizer.same(a, b) for b in specs] for a in specs] == np.eye(4).tolist()
 
 
 def test_missing_folder_and_files(tmp_path):

@@ -3,6 +3,7 @@
 The files are written here as theirs are; the logits are those of their models in NumPy.
 """
 
+import json
 import math
 import pickle
 from pathlib import Path
@@ -159,7 +160,10 @@ def test_nanogpts_checkpoint_with_the_characters_of_its_data_set(compiled, tmp_p
     path = predecessors.find(str(tmp_path / "out"))
     assert predecessors.read(path, None, None).tokenizer is None
     chars = "".join(map(chr, range(65, 65 + V)))
-    meta = {"vocab_size": V, "itos": dict(enumerate(chars)), "stoi": {}}
+    meta = {"vocab_size": V}
+    (tmp_path / "data" / "letters" / "meta.pkl").write_bytes(pickle.dumps(meta))
+    assert predecessors.read(path, None, None).tokenizer == {"kind": "ids", "vocab_size": V}
+    meta |= {"itos": dict(enumerate(chars)), "stoi": {}}
     (tmp_path / "data" / "letters" / "meta.pkl").write_bytes(pickle.dumps(meta))
     checkpoint = predecessors.read(path, None, None)
     assert checkpoint.tokenizer == {"kind": "char", "chars": chars}
@@ -202,6 +206,10 @@ def test_a_checkpoint_imported_can_be_used_and_asks_for_what_it_does_not_store(t
     loaded = trained.from_run(str(out), "best", ONE, 1)
     assert loaded.codec().encode("A").tolist() == [0]
     np.testing.assert_array_equal(np.asarray(loaded.params["wpe"]), p["wpe/embedding"])
+    facts = {split: {"tokens": IDS.size} for split in ("train", "val")}
+    meta = {"format": 1, "tokenizer": "gpt2", "vocab_size": V, "dtype": "uint16"} | facts
+    (data / "meta.json").write_text(json.dumps(meta))  # a name, as of nanoGPT's ids without a file
+    assert convert_hf.main([*argv[:3], str(tmp_path / "named"), *argv[4:]]) == 0
 
 
 def test_what_is_no_checkpoint_of_theirs_is_refused_by_name(tmp_path):

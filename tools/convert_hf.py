@@ -133,7 +133,7 @@ def import_(flags: argparse.Namespace) -> int:
     config = loading.validate(
         {"model": values, "data": {"path": ""}, "run": {"out_dir": str(out)}}, "this command line"
     )
-    kind = spec["kind"] if spec else "none"
+    kind = tokenizer.kind(spec) if spec else "none"
     print(f"reading {path}: {describe(config.model)}, tokenizer: {kind}", flush=True)
     steps = build_for_use(config, one_device(), 1)
     params = load_params(config.model, steps.abstract.params)

@@ -220,7 +220,8 @@ def _read_meta_pkl(file: Path) -> dict:
             raise Mistake(f"vocab_size is {size!r}")
         names = [meta["itos"][i] for i in range(size)] if "itos" in meta else []
         spec = {"kind": "ids", "vocab_size": size}
-        if names and all(isinstance(c, str) and len(c) == 1 for c in names):
+        characters = all(isinstance(c, str) and len(c) == 1 for c in names)
+        if names and characters and len(set(names)) == size:
             spec = {"kind": "char", "chars": "".join(names)}
         elif names:  # how words make a text is not said: the table only tells these ids from others
             spec["table"] = hashlib.sha256(file.read_bytes()).hexdigest()
