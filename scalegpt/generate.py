@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import importlib
 import json
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -146,8 +145,12 @@ def _prompts(flags: argparse.Namespace) -> tuple[Iterable[list[str]], bool]:
     """Return batches of prompts, and whether somebody is typing them."""
     if flags.prompt is not None:
         for text in flags.prompt:
-            if text.startswith("FILE:") and os.path.isfile(file := text.removeprefix("FILE:")):
-                raise Mistake(f"--prompt={text} is the way of nanoGPT; write --prompt-file={file}")
+            if text.startswith("FILE:"):
+                file = text.removeprefix("FILE:")
+                raise Mistake(
+                    f"--prompt={text} is the way of nanoGPT; write --prompt-file={file}, as also "
+                    "for a text that begins so"
+                )
         return [flags.prompt], False
     if flags.prompt_file is not None:
         try:
