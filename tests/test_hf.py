@@ -549,8 +549,14 @@ def test_a_runs_or_data_sets_folder_names_its_tokenizer(tmp_path):
     (tmp_path / "data").mkdir()
     meta = {"vocab_size": 3, "itos": ["a", "b", "c"]}
     (tmp_path / "data" / "meta.pkl").write_bytes(pickle.dumps(meta))
-    for folder in ("run", "data"):
+    (tmp_path / "own").mkdir()  # a model in our own format, whose config.json has the tokenizer
+    config = {"model_type": "scalegpt", "model": {"vocab_size": 3}, "tokenizer": spec}
+    (tmp_path / "own" / "config.json").write_text(json.dumps(config))
+    for folder in ("run", "data", "own"):
         assert named(str(tmp_path / folder)).spec() == spec
+    (tmp_path / "own" / "config.json").write_text(json.dumps(config | {"tokenizer": None}))
+    with pytest.raises(ValueError, match="own came without a tokenizer; .*--tokenizer"):
+        named(str(tmp_path / "own"))
 
 
 @pytest.mark.slow

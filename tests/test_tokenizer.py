@@ -189,7 +189,7 @@ def test_load_names_a_file_that_is_no_tokenizer(tmp_path):
         (tmp_path / "t.json").write_text(content)
         with pytest.raises(ValueError, match="t.json is not (a Hugging Face tokenizer.json|JSON)"):
             named(str(tmp_path / "t.json"))
-    with pytest.raises(ValueError, match="no tokenizer .*none'.* the folder of a run or data set"):
+    with pytest.raises(ValueError, match="no tokenizer .*none'.* a run, a data set or a model"):
         named(str(tmp_path / "none"))
 
 

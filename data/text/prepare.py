@@ -238,7 +238,7 @@ def main(argv: list[str]) -> int:
     more(
         "--tokenizer",
         default="gpt2",
-        help="gpt2 (default), byte, char, a tokenizer.json, or the folder of a run or data set",
+        help="gpt2 (default), byte, char, tokenizer.json or the folder of a run, data set or model",
     )
     more("--key", default="text", help="where a JSON line holds its text (default: text)")
     more("--separator", help="what stands between the documents of a plain file: '<|endoftext|>'")

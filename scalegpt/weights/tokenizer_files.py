@@ -13,8 +13,8 @@ from scalegpt.files.run_folder import is_run
 def named(name: str) -> Tokenizer:
     """Return the tokenizer that a user has named.
 
-    name: gpt2, byte, the path of a tokenizer.json, or a folder: a run's, a data set's, or one with
-    a tokenizer.json. Raises Mistake as `tokenizer.load`, and for what cannot be read.
+    name: gpt2, byte, the path of a tokenizer.json, or the folder of a run, a data set, a model or
+    such a file. Raises Mistake as `tokenizer.load`, and for what cannot be read.
     """
     path = Path(name).expanduser()
     if name in ("gpt2", "byte"):
@@ -25,18 +25,23 @@ def named(name: str) -> Tokenizer:
         checkpoints = open_checkpoints(name)
         spec = checkpoints.meta(checkpoints.find("best"))["tokenizer"]
         checkpoints.close()
-        if spec is None:
-            raise Mistake(f"{name} came without a tokenizer; give another to --tokenizer")
-        return tokenizer.load(spec)
-    if any((path / file).is_file() for file in META):
-        return tokenizer.load(read_meta(path)[0]["tokenizer"])
-    path = path / "tokenizer.json" if path.is_dir() else path
-    if not path.exists():
-        raise Mistake(
-            f"no tokenizer {name!r}: say gpt2, byte, a tokenizer.json's path, or the folder of a "
-            "run or data set"
-        )
-    return tokenizer.load(tokenizer.read_json(path))
+    elif any((path / file).is_file() for file in META):
+        spec = read_meta(path)[0]["tokenizer"]
+    elif (path / "config.json").is_file() and not (path / "tokenizer.json").is_file():
+        from scalegpt.weights import huggingface  # JAX, too
+
+        spec = huggingface.describe(path)[1]
+    else:
+        path = path / "tokenizer.json" if path.is_dir() else path
+        if not path.exists():
+            raise Mistake(
+                f"no tokenizer {name!r}: say gpt2, byte, a tokenizer.json's path, or the folder of "
+                "a run, a data set or a model"
+            )
+        spec = tokenizer.read_json(path)
+    if spec is None:
+        raise Mistake(f"{name} came without a tokenizer; give another to --tokenizer")
+    return tokenizer.load(spec)
 
 
 def tokenizer_files(spec: Any, block_size: int) -> dict[str, Any]:
