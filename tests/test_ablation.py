@@ -336,7 +336,7 @@ def test_stopped_it_saves_and_the_same_command_goes_on_past_an_arm_that_fails(pl
     assert list(tiny_run.rows(folder)) == list(range(1, 601))
     assert "bad, seed 1 failed with exit code 4; going on" in said
     last = said[said.rindex("arm ") :]
-    assert "bad, seed 1: not finite at step " in last and "plain, seed 1" not in last
+    assert "bad, seed 1: not finite at step " in last and "plain, seed 1: step" not in last
     line = next(line for line in last.splitlines() if line.startswith("bad"))
     assert line.split()[-1] == "0/1" and line.split()[-5:-1] == ["-"] * 4
 
