@@ -1,7 +1,7 @@
 """Use a trained model from Python: `scalegpt.load("out/demo").generate("def ")`."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -43,10 +43,15 @@ def load(
         return Model(trained.from_run(source, which, grid, 1, dtype))
     if checkpoint is not None:
         raise Mistake(f"checkpoint={checkpoint} is of a run, and {source} is none")
-    return Model(trained.from_hugging_face(source, grid, 1, dtype))
+    try:
+        return Model(trained.from_hugging_face(source, grid, 1, dtype))
+    except Mistake as error:
+        raise Mistake(
+            f"{source} is not the folder of a run, and as another model: {error}"
+        ) from None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Model:
     """A trained model writes texts and says how likely a text is.
 
@@ -55,6 +60,11 @@ class Model:
 
     trained: trained.Trained
     _decoders: dict[Sampler, Decoder] = field(default_factory=dict, repr=False)
+
+    def __repr__(self) -> str:
+        of = self.trained
+        step = "" if of.step is None else f", step {of.step}"
+        return f"<scalegpt.Model of {of.name}{step}: {of.steps.parameters:,} parameters>"
 
     @property
     def config(self) -> Config:
@@ -92,6 +102,8 @@ class Model:
             raise Mistake("stream=True is of one prompt, not of a list")
         if max_new_tokens < 1 or not prompts:
             raise Mistake(f"max_new_tokens={max_new_tokens} and the prompts must be at least 1")
+        if unknown := set(sampling) - {field.name for field in fields(Sampler)}:
+            raise Mistake(f"there is no option {', '.join(sorted(unknown))} of sampling")
         codec, write = self.tokenizer, self._decoder(Sampler(**sampling))
         ids = [prompt_ids(codec, text) for text in prompts]
         texts = continued(

@@ -53,6 +53,10 @@ def test_it_judges_as_the_command_does_and_its_logits_are_that_loss(run, model, 
     assert losses.mean() == pytest.approx(model.loss(model.tokenizer.decode(ids)), rel=1e-5)
 
 
+def test_a_notebook_shows_it_in_one_line(run, model):
+    assert repr(model) == f"<scalegpt.Model of {run}, step 4: 26,528 parameters>"
+
+
 def test_checkpoint_mesh_and_dtype_are_those_asked_for(run, model):
     early = scalegpt.load(run, checkpoint=2)
     assert early.loss(TEXT) > model.loss(TEXT) and early.trained.step == 2
@@ -77,11 +81,12 @@ def test_the_lines_of_the_readme_run(run):
 def test_mistakes_are_named(run, model, tmp_path):
     for call, message in (
         (lambda: scalegpt.load(run, checkpoint=3), "no checkpoint '3'.*there are steps 2, 4"),
-        (lambda: scalegpt.load(str(tmp_path)), "config.json"),
+        (lambda: scalegpt.load(str(tmp_path)), "is not the folder of a run.*config.json"),
         (lambda: scalegpt.load("gpt2", checkpoint=3), "checkpoint=3 is of a run, and gpt2 is none"),
         (lambda: model.generate("K", 0), "max_new_tokens=0"),
         (lambda: model.generate(["K"], stream=True), "of one prompt, not of a list"),
         (lambda: model.generate("K", temperature=-1), "temperature=-1"),
+        (lambda: model.generate("K", warmth=1), "no option warmth of sampling"),
         (lambda: model.loss("K"), "no text to predict"),
         (lambda: model.logits([999]), "ids must be from 0 to"),
         (lambda: model.logits([]), "must be 1 to block_size"),

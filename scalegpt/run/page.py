@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from scalegpt.checkpoints import manifest
@@ -83,7 +84,7 @@ def facts(run: History) -> dict[str, str]:
     steps, losses = run.curve("val/loss")
     # The untrained weights are evaluated too, but are never the best.
     trained = [(x, int(step)) for step, x in zip(steps, losses, strict=True) if step and x == x]
-    seconds = sum(ledger_of(run).values())
+    seconds, speeds = sum(ledger_of(run).values()), run.curve("perf/tokens_per_second")[1]
     return {
         "state": state(run.rows, run.config.optim.steps),
         "tokens": last("train/tokens", "{:,.0f}"),
@@ -92,7 +93,7 @@ def facts(run: History) -> dict[str, str]:
         "best val loss": "{:.4f} at step {:,}".format(*min(trained)) if trained else "",
         "bits/byte": last("val/bits_per_byte", "{:.4f}"),
         "time": tqdm.format_interval(seconds) if seconds else "",
-        "tokens/s": last("perf/tokens_per_second", "{:,.0f}"),
+        "tokens/s": f"{np.median(speeds):,.0f}" if len(speeds) else "",
         "MFU": last("perf/mfu", "{:.1%}"),
     }
 
