@@ -185,6 +185,7 @@ def test_after_the_start_nobody_listens():
     assert codes(running)[0] == [0, 0]
 
 
+@pytest.mark.slow
 def test_a_process_with_another_token_is_refused_by_name_and_the_run_goes_on():
     port = free_port()
     first = start(2, "join()", 4, [0], port, "one")

@@ -180,6 +180,7 @@ def placed(steps, weights):
     )
 
 
+@pytest.mark.slow
 def test_figures_do_not_depend_on_mesh_and_microbatch(weights):
     rng = np.random.default_rng(1)
     rows = []
