@@ -1,5 +1,7 @@
 """Environment variables and flags of Python that a run meets on other people's machines."""
 
+from argparse import Namespace
+
 import checkpoint
 import convert_hf
 import jax
@@ -9,7 +11,9 @@ import tpu
 from scalegpt.config import DistributedConfig, MeshConfig
 from scalegpt.errors import Mistake
 from scalegpt.processes import startup
+from scalegpt.processes.group import Alone
 from scalegpt.step import sharding
+from scalegpt.weights import trained
 
 
 @pytest.mark.parametrize("error", [AssertionError(), RuntimeError("no cuda\nframes")])
@@ -20,6 +24,8 @@ def test_a_platform_that_is_not_here_is_a_mistake(monkeypatch, error):
     monkeypatch.setattr(jax, "devices", devices)
     with pytest.raises(Mistake, match="JAX_PLATFORMS=cpu: JAX finds no such device") as said:
         sharding.make_mesh(MeshConfig())
+    with pytest.raises(Mistake, match="finds no such device"):  # as generate asks at first
+        trained.self_check(Namespace(), Alone())
     assert "frames" not in str(said.value) and "scalegpt[cuda]" in str(said.value)
 
 

@@ -105,13 +105,15 @@ def self_check(flags: argparse.Namespace, group: Group | Alone) -> None:
     """Check that all processes have the same flags, surroundings and devices.
 
     Processes that differ would compile different programs, and wait for each other for ever. Files
-    may lie in different folders. Raises Mistake, in all processes.
+    may lie in different folders. Raises Mistake, in all processes, also where a single process
+    finds no device.
     """
     if group.count > 1:
         given = {k: v for k, v in vars(flags).items() if k not in _PLACES}
         settings = {f"--{k}": str(v) for k, v in given.items() if not k.startswith("distributed.")}
         startup.same_everywhere({**startup.surroundings(), **settings})
-        all_devices()
+    all_devices()  # before anything else asks JAX for them, for the sake of its message
+    if group.count > 1:
         startup.self_check()
 
 
