@@ -1,6 +1,8 @@
 """Environment variables and flags of Python that a run meets on other people's machines."""
 
+import json
 from argparse import Namespace
+from types import SimpleNamespace
 
 import checkpoint
 import convert_hf
@@ -10,7 +12,7 @@ import tpu
 
 from scalegpt.config import DistributedConfig, MeshConfig
 from scalegpt.errors import Mistake
-from scalegpt.processes import startup
+from scalegpt.processes import agreement, startup
 from scalegpt.processes.group import Alone
 from scalegpt.step import sharding
 from scalegpt.weights import trained
@@ -27,6 +29,20 @@ def test_a_platform_that_is_not_here_is_a_mistake(monkeypatch, error):
     with pytest.raises(Mistake, match="finds no such device"):  # as generate asks at first
         trained.self_check(Namespace(), Alone())
     assert "frames" not in str(said.value) and "scalegpt[cuda]" in str(said.value)
+
+
+def test_processes_are_compared_without_their_devices(monkeypatch):
+    said = json.dumps({"host": "b", "environment variable JAX_PLATFORMS": "cuda"})
+    store = SimpleNamespace(
+        key_value_set=lambda key, value: None,
+        blocking_key_value_get=lambda key, ms: said if key.endswith("/1") else '{"host": "a"}',
+    )
+    state = SimpleNamespace(num_processes=2, process_id=0, client=store)
+    monkeypatch.setattr(agreement, "_state", lambda: state)
+    for name in ("process_count", "process_index", "devices"):  # which all start JAX's devices
+        monkeypatch.setattr(jax, name, lambda: pytest.fail("asks for devices"))
+    with pytest.raises(Mistake, match=r"JAX_PLATFORMS: process 0 \(a\) has none, process 1 \(b\)"):
+        startup.same_everywhere({})
 
 
 @pytest.mark.parametrize("name", sharding._CHECKS)

@@ -36,7 +36,7 @@ class Deadline:
 def from_first(name: str, value: Any, deadline: Deadline) -> Any:
     """Return process 0's value in all processes. Raises TimeoutError."""
     key = _next_key(name)
-    if jax.process_index() == 0:
+    if _state().process_id == 0:
         _write(key, value)
         return value
     return _read(key, 0, deadline)
@@ -47,7 +47,7 @@ def to_first(name: str, value: Any, deadline: Deadline) -> list[Any]:
 
     Raises TimeoutError.
     """
-    if jax.process_index() == 0:
+    if _state().process_id == 0:
         return gather(name, value, deadline)
     _write(_next_key(name), value)
     return []
@@ -56,10 +56,10 @@ def to_first(name: str, value: Any, deadline: Deadline) -> list[Any]:
 def gather(name: str, value: Any, deadline: Deadline) -> list[Any]:
     """Return the values of all processes, in their order, in all of them. Raises TimeoutError."""
     key = _next_key(name)
-    if jax.process_count() == 1:
+    if _state().num_processes == 1:
         return [value]
     _write(key, value)
-    return [_read(key, process, deadline) for process in range(jax.process_count())]
+    return [_read(key, process, deadline) for process in range(_state().num_processes)]
 
 
 def occasion(name: str) -> str:
@@ -76,7 +76,7 @@ def forget(name: str) -> None:
     with _lock:
         for known in [known for known in _calls if known.startswith(f"{name}/")]:
             del _calls[known]
-    if jax.process_count() > 1 and jax.process_index() == 0:
+    if _state().num_processes > 1 and _state().process_id == 0:
         _store().key_value_delete(f"scalegpt/{name}")
 
 
@@ -93,8 +93,8 @@ def _next_key(name: str) -> str:
 
 
 def _write(key: str, value: Any) -> None:
-    if jax.process_count() > 1:
-        _store().key_value_set(f"{key}/{jax.process_index()}", json.dumps(value))
+    if _state().num_processes > 1:
+        _store().key_value_set(f"{key}/{_state().process_id}", json.dumps(value))
 
 
 def _read(key: str, process: int, deadline: Deadline) -> Any:
@@ -107,9 +107,13 @@ def _read(key: str, process: int, deadline: Deadline) -> Any:
     return json.loads(text)
 
 
-def _store() -> Any:
-    # Private, for JAX's public functions between processes (jax.experimental.multihost_utils) use
-    # the devices. Orbax takes the client from the same place.
+def _state() -> Any:
+    # Private, for JAX's public functions between processes (jax.experimental.multihost_utils,
+    # jax.process_count) use the devices. Orbax takes the client from the same place.
     from jax._src import distributed  # noqa: TID251
 
-    return distributed.global_state.client
+    return distributed.global_state
+
+
+def _store() -> Any:
+    return _state().client
