@@ -434,6 +434,11 @@ def test_fault_21_the_default_run_saves_and_the_commands_it_names_work(
     samples = map(json.loads, (tmp_path / "run" / "samples.jsonl").read_text().splitlines())
     samples = {row["step"]: row["prompt"] + row["text"] for row in samples}
     assert list(samples) == [2, 3] and all(samples[step] in printed for step in samples)
+    kept = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
+    assert train.main(arguments(data, tmp_path / "run", **changes)) == 0  # finished: once more
+    again = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
+    assert [json.loads(x)["text"] for x in again] == [json.loads(x)["text"] for x in kept]
+    capsys.readouterr()
     asked = ["--checkpoint", "3", "--prompt", "KING", "--max-new-tokens", str(T)]
     assert generate.main(["--run", str(tmp_path / "run"), *asked]) == 0
     assert capsys.readouterr().out.strip() == samples[3].strip()  # what the command writes

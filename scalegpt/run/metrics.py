@@ -158,7 +158,9 @@ class Metrics:
         self.say, self._writers = console.say, [jsonl, console]
         self.on_terminal = console.on_terminal
         samples = folder / run_folder.SAMPLES  # runs of earlier versions have none
-        kept = resume_step if samples.exists() else None
+        # A finished run that is started again writes its last sample again.
+        again = resume_step is not None and samples.exists()
+        kept = min(resume_step, total_steps - 1) if again else None
         self._texts.append(JsonlWriter(samples, kept, console.say))
         if log.tensorboard:
             tensorboard = partial(TensorBoardWriter, folder / "tensorboard", resume_step)

@@ -63,10 +63,9 @@ def _decaying(config: Config, steps: Steps) -> str:
     leaves = jax.tree_util.tree_leaves_with_path(params)
     tensors = [(x.shape[0] if path[0].key == "h" else 1, x.size) for path, x in leaves]
     decaying = [tensor for tensor, decays in zip(tensors, marks, strict=True) if decays]
-    (some, shrunk), (all_, size) = (
-        map(sum, zip((0, 0), *x, strict=True)) for x in (decaying, tensors)
-    )
-    return f"{some} of {all_} tensors, {shrunk / size:.1%} of the parameters"
+    share = sum(size for _, size in decaying) / sum(size for _, size in tensors)
+    counts = (sum(count for count, _ in group) for group in (decaying, tensors))
+    return "{} of {} tensors, {:.1%} of the parameters".format(*counts, share)
 
 
 def depth_line(config: Config) -> str:
