@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from scalegpt.config import Config, MeshConfig
+from scalegpt.config import Config
+from scalegpt.config.loading import validate_sections
 from scalegpt.data.tokenizer import Tokenizer
 from scalegpt.errors import Mistake
 from scalegpt.files.run_folder import is_run
@@ -36,7 +37,8 @@ def load(
     >>> model.generate("def ", max_new_tokens=20)               # doctest: +SKIP
     'write_bytes(self, path)'
     """
-    grid = make_mesh(MeshConfig(**(mesh or {})))
+    asked = {"mesh": mesh or {}, "model": {"dtype": dtype or "auto"}}
+    grid = make_mesh(validate_sections(asked, "scalegpt.load").mesh)
     if is_run(source):
         which = "best" if checkpoint is None else str(checkpoint)
         trained.check_checkpoint(which)

@@ -82,6 +82,8 @@ def test_mistakes_are_named(run, model, tmp_path):
     for call, message in (
         (lambda: scalegpt.load(run, checkpoint=3), "no checkpoint '3'.*there are steps 2, 4"),
         (lambda: scalegpt.load(str(tmp_path)), "is not the folder of a run.*config.json"),
+        (lambda: scalegpt.load(run, dtype="float16"), "model.dtype='float16'"),
+        (lambda: scalegpt.load(run, mesh={"fdsp": 2}), "mesh.fdsp.*did you mean mesh.fsdp"),
         (lambda: scalegpt.load("gpt2", checkpoint=3), "checkpoint=3 is of a run, and gpt2 is none"),
         (lambda: model.generate("K", 0), "max_new_tokens=0"),
         (lambda: model.generate(["K"], stream=True), "of one prompt, not of a list"),
