@@ -8,21 +8,37 @@ _devices = os.environ.get("JAX_NUM_CPU_DEVICES", "1")
 if _devices.isdigit() and int(_devices) > 1 and "NPROC" not in os.environ:
     os.environ.setdefault("PJRT_NPROC", str(8 * int(_devices)))
 
-from typing import Any  # noqa: E402
+from types import ModuleType  # noqa: E402
+from typing import TYPE_CHECKING, Any  # noqa: E402
 
 from scalegpt.errors import Mistake  # noqa: E402
 
-__all__ = ["Config", "Mistake", "Model", "load"]
-_WHERE = {"Config": "scalegpt.config", "Model": "scalegpt.api", "load": "scalegpt.api"}
+if TYPE_CHECKING:
+    from scalegpt.api import Model, Run, RunFailed, load, train
+    from scalegpt.config import Config
+
+__all__ = ["Config", "Mistake", "Model", "Run", "RunFailed", "load", "train"]
+__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
     """Import what is asked for only now: JAX takes seconds, and `scalegpt.Mistake` needs none."""
-    if name not in _WHERE:
-        raise AttributeError(f"module 'scalegpt' has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(_WHERE[name]), name)
+    if name in ("api", "train"):
+        return importlib.import_module(f"scalegpt.{name}")
+    if name not in __all__:
+        raise AttributeError(f"module 'scalegpt' has no attribute {name!r}")
+    room = "scalegpt.config" if name == "Config" else "scalegpt.api"
+    return getattr(importlib.import_module(room), name)
 
 
-__version__ = "0.1.0"
+class CallableModule(ModuleType):
+    """The class of the module `scalegpt.train`: a call of it is one of `api.train`.
+
+    The command `python -m scalegpt.train` and the function `scalegpt.train` share one name, and
+    Python puts the module there as soon as anybody imports it.
+    """
+
+    def __call__(self, *args: Any, **keywords: Any) -> "Run":
+        return __getattr__("api").train(*args, **keywords)

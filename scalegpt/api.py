@@ -1,13 +1,15 @@
-"""Use a trained model from Python: `scalegpt.load("out/demo").generate("def ")`."""
+"""Train from Python, `scalegpt.train("demo")`, and use a model: `scalegpt.load("out/demo")`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 
-from scalegpt.config import Config
-from scalegpt.config.loading import validate_sections
+from scalegpt import train as command
+from scalegpt.checkpoints import manifest
+from scalegpt.config import Config, loading
 from scalegpt.data.tokenizer import Tokenizer
 from scalegpt.errors import Mistake
 from scalegpt.files.run_folder import is_run
@@ -16,8 +18,95 @@ from scalegpt.inference.decode import Decoder, decoder
 from scalegpt.inference.likelihood import token_logits
 from scalegpt.inference.sampling import Sampler
 from scalegpt.inference.text_loss import encoded_text, text_evaluator
+from scalegpt.processes.exits import Exit
+from scalegpt.processes.group import Guest, Left
+from scalegpt.run.curves import draw
+from scalegpt.run.history import History, read_history, state
 from scalegpt.step.sharding import make_mesh
 from scalegpt.weights import trained
+
+
+def train(config: str | Path | Config | Mapping[str, Any] | None = None, **overrides: Any) -> "Run":
+    """Train a model to the end of its run, or continue the run in its folder; return that run.
+
+    config: a YAML file, the name of one in configs/, sections of keys, or a `Config`. overrides:
+    keys that win over it, a section each. It is the very loop of `python -m scalegpt.train`, in one
+    process on all its devices, and in any thread.
+
+    Ctrl-C, or another signal that the main thread gets, lets the run save and end; then the
+    program's own handler has it, which raises KeyboardInterrupt. The same call continues. A second
+    one does not wait; nor does the first before there is anything to save. Raises Mistake, and
+    RunFailed where the command's exit code would be 4 or 5.
+
+    >>> run = scalegpt.train("configs/demo.yaml", optim={"steps": 4}, run={"out_dir": "out/short"})
+    model    ...
+    done: best val loss ...
+    >>> run
+    <scalegpt.Run of out/short: done>
+    >>> steps, losses = run.curve("val/loss")
+    >>> len(run.load().generate("def ", max_new_tokens=20)) > 0
+    True
+    """
+    if isinstance(config, Config):
+        values = config.model_dump(exclude_unset=True)
+    else:
+        values = dict(config or {}) if isinstance(config, Mapping | None) else loading.load(config)
+    for section, keys in overrides.items():
+        stored = values.get(section)
+        both = isinstance(keys, Mapping) and isinstance(stored, Mapping)
+        values[section] = {**stored, **keys} if both else keys
+    settings = loading.validate(values, "scalegpt.train")
+    guest = Guest()
+    try:
+        code = command.run(settings, guest)
+    except Left:
+        raise RunFailed(guest.why) from None
+    if code in (Exit.NOT_FINITE, Exit.FAILED):
+        raise RunFailed(f"the run in {settings.run.out_dir} did not get to its end; see above why")
+    return Run.read(settings.run.out_dir)
+
+
+class RunFailed(RuntimeError):
+    """A run could not go on: its loss is not finite, a deadline passed, or nothing was saved."""
+
+
+@dataclass(frozen=True, repr=False)
+class Run(History):
+    """A run as its folder has it: what it has measured, its samples, and its trained model."""
+
+    @classmethod
+    def read(cls, folder: str) -> Self:
+        """Read a run's folder or bucket, also of a run that is going on. Raises Mistake."""
+        return cls(**vars(read_history(folder)))
+
+    def __repr__(self) -> str:
+        return f"<scalegpt.Run of {self.name}: {state(self.rows, self.config.optim.steps)}>"
+
+    @property
+    def best(self) -> int | None:
+        """The step of the checkpoint with the lowest validation loss; None before there is one."""
+        whole = {step: m for step, m in self.checkpoints.items() if not isinstance(m, str)}
+        losses = {step: m["val_loss"] for step, m in whole.items() if m["val_loss"] is not None}
+        return manifest.best(losses) if losses else None
+
+    def dataframe(self) -> Any:
+        """Return the metrics as a pandas DataFrame, a row for each step. Raises Mistake."""
+        try:
+            import pandas
+        except ImportError:
+            raise Mistake("dataframe needs a package: pip install pandas") from None
+        rows: dict[int, dict[str, Any]] = {}
+        for row in self.rows:  # those of training, evaluation and time have no key in common
+            rows.setdefault(row["step"], {}).update(row)
+        return pandas.DataFrame(list(rows.values())).set_index("step").sort_index()
+
+    def plot(self) -> Any:
+        """Return a matplotlib figure of the run's curves, which a notebook shows."""
+        return draw([self])
+
+    def load(self, checkpoint: str | int | None = None, **options: Any) -> "Model":
+        """Load the trained model; as the function `load`."""
+        return load(self.name, checkpoint, **options)
 
 
 def load(
@@ -33,12 +122,12 @@ def load(
     mesh's axes, {"data": 1, "fsdp": 4}; by default each device has a copy. dtype: of the matrix
     products, "float32" or "bfloat16". Raises Mistake.
 
-    >>> model = scalegpt.load("out/demo")                       # doctest: +SKIP
-    >>> model.generate("def ", max_new_tokens=20)               # doctest: +SKIP
-    'write_bytes(self, path)'
+    >>> model = scalegpt.load("out/demo")
+    >>> text = model.generate("def ", max_new_tokens=20)
+    >>> loss = model.loss("def main():")
     """
     asked = {"mesh": mesh or {}, "model": {"dtype": dtype or "auto"}}
-    grid = make_mesh(validate_sections(asked, "scalegpt.load").mesh)
+    grid = make_mesh(loading.validate_sections(asked, "scalegpt.load").mesh)
     if is_run(source):
         which = "best" if checkpoint is None else str(checkpoint)
         trained.check_checkpoint(which)

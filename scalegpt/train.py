@@ -14,6 +14,7 @@ if __name__ == "__main__":
 
 import contextlib
 import math
+import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -23,6 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 
+import scalegpt
 from scalegpt.checkpoints.checkpoints import Checkpoints
 from scalegpt.config import Config, command_line
 from scalegpt.data import tokenizer
@@ -41,9 +43,9 @@ from scalegpt.processes.agreement import Deadline, gather
 from scalegpt.processes.command import run_command
 from scalegpt.processes.deadlines import Watch
 from scalegpt.processes.exits import Exit
-from scalegpt.processes.group import Alone, Group
+from scalegpt.processes.group import Alone, Group, Guest
 from scalegpt.processes.phases import Phases
-from scalegpt.processes.stop_request import Interrupted, StopRequest
+from scalegpt.processes.stop_request import GuestStopRequest, Interrupted, StopRequest
 from scalegpt.run import reports
 from scalegpt.run.feed import batches_from
 from scalegpt.run.metrics import Metrics, check_packages
@@ -86,13 +88,30 @@ def main(argv: list[str]) -> int:
             config = config.with_vocab(max(d.vocab_size for d in open_datasets(config)))
         compile_only(config, flags.compile_only)
         return Exit.DONE
+    return run(config)
+
+
+def run(config: Config, guest: Guest | None = None) -> int:
+    """Find the processes of a run and train. Returns the exit code.
+
+    guest: set where this is not the command, but somebody's program, which must live on.
+    Raises Mistake, and of a guest Left.
+    """
     check_packages(config.log)
     keep_compiled()
-    phases, seconds = Phases(config.run), config.run.deadline_start
+    phases = Phases(config.run, age=0 if guest else None)
+    seconds = config.run.deadline_start
     with phases("processes"):
         group = startup.find(config.distributed, seconds, config.run.out_dir)
+    if guest and group.count > 1:
+        raise Mistake(
+            f"scalegpt.train is of one process, and {group.count} were started: on each of them "
+            "run python -m scalegpt.train"
+        )
+    group = guest or group
     with group:
-        with closing(StopRequest(group)) as stop, closing(Watch(phases, group)):
+        stopping = GuestStopRequest(group) if guest else StopRequest(group)
+        with closing(stopping) as stop, closing(Watch(phases, group)):
             with phases("processes"):
                 startup.join(group, seconds, phases, stop)
             if group.count == 1:
@@ -104,7 +123,7 @@ def main(argv: list[str]) -> int:
 
 
 @dataclass(frozen=True)
-class Run:
+class Training:
     """Everything that the training loop needs. `meta`: what each checkpoint says about the run."""
 
     config: Config
@@ -173,7 +192,9 @@ def train(config: Config, group: Group | Alone, phases: Phases, stop: StopReques
     precision = str(steps.model.dtype)
     mfu = mfu_meter(config.model, devices[0].device_kind, len(devices), metrics.say, precision)
     progress = Progress(config, datasets, metrics, phases, start, mfu)
-    run = Run(config, datasets, steps, validate, checkpoints, meta, metrics, progress, phases, stop)
+    run = Training(
+        config, datasets, steps, validate, checkpoints, meta, metrics, progress, phases, stop
+    )
     try:
         # config.yaml marks a run that may be continued; all that can refuse a start comes before.
         if is_main:
@@ -201,7 +222,7 @@ def train(config: Config, group: Group | Alone, phases: Phases, stop: StopReques
             in_use.lock.release()
 
 
-def before_the_first_update(run: Run, state: State, start: int) -> None:
+def before_the_first_update(run: Training, state: State, start: int) -> None:
     """Evaluate the untrained weights, or do the evaluation that a request to stop has cut short."""
     unfinished = start < run.config.optim.steps
     if unfinished:
@@ -216,7 +237,7 @@ def before_the_first_update(run: Run, state: State, start: int) -> None:
         run.metrics.say("compiling the training step ...")
 
 
-def loop(run: Run, state: State, start: int) -> State:
+def loop(run: Training, state: State, start: int) -> State:
     """Do updates `start` + 1 to optim.steps, with the evaluations and saves in between.
 
     Returns the state after the last one. Raises Stopped, NotFinite or NotSaved to end before it.
@@ -269,7 +290,7 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def evaluate(run: Run, state: State, step: int) -> float:
+def evaluate(run: Training, state: State, step: int) -> float:
     """Write the evaluation row of `step` and return its loss.
 
     The row is written before any checkpoint of that step, so that the best one's loss is known.
@@ -288,14 +309,14 @@ def evaluate(run: Run, state: State, step: int) -> float:
     return row["val/loss"]
 
 
-def save(run: Run, state: State, step: int, loss: float | None) -> None:
+def save(run: Training, state: State, step: int, loss: float | None) -> None:
     """Begin to save the state; `loss` makes it a candidate for the best checkpoint."""
     with run.phases("save"):
         stalled = run.checkpoints.save(state.swapped(), step, run.meta, loss)
     run.metrics.save_stalled(stalled)
 
 
-def finish(run: Run, state: State, start: int, end: Ended | None) -> Exit:
+def finish(run: Training, state: State, start: int, end: Ended | None) -> Exit:
     """Wait for the last save, say how the run has ended and write its last row.
 
     end: None when all updates are done. Returns the exit code.
@@ -324,14 +345,14 @@ def finish(run: Run, state: State, start: int, end: Ended | None) -> Exit:
     return code
 
 
-def write_sample(run: Run, state: State, step: int) -> None:
+def write_sample(run: Training, state: State, step: int) -> None:
     """Show and keep what the model writes after update `step`, if it can."""
     with run.phases("sample"):
         if (text := sample(run, state.swapped().params)) is not None:
             run.metrics.sample(step, run.config.eval.sample_prompt, text)
 
 
-def sample(run: Run, params: Any) -> str | None:
+def sample(run: Training, params: Any) -> str | None:
     """Return a text that the model writes after eval.sample_prompt; None where it says why not.
 
     A tokenizer may need the network or a package that only some processes have. All processes
@@ -363,3 +384,5 @@ def sample(run: Run, params: Any) -> str | None:
 
 if __name__ == "__main__":
     run_command(main)
+else:  # a script or a notebook calls the module: scalegpt.train("demo")
+    sys.modules[__name__].__class__ = scalegpt.CallableModule

@@ -38,7 +38,7 @@ class Watch:
             last_tick = now
             seconds = now - max(phase.since, awake)
             if seconds > phase.deadline:
-                self._end(phase, seconds)
+                return self._end(phase, seconds)
             if announced != phase.since:
                 # Updates, evaluations and saves come again and again, and may well take a while.
                 once = PHASES[phase.name][0] in ("startup", "restore", "compile")

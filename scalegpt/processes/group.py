@@ -49,6 +49,30 @@ class Alone:
         return ""
 
 
+class Left(BaseException):
+    """A `Guest` cannot go on; it is raised in its thread. No `except Exception` is meant for it."""
+
+
+class Guest(Alone):
+    """A run of one process within somebody else's program, as a notebook, which it must not end.
+
+    Create it in the thread of the run. why: what was said when it had to leave.
+    """
+
+    def __init__(self) -> None:
+        self.why = ""
+        self._thread = threading.get_ident()
+
+    def leave(self, code: int, text: str, with_stacks: bool = False) -> None:
+        """Say why, from any thread, and raise Left in the run's own, as soon as it runs Python."""
+        self.why = text
+        say(text)
+        if with_stacks:
+            dump_stacks()
+        thread, error = ctypes.c_ulong(self._thread), ctypes.py_object(Left)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, error)
+
+
 class Group:
     """A run of several processes, each with a link to process 0, which listens at host:port.
 

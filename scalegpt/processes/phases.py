@@ -64,13 +64,14 @@ class Phases:
     """The phases of this process, one after the other or, by `with phases("restore"):`, nested.
 
     Time in an inner phase is not charged to the outer one. The first phase, "imports", begins with
-    the process itself, before Python has read a line of ours.
+    the process itself, before Python has read a line of ours; age: seconds since then, where the
+    run did not begin with its process.
     """
 
-    def __init__(self, run: RunConfig) -> None:
+    def __init__(self, run: RunConfig, age: float | None = None) -> None:
         self._limits = {name: getattr(run, f"deadline_{key}") for name, (_, key) in PHASES.items()}
         self._spent: dict[str, float] = {}  # by phase
-        self._entered = self._born = time.monotonic() - _age()
+        self._entered = self._born = time.monotonic() - (_age() if age is None else age)
         self.current = self._phase("imports", 0)
 
     def _phase(self, name: str, step: int) -> Phase:
@@ -107,7 +108,7 @@ class Phases:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds so far at each place of LEDGER; their sum is the age of the process."""
+        """Seconds so far at each place of LEDGER; their sum is the age of the run's process."""
         self._charge()
         places = dict.fromkeys(LEDGER, 0.0)
         for name, seconds in self._spent.items():

@@ -4,8 +4,8 @@ import os
 import signal
 import socket
 import threading
-import time
 import urllib.request
+from collections.abc import Callable
 from typing import Any
 
 from scalegpt.processes.exits import NOTHING_TO_SAVE, Exit, say, stop_signals
@@ -38,24 +38,37 @@ class StopRequest:
         self._insisting, self._asked_here = 0, False
         self._calls, self._last_call = 0, None  # of `reached`
         self._counting = threading.Lock()
+        self._closed = threading.Event()
         self._before: dict[int, Any] = {}
-        if threading.current_thread() is not threading.main_thread():
-            return
+        if threading.current_thread() is threading.main_thread():
+            self._hear_signals()
+
+    def _hear_signals(self) -> None:
         ours, theirs = socket.socketpair()
         theirs.setblocking(False)
         self._sockets = (ours, theirs)
         # C writes the number of a signal there, whatever Python's main thread does.
         self._wakeup = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
-        self._before = {n: signal.signal(n, lambda number, frame: None) for n in stop_signals()}
+        self._handle(lambda number, frame: None)
         threading.Thread(target=self._listen, daemon=True, name="stop").start()
 
+    def _handle(self, handler: Callable[[int, Any], None]) -> None:
+        heard = [
+            n for n in stop_signals() if signal.getsignal(n) is not None
+        ]  # else a handler in C
+        self._before = {number: signal.signal(number, handler) for number in heard}
+
     def close(self) -> None:
-        if not self._before:
-            return
+        self._closed.set()
+        if self._before:
+            self._give_back()
+            signal.set_wakeup_fd(self._wakeup)
+            self._sockets[1].close()
+
+    def _give_back(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        signal.set_wakeup_fd(self._wakeup)
-        self._sockets[1].close()
+        self._before = {}
 
     def _listen(self) -> None:
         while numbers := self._sockets[0].recv(1):
@@ -128,14 +141,48 @@ class StopRequest:
 
     def _heed(self, url: str, bad: str, meaning: str) -> None:
         before = None
-        while True:
+        while not self._closed.is_set():
             now = _fetch(url)
             # A notice that is there already at the start is not heeded: until the event is over, it
             # would stop each new start of the run.
             if before is not None and now == bad != before:
                 return self.ask(f"{meaning} ({url.rpartition('/')[2]}: {now})")
             before = now or before
-            time.sleep(_POLL)
+            self._closed.wait(_POLL)
+
+
+class GuestStopRequest(StopRequest):
+    """Takes requests to stop for a run within somebody else's program, as Ctrl-C in a notebook.
+
+    The run saves and ends; then `close` hands the signal to the program's own handler, which raises
+    KeyboardInterrupt, say, or ends the program. The second signal reaches that handler at once; so
+    does the first while there is nothing to save. Python runs handlers in the main thread, between
+    two calls of C: while it compiles, a signal waits.
+    """
+
+    _asked_by: int | None = None
+
+    def _hear_signals(self) -> None:
+        self._handle(self._heard)
+
+    def _heard(self, number: int, frame: Any) -> None:
+        if self._asked_by or not self.saves:
+            self._give_back()
+            signal.raise_signal(number)
+        else:
+            self._asked_by = number
+            self.ask(signal.Signals(number).name)
+
+    def ask(self, why: str) -> None:
+        say(f"\n{why}: saving after this step; a second signal does not wait for that")
+        self._last_call = 0
+
+    def close(self) -> None:
+        self._closed.set()
+        if self._before:
+            self._give_back()
+            if self._asked_by:
+                signal.raise_signal(self._asked_by)
 
 
 def _fetch(url: str) -> str | None:
