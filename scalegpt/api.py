@@ -1,5 +1,6 @@
 """Train from Python, `scalegpt.train("demo")`, and use a model: `scalegpt.load("out/demo")`."""
 
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -102,7 +103,14 @@ class Run(History):
 
     def plot(self) -> Any:
         """Return a matplotlib figure of the run's curves, which a notebook shows."""
-        return draw([self])
+        figure = draw([self])
+
+        def as_png() -> bytes:
+            figure.savefig(picture := io.BytesIO(), format="png")
+            return picture.getvalue()
+
+        figure._repr_png_ = as_png  # IPython asks for it; it knows only the figures of pyplot
+        return figure
 
     def load(self, checkpoint: str | int | None = None, **options: Any) -> "Model":
         """Load the trained model; as the function `load`."""

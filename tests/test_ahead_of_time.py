@@ -40,6 +40,14 @@ def test_the_step_of_v3_8_compiles_with_the_state_sharded(libtpu, capsys):
 
 
 @pytest.mark.oracle
+def test_the_step_of_the_modern_recipe_compiles_for_v5e_8(libtpu, capsys):
+    small = ["--model.depth=2", "--model.vocab_size=1000", "--batch.sequences=256"]
+    assert train.main(["--config", "v5e_8", *small, "--compile-only", "v5e:2x4"]) == 0
+    printed = capsys.readouterr().out
+    assert "8 x TPU v5 lite" in printed and "accumulation 2" in printed
+
+
+@pytest.mark.oracle
 def test_a_step_that_does_not_fit_says_what_to_lower(libtpu):
     with pytest.raises(ValueError, match="does not fit.*(?s:.)*batch.microbatch"):
         large = ["--batch.microbatch=64", "--model.scan_layers=true"]

@@ -8,6 +8,7 @@ process ends all of them with its exit code, and none that is done is taken for 
 import ctypes
 import os
 import signal
+import sys
 import threading
 import time
 from typing import TYPE_CHECKING, NoReturn, Self
@@ -63,10 +64,14 @@ class Guest(Alone):
         self.why = ""
         self._thread = threading.get_ident()
 
+    def say(self, text: str) -> None:
+        """Write a line where the program's own messages go, which a notebook shows in the cell."""
+        print(text, file=sys.stderr, flush=True)
+
     def leave(self, code: int, text: str, with_stacks: bool = False) -> None:
         """Say why, from any thread, and raise Left in the run's own, as soon as it runs Python."""
         self.why = text
-        say(text)
+        self.say(text)
         if with_stacks:
             dump_stacks()
         thread, error = ctypes.c_ulong(self._thread), ctypes.py_object(Left)

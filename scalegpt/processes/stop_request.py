@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from scalegpt.processes.exits import NOTHING_TO_SAVE, Exit, say, stop_signals
-from scalegpt.processes.group import Alone, Group
+from scalegpt.processes.group import Alone, Group, Guest
 
 _METADATA = "http://{}/computeMetadata/v1/instance/{}"
 _NOTICES = {
@@ -160,6 +160,7 @@ class GuestStopRequest(StopRequest):
     two calls of C: while it compiles, a signal waits.
     """
 
+    _group: Guest
     _asked_by: int | None = None
 
     def _hear_signals(self) -> None:
@@ -174,7 +175,7 @@ class GuestStopRequest(StopRequest):
             self.ask(signal.Signals(number).name)
 
     def ask(self, why: str) -> None:
-        say(f"\n{why}: saving after this step; a second signal does not wait for that")
+        self._group.say(f"{why}: saving after this step; a second signal does not wait for that")
         self._last_call = 0
 
     def close(self) -> None:
