@@ -6,6 +6,8 @@ import math
 import os
 import pty
 import select
+import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -39,10 +41,11 @@ def train_row(step, **more):
     }
 
 
-def log(tensorboard=False, wandb=False):
+def log(tensorboard=False, wandb=False, trackio=False):
     return SimpleNamespace(
         tensorboard=tensorboard,
         wandb=wandb,
+        trackio=trackio,
         wandb_project="p",
         wandb_name=None,
         wandb_entity=None,
@@ -394,11 +397,50 @@ def test_a_writer_that_blocks_or_dies_holds_up_nothing_and_is_named_once(monkeyp
     assert len(said) == 1 and said[0].startswith("warning: TensorBoard is off from here on (File")
 
 
-def test_missing_wandb_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match=r"scalegpt\[wandb\]"):
-        check_packages(log(wandb=True))
+@pytest.mark.parametrize("package", ["wandb", "trackio"])
+def test_a_missing_package_names_the_extra(monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=rf"scalegpt\[{package}\]"):
+        check_packages(log(**{package: True}))
     check_packages(log())
+
+
+# trackio, for real: it imports in half a second
+
+
+def test_trackio_has_each_row_once_over_restarts_and_asks_nobody(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # which it reads when imported
+    storage = pytest.importorskip("trackio").SQLiteStorage
+    monkeypatch.setenv("HF_TOKEN", "hf_of_somebody")  # trackio.init would ask who that is
+    asked, handlers = [], [signal.getsignal(number) for number in signal.valid_signals()]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *host, **more: asked.append(host))
+    for name, lives in {"a/run": (None, 2, 4), "b/run": (None,)}.items():
+        for resume_step in lives:
+            metrics = Metrics(
+                str(tmp_path / name),
+                log(trackio=True),
+                total_steps=9,
+                phases=Phases(RunConfig(out_dir="x")),
+                resume_step=resume_step,
+                config={"optim": {"lr": 0.5}},
+                stream=io.StringIO(),
+            )
+            for step in range((resume_step or 0) + 1, (resume_step or 2) + 3):
+                metrics.train({**train_row(step), "train/grad_norm": math.nan})
+                metrics.evaluation({"step": step, "val/loss": 2.0})
+            metrics.sample(step, "To be", "\nor not")
+            metrics.close()
+    first, second = storage.get_run_records("p")  # of one name, and two runs all the same
+    (run_id,) = {first["id"], second["id"]} - {(tmp_path / "b/run/trackio_id.txt").read_text()[:-1]}
+    got = storage.get_logs("p", run_id=run_id)
+    losses = [(row["step"], row["train/loss"]) for row in got if "train/loss" in row]
+    assert losses == [(step, 10 / (step + 1)) for step in range(1, 7)]
+    assert [row["step"] for row in got if "val/loss" in row] == list(range(1, 7))
+    samples = {row["step"]: row["sample"]["_value"] for row in got if "sample" in row}
+    assert samples == {step: "To be\n\nor not" for step in (4, 6)}
+    assert storage.get_run_config("p", run_id=run_id) == {"optim": {"lr": 0.5}}
+    assert not asked and capfd.readouterr() == ("", "")
+    assert [signal.getsignal(number) for number in signal.valid_signals()] == handlers
 
 
 # Console

@@ -46,7 +46,7 @@ def unread(config: Config) -> dict[str, str]:
     model, optim = config.model, config.optim
     scalars = model.bias, model.residual_scalars, model.value_embeddings
     no_scalars = model.norm == "rmsnorm" and not any(scalars)
-    wandb = "log.wandb_project log.wandb_entity log.wandb_name log.wandb_tags"
+    named = config.log.wandb or config.log.trackio
     local = not any("://" in path for path in config.data.weights)
     cases = (
         ("model.position=learned", model.position == "learned", "model.rope_base"),
@@ -57,7 +57,8 @@ def unread(config: Config) -> dict[str, str]:
         ("optim.weight_decay=0", not optim.weight_decay, "optim.decay"),
         ("no eval.tasks", not config.eval.tasks, "eval.task_examples"),
         ("no run.init_from", not config.run.init_from, "run.init_checkpoint"),
-        ("log.wandb=false", not config.log.wandb, wandb),
+        ("log.wandb=false", not config.log.wandb, "log.wandb_entity log.wandb_tags"),
+        ("no log.wandb or log.trackio", not named, "log.wandb_project log.wandb_name"),
         ("data on a local disk", local, "data.cache_dir"),
     )
     return {key: why for why, applies, keys in cases if applies for key in keys.split()}

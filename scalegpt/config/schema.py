@@ -147,12 +147,14 @@ class LogConfig(Section):
     """also write TensorBoard files to out_dir/tensorboard"""
     wandb: bool = False
     """also send the metrics to W&B, offline where there is no account"""
+    trackio: bool = False
+    """also show the metrics on trackio's local page, which needs no account"""
     wandb_project: Name = "scalegpt"
-    """with wandb: the project's name"""
+    """with wandb or trackio: the project's name"""
     wandb_entity: Name | None = None
     """with wandb: the user or team; default: the account's own"""
     wandb_name: Name | None = None
-    """with wandb: the name of the run; default: that of out_dir"""
+    """with wandb or trackio: the name of the run; default: that of out_dir"""
     wandb_tags: Name | None = None
     """with wandb: tags of the run, with commas between them"""
     report: bool = False

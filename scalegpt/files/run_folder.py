@@ -14,7 +14,8 @@ from scalegpt.files.folder import Folder, expanded, is_url, open_folder, replace
 FOLDER = "checkpoints"
 BAD_UPDATES = "bad_updates.jsonl"
 SAMPLES = "samples.jsonl"
-_FILES = ("config.yaml", "metrics.jsonl", SAMPLES, BAD_UPDATES, "wandb_id.txt")
+_IDS = ("wandb_id.txt", "trackio_id.txt")  # what those call the run
+_FILES = ("config.yaml", "metrics.jsonl", SAMPLES, BAD_UPDATES, *_IDS)
 _LOGS = "tensorboard"
 
 

@@ -1,7 +1,7 @@
 """Send rows of metrics with fixed keys to all places that keep or show them.
 
-The same keys go to metrics.jsonl (always), TensorBoard and W&B (optional), and a person sees them
-on the console. Only the main process of a run writes anything.
+The same keys go to metrics.jsonl (always), TensorBoard, W&B and trackio (optional), and a person
+sees them on the console. Only the main process of a run writes anything.
 """
 
 import importlib.util
@@ -20,7 +20,15 @@ from scalegpt.files import run_folder
 from scalegpt.files.folder import open_folder
 from scalegpt.processes.phases import Phases
 from scalegpt.run import ledger
-from scalegpt.run.writers import Apart, JsonlWriter, Row, Say, TensorBoardWriter, WandbWriter
+from scalegpt.run.writers import (
+    Apart,
+    JsonlWriter,
+    Row,
+    Say,
+    TensorBoardWriter,
+    TrackioWriter,
+    WandbWriter,
+)
 
 # Scripts read these: a key is never renamed. A step is an optimizer update, a loss is in nats a
 # token, train/tokens counts from step 0 over restarts, train/spike is in deviations
@@ -115,11 +123,12 @@ class Console:
 
 def check_packages(log: Any) -> None:
     """Raise Mistake if a package that the log section needs is not installed; import nothing."""
-    if log.wandb and importlib.util.find_spec("wandb") is None:
-        raise Mistake(
-            "log.wandb=true needs a package that is not installed: "
-            "pip install 'scalegpt[wandb]', or set log.wandb=false"
-        )
+    for name in ("wandb", "trackio"):
+        if getattr(log, name) and importlib.util.find_spec(name) is None:
+            raise Mistake(
+                f"log.{name}=true needs a package that is not installed: "
+                f"pip install 'scalegpt[{name}]', or set log.{name}=false"
+            )
 
 
 class Metrics:
@@ -165,19 +174,14 @@ class Metrics:
         if log.tensorboard:
             tensorboard = partial(TensorBoardWriter, folder / "tensorboard", resume_step)
             self._writers.append(Apart("TensorBoard", tensorboard, self.say))
+        name = log.wandb_name or Path(out_dir).name
+        run = config or {}, folder, log.wandb_project, name, resume_step is not None
         if log.wandb:
-            wandb = partial(
-                WandbWriter,
-                config or {},
-                folder,
-                log.wandb_project,
-                log.wandb_name or Path(out_dir).name,
-                resume_step is not None,
-                log.wandb_entity,
-                self.say,
-                [tag.strip() for tag in (log.wandb_tags or "").split(",") if tag.strip()],
-            )
+            tags = [tag.strip() for tag in (log.wandb_tags or "").split(",") if tag.strip()]
+            wandb = partial(WandbWriter, *run, entity=log.wandb_entity, say=self.say, tags=tags)
             self._writers.append(Apart("W&B", wandb, self.say))
+        if log.trackio:
+            self._writers.append(Apart("trackio", partial(TrackioWriter, *run), self.say))
         self._texts += self._writers[2:]
 
     def train(self, row: Row) -> None:

@@ -130,6 +130,7 @@ def cpu_line(config: Config) -> str:
 def finish(config: Config, checkpoints: Checkpoints, best_loss: float, metrics: Metrics) -> None:
     """Say at the end of a run where its results are and what to type next."""
     best, out_dir = checkpoints.find("best"), shlex.quote(config.run.out_dir)
+    project = shlex.quote(config.log.wandb_project)
     if metrics.on_terminal and (plot := text_plot(read_rows(metrics.folder))):
         metrics.say(plot)
     metrics.say(
@@ -138,6 +139,7 @@ def finish(config: Config, checkpoints: Checkpoints, best_loss: float, metrics: 
         f'  {python()} -m scalegpt.generate --run {out_dir} --prompt "..."\n'
         f"  {python()} -m scalegpt.evaluate --run {out_dir}\n"
         f"  {python()} -m scalegpt.report {out_dir}"
+        + (f"\n  {python()} -m trackio.cli show --project {project}" if config.log.trackio else "")
     )
 
 

@@ -1,4 +1,4 @@
-"""Write rows of metrics to metrics.jsonl always, to TensorBoard and W&B if asked for."""
+"""Write rows of metrics to metrics.jsonl always, to TensorBoard, W&B and trackio if asked for."""
 
 import json
 import math
@@ -7,7 +7,9 @@ import queue
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +195,7 @@ class WandbWriter:
         project: str,
         name: str | None = None,
         resume: bool = False,
+        *,
         entity: str | None = None,
         say: Say = print,
         tags: Sequence[str] = (),
@@ -209,7 +212,7 @@ class WandbWriter:
                 f"wandb login && wandb sync {out_dir}/wandb/offline-run-*"
             )
         id_file = Path(out_dir) / "wandb_id.txt"
-        run_id = id_file.read_text().strip() if resume and id_file.exists() else None
+        run_id = _kept_id(id_file, resume)
         self._run = wandb.init(
             project=project,
             name=name,
@@ -230,3 +233,46 @@ class WandbWriter:
         if "text" in row:
             row = {"step": row["step"], "sample": row["prompt"] + row["text"]}
         self._run.log(row, step=row["step"])
+
+
+class TrackioWriter:
+    """The writer adds rows to trackio's project of this name, a database that `trackio show` shows.
+
+    It lies in TRACKIO_DIR, by default in Hugging Face's cache. A continued run keeps its id, in
+    out_dir/trackio_id.txt. A row of an update that is made again has the log_id of the first one,
+    and trackio ignores it.
+    """
+
+    def __init__(
+        self, config: Row, out_dir: str | Path, project: str, name: str, resume: bool = False
+    ) -> None:
+        # Not trackio.init, whose run prints between our lines, asks huggingface.co for the user's
+        # name, is found again by its name alone, and adds rows that it has. This is the way of rows
+        # that trackio's clients have kept for later.
+        from trackio import Markdown, fragments, utils
+
+        self._markdown, self._format = Markdown, fragments.metric_record
+        self._add: Callable[[list[Row]], Any] = fragments.import_records
+        if utils.get_storage_mode() != "sqlite":  # on a network disk, where SQLite is not safe
+            self._add = fragments.FragmentWriter().write_local
+        id_file = Path(out_dir) / "trackio_id.txt"
+        run_id = _kept_id(id_file, resume) or uuid.uuid4().hex
+        id_file.write_text(run_id + "\n")
+        self._run: Row = {"project": project, "run": name, "run_id": run_id, "config": config}
+
+    def write(self, row: Row) -> None:
+        values = {key: value for key, value in row.items() if key not in ("step", "time")}
+        log_id = f"{self._run['run_id']}/{row['step']}/{next(iter(values))}"
+        if "text" in row:
+            text = (row["prompt"] + row["text"]).replace("\n", "\n\n")  # else the page joins lines
+            values = {"sample": self._markdown(text)._to_dict()}
+        at = datetime.fromtimestamp(row["time"], UTC).isoformat()
+        entry = {"metrics": values, "step": row["step"], "timestamp": at, "log_id": log_id}
+        self._add([self._format(self._run | entry)])
+
+    def close(self) -> None:
+        pass  # each row is on the disk
+
+
+def _kept_id(file: Path, resume: bool) -> str | None:
+    return file.read_text().strip() if resume and file.exists() else None
