@@ -1,7 +1,9 @@
 """Pages of runs are read back: their numbers against the rows, their markup, and in a browser."""
 
+import dataclasses
 import html.parser
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -17,8 +19,8 @@ from scalegpt.checkpoints import manifest
 from scalegpt.config import command_line
 from scalegpt.errors import Mistake
 from scalegpt.model import flops
-from scalegpt.run import curves
-from scalegpt.run.history import read_history
+from scalegpt.run import curves, page
+from scalegpt.run.history import comparable, read_history
 
 STEPS, TOKENS = 20, tiny_run.ROWS * tiny_run.T
 
@@ -86,6 +88,7 @@ def test_a_page_shows_what_the_runs_have_written_and_asks_the_network_for_nothin
     text = " ".join(" ".join(page.words).split())
     assert f"{first} done 5,120 0.2500 1.2500 1.0000 at step 15 00:13 512" in text
     assert f"{second} step 10 of 20 2,560 0.5000 1.2500 1.2500 at step 10 00:08 512" in text
+    assert curves.NOT_COMPARABLE not in text
     assert "optim.lr 0.01 0.003" in text and "run.out_dir 0" not in text
     assert "15 1.0000 2.0 MB" in text and "best" in text and "7 it is an empty folder" in text
     assert "python -m scalegpt.train --config <mine>" in text
@@ -122,7 +125,7 @@ def test_of_one_run_the_page_lies_with_it_and_is_written_anew_and_a_picture_is_a
     assert "best" in (folder / report.NAME).read_text()
     assert report.main([str(folder), "--png", str(tmp_path / "a.png")]) == 0
     picture = image.imread(tmp_path / "a.png")
-    assert picture.shape[1] == 1200 and picture[..., :3].std() > 0.05
+    assert picture.shape[1] == 1440 and picture[..., :3].std() > 0.05
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2])
@@ -136,6 +139,58 @@ def test_a_run_that_has_only_begun_is_shown_and_one_that_gave_up_says_so(tmp_pat
     ).read_text()
 
 
+def test_runs_whose_losses_do_not_compare_share_no_axis_but_that_of_bits_per_byte(tmp_path):
+    def run(name, bits=False, fingerprint=None, **changes):
+        folder = write_run(tmp_path / name)
+        text = (folder / "config.yaml").read_text()
+        for key, value in changes.items():
+            text = re.sub(rf"\b{key}: .*", f"{key}: {value}", text)
+        (folder / "config.yaml").write_text(text)
+        history = read_history(str(folder))
+        rows = [row | ({BITS: 2.0} if bits and "val/loss" in row else {}) for row in history.rows]
+        meta = {"data": {"d": fingerprint}} if fingerprint else {}
+        saved = {15: history.checkpoints[15] | {"meta": meta}} if fingerprint else {}
+        return dataclasses.replace(history, rows=rows, checkpoints=saved)
+
+    (BITS,) = curves.BITS
+    first, same = run("a"), run("b", lr=0.5)
+    for other in (run("text", path="e"), run("windows", windows=3), run("length", block_size=8)):
+        assert comparable([first, same, other]) == [[first, same], [other]]
+        rows = curves.loss_rows([first, same, other])
+        assert [(keys, runs) for _, keys, runs in rows] == [
+            (curves.LOSSES, [first, same]),
+            (curves.LOSSES, [other]),
+        ]
+    # A folder of the same name may hold other tokens, and one elsewhere the same.
+    here, there, new = run("1", fingerprint="x"), run("2", True, "x", path="z"), run("3", True, "y")
+    assert comparable([here, there, new]) == [[here, there], [new]]
+    assert comparable([here, there, first]) == [[here, first], [there]]
+    ((_, keys, runs),) = curves.loss_rows([there, new])
+    assert keys == curves.BITS and runs == [there, new]
+    assert len(curves.loss_rows([here, new])) == 2  # of the first, bits are not known
+    figure = curves.draw([here, new])
+    drawn = [len(panel.lines) for panel in figure.axes[:6]]
+    assert drawn == [2] * 6  # one run's training and validation in each of two rows
+    assert figure.legends[0].get_title().get_text() == curves.NOT_COMPARABLE
+    assert curves.NOT_COMPARABLE in page.page([here, new])
+
+
+def test_without_a_run_those_in_out_are_listed_with_what_to_type(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Mistake, match="none is in out/"):
+        report.main([])
+    for age, (name, until) in enumerate({"ab/arm/seed-1": 20, "b c": 10, "a": 20}.items()):
+        for file in write_run(tmp_path / "out" / name, until=until).iterdir():
+            os.utime(file, (age, age))
+    (tmp_path / "out/a/metrics.jsonl").write_text('{"step": 3, "val/loss": "low"}\n')
+    assert report.main([]) == 0
+    head, first, second, third, _, line = capsys.readouterr().out.splitlines()[:6]
+    assert first.split() == ["out/ab/arm/seed-1", "done", *"1.0000 at step 15".split()]
+    assert second.split() == ["out/b", "c", *"step 10 of 20 1.2500 at step 10".split()]
+    assert third.startswith("out/a ") and "val/loss='low'" in third
+    assert line.endswith("-m scalegpt.report out/ab/arm/seed-1 'out/b c'")
+
+
 def test_mistakes_are_named_and_no_other_file_is_overwritten(tmp_path):
     folder = write_run(tmp_path / "a")
     (tmp_path / "notes.html").write_text("mine")
@@ -144,6 +199,7 @@ def test_mistakes_are_named_and_no_other_file_is_overwritten(tmp_path):
         (str(folder), str(folder)): "given twice",
         (str(folder), "--out", str(tmp_path / "notes.html")): "is no report of scalegpt",
         (str(folder), "--out", str(tmp_path / "x.pdf")): "must end in .html",
+        (str(folder), "--png", str(tmp_path / "x.pdf")): "must end in .png",
         (str(folder), "--out", str(tmp_path / "no" / "x.html")): "No such file",
         (str(folder), "--png", str(tmp_path / "no" / "x.png")): "No such file",
     }.items():

@@ -1,81 +1,146 @@
 """Draw the curves of one or several runs, and where their time went, into one figure."""
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from scalegpt.run.history import History, Row
+from scalegpt.run.history import History, Row, comparable
 from scalegpt.run.ledger import TIMES
 
-# Title of a panel -> (its horizontal axis, the keys of metrics.jsonl).
-LOSSES = {
-    "loss over training tokens": ("tokens", ("train/loss", "val/loss")),
-    "loss over training FLOPs": ("flops", ("train/loss", "val/loss")),
-    "loss over {unit} of updates": ("seconds", ("train/loss", "val/loss")),
+# What lies on a horizontal axis, by history.AXES.
+LABELS = {"tokens": "training tokens", "flops": "training FLOPs", "seconds": "{} of updates"}
+LOSSES, BITS = ("train/loss", "val/loss"), ("val/bits_per_byte",)
+OTHERS = {  # title of a panel over training tokens -> its key of metrics.jsonl
+    "learning rate": "train/lr",
+    "gradient norm": "train/grad_norm",
+    "tokens a second": "perf/tokens_per_second",
+    "MFU": "perf/mfu",
 }
-OTHERS = {
-    "learning rate": ("tokens", ("train/lr",)),
-    "gradient norm": ("tokens", ("train/grad_norm",)),
-    "tokens a second": ("tokens", ("perf/tokens_per_second",)),
-    "MFU": ("tokens", ("perf/mfu",)),
-}
+THIN, DOTTED = {"linewidth": 0.7, "alpha": 0.5}, {"marker": "."}  # as training, as validation
 UNITS = ((1, "seconds"), (60, "minutes"), (3600, "hours"))
 MOST_POINTS = 1000  # of a curve; where a run has more rows, neighbours are averaged
 EARLY = 0.03  # the first losses are all high, and would leave no room for the differences
+SIZE = {"dpi": 144, "layout": "constrained"}  # at 10 inches, text is as large as a README's
+NOT_COMPARABLE = "these losses do not compare: text, windows or tokenizers differ"
 
 
 def draw(histories: Sequence[History]) -> Any:
     """Return a matplotlib figure of the runs, a colour each.
 
-    Above, training (thin) and validation loss over tokens, FLOPs and time; below, learning rate,
-    gradient norm, speed and, where a run knows it, MFU; and a bar of each run's time.
+    Above, `loss_rows` over tokens, FLOPs and time; below, learning rate, gradient norm, speed and,
+    where a run knows it, MFU; and a bar of each run's time.
     """
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
     from matplotlib.ticker import EngFormatter
 
-    others = {
-        title: panel
-        for title, panel in OTHERS.items()
-        if any(len(run.curve(panel[1][0])[0]) for run in histories)
-    }
+    colours = {run.name: f"C{i % 10}" for i, run in enumerate(histories)}
+    names = short_names(histories)
+    losses = loss_rows(histories)
+    others = [t for t, key in OTHERS.items() if any(len(run.curve(key)[0]) for run in histories)]
     times = [ledger_of(run) for run in histories]
-    rows = [list(LOSSES), list(others), ["ledger"] if any(times) else []]
-    heights = [3.6, 3.0, 0.9 + 0.3 * len(histories)]
+    rows = [[f"{axis} {i}" for axis in LABELS] for i in range(len(losses))]
+    rows += [others, ["ledger"] if any(times) else []]
+    heights = [2.8] * len(losses) + [2.4, 0.8 + 0.3 * len(histories)]
     # The panels of a row share its width, whatever their number: 12 columns are 1, 2, 3 or 4.
     grid = [[name for name in row for _ in range(12 // len(row))] for row in rows if row]
     heights = [height for height, row in zip(heights, rows, strict=True) if row]
-    figure = Figure(figsize=(12, sum(heights) + 0.4), layout="constrained")
+    figure = Figure(figsize=(10, sum(heights) + 0.4), **SIZE)
     panels = figure.subplot_mosaic(grid, height_ratios=heights)
     longest = max((seconds[-1] for run in histories if len(seconds := _seconds(run))), default=0.0)
     scale, unit = next(x for x in UNITS if longest <= x[0] * 120 or x is UNITS[-1])
-    for title, (axis, keys) in {**LOSSES, **others}.items():
-        panel = panels[title]
-        for i, run in enumerate(histories):
-            for key in keys:
-                steps, values = run.curve(key)
-                x, y = thinned(run.cost(axis, steps), values)
-                style = {"marker": "."} if key == "val/loss" else {"linewidth": 0.7, "alpha": 0.6}
-                panel.plot(x / scale if axis == "seconds" else x, y, color=f"C{i % 10}", **style)
-        panel.set_title(title.format(unit=unit), fontsize=10)
-        panel.grid(alpha=0.3)
-        if axis != "seconds":
-            panel.xaxis.set_major_formatter(EngFormatter(sep=""))
-        if title in LOSSES and (limits := loss_limits(histories)):
-            panel.set_ylim(*limits)
+
+    def add(run: History, panel: Any, axis: str, key: str, style: dict[str, Any]) -> None:
+        steps, values = run.curve(key)
+        x, y = thinned(run.cost(axis, steps), values)
+        panel.plot(x / scale if axis == "seconds" else x, y, color=colours[run.name], **style)
+        label_axis(panel, axis, unit)
+
+    for i, (label, keys, runs) in enumerate(losses):
+        for axis in LABELS:
+            for run in runs:
+                for key in keys:
+                    add(run, panels[f"{axis} {i}"], axis, key, THIN if key == LOSSES[0] else DOTTED)
+            if limits := loss_limits(runs, keys):
+                panels[f"{axis} {i}"].set_ylim(*limits)
+        panels[f"tokens {i}"].set_ylabel(label)
+    for title in others:
+        for run in histories:
+            add(run, panels[title], "tokens", OTHERS[title], {"linewidth": 1, "alpha": 0.8})
+        panels[title].set_title(title, fontsize=10)
         if title == "gradient norm":
-            panel.set_yscale("log")
+            panels[title].set_yscale("log")
         if title == "tokens a second":
-            panel.yaxis.set_major_formatter(EngFormatter(sep=""))
-    first = panels[next(iter(LOSSES))]
-    first.set_ylabel("nats a token\n(dots: validation, thin: training)")
-    lines = [
-        first.plot([], [], color=f"C{i % 10}", label=run.name)[0] for i, run in enumerate(histories)
-    ]
-    figure.legend(handles=lines, loc="outside upper center", ncols=3)
+            panels[title].yaxis.set_major_formatter(EngFormatter(sep=""))
+    lines = [Line2D([], [], color=f"C{i % 10}", label=name) for i, name in enumerate(names)]
+    styles = {"validation": DOTTED, "training": THIN}
+    lines += [Line2D([], [], color="black", label=name, **styles[name]) for name in styles]
+    apart = NOT_COMPARABLE if len(comparable(histories)) > 1 else None
+    columns = 4 if max(map(len, names)) < 20 else 2
+    place = {"loc": "outside upper center", "ncols": columns, "frameon": False}
+    figure.legend(handles=lines, title=apart, **place)
     if any(times):
-        _draw_ledger(panels["ledger"], [run.name for run in histories], times)
+        _draw_ledger(panels["ledger"], names, times)
     return figure
+
+
+def short_names(histories: Sequence[History]) -> list[str]:
+    """Return the end of each run's name that the runs do not have in common, for a figure."""
+    parts = [run.name.rstrip("/").split("/") for run in histories]
+    common = len(os.path.commonprefix([folders[:-1] for folders in parts]))
+    return ["/".join(folders[common:])[-40:] for folders in parts]
+
+
+def loss_rows(
+    histories: Sequence[History],
+) -> list[tuple[str, tuple[str, ...], Sequence[History]]]:
+    """Return what each row of loss panels shows: its label, its keys and the runs that share it.
+
+    Runs whose losses compare share a row. Others do so in bits per byte, where all know these.
+    """
+    groups = comparable(histories)
+    if len(groups) > 1 and all(len(run.curve(key)[0]) for run in histories for key in BITS):
+        return [("bits a byte of the run's\nown validation text", BITS, histories)]
+    return [("loss, nats a token", LOSSES, runs) for runs in groups]
+
+
+def label_axis(panel: Any, axis: str, unit: str) -> None:
+    """Name a panel's horizontal axis, and give it a grid and short numbers."""
+    from matplotlib.ticker import EngFormatter
+
+    panel.set_xlabel(LABELS[axis].format(unit))
+    panel.grid(alpha=0.3)
+    panel.spines[["top", "right"]].set_visible(False)
+    if axis != "seconds":
+        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def save(figure: Any, file: str | Path) -> None:
+    """Save a figure; a PNG gets 256 colours, a quarter of the usual size, to fit a repository.
+
+    The same figure makes the same PNG, byte for byte. Raises OSError.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image  # matplotlib depends on it
+
+    if Path(file).suffix != ".png":
+        return figure.savefig(file)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    red, green, blue = np.moveaxis(np.asarray(canvas.buffer_rgba(), int)[..., :3], -1, 0)
+    packed, index, counts = np.unique(
+        red << 16 | green << 8 | blue, return_inverse=True, return_counts=True
+    )
+    colours = np.stack([packed >> 16, packed >> 8 & 255, packed & 255], -1)
+    # The most frequent: Pillow's choices merge the colour of a short line with its neighbour's.
+    few = colours[np.argsort(-counts, kind="stable")[:256]]
+    nearest = ((colours[:, None] - few) ** 2).sum(-1).argmin(-1)
+    image = Image.fromarray(nearest[index].reshape(red.shape).astype(np.uint8))
+    image.putpalette(few.astype(np.uint8).tobytes())
+    image.save(file, "png", optimize=True)
 
 
 def _seconds(run: History) -> np.ndarray:
@@ -84,18 +149,24 @@ def _seconds(run: History) -> np.ndarray:
 
 def _draw_ledger(panel: Any, names: Sequence[str], times: Sequence[dict[str, float]]) -> None:
     """Draw a bar for each run, the parts of its time side by side."""
+    from matplotlib import colormaps  # not the colours of the runs
+
     totals = [sum(time.values()) for time in times]
     scale, unit = next(x for x in UNITS if max(totals) <= x[0] * 120 or x is UNITS[-1])
     left = np.zeros(len(times))
     for i, name in enumerate(TIMES):
         width = np.array([time.get(name, 0.0) for time in times]) / scale
         if width.any():
-            panel.barh(range(len(times)), width, 0.7, left, label=name, color=f"C{i}")
+            panel.barh(range(len(times)), width, 0.7, left, label=name, color=colormaps["Set3"](i))
         left += width
-    panel.set_yticks(range(len(times)), names)
+    if len(names) > 1:
+        panel.set_yticks(range(len(times)), names)
+    else:  # the legend has it
+        panel.set_yticks([])
     panel.invert_yaxis()
+    panel.spines[["top", "right"]].set_visible(False)
     panel.set_title(f"{unit} of the whole run, by what they were spent on", fontsize=10)
-    panel.legend(ncols=len(TIMES), fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.3))
+    panel.legend(ncols=len(TIMES), fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.25))
 
 
 def ledger_of(run: History) -> dict[str, float]:
@@ -104,15 +175,17 @@ def ledger_of(run: History) -> dict[str, float]:
     return {name: rows[-1].get(f"time/{name}") or 0.0 for name in TIMES} if rows else {}
 
 
-def loss_limits(histories: Sequence[History]) -> tuple[float, float] | None:
-    """Return the axis of losses, from the lowest to the highest after the first part of training.
+def loss_limits(
+    histories: Sequence[History], keys: Sequence[str] = LOSSES
+) -> tuple[float, float] | None:
+    """Return the axis of these keys, from the lowest value to the highest that is not early.
 
-    That part is EARLY of the tokens of the longest run; of a shorter run the last loss counts.
+    Early is the share EARLY of the tokens of the longest run; a shorter run's last value counts.
     Returns None where no run has a finite loss.
     """
     curves = []
     for run in histories:
-        for key in ("train/loss", "val/loss"):
+        for key in keys:
             steps, values = run.curve(key)
             finite = np.isfinite(values)
             if finite.any():

@@ -5,6 +5,7 @@ is written. Its curves are arrays [N] over the rows of metrics.jsonl that have a
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,22 @@ class History:
         known, tokens = self.curve("train/tokens")
         tokens = np.interp(steps, [0, *known], [0, *tokens])
         return tokens * (1 if axis == "tokens" else flops.flops_per_token(self.config.model))
+
+
+def comparable(histories: Sequence[History]) -> list[list[History]]:
+    """Group runs whose losses compare: on the same tokens, in windows of one number and length.
+
+    The tokens are known by their fingerprint, or by data.path where a run has no checkpoint yet.
+    """
+    checkpoints = [[m for m in r.checkpoints.values() if not isinstance(m, str)] for r in histories]
+    groups: dict[str, list[History]] = {}
+    for run, whole in zip(histories, checkpoints, strict=True):
+        data = {path: path for path in run.config.data.weights}
+        if all(checkpoints):
+            data = whole[-1]["meta"].get("data", data)
+        meta = {"config": run.config.model_dump(), "data": data}
+        groups.setdefault(manifest.measure(meta), []).append(run)
+    return list(groups.values())
 
 
 def read_history(name: str) -> History:

@@ -13,8 +13,8 @@ from tqdm import tqdm
 from scalegpt.checkpoints import manifest
 from scalegpt.errors import Mistake
 from scalegpt.files.folder import open_folder
-from scalegpt.run.curves import draw, ledger_of
-from scalegpt.run.history import History, state
+from scalegpt.run.curves import NOT_COMPARABLE, draw, ledger_of
+from scalegpt.run.history import History, comparable, state
 
 # Every page begins so: other files are not overwritten by one.
 MARK = "<!-- a report of scalegpt -->"
@@ -44,7 +44,10 @@ def page(histories: Sequence[History]) -> str:
         ("What differs in their settings", _differences(histories)),
         ("Samples", _each(histories, _samples)),
         ("Checkpoints", _each(histories, _checkpoints)),
-        ("How they were made", _each(histories, _origin)),
+        (
+            "How they were made" if len(histories) > 1 else "How it was made",
+            _each(histories, _origin),
+        ),
     ]
     body = "\n".join(
         (f"<h2>{title}</h2>\n" if title else "") + content for title, content in sections if content
@@ -101,7 +104,10 @@ def facts(run: History) -> dict[str, str]:
 def _runs(histories: Sequence[History]) -> str:
     rows = {run.name: facts(run) for run in histories}
     titles = [t for t in next(iter(rows.values())) if any(row[t] for row in rows.values())]
-    return _table(["run", *titles], [[n, *(row[t] for t in titles)] for n, row in rows.items()])
+    table = _table(["run", *titles], [[n, *(row[t] for t in titles)] for n, row in rows.items()])
+    if len(comparable(histories)) > 1:
+        table += f"<p>Beware: {NOT_COMPARABLE}. Bits per byte compare between tokenizers.</p>"
+    return table
 
 
 def _svg(histories: Sequence[History]) -> str:

@@ -1,13 +1,11 @@
 """tools/ablation.py draws validation loss over tokens, FLOPs and training time."""
 
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 from ablations.record import Record
 from ablations.report import AXES, Mean, mean_curve, summarise
 
-LABELS = {"tokens": "tokens", "flops": "training FLOPs", "seconds": "seconds of updates"}
+from scalegpt.run.curves import SIZE, label_axis, save
+
 LINES = ("-", "--", "-.", ":")  # ten arms differ by colour; each further ten, by style, too
 EARLY = 20  # the loss axis ends at the reference's loss after 1/20 of its tokens
 
@@ -15,17 +13,14 @@ EARLY = 20  # the loss axis ends at the reference's loss after 1/20 of its token
 def draw(record: Record, file: str) -> None:
     """Draw a panel for each of AXES, with the mean of each arm's runs and their range as a band.
 
-    A dotted line is the reference's final loss. The same record makes the same PNG, byte for byte.
-    Raises OSError.
+    A dotted line is the reference's final loss. Raises OSError.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     curves = {name: mean_curve(arm) for name, arm in record.arms.items() if arm}
     target = summarise(record)["target"]
-    figure = Figure(figsize=(12, 4.2), dpi=100, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    figure = Figure(figsize=(10, 3.6), **SIZE)
     panels = figure.subplots(1, len(AXES), sharey=True)
     for axis, panel in zip(AXES, panels, strict=True):
         for i, (name, curve) in enumerate(curves.items()):
@@ -36,33 +31,19 @@ def draw(record: Record, file: str) -> None:
             panel.fill_between(x, *band, alpha=0.2, linewidth=0, **style)
         if target is not None:
             panel.axhline(target, color="black", linestyle=":", linewidth=1)
-        panel.set(xscale="log", xlabel=LABELS[axis])
+        panel.set_xscale("log")
+        label_axis(panel, axis, "seconds")
         # By default an axis of a decade or less labels 2, 3, 4, ..., each as wide as "4 x 10^12".
         panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         panel.xaxis.set_major_formatter(EngFormatter(sep=""))
         panel.xaxis.set_minor_formatter(NullFormatter())
-        panel.grid(alpha=0.3)
     panels[0].set_ylabel("validation loss, nats a token")
     if limits := loss_limits(curves, record.reference):
         panels[0].set_ylim(*limits)
-    if curves:
-        panels[0].legend()
-    figure.suptitle(f"{record.name}: mean and range over runs; dotted: {record.reference}'s end")
-    if Path(file).suffix == ".png":
-        save_small(canvas, file)
-    else:
-        figure.savefig(file)
-
-
-def save_small(canvas: Any, file: str) -> None:
-    """Save a PNG of 256 colours, a quarter of the usual size, to be kept in a repository."""
-    from PIL import Image  # matplotlib depends on it
-
-    canvas.draw()
-    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    # The other methods merge the colour of a short line with its neighbour's.
-    few = image.quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-    few.save(file, optimize=True)
+    title = f"{record.name}: mean and range over runs; dotted: {record.reference}'s end"
+    lines = panels[0].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside upper center", ncols=5, frameon=False, title=title)
+    save(figure, file)
 
 
 def loss_limits(curves: dict[str, Mean], reference: str) -> tuple[float, float] | None:
