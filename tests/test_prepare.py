@@ -299,6 +299,7 @@ def test_a_single_document_gives_its_end(shakespeare, tmp_path, tokenizer):
     options = ("--tokenizer", tokenizer, "--val-fraction", 0.25, "--out", tmp_path / "out")
     run = script("text", "--input", shakespeare, *options)
     assert run.returncode == 0, run.stderr
+    assert ("use --tokenizer byte --force" in run.stdout) == (tokenizer == "gpt2")
     ids, meta = bins(tmp_path / "out")
     content = shakespeare.read_text("utf-8")
     cut = int(len(content) * 0.75)

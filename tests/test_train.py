@@ -40,6 +40,7 @@ from scalegpt.run import resume
 from scalegpt.run.metrics import Metrics
 from scalegpt.step import build as step
 from scalegpt.step.sharding import make_mesh
+from scalegpt.weights import init_from
 
 pytestmark = pytest.mark.usefixtures("signals_as_they_were")
 
@@ -518,6 +519,10 @@ def test_init_from_another_architecture_is_refused_and_nothing_is_written(data, 
     with pytest.raises(ValueError, match="holds another model: model.n_layer: 2 -> 1"):
         train.main(argv)
     assert not (tmp_path / "run" / "config.yaml").exists()
+    # Of data with another tokenizer, that comes first: no other vocab_size would mend it.
+    config = parse(argv, "test", {})[0].with_vocab(256)
+    with pytest.raises(ValueError, match=f"tokens of char, .* with --tokenizer {unbroken}, or"):
+        init_from.check(config, {"kind": "byte"})
 
 
 # --- what goes wrong

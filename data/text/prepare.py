@@ -36,6 +36,7 @@ from scalegpt.processes.command import run_command
 from scalegpt.weights.tokenizer_files import named
 
 _NOT_SHAPING = ("out", "workers", "force")
+ENOUGH = 200  # tokens of training text for each id; a rule of thumb
 HASHED = 1 << 16  # the first so many characters of a document decide its split
 LINES, PLAIN, CARD, EMPTY = "JSON lines", "plain text", "a data set's card", "empty"
 MOST_HELD = 1 << 28  # characters of a document that has to be held in memory
@@ -289,9 +290,16 @@ def main(argv: list[str]) -> int:
     given = {**vars(args), "input": Path(args.input).resolve()}
     shaping = [k for k in given if k not in _NOT_SHAPING and given[k] != parser.get_default(k)]
     source = " ".join(["text", *(f"--{k.replace('_', '-')}={given[k]}" for k in shaping)])
-    write_dataset(args.out, corpus, source, args.workers, args.force)
+    meta = write_dataset(args.out, corpus, source, args.workers, args.force)
     for line in summary(kinds):
         print(line)
+    tokens, ids = meta["train"]["tokens"], meta["vocab_size"]
+    if ids > 1000 and tokens < ENOUGH * ids and not os.path.isdir(args.tokenizer):
+        print(
+            f"{tokens:,} tokens are few for the {ids:,} ids of {args.tokenizer}: of a small model "
+            "most parameters would be in its table of tokens. To train from scratch on this text, "
+            "use --tokenizer byte --force; to finetune a model of these tokens, keep them"
+        )
     return 0
 
 

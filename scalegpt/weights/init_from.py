@@ -66,15 +66,7 @@ def check(config: Config, tokenizer_spec: Any) -> None:
                 f"{source} is not the folder of a run: it has no {FOLDER}/; nor can it be read as "
                 f"a model of Hugging Face: {error}"
             ) from None
-    if source_model.block_size < config.model.block_size:
-        shaping += ["block_size"]
-    stored, wanted = source_model.model_dump(), config.model.model_dump()
-    if differ := [key for key in shaping if stored[key] != wanted[key]]:
-        changes = "; ".join(f"model.{key}: {stored[key]} -> {wanted[key]}" for key in differ)
-        keys = " ".join(f"--model.{key}={_shown(stored[key])}" for key in differ)
-        raise Mistake(
-            f"run.init_from={source} holds another model: {changes}\nto start from it set {keys}"
-        )
+    # First, as the shapes of a model for another tokenizer would be of no use.
     both_known = spec is not None and tokenizer_spec is not None
     if (
         both_known
@@ -84,8 +76,17 @@ def check(config: Config, tokenizer_spec: Any) -> None:
         raise Mistake(
             f"run.init_from={source} was trained on tokens of {tokenizer.kind(spec)}, the data has "
             f"those of another tokenizer, {tokenizer.kind(tokenizer_spec)}; prepare it again "
-            "with --tokenizer and the run's folder, or start all the same with "
+            f"with --tokenizer {source}, or start all the same with "
             "--run.allow_config_change=data.path"
+        )
+    if source_model.block_size < config.model.block_size:
+        shaping += ["block_size"]
+    stored, wanted = source_model.model_dump(), config.model.model_dump()
+    if differ := [key for key in shaping if stored[key] != wanted[key]]:
+        changes = "; ".join(f"model.{key}: {stored[key]} -> {wanted[key]}" for key in differ)
+        keys = " ".join(f"--model.{key}={_shown(stored[key])}" for key in differ)
+        raise Mistake(
+            f"run.init_from={source} holds another model: {changes}\nto start from it set {keys}"
         )
 
 
