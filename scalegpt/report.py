@@ -26,6 +26,8 @@ from scalegpt.run.page import NAME, facts, write_page
 def main(argv: list[str]) -> int:
     flags = _parser().parse_args(argv)
     if not flags.runs:
+        if flags.out or flags.png:
+            raise Mistake("--out and --png are of a run: name its run.out_dir, too")
         print(listing("out"))
         return 0
     if twice := next((run for run in flags.runs if flags.runs.count(run) > 1), None):
@@ -68,9 +70,8 @@ def listing(folder: str) -> str:
             lines.append((str(run), str(error).splitlines()[0], ""))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     table = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
-    return "\n".join(
-        [*table, "next:", f"  {python()} -m scalegpt.report " + " ".join(readable[-2:])]
-    )
+    newest = " ".join(readable[-2:] or ["RUN"])
+    return "\n".join([*table, "next:", f"  {python()} -m scalegpt.report {newest}"])
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -197,6 +197,7 @@ def test_mistakes_are_named_and_no_other_file_is_overwritten(tmp_path):
     for argv, message in {
         (str(tmp_path),): "is not the folder of a run: it has no config.yaml",
         (str(folder), str(folder)): "given twice",
+        ("--png", str(tmp_path / "x.png")): "name its run.out_dir",
         (str(folder), "--out", str(tmp_path / "notes.html")): "is no report of scalegpt",
         (str(folder), "--out", str(tmp_path / "x.pdf")): "must end in .html",
         (str(folder), "--png", str(tmp_path / "x.pdf")): "must end in .png",
