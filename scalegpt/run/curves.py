@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -116,31 +115,6 @@ def label_axis(panel: Any, axis: str, unit: str) -> None:
     panel.spines[["top", "right"]].set_visible(False)
     if axis != "seconds":
         panel.xaxis.set_major_formatter(EngFormatter(sep=""))
-
-
-def save(figure: Any, file: str | Path) -> None:
-    """Save a figure; a PNG gets 256 colours, a quarter of the usual size, to fit a repository.
-
-    The same figure makes the same PNG, byte for byte. Raises OSError.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from PIL import Image  # matplotlib depends on it
-
-    if Path(file).suffix != ".png":
-        return figure.savefig(file)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    red, green, blue = np.moveaxis(np.asarray(canvas.buffer_rgba(), int)[..., :3], -1, 0)
-    packed, index, counts = np.unique(
-        red << 16 | green << 8 | blue, return_inverse=True, return_counts=True
-    )
-    colours = np.stack([packed >> 16, packed >> 8 & 255, packed & 255], -1)
-    # The most frequent: Pillow's choices merge the colour of a short line with its neighbour's.
-    few = colours[np.argsort(-counts, kind="stable")[:256]]
-    nearest = ((colours[:, None] - few) ** 2).sum(-1).argmin(-1)
-    image = Image.fromarray(nearest[index].reshape(red.shape).astype(np.uint8))
-    image.putpalette(few.astype(np.uint8).tobytes())
-    image.save(file, "png", optimize=True)
 
 
 def _seconds(run: History) -> np.ndarray:
