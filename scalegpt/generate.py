@@ -21,7 +21,7 @@ import numpy as np
 
 from scalegpt.config import command_line
 from scalegpt.data.tokenizer import Tokenizer
-from scalegpt.errors import Mistake
+from scalegpt.errors import Mistake, counted
 from scalegpt.files.cache import keep_compiled
 from scalegpt.inference.continuation import continued, prompt_ids
 from scalegpt.inference.decode import Decoder, decoder
@@ -136,8 +136,9 @@ def _check(flags: argparse.Namespace) -> None:
 def _check_length(flags: argparse.Namespace, longest: int, block: int) -> None:
     if flags.past_block == "error" and longest + flags.max_new_tokens > block:
         raise Mistake(
-            f"{longest} tokens of prompt and --max-new-tokens={flags.max_new_tokens} are more than "
-            f"the model's block_size={block}; ask for fewer, or use --past-block=slide"
+            f"{counted(longest, 'token')} of prompt and --max-new-tokens={flags.max_new_tokens} "
+            f"are more than the model's block_size={block}; ask for fewer, or use "
+            "--past-block=slide"
         )
 
 

@@ -348,7 +348,7 @@ bad("topology without a value twice", "train", [*NEW, "--compile-only=a", "--com
 DATA = ["--data.path=bad", *NEW[1:]]
 for name, edits, *words in [
     ("empty", {"train.bin": b""}, "train.bin is empty", "prepare.py"),
-    ("truncated", {"val.bin": lambda b: b[:-10]}, "val.bin has 2990 bytes", "truncated"),
+    ("truncated", {"val.bin": lambda b: b[:-10]}, "val.bin has 2,990 bytes", "truncated"),
     ("half an id", {"train.bin": lambda b: b[:-1]}, "not a multiple of 2", "truncated"),
     ("too long", {"train.bin": lambda b: b * 2}, "longer than it should be"),
     ("an id outside", {"train.bin": lambda b: b[:-2] + b"\xff\x7f"}, "is 32767, outside",

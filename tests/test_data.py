@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import numpy as np
@@ -132,7 +133,7 @@ def test_windows_stay_in_the_file_at_every_small_size(T, monkeypatch):
         assert len(set((starts % T).tolist())) == order.phases  # every phase is used
         covered = {p for s in set(starts.tolist()) for p in range(s, s + T + 1)}
         assert len(covered) >= min(length, 2 * T)
-    with pytest.raises(ValueError, match="hold no window"):
+    with pytest.raises(ValueError, match="cannot hold a window"):
         TrainOrder(T, T, seed=0)
 
 
@@ -476,6 +477,9 @@ def test_open_folder(tmp_path, dtype):
     check_tokens(dataset, 199)
     with pytest.raises(ValueError, match="mine/val.bin has 200 tokens; model.block_size=200"):
         check_tokens(dataset, 200)
+    short = SimpleNamespace(name="a", train=train, val=train[:1])
+    with pytest.raises(ValueError, match="a/val.bin has 1 token; model.block_size=5"):
+        check_tokens(short, 5)
 
 
 def test_fingerprint_follows_the_tokens(tmp_path):

@@ -20,7 +20,7 @@ from scalegpt.checkpoints import manifest
 from scalegpt.checkpoints.checkpoints import open_checkpoints
 from scalegpt.checkpoints.writing import retire
 from scalegpt.config import command_line, loading
-from scalegpt.errors import Mistake
+from scalegpt.errors import Mistake, counted
 from scalegpt.files.folder import Folder, open_folder
 from scalegpt.files.run_folder import FOLDER, is_run
 from scalegpt.processes.command import run_command
@@ -238,7 +238,7 @@ def prune(flags: argparse.Namespace) -> int:
             if not flags.dry_run:
                 retire(folder / str(step))
         stay = len(good) - len(candidates)
-        print(f"{stay} checkpoint stays" if stay == 1 else f"{stay} checkpoints stay")
+        print(f"{counted(stay, 'checkpoint')} left")
     return 0
 
 

@@ -16,7 +16,7 @@ from grain.experimental import index_shuffle
 
 from scalegpt.config import BatchConfig
 from scalegpt.data.token_files import Dataset, check_tokens, open_dataset
-from scalegpt.errors import Mistake
+from scalegpt.errors import Mistake, counted
 
 __all__ = [
     "Dataset",
@@ -46,7 +46,9 @@ class TrainOrder:
 
     def __init__(self, length: int, block_size: int, seed: int, stream: int = 0):
         if length < block_size + 1:
-            raise Mistake(f"{length} tokens hold no window of block_size {block_size} + 1")
+            raise Mistake(
+                f"{counted(length, 'token')} cannot hold a window of block_size {block_size} + 1"
+            )
         self.block_size, self.seed, self.stream = block_size, seed, stream
         self.n_windows = max(1, (length - block_size) // block_size)
         self.phases = min(block_size, length - self.n_windows * block_size)
@@ -227,7 +229,9 @@ class EvalBatches:
         spread: bool = False,
     ):
         if len(tokens) < 2:
-            raise Mistake(f"a validation file of {len(tokens)} tokens has nothing to predict")
+            raise Mistake(
+                f"a validation file of {counted(len(tokens), 'token')} has nothing to predict"
+            )
         if windows is not None and windows < 1:
             raise Mistake(f"eval.windows={windows} must be at least 1, or null for all")
         self.array, self.block_size = np.asarray(tokens), block_size

@@ -31,7 +31,7 @@ from scalegpt.config import command_line
 from scalegpt.config.presets import data_folder
 from scalegpt.data.token_files import narrowest
 from scalegpt.data.tokenizer import Tokenizer, kind, load
-from scalegpt.errors import Mistake
+from scalegpt.errors import Mistake, counted
 from scalegpt.files.folder import local_path
 from scalegpt.files.json_files import read_object
 
@@ -91,8 +91,7 @@ def write_dataset(
         print("nothing separates documents: this tokenizer has no end-of-text mark")
     for split in SPLITS:
         tokens, documents = meta[split]["tokens"], meta[split]["documents"]
-        plural = "s" * (documents != 1)
-        print(f"{split}: {tokens:,} token{'s' * (tokens != 1)}, {documents:,} document{plural}")
+        print(f"{split}: {counted(tokens, 'token')}, {counted(documents, 'document')}")
     return meta
 
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from scalegpt.config.presets import recipe
 from scalegpt.config.types import LARGEST
 from scalegpt.data import tokenizer
-from scalegpt.errors import Mistake
+from scalegpt.errors import Mistake, counted
 from scalegpt.files.folder import expanded
 from scalegpt.files.formats import HEAD, known_format
 from scalegpt.files.json_files import read_object
@@ -158,7 +158,7 @@ def check_tokens(dataset: Dataset, block_size: int) -> None:
     for split, tokens in (("train", dataset.train), ("val", dataset.val)):
         if len(tokens) < block_size + 1:
             raise Mistake(
-                f"{dataset.name}/{split}.bin has {len(tokens)} tokens; model.block_size="
+                f"{dataset.name}/{split}.bin has {counted(len(tokens), 'token')}; model.block_size="
                 f"{block_size} needs at least {block_size + 1}. Lower model.block_size or use "
                 "more text (prepare.py's --val-fraction or --val-input gives more to validation)"
             )
@@ -241,14 +241,15 @@ def _map_tokens(file: Path, dtype: np.dtype, expected: int | None) -> np.memmap:
         with file.open("rb") as stream:
             kind = _foreign(stream.read(HEAD)) or "truncated or of another dtype"
         raise Mistake(
-            f"{file} has {size} bytes, not a multiple of {dtype.itemsize} ({dtype.name}): it is "
-            f"{kind}; run prepare.py again"
+            f"{file} has {counted(size, 'byte')}, not a multiple of {dtype.itemsize} "
+            f"({dtype.name}): it is {kind}; run prepare.py again"
         )
     if expected is not None and size != expected * dtype.itemsize:
         kind = "truncated" if size < expected * dtype.itemsize else "longer than it should be"
         raise Mistake(
-            f"{file} has {size} bytes but meta.json says {expected} tokens of {dtype.name}, "
-            f"{expected * dtype.itemsize} bytes: it is {kind}; copy it or run prepare.py again"
+            f"{file} has {counted(size, 'byte')} but meta.json says {counted(expected, 'token')} "
+            f"of {dtype.name}, {expected * dtype.itemsize:,} bytes: it is {kind}; copy it or run "
+            "prepare.py again"
         )
     return np.memmap(file, dtype=dtype, mode="r")
 

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from scalegpt.errors import Mistake
+from scalegpt.errors import Mistake, counted
 from scalegpt.files import json_files
 from scalegpt.files.folder import replace_file
 
@@ -85,7 +85,7 @@ class JsonlWriter:
     def close(self) -> None:
         if self._held:
             rows = self._held.count(b"\n")
-            self._say(f"warning: the last {rows} rows of {self._file.name} are lost")
+            self._say(f"warning: {self._file.name} lacks the last {counted(rows, 'row')}")
         self._file.close()
 
 

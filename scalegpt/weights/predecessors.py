@@ -18,7 +18,7 @@ from flax import serialization, traverse_util
 
 from scalegpt.config.recipe import ModelConfig
 from scalegpt.data.token_files import read_meta
-from scalegpt.errors import Mistake
+from scalegpt.errors import Mistake, counted
 from scalegpt.weights import huggingface, tensor_files
 from scalegpt.weights.tensor_files import Read, Shapes
 
@@ -74,7 +74,9 @@ def read(path: Path, n_head: int | None, block_size: int | None) -> Checkpoint:
     if path.is_file() and zipfile.is_zipfile(path):
         checkpoint = _nanogpt(path)
         if n_head not in (None, checkpoint.model.n_head):
-            raise Mistake(f"--n-head={n_head}: {path} has {checkpoint.model.n_head} heads")
+            raise Mistake(
+                f"--n-head={n_head}: {path} has {counted(checkpoint.model.n_head, 'head')}"
+            )
         return checkpoint
     return _flax(path, n_head, block_size or 1024)
 
