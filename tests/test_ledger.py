@@ -35,6 +35,21 @@ def test_phases_nest_and_sum_to_the_life_of_the_process():
     assert set(phases.LEDGER) == {place for place, _ in phases.PHASES.values()}
 
 
+def test_the_start_and_the_end_tell_in_plain_words_where_the_time_went():
+    p = phases.Phases(RUN, age=5.0)
+    for name in ("compile", "self-check", "step"):
+        p.begin(name)
+    assert str(p) == "5.0 s: imports 5.0", "phases of no time are left out"
+    zeros = dict.fromkeys((f"time/{name}" for name in ledger.TIMES), 0.0)
+    row = {"step": 9, "time": time.time() - 60, **zeros, "time/lost": 4.0, "time/compile": 1.0}
+    said = ledger.Ledger(p, [row], 9).summary()
+    assert said == (
+        "time     10 s: starting 50.0%, done again after a kill 40.0%, compiling 10.0%; "
+        "and 55 s in which it did not run"
+    )
+    assert set(ledger._WORDS) | {"down"} == set(ledger.TIMES)
+
+
 def test_each_phase_has_the_deadline_of_its_key_and_progress_renews_it():
     p = phases.Phases(RunConfig(out_dir="x", deadline_restore=7, deadline_step=3))
     with p("restore"):
@@ -75,11 +90,14 @@ def test_what_a_killed_process_did_after_its_checkpoint_is_lost():
 
 
 def test_the_ledger_of_a_run_sums_to_the_life_of_its_process(plays, tmp_path):
+    began = time.time() - phases._age()
     assert train.main(arguments(plays, tmp_path / "run", optim__steps=2, eval__every=0)) == 0
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     last = [row for row in map(json.loads, lines) if "time/step" in row][-1]
     total = sum(last[f"time/{name}"] for name in ledger.TIMES)
-    assert total == pytest.approx(last["time"] - psutil.Process().create_time(), rel=0.02)
+    assert total == pytest.approx(last["time"] - began, rel=0.02)
+    # psutil adds the date of the machine's start, which Linux tells in whole seconds.
+    assert began == pytest.approx(psutil.Process().create_time(), abs=1.1)
     assert min(last["time/step"], last["time/evaluation"], last["time/save"]) > 0
 
 

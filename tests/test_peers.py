@@ -20,7 +20,7 @@ import pytest
 from scalegpt.processes import handshake, link, stop_request
 from scalegpt.processes.deadlines import Watch
 from scalegpt.processes.group import Alone
-from scalegpt.processes.phases import PHASES, Phases, key_of
+from scalegpt.processes.phases import PHASES, Phase, Phases, key_of
 from scalegpt.processes.stop_request import StopRequest
 
 # Joins the others, then does what the test wants with `group`, `phases` and `stopping`.
@@ -460,7 +460,7 @@ with phases("save"):
     _, said = codes(running)
     assert set(ended.values()) == {5}
     both = "".join(said)
-    assert "save of step 7 takes" in both and "longer than run.deadline_save=1" in both
+    assert "save after update 7 takes" in both and "longer than run.deadline_save=1" in both
     assert f"process {stopped} (" in both, both
     assert ("does not answer" if stopped == 0 else "in step, step 7") in both
     assert all("stuck_here" in said[i] for i in ended), "the stacks of each"
@@ -498,16 +498,21 @@ time.sleep(max(0, end - time.monotonic()))
     assert ended == [0], said
 
 
-def test_what_takes_long_is_announced(capfd):
-    phases = SimpleNamespace(
-        current=SimpleNamespace(name="restore", step=0, since=time.monotonic() - 6, deadline=3600.0)
-    )
-    watching = Watch(phases, Alone())
+def test_what_takes_long_is_announced_and_its_deadline_when_that_is_near(capfd):
+    since = time.monotonic() - 6
+    phases = [
+        SimpleNamespace(current=Phase(name, 0, since, deadline))
+        for name, deadline in (("restore", 3600.0), ("compile", 10.0))
+    ]
+    watching = [Watch(p, Alone()) for p in phases]
     try:
         time.sleep(1.3)
     finally:
-        watching.close()
-    assert re.findall("^restore: [67] s so far, of at most 3600 s", capfd.readouterr().err)
+        for watch in watching:
+            watch.close()
+    first, second = sorted(capfd.readouterr().err.splitlines())
+    assert re.fullmatch("compile: [67] s so far; run.deadline_compile=10 ends the run", first)
+    assert re.fullmatch("restore: [67] s so far", second)
 
 
 def test_every_phase_has_a_deadline(tmp_path):

@@ -45,11 +45,13 @@ class Watch:
                 announced = phase.since
                 announce_after = 5.0 if once else max(5.0, phase.deadline / 20)
             elif seconds > announce_after and self._group.index == 0:
-                say(f"{phase.name}: {seconds:.0f} s so far, of at most {phase.deadline:.0f} s")
+                limit = f"; {key_of(phase.name)}={phase.deadline:g} ends the run"
+                near = seconds > phase.deadline / 4
+                say(f"{phase.name}: {seconds:.0f} s so far{limit if near else ''}")
                 announce_after *= 4
 
     def _end(self, phase: Phase, seconds: float) -> None:
-        what = f"{phase.name} of step {phase.step}" if phase.step else phase.name
+        what = f"{phase.name} after update {phase.step}" if phase.step else phase.name
         text = (
             f"{what} takes {seconds:.0f} s, longer than {key_of(phase.name)}="
             f"{phase.deadline:g}; raise that if it is slow and does not hang"

@@ -15,6 +15,17 @@ import psutil
 from scalegpt.processes.phases import LEDGER, Phases
 
 TIMES = (*LEDGER, "lost", "down")
+# What a person reads for them; "down" has words of its own.
+_WORDS = {
+    "startup": "starting",
+    "restore": "reading checkpoints",
+    "compile": "compiling",
+    "data": "waiting for data",
+    "step": "updates",
+    "evaluation": "evaluations",
+    "save": "saving",
+    "lost": "done again after a kill",
+}
 Row = dict[str, Any]
 
 
@@ -54,14 +65,14 @@ class Ledger:
         """Return a line for the person at the terminal: the share of each, largest first."""
         row = self.row()
         down = row["time/down"]
-        spent = {name: row[f"time/{name}"] for name in TIMES if name != "down"}
+        spent = {words: row[f"time/{name}"] for name, words in _WORDS.items()}
         lived = max(sum(spent.values()), 1e-9)
         shares = [
-            f"{name} {seconds / lived:.1%}"
-            for name, seconds in sorted(spent.items(), key=lambda x: -x[1])
+            f"{words} {seconds / lived:.1%}"
+            for words, seconds in sorted(spent.items(), key=lambda x: -x[1])
             if seconds >= 0.001 * lived
         ]
-        down = f"; and {down:.0f} s between processes" if down >= 1 else ""
+        down = f"; and {down:.0f} s in which it did not run" if down >= 1 else ""
         return f"time     {lived:.0f} s: {', '.join(shares)}{down}"
 
 
