@@ -2,10 +2,11 @@
 
 import io
 import json
+import logging
 import math
 import os
 import pty
-import select
+import re
 import signal
 import socket
 import struct
@@ -18,10 +19,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import terminal
+from terminal import Screen
+from tiny_run import arguments
+from tqdm import tqdm
 
 from scalegpt.config import RunConfig
 from scalegpt.model import flops
+from scalegpt.processes import exits
 from scalegpt.processes.phases import Phases
+from scalegpt.run import metrics
 from scalegpt.run.metrics import EVAL_KEYS, TRAIN_KEYS, Console, Metrics, check_packages
 from scalegpt.run.progress import Throughput
 from scalegpt.run.writers import Apart, JsonlWriter, TensorBoardWriter, WandbWriter
@@ -467,31 +474,121 @@ def test_console_without_a_terminal_is_plain_lines():
     assert stream.getvalue().splitlines() == [
         "step 1/5000 | loss 5.0000 | lr 6.00e-04",
         "step 99/5000 | loss 0.1000 | lr 6.00e-04 | 123,457 tok/s | mfu 41.2% | left 40:50",
-        "step 99/5000 | val loss 3.2500 | ± 0.0100 | perplexity 25.79 | 0.9000 bits/byte "
-        "| best 3.2000",
+        "step 99/5000 | val loss 3.2500 | ± 0.0100 | 0.9000 bits/byte | best 3.2000",
         "saved",
     ]
     assert not set("\r\x1b\x08") & set(stream.getvalue())
 
 
-def test_console_on_a_terminal_keeps_one_live_line(monkeypatch):
+def test_console_on_a_terminal_without_a_size_shows_a_live_line(monkeypatch):
     main, side = pty.openpty()  # which says that it has 0 lines of 0 columns
     with os.fdopen(side, "w") as stream:
         monkeypatch.setattr(sys, "stdout", stream)
-        console = Console(100, start_step=50)
+        console = Console(100)
         console.write(train_row(60, **{"perf/step_seconds": 2.0}))
-        console.write({"step": 60, "val/loss": 3.0})
-        console.write(train_row(100))
-        console.close()
-        stream.flush()
-        text = b""
-        while select.select([main], [], [], 1)[0]:  # a terminal hands on what it has so far
+        text = os.read(main, 1 << 16)
+        while b"60%" not in text:  # a terminal hands on what it has so far
             text += os.read(main, 1 << 16)
-        text = text.decode()
+        console.close()
     os.close(main)
-    assert "\r" in text and "step 60/100" in text and "left 01:20" in text
-    assert "step 60/100 | val loss 3.0000\r\n" in text  # stays: ends its line
-    assert "|  60%" in text and "| 100%" in text
+    assert b"\rstep 60/100  loss 0.1639  lr 6.00e-04  left 01:20 |" in text
+
+
+def test_the_live_line_stays_below_all_that_is_printed(monkeypatch):
+    """Also where others write to the same terminal: threads, Python's logs, and `exits.say`."""
+    screen, errors = Screen(), Screen()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr(sys, "stderr", errors)
+    monkeypatch.setattr(logging.root, "handlers", [handler := logging.StreamHandler(errors)])
+    monkeypatch.setattr(os, "isatty", lambda number: True)
+    monkeypatch.setattr(exits, "offer", lambda number, data: screen.write(data.decode()))
+    monkeypatch.setenv("COLUMNS", "80")
+    console = Console(600_000)
+    exits.say("compile: 5 s so far")
+    speed = {"perf/tokens_per_second": 1234567.8, "perf/step_seconds": 0.5, "perf/mfu": 0.412}
+    console.write(train_row(300_000, **speed))
+    live = screen.lines[-1]
+    assert re.fullmatch(r"step 300000/600000  loss 0.0000 .* left 41:40:00 \|.{4,}\|  50%", live)
+    assert len(live) <= 75, "^C has room"
+    console.write({"step": 300_000, "val/loss": 3.0, "val/best_loss": 2.0})
+    texts = [
+        f"{who} says the same in every line of {n}\n{who} {n}" for who in "abc" for n in "12345"
+    ]
+    threads = [threading.Thread(target=console.say, args=[text]) for text in texts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    print("a warning", file=sys.stderr)
+    logging.getLogger("orbax").warning("a log")
+    assert screen.lines[-3:] == ["a warning", "a log", live] and not errors.getvalue()
+    screen.write("^C")  # as the terminal does
+    exits.say("SIGINT: saving after this step")
+    assert screen.lines[-2:] == ["SIGINT: saving after this step", ""]
+    console.write(train_row(300_001, **speed))
+    assert screen.lines[-1].startswith("step 300001/600000  loss 0.0000")
+    console.say("x" * 100)
+    console.close()
+    assert sys.stderr is handler.stream is errors
+    first, row, *said, warning, log, stop, wide, rest, end = screen.lines
+    assert (first, row) == (
+        "compile: 5 s so far",
+        "step 300000/600000 | val loss 3.0000 | best 2.0000",
+    )
+    assert sorted(map("\n".join, zip(said[::2], said[1::2], strict=True))) == texts
+    assert (warning, log, stop) == ("a warning", "a log", "SIGINT: saving after this step")
+    assert (wide, rest, end) == ("x" * 80, "x" * 20, ""), "nothing of the live line is left"
+
+
+@pytest.mark.slow
+def test_a_run_leaves_nothing_stale_on_a_terminal_of_80_columns(plays, tmp_path):
+    live = []
+
+    def press_ctrl_c(text, its_keys):
+        line = terminal.shown(text.rpartition("\n")[2])[-1]
+        if re.fullmatch(r"step \d+/100000  loss .*left .* \|.*\| +0%", line):
+            live.append(line)
+            if len(live) == 20:
+                os.write(its_keys, b"\x03")
+
+    changes = {"optim.steps": 100_000, "checkpoint.every": 50, "eval.every": 50}
+    argv = arguments(plays, tmp_path / "run", **changes)
+    command = [sys.executable, "-m", "scalegpt.train", *argv]
+    code, text = terminal.run(command, press_ctrl_c)
+    assert code == 3 and max(map(len, live)) <= 75, text
+    lines = terminal.shown(text)
+    stop = "SIGINT: saving after this step; a second SIGINT or SIGTERM leaves at once"
+    stopped, time, *rest = [line for line in lines[lines.index(stop) + 1 :] if line]
+    assert re.fullmatch(r"stopped on request after update \d+; the same command continues", stopped)
+    assert time.startswith("time     ") and not any("|" in line for line in rest), text
+    assert not lines[-1] and not any(line.endswith("0%") for line in lines), text
+
+
+def test_in_a_notebook_there_is_a_bar_and_what_is_said_is_output(monkeypatch):
+    """tqdm's bar for notebooks needs a kernel; this stands in for it."""
+
+    class Widget(tqdm):
+        def __init__(self, **keywords):
+            super().__init__(gui=True, **keywords)
+
+        def display(self, *args, **keywords):
+            shown.append(self.desc)
+
+        def clear(self, *args, **keywords):
+            pass
+
+    shown, stream = [], io.StringIO()
+    monkeypatch.setattr(metrics, "Bar", Widget)
+    console = Console(10, stream)
+    for step in (1, 2):
+        console.write(train_row(step))
+    console.say("saved")
+    console.close()
+    assert list(dict.fromkeys(shown)) == [
+        "step 1/10  loss 5.0000  lr 6.00e-04",
+        "step 2/10  loss 3.3333  lr 6.00e-04",
+    ]
+    assert stream.getvalue() == "saved\n"
 
 
 # All together

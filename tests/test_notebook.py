@@ -64,6 +64,7 @@ def test_it_is_interrupted_and_goes_on_in_a_new_kernel(tmp_path, monkeypatch):
     assert not any(o["output_type"] == "error" for cell in outputs for o in cell)
     shown = [o["data"] for cell in outputs for o in cell if "data" in o]
     assert any("image/png" in data for data in shown)  # the curves
+    assert any("application/vnd.jupyter.widget-view+json" in data for data in shown)  # the live bar
     assert any(data["text/plain"].endswith("notebook: done>") for data in shown)
     assert sorted(rows(out_dir)) == [*range(1, 31)]
     assert any("--- after update 30" in text for text in texts)

@@ -27,8 +27,12 @@ NOTHING_TO_SAVE = "stopped; there was nothing new to save"
 
 
 def say(text: str) -> None:
-    """Write a line to standard error, past Python's buffers: a stuck thread may hold their lock."""
-    offer(2, f"{text}\n".encode())
+    """Write a line to standard error, past Python's buffers: a stuck thread may hold their lock.
+
+    On a terminal it takes the place of a live line, which comes back below with its next update.
+    """
+    clear = "\r\x1b[K" if os.isatty(2) else ""
+    offer(2, f"{clear}{text}\n".encode())
 
 
 def dump_stacks() -> None:

@@ -84,7 +84,7 @@ class StopRequest:
         """Ask the run to stop, from any thread."""
         if not self.saves:
             self._group.leave(Exit.STOPPED, f"{why}: {NOTHING_TO_SAVE}")
-        say(f"\n{why}: saving after this step; a second SIGINT or SIGTERM leaves at once")
+        say(f"{why}: saving after this step; a second SIGINT or SIGTERM leaves at once")
         self._asked_here = True
         if self._group.count == 1:
             self._last_call = 0
@@ -114,7 +114,7 @@ class StopRequest:
         call after the largest count, which is where all stop.
         """
         if self._group.index == 0 and not self._asked_here:
-            say(f"\n{why} in another process: saving after this step")
+            say(f"{why} in another process: saving after this step")
 
         def settle() -> None:
             from scalegpt.processes import agreement  # imports JAX, as little else of this room

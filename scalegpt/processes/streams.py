@@ -2,9 +2,11 @@
 
 import contextlib
 import io
+import logging
 import os
 import select
 import sys
+from typing import TextIO
 
 from scalegpt.errors import Mistake
 
@@ -70,7 +72,20 @@ def prepare(essential: bool) -> None:
         lines = stream is not None and (stream.line_buffering or stream.write_through)
         buffer = io.BufferedWriter(Output(number, essential and name == "stdout"))
         encoding = stream and stream.encoding
-        setattr(sys, name, io.TextIOWrapper(buffer, encoding, errors, line_buffering=lines))
+        put(name, io.TextIOWrapper(buffer, encoding, errors, line_buffering=lines))
+
+
+def put(name: str, stream: TextIO) -> TextIO:
+    """Put a stream in the place of sys.stdout or sys.stderr, and return what was there.
+
+    The handlers of Python's logs that write there follow: the import of Orbax makes one.
+    """
+    before = getattr(sys, name)
+    setattr(sys, name, stream)
+    for handler in logging.root.handlers:
+        if isinstance(handler, logging.StreamHandler) and handler.stream is before:
+            handler.setStream(stream)
+    return before
 
 
 def make_optional() -> None:

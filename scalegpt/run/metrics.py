@@ -8,6 +8,7 @@ import importlib.util
 import shutil
 import sys
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from scalegpt.errors import Mistake
 from scalegpt.files import run_folder
 from scalegpt.files.folder import open_folder
+from scalegpt.processes import streams
 from scalegpt.processes.phases import Phases
 from scalegpt.run import ledger
 from scalegpt.run.writers import (
@@ -29,6 +31,10 @@ from scalegpt.run.writers import (
     TrackioWriter,
     WandbWriter,
 )
+
+with warnings.catch_warnings(action="ignore"):  # a notebook may lack ipywidgets
+    from tqdm.autonotebook import tqdm as Bar  # elsewhere than in a notebook: tqdm itself
+    from tqdm.contrib import DummyTqdmFile
 
 # Scripts read these: a key is never renamed. A step is an optimizer update, a loss is in nats a
 # token, train/tokens counts from step 0 over restarts, train/spike is in deviations
@@ -71,54 +77,71 @@ _SHOWN = {
     "perf/mfu": "mfu {:.1%}",
     "val/loss": "val loss {:.4f}",
     "val/loss_stderr": "± {:.4f}",
-    "val/perplexity": "perplexity {:.2f}",
     "val/bits_per_byte": "{:.4f} bits/byte",
     "val/best_loss": "best {:.4f}",
     "train/eval_loss": "train loss {:.4f}",
 }
+# What the live line leaves out, one after the other, where it would not fit.
+_LEFT_OUT = ("train/lr", "perf/mfu", "perf/tokens_per_second")
 
 
 class Console:
-    """A console shows progress to a person: a live line on a terminal, elsewhere a line a row."""
+    """A console shows progress to a person: a live line on a terminal, a bar in a notebook,
+    elsewhere a line a row. All lines that stay come above the live one, also what Python's
+    warnings and logs write to standard error meanwhile."""
 
-    def __init__(self, total_steps: int, start_step: int = 0, stream: TextIO | None = None) -> None:
+    def __init__(self, total_steps: int, stream: TextIO | None = None) -> None:
         self._total, self._stream, self._bar = total_steps, stream or sys.stdout, None
+        self._stderr: TextIO | None = None  # Python's own, while lines go above the live one
         self.on_terminal = self._stream.isatty()
-        if self.on_terminal:
-            self._bar = tqdm(
-                total=total_steps,
-                initial=start_step,
-                file=self._stream,
-                nrows=20,  # a terminal that says 0 shows the line, too
-                bar_format="{desc} |{bar}| {percentage:3.0f}%",
-            )
 
     def say(self, text: str) -> None:
-        """Print a line that stays; on a terminal, above the live one."""
-        if self._bar is None:
-            print(text, file=self._stream, flush=True)
-        else:
-            self._bar.write(text, file=self._stream)
+        """Print a line that stays, from any thread."""
+        with tqdm.external_write_mode(self._stream):
+            self._stream.write(f"{text}\n")  # at once, for `exits.say` does not wait
+            self._stream.flush()
 
     def write(self, row: Row) -> None:
         if "time/step" in row:  # a row of the ledger, which `summary` prints once, at the end
             return
-        columns = [f"step {row['step']}/{self._total}"]
-        columns += [form.format(row[key]) for key, form in _SHOWN.items() if key in row]
-        columns += [f"{key} {row[key]:.4g}" for key in row if _of_task(key)]
+        columns = {"step": f"step {row['step']}/{self._total}"}
+        columns |= {key: form.format(row[key]) for key, form in _SHOWN.items() if key in row}
+        columns |= {key: f"{key} {row[key]:.4g}" for key in row if _of_task(key)}
         if "perf/step_seconds" in row:  # without evaluations and saves, which come on top
             left = (self._total - row["step"]) * row["perf/step_seconds"]
-            columns.append(f"left {tqdm.format_interval(left)}")
-        if self._bar is None or "train/loss" not in row:
-            self.say(" | ".join(columns))
+            columns["left"] = f"left {tqdm.format_interval(left)}"
+        live = self.on_terminal or Bar is not tqdm
+        if live and "train/loss" in row:
+            self._show(row["step"], columns)
         else:
-            self._bar.n = row["step"]
-            self._bar.ncols = shutil.get_terminal_size().columns  # tqdm itself may find 0
-            self._bar.set_description_str("  ".join(columns))
+            self.say(" | ".join(columns.values()))
+
+    def _show(self, step: int, columns: dict[str, str]) -> None:
+        if self._bar is None:  # not before: what compiles has much to say
+            self._bar = Bar(
+                total=self._total,
+                file=self._stream,
+                nrows=20,  # a terminal that says 0 shows the line, too
+                leave=not self.on_terminal,
+                bar_format="{desc} |{bar}| {percentage:3.0f}%",
+            )
+            if self.on_terminal and sys.stderr.isatty():
+                self._stderr = streams.put("stderr", DummyTqdmFile(self._stream))
+        if self.on_terminal:
+            # Room for ^C, which would make it two lines; tqdm itself may find 0 columns.
+            self._bar.ncols = shutil.get_terminal_size().columns - 5
+            for key in _LEFT_OUT:
+                if len("  ".join(columns.values())) > self._bar.ncols - len(" |12345678| 100%"):
+                    columns.pop(key, None)
+        self._bar.n = step
+        self._bar.set_description_str("  ".join(columns.values()))
 
     def close(self) -> None:
+        """Take the live line away; a notebook keeps its bar."""
         if self._bar is not None:
             self._bar.close()
+        if self._stderr is not None:
+            streams.put("stderr", self._stderr)
 
 
 def check_packages(log: Any) -> None:
@@ -158,7 +181,7 @@ class Metrics:
         self._stalled: Row = {}
         if not is_main:
             return
-        console = Console(total_steps, resume_step or 0, stream)
+        console = Console(total_steps, stream)
         folder = run_folder.local(out_dir)
         # The first writer, as it refuses a folder that holds another run.
         jsonl = JsonlWriter(folder / "metrics.jsonl", resume_step, console.say)
