@@ -8,7 +8,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import yaml
 from conftest import ROOT
@@ -18,7 +20,8 @@ from scalegpt.config.differences import curve_diff
 from scalegpt.config.recipe import ModelConfig
 from scalegpt.model.flops import parameter_count
 from scalegpt.processes.command import python
-from scalegpt.run.reports import cpu_line, muon_line, unread_line
+from scalegpt.run import reports
+from scalegpt.run.reports import muon_line, unread_line
 from scalegpt.train import FLAGS
 
 GIVEN = ["--data.path=text", "--run.out_dir=out/x"]
@@ -676,11 +679,24 @@ def test_the_start_names_what_nothing_reads():
         assert unread_line(parse(*silent, *GIVEN)) == ""
 
 
-def test_the_start_says_how_long_a_large_run_takes_on_a_cpu():
-    said = cpu_line(parse(*GIVEN).with_vocab(50257))
+def test_the_start_warns_of_a_run_that_is_absurd_and_names_one_to_begin_from():
+    config = parse(*GIVEN, "--data.path=my text").with_vocab(50257)
+    data = SimpleNamespace(name="my text", train=np.zeros(102_400 + 1024, np.uint16))
+    passes = reports.epochs(config, [data], config.optim.steps)
+    assert passes == {"my text": 600_000 * 480 / 100}
+    seconds, speed = reports.least_seconds(config)
     # 6 x 123.6M + 6 x 12 x 1024 x 768 FLOPs a token, 600,000 updates of 491,520 tokens.
-    assert "2.4e+20 FLOPs, 7 years at" in said and "configs/demo.yaml" in said
-    assert cpu_line(parse("--config=demo").with_vocab(256)) == ""
+    assert speed == "(2.4e+20 FLOPs at 1 TFLOP/s, about what a fast CPU does)"
+    said = "\n".join(reports.advice(config, passes, seconds, speed))
+    assert "reads my text 2,880,000 times and takes 7 years (2.4e+20 FLOPs at" in said
+    assert "train --config demo --data.path='my text' --run.out_dir=" in said
+    # The first updates tell the pace; what the start has warned of is not repeated.
+    assert "about 7 days for the 599,998 updates to come" in reports.pace(config, 2, 7 * 86400)
+    assert "warning" not in reports.pace(config, 2, 7 * 86400)
+    demo = parse("--config=demo").with_vocab(256)
+    assert reports.advice(demo, {"python_stdlib": 0.2}, *reports.least_seconds(demo)) == []
+    assert "warning: this run takes 7 days at this pace" in reports.pace(demo, 2, 7 * 86400)
+    assert reports.pace(demo, 2, 300).endswith("about 5 minutes for the 2,398 updates to come")
 
 
 def test_what_to_type_next_begins_with_the_python_that_runs(tmp_path, monkeypatch):

@@ -648,7 +648,15 @@ def test_norms_epoch_and_training_loss_are_logged_as_asked(data, tmp_path, capsy
     argv = arguments(data, tmp_path / "run", **changes, **{"eval.train_windows": windows})
     assert train.main(argv) == 0
     said = capsys.readouterr().out
-    assert "decay    0.1 on 10 of 15 tensors, " in said, said
+    tokens = len(np.fromfile(data / "train.bin", "<u2"))
+    characters = len(set(TEXT))
+    for line in (
+        f"data     plays ({tokens:,} tokens), tokenizer char, vocabulary of {characters}\n",
+        "decay    weight decay 0.1 on 10 of 15 tensors, ",
+        "update   256 tokens: 16 sequences of 16, 8 at a time\n",
+        f"run      4 updates, 1,024 tokens, {4 * ROWS / (windows - 1):.2f} epochs of plays\n",
+    ):
+        assert line in said, said
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     with_norms = [row for row in map(json.loads, lines) if any(k[:5] == "norm/" for k in row)]
     assert [row["step"] for row in with_norms] == [2, 4]

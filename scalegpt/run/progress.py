@@ -5,12 +5,13 @@ from collections.abc import Callable
 from typing import Any
 
 from scalegpt.config import Config
-from scalegpt.data.batches import TrainOrder
 from scalegpt.data.token_files import Dataset
 from scalegpt.processes.exits import Exit
 from scalegpt.processes.phases import Phases
 from scalegpt.run import reports
 from scalegpt.run.metrics import Metrics
+
+_ENOUGH = 5.0  # seconds of updates that tell how long the run takes
 
 
 class Ended(Exception):
@@ -68,6 +69,7 @@ class Progress:
         self._metrics, self._phases, self._first = metrics, phases, start + 1
         self._throughput = Throughput(phases.training, mfu)
         self._unread: tuple[int, dict[str, Any]] | None = None
+        self._paced_from: float | None = None  # seconds of training before the second update
 
     def dispatched(self, step: int, values: dict[str, Any]) -> None:
         """Take the metrics of update `step`, which the device has just been given.
@@ -99,13 +101,30 @@ class Progress:
             length = config.model.block_size
             row["train/tokens"] = config.batch.rows_after(step) * length
             if len(self._datasets) == 1:
-                windows = TrainOrder(len(self._datasets[0].train), length, 0).n_windows
-                row["train/epoch"] = config.batch.rows_after(step) / windows
+                (row["train/epoch"],) = reports.epochs(config, self._datasets, step).values()
             speed = self._throughput.read(step, config.batch.sequences_at(step) * length)
             self._metrics.train(row | speed)
         self._phases.progress(step)
+        self._say_pace(step)
         if not finite and int(values["nonfinite"]) > config.run.skip_nonfinite:
             raise NotFinite(step)
+
+    def _say_pace(self, step: int) -> None:
+        """Say once how long the run takes, as soon as a few seconds of updates can tell."""
+        if step == self._first:
+            self._paced_from = self._phases.training()
+        if self._paced_from is None:
+            return
+        seconds = self._phases.training() - self._paced_from
+        if seconds >= _ENOUGH:
+            self._paced_from = None
+            rows = self._config.batch.rows_after
+            done, to_come = (
+                rows(step) - rows(self._first),
+                rows(self._config.optim.steps) - rows(step),
+            )
+            if (left := seconds / done * to_come) >= 60:
+                self._metrics.say(reports.pace(self._config, step, left))
 
 
 class Throughput:

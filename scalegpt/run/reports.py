@@ -15,10 +15,13 @@ from scalegpt.checkpoints.writing import Failure
 from scalegpt.config import Config
 from scalegpt.config.differences import unread
 from scalegpt.config.recipe import MUON, muons
+from scalegpt.data.batches import TrainOrder
 from scalegpt.data.datasets import windows_of
 from scalegpt.data.token_files import Dataset
+from scalegpt.data.tokenizer import kind
+from scalegpt.errors import counted
 from scalegpt.files import run_folder
-from scalegpt.model.flops import flops_per_token
+from scalegpt.model.flops import flops_per_token, peak_flops
 from scalegpt.processes.command import python
 from scalegpt.run.curves import text_plot
 from scalegpt.run.history import read_history, read_rows
@@ -29,31 +32,104 @@ from scalegpt.step.optimizer import decay_mask
 
 
 def describe(config: Config, datasets: list[Dataset], steps: Steps) -> str:
-    """Describe what is about to run, in a few lines."""
+    """Describe what is about to run, in a few lines, and warn of a run that makes little sense."""
     devices, (accumulation, microbatch) = jax.devices(), steps.layout
-    mesh = " x ".join(f"{a} {n}" for a, n in steps.mesh.shape.items() if n > 1) or "one device"
+    where = [f"{len(devices)} x {devices[0].device_kind}"]
     if jax.process_count() > 1:
-        mesh = f"{jax.process_count()} processes, {mesh}"
-    tokens = config.batch.sequences * config.model.block_size
-    text = ", ".join(f"{d.name} ({len(d.train):,} tokens)" for d in datasets)
+        where.append(f"{jax.process_count()} processes")
+    if axes := " x ".join(f"{a} {n}" for a, n in steps.mesh.shape.items() if n > 1):
+        where.append(f"mesh {axes}")
+    where += [config.run.backend] if config.run.backend != "jit" else []
+    tokens = counted(config.batch.sequences * config.model.block_size, "token")
+    sizes = ", ".join(f"{d.name} ({counted(len(d.train), 'token')})" for d in datasets)
+    parts = f", {microbatch} at a time" if accumulation > 1 else ""
     growth = sorted(config.batch.growth.items())
-    later = "".join(f"; from update {update:,} on {n:,} sequences" for update, n in growth)
-    lines = depth_line(config), muon_line(config), unread_line(config)
-    recipe = [f"recipe   {line}" for line in lines if line]
+    later = "".join(f"; from update {update:,} on {counted(n, 'sequence')}" for update, n in growth)
+    total = config.batch.rows_after(config.optim.steps) * config.model.block_size
+    passes = epochs(config, datasets, config.optim.steps)
+    recipe = depth_line(config), muon_line(config), unread_line(config)
     return "\n".join(
         [
-            *recipe,
-            f"model    {steps.parameters:,} parameters, {steps.model.dtype} products,"
-            f" attention {steps.model.attention}",
-            f"data     {text}",
-            f"devices  {len(devices)} x {devices[0].device_kind}, {mesh}, {config.run.backend}",
-            f"decay    {config.optim.weight_decay:g} on {_decaying(config, steps)}",
-            f"update   {tokens:,} tokens = {accumulation} x {microbatch} sequences of "
-            f"{config.model.block_size}{later}",
-            f"run      {config.optim.steps:,} updates into {config.run.out_dir}",
-            *([f"warning: {line}"] if (line := cpu_line(config)) else ()),
+            *[f"recipe   {line}" for line in recipe if line],
+            f"model    {steps.parameters:,} parameters, matrix products in {steps.model.dtype},"
+            f" attention by {steps.model.attention}",
+            f"data     {sizes}, tokenizer {kind(datasets[0].tokenizer)}, vocabulary of "
+            f"{max(d.vocab_size for d in datasets):,}",
+            f"devices  {', '.join(where)}",
+            f"decay    weight decay {config.optim.weight_decay:g} on {_decaying(config, steps)}",
+            f"update   {tokens}: {counted(config.batch.sequences, 'sequence')} of "
+            f"{config.model.block_size}{parts}{later}",
+            f"run      {counted(config.optim.steps, 'update')}, {counted(total, 'token')}, "
+            + ", ".join(f"{_times(n)} epochs of {name}" for name, n in passes.items()),
+            f"folder   {config.run.out_dir}",
+            *advice(config, passes, *least_seconds(config)),
         ]
     )
+
+
+def epochs(config: Config, datasets: list[Dataset], step: int) -> dict[str, float]:
+    """Return how often the updates 1 to `step` read each data set, by its name."""
+    rows, length = config.batch.rows_after(step), config.model.block_size
+    return {
+        d.name: rows * weight / TrainOrder(len(d.train), length, 0).n_windows
+        for d, weight in zip(datasets, config.data.weights.values(), strict=True)
+    }
+
+
+def least_seconds(config: Config) -> tuple[float, str]:
+    """Return the seconds that a run takes at least on the devices that JAX has, and at which speed.
+
+    They are 0 on a device whose peak is not known.
+    """
+    devices, tokens = jax.devices(), config.batch.rows_after(config.optim.steps)
+    flops = tokens * config.model.block_size * flops_per_token(config.model)
+    rate, whose = 1e12, "about what a fast CPU does"
+    if devices[0].platform != "cpu":
+        rate = len(devices) * (peak_flops(devices[0].device_kind) or math.inf)
+        whose = "the peak of these devices"
+    return flops / rate, f"({flops:.1e} FLOPs at {rate / 1e12:,.0f} TFLOP/s, {whose})"
+
+
+def advice(config: Config, passes: dict[str, float], seconds: float, speed: str) -> list[str]:
+    """Warn of a run that reads its data hundreds of times, or takes too long for its devices, and
+    name a run to begin from; [] for one that makes sense.
+
+    passes: as `epochs` returns. seconds: how long the run takes at this speed.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    faults = [f"reads {name} {_times(n)} times" for name, n in passes.items() if n >= 100]
+    if seconds >= (1 if on_cpu else 60) * 86400:
+        faults.append(f"takes {span(seconds)} {speed}")
+    if not faults:
+        return []
+    path, out_dir = config.data.path, shlex.quote(f"{config.run.out_dir}_small")
+    data = f" --data.path={shlex.quote(path)}" if isinstance(path, str) else ""
+    return [
+        f"warning: this run {' and '.join(faults)}",
+        "  lower optim.steps, or begin with a small run:",
+        f"  {python()} -m scalegpt.train --config {'demo' if on_cpu else 'shakespeare_char'}{data} "
+        f"--run.out_dir={out_dir}",
+    ]
+
+
+def pace(config: Config, step: int, seconds: float) -> str:
+    """Say how long the updates after `step` take at the speed of the first ones."""
+    left = config.optim.steps - step
+    line = f"pace     about {span(seconds)} for the {counted(left, 'update')} to come"
+    warned = advice(config, {}, *least_seconds(config))  # at the start
+    return "\n".join([line, *([] if warned else advice(config, {}, seconds, "at this pace"))])
+
+
+def span(seconds: float) -> str:
+    """Return a length of time in the largest unit that it has two of, as 90 minutes or 7 years."""
+    for unit, size in (("years", 365 * 86400), ("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.0f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+def _times(n: float) -> str:
+    return f"{n:,.0f}" if n >= 10 else f"{n:.2f}"
 
 
 def _decaying(config: Config, steps: Steps) -> str:
@@ -111,20 +187,6 @@ def unread_line(config: Config) -> str:
         if (value := getattr(values, key)) != default and not derived:
             given.append(f"{name}={value} ({why})")
     return f"not read: {', '.join(given)}" if given else ""
-
-
-def cpu_line(config: Config) -> str:
-    """Say how long a run takes at least on the CPU that JAX has; "" below a day, or elsewhere."""
-    tokens = config.batch.rows_after(config.optim.steps) * config.model.block_size
-    flops = tokens * flops_per_token(config.model)
-    days = flops / 1e12 / 86400
-    if days < 1 or jax.default_backend() != "cpu":
-        return ""
-    age = f"{days:,.0f} days" if days < 730 else f"{days / 365:,.0f} years"
-    return (
-        f"this run is {flops:.1e} FLOPs, {age} at 1 TFLOP/s, about what a fast CPU does; runs for "
-        "a CPU: --config configs/demo.yaml, --config configs/shakespeare_char_cpu.yaml"
-    )
 
 
 def finish(config: Config, checkpoints: Checkpoints, best_loss: float, metrics: Metrics) -> None:
