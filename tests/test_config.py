@@ -317,8 +317,9 @@ def test_a_mistake_names_the_file_and_the_command_line_that_made_it(in_yaml):
             ["model.position=rope", "even", "3"],
         ),
         (["--optim.lr=1e-6"], ["optim.min_lr=6e-05", "optim.lr=1e-06"]),
-        (["--optim.steps=10"], ["optim.warmup_steps=2000", "update 10"]),
-        (["--optim.decay_steps=1999"], ["optim.warmup_steps=2000", "update 1999"]),
+        (["--optim.steps=9", "--optim.warmup_steps=10"], ["optim.warmup_steps=10", "update 9"]),
+        (["--optim.decay_steps=9", "--optim.warmup_steps=10"], ["optim.warmup_steps=10", "end"]),
+        (["--optim.warmup_steps=600001"], ["optim.warmup_steps=600001", "update 600000"]),
         # The mesh.
         (["--mesh.fsdp=-1"], ["only one mesh axis can be -1", "data, fsdp"]),
         (["--mesh.tensor=0"], ["mesh.tensor=0"]),
@@ -576,6 +577,41 @@ OTHER = {  # a value that differs from the default, where adding one will not do
     "log.wandb_tags": "a,b",
     "mesh.data": 2,
 }
+
+
+@pytest.mark.parametrize(
+    ("argv", "steps", "warmup"),
+    [
+        (["--optim.steps=20"], 20, 2),
+        (["--optim.steps=5"], 5, 0),
+        (["--optim.steps=100"], 100, 100),  # it fits, as it always has
+        (["--optim.decay_steps=60", "--optim.schedule=linear"], 2400, 6),
+        (["--optim.steps=105", "--optim.schedule=wsd"], 105, 10),
+        (["--optim.steps=105", "--optim.schedule=wsd", "--optim.cooldown=0.95"], 105, 5),
+    ],
+)
+def test_a_short_trial_shortens_the_warm_up_that_the_config_has(
+    argv, steps, warmup, tmp_path, capsys
+):
+    """Of 100 updates, in the demo of 2400."""
+    config = parse("--config=demo", *argv)
+    assert (config.optim.steps, config.optim.warmup_steps) == (steps, warmup)
+    said = f"note: optim.warmup_steps=100 does not fit into {config.optim.decay_steps or steps} updates"
+    assert (f"{said}, and is {warmup} here;" in capsys.readouterr().err) == (warmup != 100)
+    # The run that is stored says what it used, and the same command continues it.
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert parse(f"--config={tmp_path}/config.yaml") == config == parse("--config=demo", *argv)
+
+
+def test_a_default_warm_up_yields_and_one_that_is_given_with_the_updates_does_not(in_yaml, capsys):
+    assert parse(in_yaml("optim: {steps: 300}"), *GIVEN).optim.warmup_steps == 30
+    assert "warmup_steps=2000 does not fit into 300 updates, and is 30 here" in (
+        capsys.readouterr().err
+    )
+    assert "is beyond the end" in mistake(in_yaml("optim: {steps: 30, warmup_steps: 31}"), *GIVEN)
+    # What a stored run says is never changed.
+    with pytest.raises(ValueError, match="beyond the end"):
+        loading.validate({**MINIMAL, "optim": {"steps": 300}}, "stored")
 
 
 def test_curve_diff_names_each_key_that_changes_the_curve_and_no_other():

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
 from scalegpt.config import BatchConfig, Config, DataConfig, EvalConfig, RunConfig
-from scalegpt.config.loading import load, nearest, parse_yaml, validate
+from scalegpt.config.loading import load, nearest, parse_yaml, with_overrides
 from scalegpt.config.predecessors import advice
 from scalegpt.errors import Mistake
 
@@ -45,14 +45,10 @@ def parse(
     for section, keys in (defaults or {}).items():
         if isinstance(stored := values.get(section, {}), dict):
             values[section] = {**keys, **stored}
-    for section, keys in overrides.items():
-        stored = values.get(section, {})
-        if isinstance(stored, dict):  # else the file is wrong, and `validate` will say so
-            values[section] = {**stored, **keys} if isinstance(keys, dict) else keys
     source = "this command line"
     if flag_values.config:
         source = f"{flag_values.config} with {source}" if overrides else flag_values.config
-    return validate(values, source), flag_values
+    return with_overrides(values, overrides, source), flag_values
 
 
 class _BatchOnCommandLine(BatchConfig):

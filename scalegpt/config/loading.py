@@ -2,6 +2,7 @@
 
 import difflib
 import reprlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +62,11 @@ def _name(path: str | Path) -> str:
     return Path(path).as_posix().removeprefix("configs/").removesuffix(".yaml")
 
 
-def validate(values: dict[str, Any], source: str) -> Config:
+def validate(values: dict[str, Any], source: str, notes: list[str] | None = None) -> Config:
     """Return the configuration with these sections, which come from `source`, as messages call it.
 
-    Raises Mistake: one line for each mistake, with the key, the value and the fix.
+    notes: where given, a warm-up that is too long for the run is shortened, and a line in this list
+    says so. Raises Mistake: one line for each mistake, with the key, the value and the fix.
     """
     if "arms" in values:
         raise Mistake(
@@ -73,10 +75,31 @@ def validate(values: dict[str, Any], source: str) -> Config:
     for name in ("data", "run"):  # a missing section is reported as its key data.path is
         values = {**values, name: values.get(name, {})}
     try:
-        return Config.model_validate(values)
+        return Config.model_validate(values, context=notes)
     except ValidationError as error:
         lines = [_explain(detail) for detail in error.errors()]
         raise Mistake("\n  ".join([f"{source} makes no run:", *lines])) from None
+
+
+def with_overrides(values: dict[str, Any], overrides: dict[str, Any], source: str) -> Config:
+    """Return the configuration of a file's sections with `overrides`, sections too, over them.
+
+    A warm-up that was not given together with the number of updates yields to it, with a note: who
+    tries a config with --optim.steps=20 has no warm-up in mind. Raises Mistake as `validate`.
+    """
+    values = {**values}
+    for section, keys in overrides.items():
+        stored = values.get(section, {})
+        if isinstance(stored, dict):  # else the file is wrong, and `validate` will say so
+            values[section] = {**stored, **keys} if isinstance(keys, dict) else keys
+    optim, notes = overrides.get("optim", {}), list[str]()
+    if not (isinstance(optim, dict) and {"steps", "decay_steps"} & optim.keys()):
+        optim = values.get("optim", {})
+    together = isinstance(optim, dict) and "warmup_steps" in optim
+    config = validate(values, source, None if together else notes)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    return config
 
 
 def validate_sections(values: dict[str, Any], source: str) -> Config:

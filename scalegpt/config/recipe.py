@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 
 from scalegpt.config.types import (
     Amount,
@@ -229,8 +229,10 @@ class OptimConfig(Section):
         return values
 
     @model_validator(mode="after")
-    def _check(self) -> "OptimConfig":
-        end = self.decay_steps or self.steps
+    def _check(self, info: ValidationInfo) -> "OptimConfig":
+        end, warmup = self.decay_steps or self.steps, self.warmup_steps
+        room = end - round(self.cooldown * end) if self.schedule == "wsd" else end
+        fits = warmup <= room or warmup == end
         if self.schedule != "constant" and self.min_lr > self.lr:
             raise Mistake(
                 f"optim.min_lr={self.min_lr} is above optim.lr={self.lr}; set --optim.min_lr too"
@@ -245,19 +247,26 @@ class OptimConfig(Section):
                 f"optim.{given[0]}={getattr(self, given[0])} is Muon's, and optim.name=adamw has "
                 "one learning rate for all; leave it out, or set --optim.name=muon"
             )
-        if self.warmup_steps > end:
-            raise Mistake(
-                f"optim.warmup_steps={self.warmup_steps} is beyond the end of the decay, "
-                f"update {end}; lower it or raise optim.steps"
-            )
-        if self.schedule == "wsd" and end - round(self.cooldown * end) < self.warmup_steps < end:
-            raise Mistake(
-                f"optim.warmup_steps={self.warmup_steps} reaches into wsd's cooldown, the last "
-                f"{self.cooldown:.0%} of {end} updates, where the rate would jump; lower either"
-            )
         if self.cautious_decay and not self.weight_decay:
             raise Mistake(
                 "optim.cautious_decay=true decays nothing with optim.weight_decay=0, which is "
                 "Muon's default; set --optim.weight_decay too"
+            )
+        if not fits and info.context is not None:  # loading.validate's notes
+            shorter = min(end // 10, room)
+            info.context.append(
+                f"optim.warmup_steps={warmup} does not fit into {end:,} updates, and is {shorter} "
+                "here; --optim.warmup_steps=N sets it"
+            )
+            return self.model_copy(update={"warmup_steps": shorter})
+        if warmup > end:
+            raise Mistake(
+                f"optim.warmup_steps={warmup} is beyond the end of the decay, "
+                f"update {end}; lower it or raise optim.steps"
+            )
+        if not fits:
+            raise Mistake(
+                f"optim.warmup_steps={warmup} reaches into wsd's cooldown, the last "
+                f"{self.cooldown:.0%} of {end} updates, where the rate would jump; lower either"
             )
         return self
