@@ -54,6 +54,7 @@ from scalegpt.run.replay import replay
 from scalegpt.run.resume import (
     carry_over,
     initial_state,
+    lasting,
     lock,
     open_to_save,
     rows_to_keep,
@@ -159,7 +160,7 @@ def train(config: Config, group: Group | Alone, phases: Phases, stop: StopReques
     in_use = lock(config) if is_main else None
     checkpoints = open_to_save(config)
     meta = {
-        "config": config.model_dump(),
+        "config": lasting(config).model_dump(),
         "tokenizer": datasets[0].tokenizer,
         "data": {d.name: d.fingerprint for d in datasets},
         "best_loss": math.inf,

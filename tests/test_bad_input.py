@@ -462,6 +462,13 @@ for name, argv, files, *words in [
 
 # Commands that use a trained model: which one.
 CKPT = "checkpoints/2/"
+# What a word without its flag is.
+for command, word, near in [
+    ("generate", "configs/demo.yaml", "--run out/demo"), ("evaluate", "demo", "--run out/demo"),
+    ("evaluate", "eval_gpt2", "--config eval_gpt2"), ("generate", "gpt2", "--hf gpt2"),
+    ("generate", "runs/a", "--run runs/a"), ("generate", "To be", "--prompt 'To be'"),
+]:
+    bad(f"the word {word}", command, [word], f"unknown argument {word}; did you mean {near}?")
 for command, rest in (("generate", ["--prompt=green"]), ("evaluate", [])):
     for name, argv, files, *words in [
         ("no model", [], {}, "--run", "--hf", "required"),

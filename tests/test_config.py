@@ -267,7 +267,16 @@ def test_a_mistake_names_the_file_and_the_command_line_that_made_it(in_yaml):
         (["--backend=nccl"], ["the same command on every host"]),
         (["--n_layer=4"], ["did you mean --model.n_layer?"]),
         (["--n_layer", "4"], ["did you mean --model.n_layer?"]),
+        (
+            ["--init_from=gpt2", "--lrr=1", "--bar", "7"],
+            ["mean --optim.lr?", "argument --bar; see"],
+        ),
+        (["--start=To be"], ["here that is --prompt of python -m scalegpt.generate"]),
         (["config/x.py"], ["here that is --config FILE"]),
+        (["--config=config/x.py"], ["config/x.py is Python; here that is --config FILE"]),
+        (["--config=config/train_shakespeare_char.py"], ["configs/: --config shakespeare_char"]),
+        (["demo"], ["did you mean --config demo?"]),
+        (["ablations/char-cpu"], ["did you mean --config ablations/char_cpu?"]),
         (["configs/demo.yaml"], ["did you mean --config configs/demo.yaml?"]),
         (["--config=ablations/char_cpu"], ["several arms", "tools/ablation.py"]),
         (["--mesh.dat=2"], ["did you mean --mesh.data?"]),  # not --data
@@ -596,8 +605,9 @@ def test_a_short_trial_shortens_the_warm_up_that_the_config_has(
     """Of 100 updates, in the demo of 2400."""
     config = parse("--config=demo", *argv)
     assert (config.optim.steps, config.optim.warmup_steps) == (steps, warmup)
-    said = f"note: optim.warmup_steps=100 does not fit into {config.optim.decay_steps or steps} updates"
-    assert (f"{said}, and is {warmup} here;" in capsys.readouterr().err) == (warmup != 100)
+    end = config.optim.decay_steps or steps
+    said = f"optim.warmup_steps=100 does not fit into {end} updates, and is {warmup} here;"
+    assert (f"note: {said}" in capsys.readouterr().err) == (warmup != 100)
     # The run that is stored says what it used, and the same command continues it.
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     assert parse(f"--config={tmp_path}/config.yaml") == config == parse("--config=demo", *argv)
@@ -673,7 +683,16 @@ def test_config_changes_are_allowed_by_key(in_yaml):
         assert run.allows("data.path") and not run.allows("optim.steps")
     assert parse(*GIVEN, "--run.allow_config_change=optim.lr,data.path").run == run
     assert allowed("true").run.allows("optim.lr") and not allowed("false").run.allows("optim.lr")
-    assert "allow_config_change='maybe'" in mistake(*GIVEN, "--run.allow_config_change=maybe")
+    for value, said in (
+        ("maybe", "maybe is no key; see --help"),
+        ("optim.lr,seed", "seed is no key; did you mean run.seed?"),
+        (
+            "[optim.stesp, data.pth]",
+            "optim.stesp is no key; did you mean optim.steps?\n  data.pth is",
+        ),
+    ):
+        message = mistake(*GIVEN, f"--run.allow_config_change={value}")
+        assert "run.allow_config_change=" in message and said in message
 
 
 # --- one dial

@@ -1,15 +1,21 @@
 """`--section.key=value` and flags become a validated run; each mistake becomes one clear line."""
 
 import argparse
+import difflib
 import os
+import shlex
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
 from scalegpt.config import BatchConfig, Config, DataConfig, EvalConfig, RunConfig
-from scalegpt.config.loading import load, nearest, parse_yaml, with_overrides
+from scalegpt.config.loading import known_keys, load, nearest, parse_yaml, with_overrides
 from scalegpt.config.predecessors import advice
+from scalegpt.config.presets import own_configs
+from scalegpt.config.recipe import GPT2_SIZES
 from scalegpt.errors import Mistake
 
 
@@ -48,7 +54,18 @@ def parse(
     source = "this command line"
     if flag_values.config:
         source = f"{flag_values.config} with {source}" if overrides else flag_values.config
-    return with_overrides(values, overrides, source), flag_values
+    config = with_overrides(values, overrides, source)
+    _check_allowed(config.run.allow_config_change)
+    return config, flag_values
+
+
+def _check_allowed(keys: bool | list[str]) -> None:
+    """Raise Mistake for a name that is no key: the change that is meant would be refused later."""
+    known = known_keys()
+    if unknown := [key for key in keys if key not in known] if isinstance(keys, list) else []:
+        near = [nearest(key, known) or "see --help" for key in unknown]
+        lines = [f"{k} is no key; {hint}" for k, hint in zip(unknown, near, strict=True)]
+        raise Mistake("\n  ".join([f"run.allow_config_change={','.join(keys)}:", *lines]))
 
 
 class _BatchOnCommandLine(BatchConfig):
@@ -86,6 +103,8 @@ class _CommandLine(Config, BaseSettings):
 class Parser(argparse.ArgumentParser):
     """Every command parses its flags with this; a mistake is one line, not the usage of all."""
 
+    _unknown: Sequence[str] = ()  # words of the last command line that no flag takes
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Refuse a text flag that is empty or given twice; argparse would silently keep the last.
 
@@ -107,23 +126,64 @@ class Parser(argparse.ArgumentParser):
             if value == "":
                 raise Mistake(f"{name}='' is empty; give a value, or leave it out")
             given[name] = value
+        # First without what is required: that something is unknown says more than that, say, --run
+        # is missing.
+        required = [x for x in (*self._mutually_exclusive_groups, *self._actions) if x.required]
+        for part in required:
+            part.required = False
+        try:
+            self._unknown = super().parse_known_args(args)[1]
+        finally:
+            for part in required:
+                part.required = True
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Raise Mistake, naming the nearest flag, where argparse would print its usage and exit."""
-        if message.startswith("unrecognized arguments: "):
-            flag = (message.removeprefix("unrecognized arguments: ").split() or ["''"])[0]
-            known = [name.removeprefix("--") for name in self._option_string_actions]
-            if flag.endswith(".py"):
-                near = advice("config/x.py", known)
-            elif flag.endswith(".yaml") and "config" in known:
-                near = f"did you mean --config {flag}?"
-            else:
-                near = nearest(flag.removeprefix("--"), known, "--")
-            raise Mistake(f"unknown argument {flag}; {near or 'see --help'}")
+        # A word after an unknown flag is its value.
+        pairs = zip(["", *self._unknown], self._unknown, strict=False)
+        unknown = [
+            word
+            for before, word in pairs
+            if word.startswith("-") or not before.startswith("--") or "=" in before
+        ]
+        if message.startswith("unrecognized arguments") or ("required" in message and unknown):
+            lines = [f"unknown argument {w or repr(w)}; {self._near(w)}" for w in unknown]
+            raise Mistake("\n  ".join(lines))
         if message.endswith("expected one argument"):
             message += "; where its value begins with -, write FLAG=VALUE"
         raise Mistake(f"{message}; see --help")
+
+    def _near(self, word: str) -> str:
+        """Return a clause that says what to type instead of an unknown word."""
+        known = [name.removeprefix("--") for name in self._option_string_actions]
+        if word.endswith(".py"):
+            return advice("config/x.py", known) or "see --help"
+        if not word.startswith("-"):
+            if flag := _flag_for(word, known):
+                return f"did you mean {flag}?"
+        return nearest(word.removeprefix("--"), known, "--") or "see --help"
+
+
+def _flag_for(word: str, known: list[str]) -> str:
+    """Return a flag with `word` as its value, or with what `word` stands for; or ""."""
+    if "run.out_dir" in known:  # a command that takes a configuration
+        names = [word] if word.endswith(".yaml") else difflib.get_close_matches(word, own_configs())
+        return f"--config {names[0]}" if names else ""
+    if "run" not in known:
+        return ""
+    if word in GPT2_SIZES:
+        return f"--hf {word}"
+    try:
+        section = load(word).get("run")
+    except Mistake:  # it is no config
+        if "/" in word or Path(word).is_dir():
+            return f"--run {word}"
+        return f"--prompt {shlex.quote(word)}" if "prompt" in known else ""
+    run = section if isinstance(section, dict) else {}
+    if "init_from" in run and "config" in known:
+        return f"--config {word}"
+    return f"--run {run.get('out_dir', word)}"
 
 
 def _mapping(flag: str, value: Any) -> Any:

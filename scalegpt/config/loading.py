@@ -30,6 +30,10 @@ def load(path: str | Path) -> dict[str, Any]:
     path: a file, or the name of one of scalegpt's own: `demo`, `demo.yaml`, `configs/demo.yaml`.
     """
     name, own = _name(path), own_configs()
+    if name.endswith(".py"):
+        same = Path(name).stem.removeprefix("train_")
+        near = f": --config {same}" if same in own else ""
+        raise Mistake(f"config {path} is Python; {advice('config/x.py', ['config'])}{near}")
     try:
         file = Path(path) if Path(path).is_file() else own.get(name, Path(path))
         text = file.read_text(encoding="utf-8")
@@ -125,6 +129,12 @@ def nearest(word: str, known: list[str], prefix: str = "") -> str:
     return f"did you mean {prefix}{candidates[0]}?" if candidates else ""
 
 
+def known_keys() -> list[str]:
+    """Return the names of all keys of a run, as `optim.lr`."""
+    sections = Config.model_fields.items()
+    return [f"{name}.{key}" for name, field in sections for key in field.annotation.model_fields]
+
+
 def _explain(detail: Any) -> str:
     """Return one line for one of pydantic's errors."""
     # A union names the branch it tried ("str", "dict[str,...]"): noise for whoever typed a value.
@@ -132,10 +142,10 @@ def _explain(detail: Any) -> str:
     key, kind, value = ".".join(path), detail["type"], detail["input"]
     if kind == "extra_forbidden":
         sections = Config.model_fields
-        keys = {s: list(field.annotation.model_fields) for s, field in sections.items()}
-        known = [*sections, *(f"{s}.{k}" for s, names in keys.items() for k in names)]
-        names = ", ".join(keys.get(path[0], sections))
-        return f"unknown key {key}={_shown(value)}; {nearest(key, known) or f'there are {names}'}"
+        known = [*sections, *known_keys()]
+        names = [k.partition(".")[2] for k in known if k.startswith(f"{path[0]}.")] or sections
+        near = nearest(key, known) or f"there are {', '.join(names)}"
+        return f"unknown key {key}={_shown(value)}; {near}"
     if kind == "missing":
         return f"{key} is missing; give --{key}=..., {_START}"
     if kind == "value_error":

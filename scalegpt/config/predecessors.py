@@ -5,8 +5,8 @@ Messages about unknown keys read this table, and configs/README.md shows it.
 
 import re
 
-# Cells of a Markdown table: their names, and what to type here. What stands first here, if it is a
-# flag, decides which commands the advice is for.
+# Cells of a Markdown table: their names, and what to type here. If that begins with a flag, the
+# advice is for the commands that have one of its flags, unless it names the command.
 ROWS = (
     ("`config/x.py`", "`--config FILE`, a YAML file or the name of one in configs/"),
     ("`out_dir`, `output_dir`", "`--run.out_dir`"),
@@ -66,7 +66,7 @@ ROWS = (
     ("`dtype`", "`--model.dtype`"),
     ("`compile`", "nothing, for every update is compiled"),
     ("`backend=nccl`, `torchrun`", "nothing; type the same command on every host"),
-    ("`start`", "`--prompt`, or `--prompt-file` for `FILE:`"),
+    ("`start`", "`--prompt` of `python -m scalegpt.generate`, or `--prompt-file` for `FILE:`"),
     ("`checkpoint_type`", "`--checkpoint`, best or latest, of `python -m scalegpt.generate`"),
     ("`transformer_sizing.ipynb`, `scaling_laws.ipynb`", "`python tools/sizing.py`"),
 )
@@ -76,10 +76,11 @@ def advice(word: str, known: list[str]) -> str:
     """Return a clause that says what to type instead of `word`, as `max_iters` or `max_iters=5`.
 
     known: the command's own flags, without dashes. "" for a word that is not in the table, or
-    whose advice is for another command.
+    whose advice is for another command and does not say which.
     """
     for there, here in ROWS:
-        flag = re.match(r"`--([\w.-]+)", here)
-        if word in there.replace("`", "").split(", ") and (not flag or flag[1] in known):
+        flags = re.findall(r"--([\w.-]+)", here) if here.startswith("`--") else []
+        ours = not flags or any(flag in known for flag in flags) or "`python -m" in here
+        if word in there.replace("`", "").split(", ") and ours:
             return f"here that is {here.replace('`', '')}"
     return ""

@@ -161,6 +161,9 @@ class LogConfig(Section):
     """write report.html into out_dir when the run ends, as scalegpt.report does"""
 
 
+_TRUTH = "true t yes y on 1 false f no n off 0".split()  # as pydantic reads a command line
+
+
 class RunConfig(Section):
     """Where a run is kept, what it starts from, how it treats faults, and its deadlines."""
 
@@ -203,8 +206,9 @@ class RunConfig(Section):
     @classmethod
     def _keys(cls, value: Any) -> Any:
         """Read keys from a command line, with commas or as a YAML list."""
-        keys = re.findall(r"\w+\.\w+", value) if isinstance(value, str) else []
-        return keys or value
+        if not isinstance(value, str) or value.lower() in _TRUTH:
+            return value
+        return re.findall(r"[^\s,\[\]'\"]+", value) or value
 
     def allows(self, key: str) -> bool:
         """Tell whether a run that continues may have another value of `key` than it began with."""

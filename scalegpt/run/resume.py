@@ -137,12 +137,18 @@ def refuse_changes(config: Config, changes: list[str]) -> None:
         )
 
 
+def lasting(config: Config) -> Config:
+    """Return the configuration as a run keeps it: leave to change something is for one start."""
+    run = config.run.model_copy(update={"allow_config_change": False})
+    return config.model_copy(update={"run": run})
+
+
 def write_config(config: Config) -> None:
     """Write config.yaml, which marks a run that may be continued. Raises Mistake."""
     path = run_folder.local(config.run.out_dir) / "config.yaml"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        open_folder(path.parent).write(path.name, config.to_yaml().encode())
+        open_folder(path.parent).write(path.name, lasting(config).to_yaml().encode())
     except OSError as error:
         raise Mistake(f"cannot write to run.out_dir={config.run.out_dir}: {error}") from None
     run_folder.push_or_explain(config.run.out_dir)
