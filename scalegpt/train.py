@@ -53,6 +53,7 @@ from scalegpt.run.progress import Ended, NotFinite, NotSaved, Progress, Stopped
 from scalegpt.run.replay import replay
 from scalegpt.run.resume import (
     carry_over,
+    fingerprints,
     initial_state,
     lasting,
     lock,
@@ -152,9 +153,10 @@ def train(config: Config, group: Group | Alone, phases: Phases, stop: StopReques
         startup.self_check()
     with phases("mesh"):
         steps = build_for_training(config, sharding.make_mesh(config.mesh))
-    stored = stored_config(config, datasets[0].tokenizer)
+    notes, changes = list[str](), list[str]()
+    stored = stored_config(config, datasets, notes.append)
     if config.run.replay:
-        return replay(config, datasets, steps, phases)
+        return replay(config, stored, datasets, steps, phases)
     streams.make_optional()
     validate = validation(config, datasets, steps, stop.check)
     in_use = lock(config) if is_main else None
@@ -162,7 +164,7 @@ def train(config: Config, group: Group | Alone, phases: Phases, stop: StopReques
     meta = {
         "config": lasting(config).model_dump(),
         "tokenizer": datasets[0].tokenizer,
-        "data": {d.name: d.fingerprint for d in datasets},
+        "data": fingerprints(datasets),
         "best_loss": math.inf,
         "evaluation_due": False,  # True if a request to stop has cut it short
         "changes": [],  # of keys: [step, "key: old -> new"]
@@ -171,7 +173,6 @@ def train(config: Config, group: Group | Alone, phases: Phases, stop: StopReques
         start = checkpoints.continue_from() or 0
     with phases("self-check"):
         startup.same_everywhere(startup.facts(config, meta["data"], start))
-    notes, changes = list[str](), list[str]()
     if start > 0:
         changes = carry_over(config, meta, checkpoints.meta(start), start, notes.append)
     with phases("restore" if start else "weights"):

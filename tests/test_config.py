@@ -267,10 +267,7 @@ def test_a_mistake_names_the_file_and_the_command_line_that_made_it(in_yaml):
         (["--backend=nccl"], ["the same command on every host"]),
         (["--n_layer=4"], ["did you mean --model.n_layer?"]),
         (["--n_layer", "4"], ["did you mean --model.n_layer?"]),
-        (
-            ["--init_from=gpt2", "--lrr=1", "--bar", "7"],
-            ["mean --optim.lr?", "argument --bar; see"],
-        ),
+        (["--qq", "7", "--lrr=1", "--bar"], ["--qq; see", "mean --optim.lr?", "--bar; see"]),
         (["--start=To be"], ["here that is --prompt of python -m scalegpt.generate"]),
         (["config/x.py"], ["here that is --config FILE"]),
         (["--config=config/x.py"], ["config/x.py is Python; here that is --config FILE"]),

@@ -188,14 +188,22 @@ def test_replay_shows_the_batch_as_the_run_saw_it_and_writes_nothing(plays, tmp_
         assert "h/attn/qkv_kernel" in printed
         shown = [line.split()[:2] for line in printed.splitlines() if "plays:" in line]
         assert len(shown) == replay.SHOWN
+    other = tiny_run.write_data(tmp_path / "plays", tiny_run.TEXT[::-1])
+    for at, first, second in ((8, 2, 1), (3, 1, 2)):
+        capsys.readouterr()
+        assert (
+            train.main([*argv, f"--data.path={other}", "--optim.lr=0.02", f"--run.replay={at}"])
+            == 0
+        )
+        said = capsys.readouterr().out.splitlines()
+        assert said[0] == "this is not the run's own update, for these settings differ:"
+        assert said[first] == "  optim.lr: 0.01 -> 0.02"
+        assert said[second] == "  data.path: other tokens in plays"
     assert files == {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
     with pytest.raises(ValueError, match="run.replay=13 is beyond the run's end, optim.steps=12"):
         train.main([*argv, "--run.replay=13"])
     with pytest.raises(ValueError, match="is not the folder of a run"):
         train.main(arguments(plays, tmp_path / "none", run__replay=3))
-    other = tiny_run.write_data(tmp_path / "plays", tiny_run.TEXT[::-1])
-    with pytest.raises(ValueError, match="data.path: other tokens in plays"):
-        train.main([*argv, f"--data.path={other}", "--run.replay=8"])
 
 
 def test_the_examples_losses_are_the_updates(plays, tmp_path):

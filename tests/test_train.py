@@ -33,6 +33,7 @@ from scalegpt.checkpoints import writing
 from scalegpt.checkpoints.checkpoints import Checkpoints, open_checkpoints
 from scalegpt.config import LogConfig, RunConfig
 from scalegpt.config.command_line import parse
+from scalegpt.data.datasets import open_datasets
 from scalegpt.processes import stop_request
 from scalegpt.processes.command import python
 from scalegpt.processes.phases import Phases
@@ -487,12 +488,68 @@ def test_a_change_of_the_curve_can_be_allowed(data, unbroken, tmp_path, capsys):
     allowed = "data.path: other tokens in plays", "optim.steps: 12 -> 14"
     assert "as allowed:\n  {}\n  {}\n".format(*allowed) in capsys.readouterr().out
     checkpoints = open_checkpoints(out_dir)
-    assert checkpoints.meta(14)["changes"] == [[12, change] for change in allowed]
+    meta = checkpoints.meta(14)
+    assert meta["changes"] == [[12, change] for change in allowed]
+    assert meta["config"]["run"]["allow_config_change"] is False
     # Neither the best loss nor the losses that a spike is measured against are those of other text.
     assert checkpoints.find("best") == 14 and checkpoints.meta(12)["best_loss"] is not None
     assert rows(out_dir, "val/best_loss")[14] == rows(out_dir, "val/loss")[14]
     assert np.isfinite(checkpoints.read_item(14, "optimizer")["health"]["recent"]).sum() == 2
     checkpoints.close()
+
+
+def test_permission_to_change_is_of_one_start(data, tmp_path):
+    config = parse(
+        arguments(data, tmp_path / "run", **{"run.allow_config_change": "true"}), "test", {}
+    )[0]
+    assert config.run.allows("optim.lr")
+    resume.lock(config).lock.release()
+    resume.write_config(config)
+    kept = parse([f"--config={tmp_path}/run/config.yaml"], "test", {})[0]
+    assert not kept.run.allows("optim.lr") and kept == resume.lasting(config)
+
+
+def test_config_and_data_that_differ_are_named_at_once_and_a_replay_may_have_both(
+    data, unbroken, tmp_path
+):
+    other = write_data(tmp_path / "plays", TEXT[::-1])
+    argv = arguments(other, unbroken, **{"optim.lr": 0.02})
+    config = parse(argv, "test", {})[0]
+    datasets = open_datasets(config)
+    config = config.with_vocab(datasets[0].vocab_size)
+    lines = "optim.lr: 0.01 -> 0.02\n  data.path: other tokens in plays\n"
+    with pytest.raises(ValueError, match=f"differs:\n  {lines}.*=optim.lr,data.path"):
+        resume.stored_config(config, datasets)
+    again = parse([*argv, "--run.replay=3"], "test", {})[0].with_vocab(config.model.vocab_size)
+    assert "\n  ".join(resume.differences(resume.stored_config(again), again, datasets)) in lines
+
+
+def test_a_start_that_came_to_no_update_is_not_held_against_another(data, tmp_path):
+    config, other = (
+        parse(arguments(data, tmp_path, **{"optim.lr": lr}), "test", {})[0] for lr in (0.01, 0.02)
+    )
+    said = []
+    resume.write_config(config)
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"step": 0, "time/startup": 1.0}\n{"step": 0, "val/loss": 3.5}\n')
+    half = tmp_path / "checkpoints" / "4"
+    half.mkdir(parents=True)
+    (half / "unfinished").touch()
+    assert resume.stored_config(other, say=said.append) == resume.lasting(config)
+    assert said == [f"an earlier start in {tmp_path} came to no update; this one takes its place"]
+    assert resume.stored_config(config, say=said.append) is not None and len(said) == 1
+    assert resume.rows_to_keep(0, STEPS, begun_before=True) == -1  # its rows go
+    # What has an update, or a checkpoint that may be mended, is a run.
+    (half / "params").touch()
+    (half / "unfinished").unlink()
+    with pytest.raises(ValueError, match="holds a run that differs"):
+        resume.stored_config(other, say=said.append)
+    shutil.rmtree(half)
+    with metrics.open("a") as file:
+        file.write('{"step": 1, "train/loss": 3.4}\n')
+    with pytest.raises(ValueError, match="holds a run that differs"):
+        resume.stored_config(other, say=said.append)
+    assert len(said) == 1
 
 
 def test_other_data_under_the_same_path_is_refused(data, unbroken, tmp_path):

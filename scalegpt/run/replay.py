@@ -23,7 +23,7 @@ from scalegpt.data.token_files import Dataset
 from scalegpt.errors import Mistake
 from scalegpt.processes.phases import Phases
 from scalegpt.run.feed import batches_from
-from scalegpt.run.resume import carry_over, initial_state
+from scalegpt.run.resume import carry_over, differences, fingerprints, initial_state
 from scalegpt.step import sharding
 from scalegpt.step.build import Steps
 from scalegpt.step.loss import row_losses
@@ -32,11 +32,18 @@ from scalegpt.step.update import State, dropout_key, row_keys
 SHOWN = 10  # examples that are printed
 
 
-def replay(config: Config, datasets: list[Dataset], steps: Steps, phases: Phases) -> int:
-    """Print what update run.replay of the run in run.out_dir saw. Raises Mistake without one."""
+def replay(
+    config: Config, stored: Config | None, datasets: list[Dataset], steps: Steps, phases: Phases
+) -> int:
+    """Print what update run.replay of the run in run.out_dir saw. Raises Mistake without one.
+
+    stored: the run's own configuration. What differs from it is said, and may be what is tried.
+    """
     update = config.run.replay
-    state, start = _state_before(config, datasets, steps, update, phases)
+    state, start, changes = _state_before(config, stored, datasets, steps, update, phases)
     say = print if jax.process_index() == 0 else lambda *text: None
+    if changes:
+        say("\n  ".join(["this is not the run's own update, for these settings differ:", *changes]))
     batches = batches_from(config, datasets, steps, start)
     phases.begin("compile", start)
     earlier = range(start + 1, update)
@@ -90,20 +97,25 @@ def example_losses(config: Config, steps: Steps, state: State, batch: Array) -> 
 
 
 def _state_before(
-    config: Config, datasets: list[Dataset], steps: Steps, update: int, phases: Phases
-) -> tuple[State, int]:
-    """Restore the last checkpoint before `update`; return the state and its step."""
+    config: Config,
+    stored: Config | None,
+    datasets: list[Dataset],
+    steps: Steps,
+    update: int,
+    phases: Phases,
+) -> tuple[State, int, list[str]]:
+    """Restore the last checkpoint before `update`; return the state, its step and what differs."""
     if update > config.optim.steps:
         raise Mistake(
             f"run.replay={update} is beyond the run's end, optim.steps={config.optim.steps}"
         )
     checkpoints = open_checkpoints(config.run.out_dir)
     start = max((step for step in checkpoints.steps if step < update), default=0)
-    changes = list[str]()
+    changes = differences(stored, config, datasets) if stored else []
     if start:
-        meta = {"data": {d.name: d.fingerprint for d in datasets}}
+        meta = {"data": fingerprints(datasets)}
         changes = carry_over(config, meta, checkpoints.meta(start), start, lambda text: None)
     with phases("restore" if start else "weights"):
         state = initial_state(config, steps, checkpoints, start, lambda text: None, changes)
     checkpoints.close()
-    return state, start
+    return state, start, changes

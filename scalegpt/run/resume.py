@@ -13,10 +13,12 @@ from scalegpt.checkpoints.checkpoints import Checkpoints
 from scalegpt.config import Config
 from scalegpt.config.differences import curve_diff
 from scalegpt.config.loading import load, validate
+from scalegpt.data.token_files import Dataset
 from scalegpt.errors import Mistake
 from scalegpt.files import run_folder
 from scalegpt.files.folder import open_folder
 from scalegpt.files.run_folder import FOLDER, has_imported_weights
+from scalegpt.run.history import read_rows
 from scalegpt.step.build import Steps
 from scalegpt.step.update import State
 from scalegpt.weights import init_from
@@ -39,40 +41,76 @@ def lock(config: Config) -> AcquireReturnProxy:
         raise Mistake(f"cannot write to run.out_dir={folder}: {error}") from None
 
 
-def stored_config(config: Config, tokenizer_spec: Any = None) -> Config | None:
+def stored_config(
+    config: Config, datasets: Sequence[Dataset] = (), say: Callable[[str], Any] = print
+) -> Config | None:
     """Return the configuration that run.out_dir was started with, or None; no file is made.
 
-    tokenizer_spec: the data's. Raises Mistake when this run would change the loss curve of the
-    stored one, or cannot start from run.init_from.
+    A start that came to no update is not held against another; `say` is told. Raises Mistake when
+    this run would change the loss curve of the stored one, or cannot start from run.init_from.
     """
     out_dir = config.run.out_dir
     path = run_folder.fetch(out_dir, jax.process_index() == 0) / "config.yaml"
     stored = None
     if not path.exists() or not path.stat().st_size:  # deleted, or empty after a power cut
-        stored = _from_checkpoints(out_dir)
+        good = _good_checkpoints(out_dir)
+        stored = validate(good[-1]["config"], out_dir) if good else None
     if stored is None and path.exists():
         stored = validate(load(path), str(path))
     if stored is None:
         if (rows := path.with_name("metrics.jsonl")).is_file() and rows.stat().st_size:
             raise Mistake(f"{rows} is another run's: choose a new run.out_dir, or move it away")
-        if config.run.init_from:
-            init_from.check(config, tokenizer_spec)
+        _check_init_from(config, datasets)
         return None
     if has_imported_weights(out_dir):
         raise Mistake(
             f"{out_dir} holds imported weights, which are no run to continue; to start from them: "
             f"--run.init_from={out_dir} --run.out_dir=another"
         )
-    refuse_changes(config, curve_diff(stored, config))
+    if curve_diff(stored, config):
+        left = {str(x) for x in manifest.steps(open_folder(out_dir) / FOLDER).values()}
+        updated = any(row["step"] for row in read_rows(open_folder(path.parent)))
+        if updated or left - {manifest.EMPTY, manifest.NEVER_FINISHED}:
+            refuse_changes(config, differences(stored, config, datasets))
+        else:
+            say(f"an earlier start in {out_dir} came to no update; this one takes its place")
+            _check_init_from(config, datasets)
     return stored
 
 
-def _from_checkpoints(out_dir: str) -> Config | None:
+def _check_init_from(config: Config, datasets: Sequence[Dataset]) -> None:
+    if config.run.init_from:
+        init_from.check(config, datasets[0].tokenizer if datasets else None)
+
+
+def differences(stored: Config, config: Config, datasets: Sequence[Dataset]) -> list[str]:
+    """Return the keys that would change the stored run's curve, and data with other tokens."""
+    changes, good = curve_diff(stored, config), _good_checkpoints(config.run.out_dir)
+    return changes + (_other_tokens(good[-1]["data"], fingerprints(datasets)) if good else [])
+
+
+def _good_checkpoints(out_dir: str) -> list[dict[str, Any]]:
+    """Return what the run's checkpoints say about it, in the order of their steps."""
     # Read without Checkpoints, in which processes agree: the first process may have made the folder
     # just now, so that only some find it, and those would wait for the others for ever.
     contents = manifest.steps(open_folder(out_dir) / FOLDER)
-    good = [content for step, content in contents.items() if step and not isinstance(content, str)]
-    return validate(good[-1]["meta"]["config"], out_dir) if good else None
+    return [x["meta"] for step, x in contents.items() if step and not isinstance(x, str)]
+
+
+def fingerprints(datasets: Sequence[Dataset]) -> dict[str, str]:
+    """Return the mark of each data set's tokens by its name."""
+    return {d.name: d.fingerprint for d in datasets}
+
+
+def _other_tokens(stored: dict[str, str], given: dict[str, str]) -> list[str]:
+    """Name the data sets whose tokens are not the stored run's, from the fingerprints of both."""
+    # Compared by position, not by name: a mixture deals its rows out by position.
+    marks = list(stored.values())
+    return [
+        f"data.path: other tokens in {name}"
+        for i, (name, mark) in enumerate(given.items())
+        if marks[i : i + 1] != [mark]
+    ]
 
 
 def open_to_save(config: Config) -> Checkpoints:
@@ -100,13 +138,7 @@ def carry_over(
     Returns the keys that have changed since, as `key: old -> new`, which `meta` keeps too. Raises
     Mistake if run.allow_config_change does not allow them.
     """
-    # Compared by position, not by name: a mixture deals its rows out by position.
-    stored_data = list(stored["data"].values())
-    changes = [
-        f"data.path: other tokens in {name}"
-        for i, (name, fingerprint) in enumerate(meta["data"].items())
-        if stored_data[i : i + 1] != [fingerprint]
-    ]
+    changes = _other_tokens(stored["data"], meta["data"])
     # config.yaml may have these changes already: a start that was killed has left it.
     changes += curve_diff(validate(stored["config"], config.run.out_dir), config)
     refuse_changes(config, changes)
@@ -127,9 +159,12 @@ def carry_over(
 
 
 def refuse_changes(config: Config, changes: list[str]) -> None:
-    """Raise Mistake unless run.allow_config_change allows the keys of all changes."""
+    """Raise Mistake unless run.allow_config_change allows the keys of all changes.
+
+    A replay, which writes nothing, may have any.
+    """
     keys = list(dict.fromkeys(change.partition(":")[0] for change in changes))
-    if not all(map(config.run.allows, keys)):
+    if not config.run.replay and not all(map(config.run.allows, keys)):
         raise Mistake(
             "\n  ".join([f"{config.run.out_dir} holds a run that differs:", *changes])
             + "\nchoose another --run.out_dir, or continue it all the same with "

@@ -41,9 +41,11 @@ RULES = {
     "act_vocab": "tensor",
 }
 
-# Checks of JAX that some set for all of their programs: name -> (what ends a healthy run, what does
-# not). A state holds NaN on purpose (health.Health), and arrays are made on the host.
-_CHECKS = {
+# Settings of JAX that some have for all of their programs: name -> (what ends a healthy run, or
+# changes its numbers, and what does not). A state holds NaN on purpose (health.Health), and arrays
+# are made on the host.
+_SETTINGS = {
+    "jax_enable_x64": (True, False),
     "jax_debug_nans": (True, False),
     "jax_numpy_rank_promotion": ("raise", "allow"),
     "jax_numpy_dtype_promotion": ("strict", "standard"),
@@ -76,9 +78,10 @@ def mesh_shape(config: MeshConfig, devices: int, what: str) -> tuple[int, ...]:
 def all_devices() -> list[Any]:
     """Return JAX's devices. Raises Mistake where there are none of the kind that it wants.
 
-    First it turns off, with a note, what ends a healthy run where the environment asks for it.
+    First it turns off, with a note, what ends a healthy run, or changes its numbers, where the
+    environment asks for it.
     """
-    for name, (value, harmless) in _CHECKS.items():
+    for name, (value, harmless) in _SETTINGS.items():
         if getattr(jax.config, name) == value:
             jax.config.update(name, harmless)
             print(f"note: {name.upper()} does not apply to scalegpt, and is off", file=sys.stderr)
