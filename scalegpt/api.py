@@ -137,7 +137,7 @@ def load(
     asked = {"mesh": mesh or {}, "model": {"dtype": dtype or "auto"}}
     grid = make_mesh(loading.validate_sections(asked, "scalegpt.load").mesh)
     if is_run(source):
-        which = "best" if checkpoint is None else str(checkpoint)
+        which = None if checkpoint is None else str(checkpoint)
         trained.check_checkpoint(which)
         return Model(trained.from_run(source, which, grid, 1, dtype))
     if checkpoint is not None:

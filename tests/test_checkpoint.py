@@ -122,12 +122,19 @@ def test_find_names_the_steps_that_there_are(saved, tmp_path):
 
 
 def test_without_an_evaluation_there_is_no_best(tmp_path, state):
-    checkpoints = Checkpoints(tmp_path)
+    said = []
+    checkpoints = Checkpoints(tmp_path, say=said.append)
     checkpoints.save(state, 3, {}, None)
     checkpoints.wait()
     assert checkpoints.find("latest") == 3
-    with pytest.raises(ValueError, match="no checkpoint 'best' in .*there are steps 3"):
+    with pytest.raises(ValueError, match="'best' in .*there are steps 3, none of them evaluated"):
         checkpoints.find("best")
+    assert not said and checkpoints.find(None, ["params"]) == 3
+    assert said == [
+        f"note: no checkpoint in {checkpoints.folder} was evaluated yet; the latest is taken"
+    ]
+    checkpoints.evaluated(3, {}, 2.5)
+    assert checkpoints.find(None) == checkpoints.find("best") == 3 and len(said) == 1
     checkpoints.close()
 
 

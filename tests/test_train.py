@@ -28,12 +28,14 @@ from tiny_run import (
     write_data,
 )
 
+import scalegpt
 from scalegpt import evaluate, generate, train
-from scalegpt.checkpoints import writing
+from scalegpt.checkpoints import manifest, writing
 from scalegpt.checkpoints.checkpoints import Checkpoints, open_checkpoints
 from scalegpt.config import LogConfig, RunConfig
 from scalegpt.config.command_line import parse
 from scalegpt.data.datasets import open_datasets
+from scalegpt.files.folder import open_folder
 from scalegpt.processes import stop_request
 from scalegpt.processes.command import python
 from scalegpt.processes.phases import Phases
@@ -41,7 +43,7 @@ from scalegpt.run import resume
 from scalegpt.run.metrics import Metrics
 from scalegpt.step import build as step
 from scalegpt.step.sharding import make_mesh
-from scalegpt.weights import init_from
+from scalegpt.weights import init_from, trained
 
 pytestmark = pytest.mark.usefixtures("signals_as_they_were")
 
@@ -559,6 +561,21 @@ def test_other_data_under_the_same_path_is_refused(data, unbroken, tmp_path):
     changed = write_data(tmp_path / "plays", TEXT[::-1])
     with pytest.raises(ValueError, match="data.path: other tokens in plays"):
         train.main(arguments(changed, out_dir))
+
+
+def test_before_the_first_evaluation_other_commands_take_the_latest_checkpoint(
+    unbroken, tmp_path, capsys
+):
+    out_dir = str(shutil.copytree(unbroken, tmp_path / "run"))
+    folder = open_folder(out_dir) / "checkpoints"
+    for at, content in manifest.steps(folder).items():
+        manifest.amend(folder / str(at), at, content["meta"], None)
+    for parser in (evaluate._parser(), generate._parser()):
+        assert trained.load(parser.parse_args(["--run", out_dir]), 1).step == STEPS
+        assert capsys.readouterr().err.count("was evaluated yet; the latest is taken") == 1
+        with pytest.raises(ValueError, match="no checkpoint 'best' in"):
+            trained.load(parser.parse_args(["--run", out_dir, "--checkpoint=best"]), 1)
+    assert scalegpt.load(out_dir).trained.step == STEPS
 
 
 # --- weights of another run

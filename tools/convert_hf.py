@@ -87,7 +87,7 @@ def parser() -> command_line.Parser:
 
     sub = command("export", export_, "make a folder for transformers from a run")
     sub.add_argument("--run", required=True, help="out_dir of a run")
-    sub.add_argument("--checkpoint", default="best", help="best (default), latest or a step")
+    sub.add_argument("--checkpoint", help="best (default), latest or a step")
     sub.add_argument("--out", required=True, type=local_path, help="folder to make")
     sub.add_argument(
         "--format",
@@ -291,7 +291,7 @@ def look_up(source: str) -> tuple[ModelConfig, Any]:
     if not is_run(source):
         return huggingface.describe(huggingface.locate(source))
     checkpoints = open_checkpoints(source)
-    meta = checkpoints.meta(checkpoints.find("best"))
+    meta = checkpoints.meta(checkpoints.find(None))
     checkpoints.close()
     return loading.validate(meta["config"], source).model, meta["tokenizer"]
 

@@ -133,14 +133,19 @@ class Checkpoints:
 
     # --- finding
 
-    def find(self, which: str, items: Iterable[str] = ()) -> int:
+    def find(self, which: str | None, items: Iterable[str] = ()) -> int:
         """Return the step that `which` names: best, latest or a number.
 
-        items: what will be read. Its files are verified, and best and latest then skip damaged
-        checkpoints with a warning. Step 0, imported weights, has no loss; where it is the
-        only step, it is the best. Raises Mistake, naming the steps that there are.
+        None is the best, or the latest, with a note, while no checkpoint was evaluated. items: what
+        will be read. Its files are verified, and best and latest then skip damaged checkpoints with
+        a warning. Step 0, imported weights, has no loss; where it is the only step, it is the best.
+        Raises Mistake, naming the steps that there are.
         """
         good, broken = self._list()
+        if which is None and any(good) and not any(loss is not None for loss in good.values()):
+            self.say(f"note: no checkpoint in {self.folder} was evaluated yet; the latest is taken")
+            which = "latest"
+        which = which or "best"
         number = int(which) if re.fullmatch("[0-9]{1,10}", which) else None
         if number in broken:
             raise Mistake(f"step {which} in {self.folder} is damaged: {broken[number]}")
@@ -152,6 +157,7 @@ class Checkpoints:
         if not candidates:
             self._report(broken)
             listed = ", ".join(map(str, good))
+            listed += ", none of them evaluated yet" if which == "best" else ""
             raise Mistake(
                 f"no checkpoint {which!r} in {self.folder}; there are steps {listed}"
                 if good

@@ -135,13 +135,14 @@ def load(flags: argparse.Namespace, microbatch: int, config: Config | None = Non
     mesh = make_mesh(machine(flags, config).mesh)
     if name:
         return from_hugging_face(name, mesh, microbatch, dtype)
-    return from_run(run, which or "best", mesh, microbatch, dtype)
+    return from_run(run, which, mesh, microbatch, dtype)
 
 
 def from_run(
-    out_dir: str, which: str, mesh: Mesh, microbatch: int, dtype: str | None = None
+    out_dir: str, which: str | None, mesh: Mesh, microbatch: int, dtype: str | None = None
 ) -> Trained:
-    """Load the model of a run from checkpoint `which`: best, latest or a step."""
+    """Load the model of a run from checkpoint `which`: best, latest, a step, or None for the best
+    that there is, as `Checkpoints.find` says."""
     checkpoints = open_checkpoints(out_dir)
     for attempt in range(5):
         step = None
@@ -154,7 +155,7 @@ def from_run(
             params = checkpoints.restore_params(step, steps.abstract.params)
         except (ValueError, OSError):
             # A run that goes on may have removed this checkpoint after saving a newer one.
-            if which.isdigit() or attempt == 4 or step in checkpoints.steps:
+            if (which or "").isdigit() or attempt == 4 or step in checkpoints.steps:
                 raise
         else:
             return Trained(out_dir, config, meta["tokenizer"], step, steps, params)
