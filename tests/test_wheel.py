@@ -10,7 +10,7 @@ from zipfile import ZipFile
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SHORT = ["--optim.steps=4", "--optim.warmup_steps=1", "--eval.windows=16", "--model.n_layer=1"]
+SHORT = ["--optim.steps=4", "--eval.windows=16", "--model.n_layer=1"]
 
 pytestmark = pytest.mark.slow
 
@@ -49,13 +49,13 @@ def test_it_holds_every_module_config_and_recipe_and_nothing_else(wheel):
 
 def test_train_evaluate_and_generate_run_in_a_folder_of_the_users(python, tmp_path):
     """README's demo by its name, with its data prepared; then the run is used."""
-    run(python, "-m", "scalegpt.train", "--config", "demo", *SHORT, cwd=tmp_path)
+    run(python.with_name("scalegpt-train"), "--config", "demo", *SHORT, cwd=tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"data", "out"}
     assert (tmp_path / "data" / "python_stdlib" / "train.bin").stat().st_size > 1e7
     rows = (tmp_path / "out" / "demo" / "metrics.jsonl").read_text().splitlines()
     assert any("val/loss" in json.loads(row) for row in rows)
     arguments = ["--run", "out/demo", "--windows", "16", "--json"]
-    assert json.loads(run(python, "-m", "scalegpt.evaluate", *arguments, cwd=tmp_path))
+    assert json.loads(run(python.with_name("scalegpt-evaluate"), *arguments, cwd=tmp_path))
     arguments = ["--run", "out/demo", "--prompt", "def ", "--max-new-tokens", "4"]
     assert "def " in run(python, "-m", "scalegpt.generate", *arguments, cwd=tmp_path)
 

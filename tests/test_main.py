@@ -1,0 +1,44 @@
+"""The commands by other names: `python -m scalegpt`, and the scripts that a wheel installs."""
+
+import runpy
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import EntryPoint
+
+import pytest
+from conftest import ROOT
+
+from scalegpt.__main__ import COMMANDS, main
+from scalegpt.errors import Mistake
+
+SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+
+
+def test_scalegpt_alone_lists_its_commands(capsys):
+    assert main([]) == main(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name in COMMANDS:
+        assert sum(f" -m scalegpt.{name} " in line for line in lines[1:5]) == 1, name
+        assert (ROOT / "scalegpt" / f"{name}.py").is_file()
+    with pytest.raises(Mistake, match="no command trian; there are train, evaluate, gen"):
+        main(["trian"])
+
+
+def test_each_command_has_a_script_that_does_as_python_m_does(monkeypatch):
+    """`runpy` is what `python -m` is made of."""
+    assert SCRIPTS.keys() == {f"scalegpt-{name}" for name in COMMANDS}
+    ran = []
+    monkeypatch.setattr(runpy, "run_module", lambda *name, **how: ran.append((*name, how)))
+    for script, function in SCRIPTS.items():
+        EntryPoint(script, function, "console_scripts").load()()
+        module = script.replace("-", ".")
+        assert ran.pop() == (module, {"run_name": "__main__", "alter_sys": True})
+
+
+@pytest.mark.slow
+def test_a_command_by_its_short_name_has_its_own_exit_code_and_streams():
+    command = [sys.executable, "-m", "scalegpt", "report", "--png=x.png"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: the following arguments are required: RUN; see --help\n"
