@@ -52,14 +52,10 @@ def train(config: str | Path | Config | Mapping[str, Any] | None = None, **overr
         values = config.model_dump(exclude_unset=True)
     else:
         values = dict(config or {}) if isinstance(config, Mapping | None) else loading.load(config)
-    for section, keys in overrides.items():
-        stored = values.get(section)
-        both = isinstance(keys, Mapping) and isinstance(stored, Mapping)
-        values[section] = {**stored, **keys} if both else keys
-    settings = loading.validate(values, "scalegpt.train")
+    settings = loading.with_overrides(values, overrides, "scalegpt.train")
     guest = Guest()
     try:
-        code = command.run(settings, guest)
+        code = command.run(settings, "scalegpt.train(...), from Python", guest)
     except Left:
         raise RunFailed(guest.why) from None
     if code in (Exit.NOT_FINITE, Exit.FAILED):

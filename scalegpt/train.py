@@ -14,6 +14,7 @@ if __name__ == "__main__":
 
 import contextlib
 import math
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -40,7 +41,7 @@ from scalegpt.inference.validation import validation
 from scalegpt.model.flops import mfu_meter
 from scalegpt.processes import startup, streams
 from scalegpt.processes.agreement import Deadline, gather
-from scalegpt.processes.command import run_command
+from scalegpt.processes.command import python, run_command
 from scalegpt.processes.deadlines import Watch
 from scalegpt.processes.exits import Exit
 from scalegpt.processes.group import Alone, Group, Guest
@@ -90,13 +91,14 @@ def main(argv: list[str]) -> int:
             config = config.with_vocab(max(d.vocab_size for d in open_datasets(config)))
         compile_only(config, flags.compile_only)
         return Exit.DONE
-    return run(config)
+    return run(config, f"{python()} -m scalegpt.train {shlex.join(argv)}")
 
 
-def run(config: Config, guest: Guest | None = None) -> int:
+def run(config: Config, command: str, guest: Guest | None = None) -> int:
     """Find the processes of a run and train. Returns the exit code.
 
-    guest: set where this is not the command, but somebody's program, which must live on.
+    command: what was typed, which checkpoints keep. guest: set where this is not the command, but
+    somebody's program, which must live on.
     Raises Mistake, and of a guest Left.
     """
     check_packages(config.log)
@@ -120,7 +122,7 @@ def run(config: Config, guest: Guest | None = None) -> int:
                 cpu_devices.choose(config)
             else:
                 startup.same_everywhere(startup.surroundings())
-            code = train(config, group, phases, stop)
+            code = train(config, command, group, phases, stop)
         return group.farewell(code)
 
 
@@ -141,7 +143,9 @@ class Training:
     decoders: list[Decoder] = field(default_factory=list)  # that of earlier samples
 
 
-def train(config: Config, group: Group | Alone, phases: Phases, stop: StopRequest) -> int:
+def train(
+    config: Config, command: str, group: Group | Alone, phases: Phases, stop: StopRequest
+) -> int:
     """Start a run, or continue the one in run.out_dir, to its end. Returns the exit code."""
     is_main = group.index == 0
     with phases("data"):
@@ -163,6 +167,7 @@ def train(config: Config, group: Group | Alone, phases: Phases, stop: StopReques
     checkpoints = open_to_save(config)
     meta = {
         "config": lasting(config).model_dump(),
+        "command": command,
         "tokenizer": datasets[0].tokenizer,
         "data": fingerprints(datasets),
         "best_loss": math.inf,

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pty
+import shlex
 import shutil
 import signal
 import subprocess
@@ -498,6 +499,13 @@ def test_a_change_of_the_curve_can_be_allowed(data, unbroken, tmp_path, capsys):
     assert rows(out_dir, "val/best_loss")[14] == rows(out_dir, "val/loss")[14]
     assert np.isfinite(checkpoints.read_item(14, "optimizer")["health"]["recent"]).sum() == 2
     checkpoints.close()
+
+
+def test_checkpoints_keep_the_command_that_made_them(data, unbroken):
+    meta = open_checkpoints(unbroken).meta(STEPS)
+    program, module, name, *argv = shlex.split(meta["command"])
+    assert (program, module, name) == (python(), "-m", "scalegpt.train")
+    assert argv == arguments(data, unbroken)
 
 
 def test_permission_to_change_is_of_one_start(data, tmp_path):

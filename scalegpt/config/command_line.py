@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
 from scalegpt.config import BatchConfig, Config, DataConfig, EvalConfig, RunConfig
-from scalegpt.config.loading import known_keys, load, nearest, parse_yaml, with_overrides
+from scalegpt.config.loading import load, nearest, parse_yaml, with_overrides
 from scalegpt.config.predecessors import advice
 from scalegpt.config.presets import own_configs
 from scalegpt.config.recipe import GPT2_SIZES
@@ -54,18 +54,7 @@ def parse(
     source = "this command line"
     if flag_values.config:
         source = f"{flag_values.config} with {source}" if overrides else flag_values.config
-    config = with_overrides(values, overrides, source)
-    _check_allowed(config.run.allow_config_change)
-    return config, flag_values
-
-
-def _check_allowed(keys: bool | list[str]) -> None:
-    """Raise Mistake for a name that is no key: the change that is meant would be refused later."""
-    known = known_keys()
-    if unknown := [key for key in keys if key not in known] if isinstance(keys, list) else []:
-        near = [nearest(key, known) or "see --help" for key in unknown]
-        lines = [f"{k} is no key; {hint}" for k, hint in zip(unknown, near, strict=True)]
-        raise Mistake("\n  ".join([f"run.allow_config_change={','.join(keys)}:", *lines]))
+    return with_overrides(values, overrides, source), flag_values
 
 
 class _BatchOnCommandLine(BatchConfig):

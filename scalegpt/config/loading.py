@@ -3,6 +3,7 @@
 import difflib
 import reprlib
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,16 +95,26 @@ def with_overrides(values: dict[str, Any], overrides: dict[str, Any], source: st
     values = {**values}
     for section, keys in overrides.items():
         stored = values.get(section, {})
-        if isinstance(stored, dict):  # else the file is wrong, and `validate` will say so
-            values[section] = {**stored, **keys} if isinstance(keys, dict) else keys
+        if isinstance(stored, Mapping):  # else the file is wrong, and `validate` will say so
+            values[section] = {**stored, **keys} if isinstance(keys, Mapping) else keys
     optim, notes = overrides.get("optim", {}), list[str]()
-    if not (isinstance(optim, dict) and {"steps", "decay_steps"} & optim.keys()):
+    if not (isinstance(optim, Mapping) and {"steps", "decay_steps"} & optim.keys()):
         optim = values.get("optim", {})
-    together = isinstance(optim, dict) and "warmup_steps" in optim
+    together = isinstance(optim, Mapping) and "warmup_steps" in optim
     config = validate(values, source, None if together else notes)
+    _check_allowed(config.run.allow_config_change)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     return config
+
+
+def _check_allowed(keys: bool | list[str]) -> None:
+    """Raise Mistake for a name that is no key: the change that is meant would be refused later."""
+    known = known_keys()
+    if unknown := [key for key in keys if key not in known] if isinstance(keys, list) else []:
+        near = [nearest(key, known) or "see --help" for key in unknown]
+        lines = [f"{k} is no key; {hint}" for k, hint in zip(unknown, near, strict=True)]
+        raise Mistake("\n  ".join([f"run.allow_config_change={','.join(keys)}:", *lines]))
 
 
 def validate_sections(values: dict[str, Any], source: str) -> Config:
