@@ -38,7 +38,7 @@ def test_each_command_has_a_script_that_does_as_python_m_does(monkeypatch):
 
 @pytest.mark.slow
 def test_a_command_by_its_short_name_has_its_own_exit_code_and_streams():
-    command = [sys.executable, "-m", "scalegpt", "report", "--png=x.png"]
+    command = [sys.executable, "-m", "scalegpt", "generate", "--prompt=x"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: the following arguments are required: RUN; see --help\n"
+    assert done.stderr == "error: one of the arguments --run --hf is required; see --help\n"
