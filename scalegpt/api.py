@@ -122,9 +122,9 @@ def load(
     """Load a trained model, ready to write and to judge texts.
 
     source: the folder or bucket of a run, or a model in Hugging Face's format: a name as "gpt2", or
-    a folder. checkpoint: of a run, "best" (the default), "latest" or a step. mesh: sizes of the
-    mesh's axes, {"data": 1, "fsdp": 4}; by default each device has a copy. dtype: of the matrix
-    products, "float32" or "bfloat16". Raises Mistake.
+    a folder. checkpoint: of a run, "best" (the default; before the first evaluation the latest),
+    "latest" or a step. mesh: sizes of the mesh's axes, {"data": 1, "fsdp": 4}; by default each
+    device has a copy. dtype: of the matrix products, "float32" or "bfloat16". Raises Mistake.
 
     >>> model = scalegpt.load("out/demo")
     >>> text = model.generate("def ", max_new_tokens=20)
