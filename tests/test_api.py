@@ -69,7 +69,7 @@ def test_checkpoint_mesh_and_dtype_are_those_asked_for(run, model):
 
 def test_the_lines_of_the_readme_run(run):
     text = (ROOT / "configs" / "README.md").read_text(encoding="utf-8")
-    code = re.search(r"```python\n(import scalegpt\n.*?)```", text, re.DOTALL)[1]
+    code = re.search(r"```python\n(import scalegpt\n\ngpt = .*?)```", text, re.DOTALL)[1]
     for written, ours in (("out/slow", run), ("ROMEO:", "KING:"), ("To be, or not to be", TEXT)):
         assert written in code
         code = code.replace(written, ours.replace("\n", "\\n"))
