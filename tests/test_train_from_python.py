@@ -108,7 +108,7 @@ def test_a_second_signal_does_not_wait_for_the_save(capfd):
 
 
 def test_a_deadline_ends_the_run_and_not_the_program(unbroken, capfd, monkeypatch):
-    def slow(config: scalegpt.Config, guest: Guest) -> int:
+    def slow(config: scalegpt.Config, command: str, guest: Guest) -> int:
         phases = Phases(config.run, age=0)
         watch = Watch(phases, guest)
         try:
@@ -130,14 +130,14 @@ def test_an_unexpected_leave_is_no_exception_that_a_clean_up_swallows():
 
 @pytest.mark.parametrize("code", [Exit.NOT_FINITE, Exit.FAILED])
 def test_a_run_that_could_not_go_on_raises(code, unbroken, monkeypatch):
-    monkeypatch.setattr(train, "run", lambda config, guest: code)
+    monkeypatch.setattr(train, "run", lambda *of: code)
     with pytest.raises(scalegpt.RunFailed, match=f"the run in {unbroken.name} did not get"):
         scalegpt.train(unbroken.config)
 
 
 def test_sections_of_keys_win_over_the_config(unbroken, monkeypatch, tmp_path):
     runs = []
-    monkeypatch.setattr(train, "run", lambda config, guest: runs.append(config) or 0)
+    monkeypatch.setattr(train, "run", lambda config, *of: runs.append(config) or 0)
     monkeypatch.setattr(api.Run, "read", classmethod(lambda cls, folder: folder))
     path = tmp_path / "config.yaml"
     path.write_text(unbroken.config.to_yaml())
