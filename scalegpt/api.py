@@ -31,8 +31,8 @@ def train(config: str | Path | Config | Mapping[str, Any] | None = None, **overr
     """Train a model to the end of its run, or continue the run in its folder; return that run.
 
     config: a YAML file, the name of one in configs/, sections of keys, or a `Config`. overrides:
-    keys that win over it, a section each. It is the very loop of `python -m scalegpt.train`, in one
-    process on all its devices, and in any thread.
+    keys that win over it, as optim={"steps": 4} or **{"optim.steps": 4}. It is the very loop of
+    `python -m scalegpt.train`, in one process on all its devices, and in any thread.
 
     Ctrl-C, or another signal that the main thread gets, lets the run save and end; then the
     program's own handler has it, which raises KeyboardInterrupt. The same call continues. A second
@@ -52,7 +52,11 @@ def train(config: str | Path | Config | Mapping[str, Any] | None = None, **overr
         values = config.model_dump(exclude_unset=True)
     else:
         values = dict(config or {}) if isinstance(config, Mapping | None) else loading.load(config)
-    settings = loading.with_overrides(values, overrides, "scalegpt.train")
+    sections = {name: keys for name, keys in overrides.items() if "." not in name}
+    for name in overrides.keys() - sections.keys():
+        section, _, key = name.partition(".")
+        sections[section] = {**sections.get(section, {}), key: overrides[name]}
+    settings = loading.with_overrides(values, sections, "scalegpt.train")
     guest = Guest()
     try:
         code = command.run(settings, "scalegpt.train(...), from Python", guest)

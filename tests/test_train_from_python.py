@@ -144,7 +144,9 @@ def test_sections_of_keys_win_over_the_config(unbroken, monkeypatch, tmp_path):
     for source in (unbroken.config, unbroken.config.model_dump(), path, str(path)):
         assert scalegpt.train(source, optim={"steps": 7}) == unbroken.name
         assert runs[-1].optim.steps == 7 and runs[-1].optim.lr == unbroken.config.optim.lr
-    assert scalegpt.train("demo", run={"out_dir": "out/short"}) == "out/short"
+    mixed = {"optim.steps": 7, "optim": {"lr": 0.5}, "run.out_dir": "out/short"}
+    assert scalegpt.train("demo", **mixed) == "out/short"
+    assert (runs[-1].optim.steps, runs[-1].optim.lr) == (7, 0.5)
     assert runs[-1].model.n_layer == 4 and unbroken.config.optim.steps == 4
 
 
