@@ -25,6 +25,7 @@ from tiny_run import arguments
 from tqdm import tqdm
 
 from scalegpt.config import RunConfig
+from scalegpt.config.recipe import ModelConfig
 from scalegpt.model import flops
 from scalegpt.processes import exits
 from scalegpt.processes.phases import Phases
@@ -669,9 +670,7 @@ def test_fault_13_rates_count_updates_not_microbatches():
 
 
 def test_throughput_adds_mfu_where_it_is_known():
-    model = SimpleNamespace(
-        n_layer=2, n_head=2, n_embd=8, block_size=16, vocab_size=64, bias=False, position="rope"
-    )
+    model = ModelConfig(n_layer=2, n_head=2, n_embd=8, block_size=16, vocab_size=64)
     for kind in ("TPU v4", "unheard of"):
         clock = Clock()
         speed = Throughput(clock, flops.mfu_meter(model, kind, 4, lambda text: None))

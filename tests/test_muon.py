@@ -12,10 +12,11 @@ from flax.traverse_util import flatten_dict
 from hlo_traffic import collectives
 
 from scalegpt.config import Config
-from scalegpt.config.recipe import OptimConfig
+from scalegpt.config.recipe import ModelConfig, OptimConfig
+from scalegpt.model.parameters import parameters
 from scalegpt.step import build as step
 from scalegpt.step import build_for_training, muon, sharding
-from scalegpt.step.optimizer import cautious_decay, group, optimizer, schedule
+from scalegpt.step.optimizer import cautious_decay, optimizer, schedule
 
 LAYERS, D, T, VOCAB, ROWS, UPDATES = 3, 32, 16, 65, 16, 8
 ONE, DATA8 = {"data": 1}, {"data": 8}
@@ -27,6 +28,9 @@ SHAPES = {
     "h/mlp/up_kernel": (LAYERS, D, 4 * D),
     "h/mlp/down_kernel": (LAYERS, 4 * D, D),
 }
+
+
+PARAMETERS = parameters(ModelConfig(preset="modern", vocab_size=64))
 
 
 def random(seed: int) -> dict[str, jax.Array]:
@@ -47,7 +51,7 @@ def matrices(tree: dict) -> dict[str, np.ndarray]:
 
 
 def test_it_is_optax_muon_in_float32_for_each_projection_by_itself():
-    ours = muon.scale_by_muon(lambda i: 0.95, 5, jnp.float32)
+    ours = muon.scale_by_muon(lambda i: 0.95, 5, jnp.float32, PARAMETERS)
     dimensions = optax.contrib.MuonDimensionNumbers(-2, -1)
     theirs = optax.contrib.scale_by_muon(
         weight_dimension_numbers=lambda tree: jax.tree.map(lambda _: dimensions, tree)
@@ -64,7 +68,7 @@ def test_it_is_optax_muon_in_float32_for_each_projection_by_itself():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_singular_values_come_near_one(dtype):
-    tx = muon.scale_by_muon(lambda i: 0.95, 5, jnp.dtype(dtype))
+    tx = muon.scale_by_muon(lambda i: 0.95, 5, jnp.dtype(dtype), PARAMETERS)
     got = matrices(tx.update(random(1), tx.init(random(1)))[0])
     for name, x in got.items():
         values = np.linalg.svd(x / max(1, x.shape[2] / x.shape[1]) ** 0.5, compute_uv=False)
@@ -131,7 +135,7 @@ def update_hlo(config: Config) -> tuple[str, float, step.Steps]:
     steps = build(config)
     params, state = steps.abstract.params, steps.abstract.opt_state
     places = jax.tree.map(lambda x: x.sharding, (params, state))
-    tx = optimizer(config.optim, jnp.bfloat16)
+    tx = optimizer(config.optim, PARAMETERS, jnp.bfloat16)
     with jax.set_mesh(steps.mesh):
         jitted = jax.jit(
             tx.update, in_shardings=(places[0], places[1], places[0]), out_shardings=places
@@ -158,7 +162,7 @@ def test_each_shape_moves_once_each_way_and_no_device_repeats_another_ones_work(
     assert flops < 1.1 * alone * (16 + 8 * 4) / (12 + 6 * 4) / 8
 
 
-def test_every_parameter_is_in_the_group_that_its_name_says():
+def test_every_parameter_is_in_the_group_that_its_axes_say():
     config = make_config(
         ONE,
         bias=True,
@@ -167,7 +171,8 @@ def test_every_parameter_is_in_the_group_that_its_name_says():
         residual_scalars=True,
         value_embeddings=True,
     )
-    found = {path: group(path) for path in flatten_dict(build(config).abstract.params, sep="/")}
+    found = {path: x.kind for path, x in parameters(config.model).items()}
+    assert found.keys() == flatten_dict(build(config).abstract.params, sep="/").keys()
     assert {p for p, g in found.items() if g == "matrices"} == set(SHAPES)
     assert {p for p, g in found.items() if g == "embeddings"} == {
         "wte",
@@ -190,7 +195,7 @@ def test_every_parameter_is_in_the_group_that_its_name_says():
 
 def test_what_muon_does_not_train_is_adamw_at_a_rate_of_its_own():
     config = OptimConfig(name="muon", steps=10, weight_decay=0.3, embedding_lr=0.2)
-    tx, rng = optimizer(config), np.random.default_rng(0)
+    tx, rng = optimizer(config, PARAMETERS), np.random.default_rng(0)
     params = {
         "wte": jnp.asarray(rng.normal(size=(8, 4)), jnp.float32),
         "head_kernel": jnp.asarray(rng.normal(size=(8, 4)), jnp.float32),
@@ -222,7 +227,7 @@ def test_cautious_decay_shrinks_only_where_the_update_does():
 def test_the_momentum_rises_to_its_value():
     """From the state of two updates: m2 = b1 b0' + ..., with factors 0.85 and 0.875."""
     config = OptimConfig(name="muon", momentum=0.95, momentum_warmup=4, steps=9)
-    tx = optimizer(config)
+    tx = optimizer(config, PARAMETERS)
     state = tx.init(random(0))
     for seed in (1, 2):
         _, state = tx.update(random(seed), state, random(0))

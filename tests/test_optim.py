@@ -10,7 +10,8 @@ import pytest
 
 from scalegpt.config.command_line import parse
 from scalegpt.config.loading import validate
-from scalegpt.config.recipe import OptimConfig
+from scalegpt.config.recipe import ModelConfig, OptimConfig
+from scalegpt.model.parameters import parameters
 from scalegpt.step import build as step
 from scalegpt.step import sharding
 from scalegpt.step.optimizer import decay_mask, optimizer, schedule, swap_average
@@ -168,17 +169,18 @@ class NumpyAdamW:
             self.p[k] -= lr * (m / (np.sqrt(v) + c.eps) + decay)
 
 
+PARAMETERS = parameters(ModelConfig(bias=True, value_embeddings=True, vocab_size=64))
 SHAPES = {
     "wte": (5, 3),
     "wpe": (4, 3),
-    "up_kernel": (2, 3, 4),
-    "up_bias": (2, 4),
-    "scale": (2, 3),
-    "qkv_bias": (2, 3, 2, 2),
+    "h/mlp/up_kernel": (2, 3, 4),
+    "h/mlp/up_bias": (2, 4),
+    "h/ln_1/scale": (2, 3),
+    "h/attn/qkv_bias": (2, 3, 2, 2),
 }
 DECAYED = {
-    "matrices": {"wte", "wpe", "up_kernel"},
-    "no_embeddings": {"up_kernel"},
+    "matrices": {"wte", "wpe", "h/mlp/up_kernel"},
+    "no_embeddings": {"h/mlp/up_kernel"},
     "all": set(SHAPES),
 }
 
@@ -187,7 +189,7 @@ def adamw_run(config, gradient_scale, updates=10):
     """Parameters after each update, by scalegpt's optimizer; and the gradients."""
     rng = np.random.default_rng(1)
     params = {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in SHAPES.items()}
-    tx = optimizer(config)
+    tx = optimizer(config, PARAMETERS)
     state, update = tx.init(params), jax.jit(tx.update)
     history, gradients = [params], []
     for _ in range(updates):
@@ -333,13 +335,13 @@ def test_fault_19_trap_2_decay_follows_nanogpts_rule_leaf_by_leaf(abstract_param
         }[decay]
         for name, (_, theirs) in LEAVES.items()
     }
-    assert named(decay_mask(OptimConfig(decay=decay))(abstract_params[scan])) == want
+    assert named(decay_mask(OptimConfig(decay=decay), PARAMETERS)(abstract_params[scan])) == want
 
 
 def test_value_embeddings_decay_as_the_others_do():
     params = {"wte": 0, "h": {"attn": {"value_table": 0, "qkv_kernel": 0}}}
     for decay, embeddings in (("matrices", True), ("no_embeddings", False)):
-        got = named(decay_mask(OptimConfig(decay=decay))(params))
+        got = named(decay_mask(OptimConfig(decay=decay), PARAMETERS)(params))
         assert got.pop("h/attn/qkv_kernel") and set(got.values()) == {embeddings}
 
 
@@ -354,7 +356,7 @@ def test_fault_19_stacked_scales_and_biases_do_not_shrink():
         for parent in parents:
             at = at.setdefault(parent, {})
         at[last] = leaf
-    tx = optimizer(config)
+    tx = optimizer(config, PARAMETERS)
     zeros = jax.tree.map(jnp.zeros_like, tree)
     updates = jax.jit(lambda p: tx.update(zeros, tx.init(p), p)[0])(tree)
     for name, update in named(updates).items():
@@ -376,7 +378,10 @@ def test_optimizer_state_is_float32_whatever_the_products_are():
 
 def test_the_average_is_the_mean_of_the_weights_after_each_update_of_the_tail():
     config = OptimConfig(lr=0.1, steps=10, warmup_steps=0, average=0.4)
-    tx, plain = optimizer(config), optimizer(config.model_copy(update={"average": 0.0}))
+    tx, plain = (
+        optimizer(config.model_copy(update={"average": average}), PARAMETERS)
+        for average in (0.4, 0.0)
+    )
     rng = np.random.default_rng(0)
     params = {"wte": jnp.asarray(rng.normal(size=(4, 3)), jnp.float32)}
     state, other, seen = tx.init(params), plain.init(params), []

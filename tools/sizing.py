@@ -121,8 +121,8 @@ def size(config: Config, flags: Namespace) -> dict[str, Any]:
         "parameters": {
             "by_component": parts,
             "total": parameters,
-            "embedding": parts["wte"] + parts["wpe"],
-            "non_embedding": parameters - parts["wte"] - parts["wpe"],
+            "embedding": flops.embedding_count(model),
+            "non_embedding": parameters - flops.embedding_count(model),
             "used": used,
             "float32_bytes": 4 * parameters,
             "checkpoint_bytes": checkpoint,
@@ -256,7 +256,7 @@ def of_parameters(r: dict[str, Any]) -> list[str]:
     counts = {
         **p["by_component"],
         "total": p["total"],
-        "embeddings (wte, wpe)": p["embedding"],
+        "embeddings": p["embedding"],
         "all but embeddings": p["non_embedding"],
     }
     return [

@@ -1,83 +1,77 @@
 """Count a run's parameters and FLOPs, and compare its speed with its devices' peak: MFU.
 
-These are plain integers without JAX, so that a script or a test touches no device. `model` is a
-ModelConfig, or anything with n_layer L, n_embd D, block_size T, vocab_size V (the logical
-one: padded rows of the table are never counted), and the keys that say which parts it has.
+No device is touched. Padded rows of the tables are never counted.
 """
 
+import re
 from collections.abc import Callable
-from typing import Any
+
+from scalegpt.config.recipe import ModelConfig
+from scalegpt.model.parameters import parameters
 
 
-def parameters_by_component(model: Any) -> dict[str, int]:
-    """Count each component's parameters, over all layers; they add up to `parameter_count`.
+def parameters_by_component(model: ModelConfig) -> dict[str, int]:
+    """Count the parameters of each component, as "attn/qkv" with its bias, over all layers.
 
-    GPT-2's layout as in nanoGPT: the MLP is 4 D wide, and a LayerNorm has a bias only when the
-    linear layers have one. A tied head is `wte` itself.
+    They add up to `parameter_count`. A tied head is `wte` itself.
     """
-    L, D = model.n_layer, model.n_embd
-    bias = int(model.bias)
-    norm = D * (1 + bias) if model.norm == "layernorm" else 0
-    learned = model.position == "learned"
-    return {
-        "wte": model.vocab_size * D,
-        "wpe": model.block_size * D if learned else 0,
-        "ln_1": L * norm,
-        "attn/qkv": L * 3 * D * (D + bias),
-        "attn/proj": L * D * (D + bias),
-        "ln_2": L * norm,
-        "mlp/fc": L * 4 * D * (D + bias),
-        "mlp/proj": L * D * (4 * D + bias),
-        "ln_f": norm,
-        "head": 0 if model.tie_word_embeddings else model.vocab_size * D,
-        "residual_scalars": 2 * L if model.residual_scalars else 0,
-        "value_embeddings": L * (model.vocab_size * D + model.n_head) * model.value_embeddings,
-    }
+    sizes: dict[str, int] = {}
+    for path, parameter in parameters(model).items():
+        name = _component(path)
+        sizes[name] = sizes.get(name, 0) + parameter.size(model.vocab_size)
+    return sizes
 
 
-def parameter_count(model: Any) -> int:
+def _component(path: str) -> str:
+    return re.sub(r"^h/|(_kernel|_bias|/scale|/bias)$", "", path)
+
+
+def parameter_count(model: ModelConfig) -> int:
     """Count all parameters, each once: 124,439,808 for GPT-2, or 124,337,664 without biases."""
     return sum(parameters_by_component(model).values())
 
 
-def used_parameters(model: Any) -> int:
-    """Count the parameters that multiply: not `wpe`, value embeddings or, with an own head, `wte`.
+def embedding_count(model: ModelConfig) -> int:
+    """Count the parameters of all embeddings; a tied head is one of them."""
+    embeddings = (p for p in parameters(model).values() if p.kind == "embeddings")
+    return sum(p.size(model.vocab_size) for p in embeddings)
+
+
+def used_parameters(model: ModelConfig) -> int:
+    """Count the parameters that multiply: all but embeddings, and the head, which may be tied.
 
     This is the N of PaLM's and Chinchilla's formulas as nanoGPT's notebooks read them: 123,653,376
     for GPT-2.
     """
-    sizes = parameters_by_component(model)
-    looked_up = sizes["wpe"] + sizes["value_embeddings"] + (sizes["wte"] if sizes["head"] else 0)
-    return sum(sizes.values()) - looked_up
+    tied_head = model.vocab_size * model.n_embd * model.tie_word_embeddings
+    return parameter_count(model) - embedding_count(model) + tied_head
 
 
-def flops_by_component(model: Any, causal: bool = False) -> dict[str, int]:
+def flops_by_component(model: ModelConfig, causal: bool = False) -> dict[str, int]:
     """Count the FLOPs of the forward pass over one sequence of block_size tokens, over all layers.
 
-    Only matrix products count, 2 FLOPs for a multiply-add: the 12 D^2 weights of each layer, the
+    Only matrix products count, 2 FLOPs for a multiply-add: the matrices of the layers, the
     head, and in attention q·k and scores·v (2 T^2 D each). Looking up embeddings costs nothing;
     norms, biases, GELU and softmax are left out. `causal`: only the useful half of T x T counts.
     Source: nanoGPT's transformer_sizing.ipynb, whose figures are those with causal=False.
     """
     L, T, D = model.n_layer, model.block_size, model.n_embd
     pairs = T * T * D if causal else 2 * T * T * D
-    return {
-        "attn/qkv": L * 2 * T * 3 * D * D,
-        "attn/scores": L * pairs,
-        "attn/reduce": L * pairs,
-        "attn/proj": L * 2 * T * D * D,
-        "mlp/fc": L * 2 * T * 4 * D * D,
-        "mlp/proj": L * 2 * T * 4 * D * D,
-        "head": 2 * T * D * model.vocab_size,
+    matrices = {
+        _component(path): 2 * T * parameter.size(model.vocab_size)
+        for path, parameter in parameters(model).items()
+        if parameter.kind == "matrices"
     }
+    head = 2 * T * D * model.vocab_size
+    return {"attn/scores": L * pairs, "attn/reduce": L * pairs, **matrices, "head": head}
 
 
-def forward_flops(model: Any, causal: bool = False) -> int:
+def forward_flops(model: ModelConfig, causal: bool = False) -> int:
     """Count the forward FLOPs of one sequence: 291,648,307,200 for GPT-2 as nanoGPT counts."""
     return sum(flops_by_component(model, causal).values())
 
 
-def flops_per_token(model: Any, causal: bool = True) -> float:
+def flops_per_token(model: ModelConfig, causal: bool = True) -> float:
     """Count the FLOPs of training on a token, both passes: 6 N + 12 L T D (6 L T D if causal).
 
     N: weights of matrix products, head included. The backward pass costs twice the forward pass;
@@ -87,7 +81,7 @@ def flops_per_token(model: Any, causal: bool = True) -> float:
     return 3 * forward_flops(model, causal) / model.block_size
 
 
-def palm_flops_per_token(model: Any) -> int:
+def palm_flops_per_token(model: ModelConfig) -> int:
     """Compute PaLM's 6 N + 12 L H Q T as it stands, which counts norms and biases as products too.
 
     Source: PaLM, arXiv:2204.02311, appendix B, with N as in nanoGPT's transformer_sizing.ipynb.
@@ -158,7 +152,11 @@ def peak_flops(device_kind: str, dtype: str = "bfloat16") -> float | None:
 
 
 def mfu(
-    model: Any, tokens_per_second: float, device_kind: str, n_devices: int, dtype: str = "bfloat16"
+    model: ModelConfig,
+    tokens_per_second: float,
+    device_kind: str,
+    n_devices: int,
+    dtype: str = "bfloat16",
 ) -> float | None:
     """Compute the model FLOPs utilisation, 0 to 1: useful FLOP/s over the peak of all devices.
 
@@ -173,7 +171,7 @@ def mfu(
 
 
 def mfu_meter(
-    model: Any,
+    model: ModelConfig,
     device_kind: str,
     n_devices: int,
     say: Callable[[str], None] = print,

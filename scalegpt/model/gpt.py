@@ -280,7 +280,7 @@ class GPT(_Layer):
     def _final_norm(self, x: Array) -> Array:
         c = self.config
         if not c.tie_word_embeddings:  # made here, used by `head_table`
-            shape, axes = (c.padded_vocab, c.n_embd), ("vocab", "table_embed")
+            shape, axes = (c.padded_vocab, c.n_embd), ("vocab", "head_embed")
             self.table("head_kernel", shape, axes, 0.02 if c.init == "gpt2" else 0.0)
         return Norm(c, self.dtype, self.attention, name="ln_f")(x)
 

@@ -22,6 +22,7 @@ from scalegpt.data.tokenizer import kind
 from scalegpt.errors import counted
 from scalegpt.files import run_folder
 from scalegpt.model.flops import flops_per_token, peak_flops
+from scalegpt.model.parameters import parameters
 from scalegpt.processes.command import python
 from scalegpt.run.curves import text_plot
 from scalegpt.run.history import read_history, read_rows
@@ -135,7 +136,7 @@ def _times(n: float) -> str:
 def _decaying(config: Config, steps: Steps) -> str:
     """Say how many tensors and parameters weight decay shrinks, each layer's tensors apart."""
     params = steps.abstract.params
-    marks = jax.tree.leaves(decay_mask(config.optim)(params))
+    marks = jax.tree.leaves(decay_mask(config.optim, parameters(config.model))(params))
     leaves = jax.tree_util.tree_leaves_with_path(params)
     tensors = [(x.shape[0] if path[0].key == "h" else 1, x.size) for path, x in leaves]
     decaying = [tensor for tensor, decays in zip(tensors, marks, strict=True) if decays]

@@ -21,6 +21,7 @@ from scalegpt.errors import Mistake
 from scalegpt.model import attention
 from scalegpt.model.flops import parameter_count
 from scalegpt.model.gpt import GPT
+from scalegpt.model.parameters import parameters
 from scalegpt.step import health, sharding, update
 from scalegpt.step.loss import row_losses
 from scalegpt.step.optimizer import optimizer
@@ -127,7 +128,7 @@ def initial_state(config: Config, model: GPT) -> State:
     # Attention has no parameters, and its kernels refuse a batch of one row.
     plain = model.clone(attention="xla")
     params = plain.init(jax.random.key(config.run.seed), jnp.zeros((1, 1), jnp.int32))["params"]
-    opt_state = optimizer(config.optim).init(params)
+    opt_state = optimizer(config.optim, parameters(config.model)).init(params)
     return State(jnp.zeros((), jnp.int32), params, opt_state, health.initial())
 
 

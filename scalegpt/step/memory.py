@@ -1,6 +1,6 @@
 """Estimate the memory of the training step on one device, in bytes, by arithmetic.
 
-These are plain integers without JAX, as in model/flops.py. State and gradients are exact; the rest
+No device is touched, as in model/flops.py. State and gradients are exact; the rest
 estimates what XLA keeps for layers that are scanned (model.scan_layers). The estimate was within
 20 % of `memory_analysis()` for TPU programs (v3, v4, v5e; bfloat16; 43M to 1.5B parameters; chunked
 logits), and down to 0.6 of it on a CPU. Unrolled layers may need half as much on a TPU, and on a
@@ -9,41 +9,41 @@ CPU, where XLA then ignores model.remat, as much as without remat. The compiler 
 """
 
 from collections.abc import Mapping
-from typing import Any
+from math import prod
 
-from scalegpt.config.recipe import OptimConfig
+from scalegpt.config.recipe import ModelConfig, OptimConfig
 from scalegpt.model.flops import parameter_count
+from scalegpt.model.parameters import Parameter, parameters
+from scalegpt.step.sharding import RULES
 
 _ADAMW = OptimConfig()
 REMAT = ("none", "dots", "full")
 
 
-def parameters_on_device(model: Any, mesh: Mapping[str, int]) -> int:
-    """Count the parameters on each device, padded rows of the tables included.
+def parameters_on_device(model: ModelConfig, mesh: Mapping[str, int], kind: str = "") -> int:
+    """Count the parameters on each device, padded rows included, split as sharding.RULES says.
 
-    They are split as sharding.RULES says: matrices over fsdp and tensor, positions over fsdp, the
-    biases inside attention and MLP over tensor, norms and the other biases not at all.
+    mesh: sizes of fsdp and tensor. kind: of the parameters to count, if not all.
     """
-    L, D, fsdp, tensor = model.n_layer, model.n_embd, mesh["fsdp"], mesh["tensor"]
-    tables = 1 if model.tie_word_embeddings else 2
-    tables += L * model.value_embeddings
-    matrices = 12 * L * D * D + tables * model.padded_vocab * D
-    scalars = 2 * L * model.residual_scalars + L * model.n_head * model.value_embeddings
-    positions = model.block_size * D if model.position == "learned" else 0
-    norms = (2 * L + 1) * D if model.norm == "layernorm" else 0
-    biases = 7 * L * D // tensor + 2 * L * D + norms if model.bias else 0
-    return matrices // (fsdp * tensor) + positions // fsdp + norms + biases + scalars
+
+    def shards(parameter: Parameter) -> int:
+        rules = (RULES[axis] or () for axis in parameter.axes if axis)
+        axes = [axis for rule in rules for axis in ((rule,) if isinstance(rule, str) else rule)]
+        return prod(mesh[axis] for axis in axes)
+
+    wanted = [p for p in parameters(model).values() if kind in ("", p.kind)]
+    return sum(prod(p.shape) // shards(p) for p in wanted)
 
 
-def moment_bytes(parameters: int, model: Any, optim: OptimConfig, shards: int = 1) -> int:
+def moment_bytes(count: int, matrices: int, optim: OptimConfig) -> int:
     """Count the bytes of moments and averaged weights, float32. AdamW has two moments of each
-    parameter, Muon one less for the layers' matrices, which are split into `shards`."""
-    spared = 12 * model.n_layer * model.n_embd**2 // shards if optim.name == "muon" else 0
-    return (12 if optim.average else 8) * parameters - 4 * spared
+    of `count` parameters, Muon one less for the layers' matrices."""
+    spared = matrices if optim.name == "muon" else 0
+    return (12 if optim.average else 8) * count - 4 * spared
 
 
 def on_device(
-    model: Any,
+    model: ModelConfig,
     mesh: Mapping[str, int],
     microbatch: int,
     accumulation: int,
@@ -63,7 +63,8 @@ def on_device(
     L, D, T, tensor = model.n_layer, model.n_embd, model.block_size, mesh["tensor"]
     rows = model.padded_vocab // tensor
     tokens = microbatch * T  # the residual stream is not split over tensor
-    parameters = parameters_on_device(model, mesh)
+    count = parameters_on_device(model, mesh)
+    matrices = parameters_on_device(model, mesh, "matrices")
 
     # Fitted: for a score, float32 weights and 2.5 copies in the products' dtype; for the rest, 17
     # values a position and channel, 12 of which are split over tensor.
@@ -80,19 +81,20 @@ def on_device(
     scratch = logits if remat == "none" else max(layer, logits)
     # Of the weights cast or gathered for products, two layers and the head exist at a time.
     used_in_place = itemsize == 4 and mesh["fsdp"] == 1
-    copies = 0 if used_in_place else itemsize * (24 * D * D // tensor + rows * D)
+    copies = 0 if used_in_place else itemsize * (2 * matrices * mesh["fsdp"] // L + rows * D)
     return {
-        "weights": 4 * parameters,
-        "moments": moment_bytes(parameters, model, optim, mesh["fsdp"] * tensor),
-        "gradients": 4 * parameters,
-        "gradients of a microbatch": 4 * parameters if accumulation > 1 else 0,
+        "weights": 4 * count,
+        "moments": moment_bytes(count, matrices, optim),
+        "gradients": 4 * count,
+        "gradients of a microbatch": 4 * count if accumulation > 1 else 0,
         "weights as products use them": copies,
         "activations kept": round(activations),
         "scratch": round(scratch),
     }
 
 
-def checkpoint_bytes(model: Any, optim: OptimConfig) -> int:
+def checkpoint_bytes(model: ModelConfig, optim: OptimConfig) -> int:
     """Count the bytes of weights and moments: 1.49 GB for nanoGPT's 124M, as its notebook does."""
-    parameters = parameter_count(model)
-    return 4 * parameters + moment_bytes(parameters, model, optim)
+    count = parameter_count(model)
+    matrices = parameters_on_device(model, {"fsdp": 1, "tensor": 1}, "matrices")
+    return 4 * count + moment_bytes(count, matrices, optim)

@@ -7,7 +7,7 @@ of each matrix.
 Shapes: N matrices of a stack, D embed, W the other side of a matrix (heads or MLP), D <= W.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ import optax
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
+from scalegpt.model.parameters import STACKED, Parameter
 from scalegpt.step.sharding import RULES
 
 # Keller Jordan's quintic: small singular values grow fast, and all end between 0.7 and 1.2.
@@ -40,13 +41,15 @@ class Layout(NamedTuple):
     reads: bool
 
 
-# Query, key and value are three matrices, in which the heads lie side by side.
-LAYOUTS = {
-    "h/attn/qkv_kernel": Layout((0, 2), (1,), (3, 4), reads=True),
-    "h/attn/proj_kernel": Layout((0,), (3,), (1, 2), reads=False),
-    "h/mlp/up_kernel": Layout((0,), (1,), (2,), reads=True),
-    "h/mlp/down_kernel": Layout((0,), (2,), (1,), reads=False),
-}
+def layout(axes: tuple[str | None, ...]) -> Layout:
+    """Return the layout of matrices whose axes have these names; their inputs come first.
+
+    Query, key and value are three matrices, in which the heads lie side by side.
+    """
+    stack = tuple(i for i, axis in enumerate(axes) if axis in STACKED)
+    embed = axes.index("embed")
+    other = tuple(i for i in range(len(axes)) if i != embed and i not in stack)
+    return Layout(stack, (embed,), other, reads=embed < other[0])
 
 
 def orthogonalise(x: Array, steps: int) -> Array:
@@ -61,12 +64,16 @@ def orthogonalise(x: Array, steps: int) -> Array:
 
 
 def scale_by_muon(
-    momentum: Callable[[Array], Any], steps: int, dtype: Any
+    momentum: Callable[[Array], Any],
+    steps: int,
+    dtype: Any,
+    parameters: Mapping[str, Parameter],
 ) -> optax.GradientTransformation:
     """Turn gradients into orthogonalised Nesterov momentum times sqrt(max(1, fan out / fan in)).
 
-    Both are {path of LAYOUTS: array}. momentum: updates so far -> its factor. dtype: of the
-    products. In float32 and for a constant momentum this is optax.contrib.scale_by_muon.
+    Both are {path: array}. momentum: updates so far -> its factor. dtype: of the products.
+    parameters: those of the model, by path. In float32 and for a constant momentum this is
+    optax.contrib.scale_by_muon.
     """
 
     def init(params: Any) -> MuonState:
@@ -79,15 +86,18 @@ def scale_by_muon(
         nesterov = jax.tree.map(
             lambda m, g: beta * m / next_bias + (1 - beta) * g / bias, mean, grads
         )
-        return _orthogonalised(nesterov, steps, dtype), MuonState(count, mean)
+        layouts = {path: layout(parameters[path].axes) for path in nesterov}
+        return _orthogonalised(nesterov, layouts, steps, dtype), MuonState(count, mean)
 
     return optax.GradientTransformation(init, update)
 
 
-def _orthogonalised(updates: dict[str, Array], steps: int, dtype: Any) -> dict[str, Array]:
+def _orthogonalised(
+    updates: dict[str, Array], layouts: dict[str, Layout], steps: int, dtype: Any
+) -> dict[str, Array]:
     groups: dict[tuple, dict[str, Array]] = {}
     for path, x in updates.items():
-        matrices = _matrices(x, LAYOUTS[path]).astype(dtype)
+        matrices = _matrices(x, layouts[path]).astype(dtype)
         groups.setdefault(matrices.shape[1:], {})[path] = matrices
     orthogonal = {}
     for group in groups.values():
@@ -95,7 +105,7 @@ def _orthogonalised(updates: dict[str, Array], steps: int, dtype: Any) -> dict[s
         stack = _on_whole_matrices(lambda x: orthogonalise(x, steps), stack)
         for path, matrices in group.items():
             end = begin + len(matrices)
-            orthogonal[path] = _parameter(stack[begin:end], LAYOUTS[path], updates[path])
+            orthogonal[path] = _parameter(stack[begin:end], layouts[path], updates[path])
             begin = end
     return orthogonal
 

@@ -3,7 +3,8 @@
 A step is an optimizer update throughout.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
 from scalegpt.config.recipe import OptimConfig
-from scalegpt.step.muon import LAYOUTS, scale_by_muon
+from scalegpt.model.parameters import Parameter
+from scalegpt.step.muon import scale_by_muon
 
 Schedule = Callable[[Any], Any]
 
@@ -42,51 +44,44 @@ def schedule(config: OptimConfig) -> Schedule:
     return learning_rate
 
 
-def decay_mask(config: OptimConfig) -> Callable[[Any], Any]:
+def decay_mask(config: OptimConfig, parameters: Mapping[str, Parameter]) -> Callable[[Any], Any]:
     """Return a function that marks which parameters weight decay shrinks.
 
-    It goes by name, not by number of axes: stacked layers give LayerNorm scales two axes.
+    It goes by what a parameter is, not by its number of axes: stacked layers give LayerNorm scales
+    two axes.
     """
+    kinds = {"matrices", "head"} | ({"embeddings"} if config.decay == "matrices" else set())
 
     def decays(path: tuple) -> bool:
-        name = next(k.key for k in reversed(path) if isinstance(k, jax.tree_util.DictKey))
-        if config.decay == "all":
-            return True
-        embedding = group(name) == "embeddings"
-        return name.endswith("kernel") or (config.decay == "matrices" and embedding)
+        # The tree may be flat, and its leaves boxed, which adds to the path what is no name.
+        name = "/".join(k.key for k in path if isinstance(k, jax.tree_util.DictKey))
+        return config.decay == "all" or parameters[name].kind in kinds
 
     return lambda params: jax.tree_util.tree_map_with_path(lambda path, _: decays(path), params)
 
 
-def optimizer(config: OptimConfig, dtype: Any = jnp.float32) -> optax.GradientTransformation:
+def optimizer(
+    config: OptimConfig, parameters: Mapping[str, Parameter], dtype: Any = jnp.float32
+) -> optax.GradientTransformation:
     """Make AdamW (arXiv:1711.05101) on globally clipped gradients, or Muon for the layers' matrices
-    and AdamW for the rest. State has the parameters' dtype, Muon's products are in `dtype`."""
+    and AdamW for the rest.
+
+    parameters: those of the model, by path. State has their dtype, Muon's products are in `dtype`.
+    """
     clip = optax.clip_by_global_norm(config.grad_clip) if config.grad_clip else optax.identity()
     average = [tail_average(config)] if config.average else []
+    rule = partial(_update_rule, config, decay_mask(config, parameters))
     if config.name == "adamw":
-        return optax.chain(clip, *_update_rule(config, _adam(config), config.lr), *average)
-    muon = scale_by_muon(_momentum(config), config.ns_steps, dtype)
+        return optax.chain(clip, *rule(_adam(config), config.lr), *average)
+    muon = scale_by_muon(_momentum(config), config.ns_steps, dtype, parameters)
     directions = {
         "matrices": (muon, config.lr),
         "embeddings": (_adam(config), config.embedding_lr),
         "head": (_adam(config), config.head_lr),
         "scalars": (_adam(config), config.scalar_lr),
     }
-    groups = {name: optax.chain(*_update_rule(config, *pair)) for name, pair in directions.items()}
-    return optax.chain(clip, by_group(groups, group), *average)
-
-
-def group(path: str) -> str:
-    """Name the group of a parameter when training with Muon, from a path like "h/mlp/up_kernel"."""
-    if path in LAYOUTS:
-        return "matrices"
-    name = path.rpartition("/")[2]
-    return {
-        "wte": "embeddings",
-        "wpe": "embeddings",
-        "value_table": "embeddings",
-        "head_kernel": "head",
-    }.get(name, "scalars")
+    groups = {kind: optax.chain(*rule(*pair)) for kind, pair in directions.items()}
+    return optax.chain(clip, by_group(groups, lambda path: parameters[path].kind), *average)
 
 
 def by_group(
@@ -121,15 +116,19 @@ def _adam(config: OptimConfig) -> optax.GradientTransformation:
 
 
 def _update_rule(
-    config: OptimConfig, direction: optax.GradientTransformation, lr: float
+    config: OptimConfig,
+    mask: Callable[[Any], Any],
+    direction: optax.GradientTransformation,
+    lr: float,
 ) -> list[optax.GradientTransformation]:
     """Chain a direction with what all optimizers share: add weight_decay x parameter (decoupled, as
-    in AdamW), multiply by -learning rate. lr: the peak here; its shape is the run's schedule."""
+    in AdamW), multiply by -learning rate. mask: what `decay_mask` returns. lr: the peak here; its
+    shape is the run's schedule."""
     decay = cautious_decay if config.cautious_decay else optax.add_decayed_weights
     rate, share = schedule(config), lr / config.lr
     return [
         direction,
-        decay(config.weight_decay, decay_mask(config)),
+        decay(config.weight_decay, mask),
         optax.scale_by_learning_rate(rate if share == 1 else lambda i: share * rate(i)),
     ]
 

@@ -26,6 +26,7 @@ RULES = {
     "layers": None,
     "vocab": ("tensor", "fsdp"),
     "table_embed": None,  # else XLA would rematerialise the whole table
+    "head_embed": None,
     "embed": "fsdp",
     "qkv": None,
     "heads": "tensor",

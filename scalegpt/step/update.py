@@ -11,6 +11,7 @@ from jax import Array
 
 from scalegpt.config import Config
 from scalegpt.model.gpt import GPT
+from scalegpt.model.parameters import parameters
 from scalegpt.step import health
 from scalegpt.step.loss import row_losses
 from scalegpt.step.optimizer import optimizer, schedule, swap_average
@@ -115,7 +116,7 @@ def apply_gradients(
     """
     scale = 1 / jnp.maximum(count, 1)  # XLA fuses a product into its uses, but not a division
     grads = jax.tree.map(lambda g: g * scale, grads)
-    tx = optimizer(config.optim, dtype)
+    tx = optimizer(config.optim, parameters(config.model), dtype)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     loss, norm = total * scale, optax.tree.norm(grads)
     apply, deviation, after = health.judge(config.run, state.health, loss, norm)

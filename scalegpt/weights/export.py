@@ -94,8 +94,10 @@ def gpt2_tensors(config: ModelConfig, params: Any) -> dict[str, np.ndarray]:
     """Return the tensors of GPT-2's format by name; on a CPU they are views of the parameters."""
     leaves = traverse_util.flatten_dict(params, sep="/")
     leaves = {path: np.ascontiguousarray(leaf) for path, leaf in leaves.items()}
-    tensors = {}
-    for name, place in gpt2_places(config).items():
+    places, tensors = gpt2_places(config), {}
+    unknown = leaves.keys() - {place.leaf for place in places.values()}
+    assert not unknown, unknown  # else a model without them would be written
+    for name, place in places.items():
         if place.leaf not in leaves:
             assert place.leaf.endswith("bias") and not config.bias, name
             tensors[name] = np.zeros(place.shape, np.float32)

@@ -22,6 +22,7 @@ from scalegpt.files.folder import expanded
 from scalegpt.files.json_files import read_object
 from scalegpt.files.run_folder import is_run
 from scalegpt.model.layers import LAYER_NORM_EPS
+from scalegpt.model.parameters import parameters
 from scalegpt.weights.tensor_files import INDEX, SAFE, TORCH, Read, Shapes, open_tensors
 
 HUB_SECONDS = 15  # without an answer from Hugging Face, there is no network
@@ -198,23 +199,9 @@ def gpt2_places(model: ModelConfig) -> dict[str, Place]:
     return places
 
 
-def own_places(model: ModelConfig, leaves: dict[str, Any]) -> dict[str, Place]:
-    """Return the place of every tensor of our own format, where `model` is the file's.
-
-    leaves: those to load, which may have another padding or block_size than the file's.
-    """
-    rows = model.padded_vocab
-    leading = {
-        "wte": (rows,),
-        "head_kernel": (rows,),
-        "wpe": (model.block_size,),
-        "h/attn/value_table": (model.n_layer, rows),
-    }
-    places = {}
-    for path, leaf in leaves.items():
-        axes = leading.get(path, ())
-        places[path] = Place(path, None, (*axes, *leaf.shape[len(axes) :]))
-    return places
+def own_places(model: ModelConfig) -> dict[str, Place]:
+    """Return the place of every tensor of our own format, where `model` is the file's."""
+    return {path: Place(path, None, x.shape) for path, x in parameters(model).items()}
 
 
 def load_params(folder: Path, model: ModelConfig, abstract_params: Any) -> Any:
@@ -226,8 +213,7 @@ def load_params(folder: Path, model: ModelConfig, abstract_params: Any) -> Any:
     """
     source = describe(folder)[0]
     is_own = read_object(folder / "config.json")["model_type"] == OWN_TYPE
-    leaves = traverse_util.flatten_dict(abstract_params, sep="/")
-    places = own_places(source, leaves) if is_own else gpt2_places(source)
+    places = own_places(source) if is_own else gpt2_places(source)
     return fill(folder, source, places, open_tensors(folder), model, abstract_params)
 
 
@@ -258,6 +244,8 @@ def fill(
     tensors: dict[str, list[tuple[str, Place]]] = {path: [] for path in leaves}
     for name, place in places.items():
         tensors[place.leaf].append((name, place))
+    unfilled = [path for path, sources in tensors.items() if not sources]
+    assert not unfilled, unfilled  # else they would be 0
 
     def load(path: str, leaf: Any) -> jax.Array:
         whole = np.zeros(leaf.shape, np.float32)

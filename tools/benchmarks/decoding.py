@@ -22,6 +22,7 @@ from scalegpt.config import Config
 from scalegpt.errors import Mistake
 from scalegpt.inference.decode import decoder
 from scalegpt.inference.sampling import Sampler
+from scalegpt.model.parameters import parameters
 from scalegpt.step.build import build_for_use
 from scalegpt.step.sharding import make_mesh, row_shards
 
@@ -41,7 +42,9 @@ class Writer:
         self.write = decoder(steps, steps.init().params, Sampler(), model.vocab_size, keep=False)
         self.prompts = np.random.default_rng(0).integers(0, model.vocab_size, (texts, PROMPT))
         # A step reads one row a text of these tables, which is next to nothing.
-        looked_up = ["wpe", "value_table", *(() if model.tie_word_embeddings else ("wte",))]
+        kinds = {path.rpartition("/")[2]: x.kind for path, x in parameters(model).items()}
+        head = {"wte"} if model.tie_word_embeddings else set()
+        looked_up = {name for name, kind in kinds.items() if kind == "embeddings"} - head
         flat = flatten_dict(self.write.params)
         read = [x for path, x in flat.items() if path[-1] not in looked_up]
         token_bytes = 2 * model.n_layer * model.n_embd * steps.model.dtype.itemsize
