@@ -91,6 +91,18 @@ def test_the_tables_of_the_124m_model_are_nanogpts(capsys):
     assert "data 8" in text and "microbatch of 12" in text and "accumulation 5" in text
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("--config=configs/gpt2_xl.yaml", "--device=TPU v4", "--devices=16"),
+        ("--config=configs/modern_124m.yaml", "--model.value_embeddings=true", "--budget=3e21"),
+        ("--config=configs/v3_32.yaml", "--device=TPU v3", "--devices=32"),
+    ],
+)
+def test_the_tables_fit_80_columns(capsys, argv):
+    assert max(map(len, printed(capsys, *argv).splitlines())) <= 80
+
+
 def test_the_preset_alone_is_gpt2(capsys):
     r = report(capsys, "--model.preset=gpt2")
     assert r["parameters"]["total"] == 124_439_808

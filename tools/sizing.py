@@ -11,6 +11,7 @@ scalegpt/step/memory.py and tools/planning/scaling_laws.py.
 import json
 import math
 from argparse import Namespace
+from functools import partial
 from typing import Any
 
 from jax.sharding import AbstractMesh
@@ -235,8 +236,10 @@ def scaling(parameters: int, tokens: int, budget: float) -> dict[str, Any]:
     }
 
 
-def line(name: str, *cells: str, width: int = 16) -> str:
-    return f"  {name:28}" + "".join(f" {cell:>{width - 1}}" for cell in cells)
+def line(name: str, *cells: str, widths: tuple[int, ...] = (16, 16, 16)) -> str:
+    """Return a row of a table, of at most 80 columns."""
+    padded = (f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=False))
+    return f"  {name:28}" + "".join(padded)
 
 
 def tables(r: dict[str, Any]) -> str:
@@ -244,8 +247,8 @@ def tables(r: dict[str, Any]) -> str:
     m = r["model"]
     head = (
         f"{m['n_layer']} layers, {m['n_head']} heads, {m['n_embd']} wide, {m['block_size']:,} "
-        f"tokens, {'with' if m['bias'] else 'no'} biases; vocabulary {m['vocab_size']:,} "
-        f"({m['vocabulary_from']})"
+        f"tokens, {'with' if m['bias'] else 'no'} biases\n"
+        f"vocabulary {m['vocab_size']:,} ({m['vocabulary_from']})"
     )
     sections = (of_parameters, of_flops, of_memory, of_time, of_scaling)
     return "\n\n".join([head, *("\n".join(section(r)) for section in sections)])
@@ -275,14 +278,12 @@ def of_flops(r: dict[str, Any]) -> list[str]:
     rows["forward"] = (forward, sum(causal.values()))
     rows["backward"] = tuple(2 * n for n in rows["forward"])
     rows["training"] = tuple(f["training"][kind] for kind in COUNTS)
+    row = partial(line, widths=(20, 9, 20))
     return [
-        line(f"FLOPs of {length:,} tokens", "full", "share", "causal", width=18)[2:],
-        *(
-            line(name, f"{a:,}", f"{a / forward:.2%}", f"{b:,}", width=18)
-            for name, (a, b) in rows.items()
-        ),
-        line("training, a token", f"{token['full']:,.0f}", "", f"{token['causal']:,.0f}", width=18),
-        line("PaLM's 6 N + 12 L H Q T", f"{f['palm']:,}", width=18)
+        row(f"FLOPs of {length:,} tokens", "full", "share", "causal")[2:],
+        *(row(name, f"{a:,}", f"{a / forward:.2%}", f"{b:,}") for name, (a, b) in rows.items()),
+        row("training, a token", f"{token['full']:,.0f}", "", f"{token['causal']:,.0f}"),
+        row("PaLM's 6 N + 12 L H Q T", f"{f['palm']:,}")
         + f"  = {f['palm'] / f['training']['full']:.4f} x training",
     ]
 
@@ -293,12 +294,13 @@ def of_memory(r: dict[str, Any]) -> list[str]:
     rows["total"] = list(m["total_bytes"].values())
     mesh = " x ".join(f"{axis} {n}" for axis, n in m["mesh"].items() if n > 1) or "one device"
     return [
-        f"Memory of a device in GiB, on {m['devices']} x {m['device']}: {mesh}",
-        f"  microbatch of {m['microbatch']} sequences, accumulation {m['accumulation']}, "
-        f"{m['dtype']} products, attention {m['attention']}",
+        f"Memory of a device in GiB, on {m['devices']} x {m['device']}",
+        f"  {mesh}; microbatch of {m['microbatch']}, accumulation {m['accumulation']}",
+        f"  {m['dtype']} products, attention {m['attention']}",
         line("model.remat", *(f"{x} (set)" if x == m["remat"] else x for x in remats)),
         *(line(name, *(f"{n / 2**30:.2f}" for n in row)) for name, row in rows.items()),
-        "  an estimate for model.scan_layers=true; scalegpt.train --compile-only asks the compiler",
+        "  an estimate for model.scan_layers=true;",
+        "  scalegpt.train --compile-only asks the compiler",
     ]
 
 
@@ -335,15 +337,17 @@ def of_scaling(r: dict[str, Any]) -> list[str]:
         model, needs = s["models"][name], s["optimal_tokens_of_this_model"].get(name)
         cells = [short(model["parameters"]), short(model["tokens"])]
         cells += [f"{model['tokens_per_parameter']:,.1f}", short(needs) if needs else ""]
-        return line(names[name], *cells, *(f"{loss:.3f}" for loss in model["loss"].values()))
+        cells += [f"{loss:.3f}" for loss in model["loss"].values()]
+        return line(names[name], *cells, widths=widths)
 
-    losses = [f"{name} loss" for name in scaling_laws.LAWS]
+    widths = (6, 9, 8, 10, 11, 6)
     return [
         f"Compute-optimal for {s['budget']:.3g} FLOPs"
         + ", this run's own 6 N D" * (s["budget"] == s["run_6ND"]),
-        line("", "N", "tokens D", "D / N", "D for this N", *losses),
+        line("", "N", "tokens D", "D / N", "optimal D", *scaling_laws.LAWS, widths=widths),
         *map(row, s["models"]),
-        "  N leaves out tables that are only looked up; losses are of Chinchilla's text and tokens",
+        "  N leaves out tables that are only looked up; optimal D is for this run's N;",
+        "  the losses at the right are those of two fits, of Chinchilla's text and tokens",
     ]
 
 
