@@ -800,6 +800,19 @@ def test_depth_12_is_the_tuned_recipe_and_the_rest_follows_by_the_rules():
     assert small.optim.weight_decay == pytest.approx(0.05 / 2**0.5 / ratio, rel=5e-3)
 
 
+def test_a_batch_that_grows_sees_the_tokens_of_one_that_does_not(in_yaml):
+    file = in_yaml("model: {depth: 4, block_size: 512, vocab_size: 300}\nbatch: {sequences: 64}")
+    rows = 12 * (12 * 4 * 256**2 + 300 * 256) / 512
+    assert parse(file, *GIVEN).optim.steps == round(rows / 64)
+    grown = parse(file, "--batch.growth={11: 128, 41: 256}", *GIVEN)
+    assert grown.optim.steps == 40 + round((rows - 10 * 64 - 30 * 128) / 256)
+    assert abs(grown.batch.rows_after(grown.optim.steps) - rows) <= 128
+    late = parse(file, "--batch.growth={99999: 256}", *GIVEN)
+    assert late.optim.steps == parse(file, *GIVEN).optim.steps
+    with pytest.raises(ValueError, match="batch.growth='many' must be a whole number"):
+        parse(file, "--batch.growth={11: many}", *GIVEN)
+
+
 def test_what_is_given_stays_and_the_rest_follows_from_it(in_yaml):
     file = in_yaml("model: {depth: 4, block_size: 512, vocab_size: 300}\nbatch: {sequences: 64}")
     c = parse(file, "--optim.lr=0.5", "--model.n_embd=128", *GIVEN)

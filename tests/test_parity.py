@@ -5,8 +5,10 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import parity
 import pytest
@@ -90,6 +92,37 @@ def test_a_gradient_of_the_wrong_size_fails_though_adamw_hides_it(argv, monkeypa
     assert wrong["loss_difference"] < 1e-5
 
 
+@pytest.mark.slow
+def test_a_wrong_gradient_of_the_right_size_fails_at_any_learning_rate(argv, monkeypatch, capsys):
+    """In the middle of a warm-up parameters differ by less than 2e-6, whatever the gradient is."""
+    accumulate = update.accumulate
+
+    def broken(loss, params, tokens, rows):
+        total, grads = accumulate(loss, params, tokens, rows)
+        shift = int(tokens.shape[0] > 1)
+        return total, {**grads, "ln_f": jax.tree.map(lambda g: jnp.roll(g, shift), grads["ln_f"])}
+
+    monkeypatch.setattr(update, "accumulate", broken)
+    argv = [*argv, "--optim.steps=5000", "--optim.warmup_steps=4000"]
+    code, found = in_this_process(
+        monkeypatch, capsys, argv, "jit, 1 device", "data 8", "data 8, accumulation 2"
+    )
+    assert [row["verdict"] for row in found["rows"]] == ["ok", "ok", "FAIL"] and code == 1
+    wrong = found["rows"][2]
+    assert wrong["reason"] == "ln_f/scale" and wrong["norm_difference"] < 1e-5
+
+
+def test_rounding_explains_any_step_of_a_vanishing_gradient_and_little_of_another(argv):
+    """After an update by lr = 1e-3 with root mean squares 1, 0.1, 1e-9 and 0 of a table's row."""
+    config = parity.command_line.parse([*argv, "--model.vocab_size=50"], "test", parity.FLAGS)[0]
+    squares = jnp.array([[1, 0.01, 1e-18, 0]]) * 0.05  # as beta2 is 0.95
+    table = {"wte": jnp.zeros((1, 4))}
+    adam = parity.ScaleByAdamState(jnp.array(1), table, {"wte": squares})
+    state = SimpleNamespace(step=1, params=table, opt_state=(adam,))
+    bound = parity.rounding(config, state, 1e-3, 1e-5)["wte"][0]
+    np.testing.assert_allclose(bound, [2e-8, 2e-7, 2e-3, 2e-3], rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("tolerance", "off", "code", "verdict"),
     [("0", 1e-9, 1, "FAIL"), ("1e-5", 1e-9, 0, "ok"), ("1e-5", np.nan, 1, "FAIL")],
@@ -98,7 +131,10 @@ def test_verdicts_follow_the_tolerance_and_an_impossible_mesh_is_skipped(
     argv, monkeypatch, capsys, tolerance, off, code, verdict
 ):
     def result(off):
-        return parity.Result([1.0], [1.0], {"wte": np.zeros(2), "wpe": np.array([0, off])}, 1.0, 0)
+        params = {"wte": np.zeros(2), "wpe": np.array([0, off])}
+        # In units of the tolerance, as those of `rounding` are.
+        bounds = dict.fromkeys(params, np.full(2, 1e-3 * float(tolerance)))
+        return parity.Result([1.0], [1.0], params, bounds, 1.0, 0)
 
     results = [result(0.0), result(off)]
     monkeypatch.setattr(parity, "updates", lambda *_: results.pop(0))
@@ -115,7 +151,7 @@ def test_a_row_that_breaks_is_a_failure_and_the_others_run(argv, monkeypatch, ca
     def breaks(*_):
         raise RuntimeError("process 1 died")
 
-    result = parity.Result([1.0], [1.0], {"w": np.ones(1)}, 1.0, 0)
+    result = parity.Result([1.0], [1.0], {"w": np.ones(1)}, {"w": np.ones(1)}, 1.0, 0)
     monkeypatch.setattr(parity, "in_processes", breaks)
     monkeypatch.setattr(parity, "updates", lambda *_: result)
     names = ("jit, 1 device", "data 8, two processes", "replica 2 x data 4")

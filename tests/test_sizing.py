@@ -77,8 +77,9 @@ def estimate(c: Config, mesh, itemsize: int, fused: bool) -> dict[str, int]:
 
 def test_the_tables_of_the_124m_model_are_nanogpts(capsys):
     text = printed(capsys, "--config", "configs/gpt2_124m.yaml", "--devices=8")
-    head, parameters, flops, *_ = (
-        {line.split("  ")[1]: line for line in part.splitlines()[1:]} for part in text.split("\n\n")
+    parameters, flops, *_ = (
+        {line.split("  ")[1]: line for line in part.splitlines()[1:]}
+        for part in text.split("\n\n")[1:]
     )
     assert "124,337,664" in parameters["total"] and "100.00%" in parameters["total"]
     assert "38,597,376" in parameters["wte"] and "31.04%" in parameters["wte"]

@@ -5,15 +5,15 @@
 Every row runs the first updates of the run that the configuration describes, in float32, with the
 same data, seed and dropout masks, and is compared with plain jit on one device:
 
-loss       the largest |difference| of train/loss over the updates
-norm       the largest |relative difference| of train/grad_norm; AdamW hides its scale from params
-params     the largest |difference| of a parameter after the updates, neither scaled nor averaged
+loss       the largest |difference| of train/loss, over the number of the update
+norm       the same of train/grad_norm, relative; AdamW hides its scale from params
+params     the largest |difference| of a parameter after the updates, over what rounding explains
 moved      bytes of all collectives of an update on one device, read from the compiled program
 step       median time of an update but the first; all rows share this machine, so it is noisy
 
-A row FAILs when loss, norm or params exceeds the tolerance (1e-5), and the exit code is 1. AdamW
-divides a gradient by its own size, so a parameter whose gradient is mere rounding moves by up to
-the learning rate: without a warm-up, or for many --steps, see which parameter the verdict names.
+A row FAILs when loss or norm exceeds the tolerance (1e-5), or params exceeds 1, and the exit code
+is 1. Losses and norms are over the number of the update because each update adds rounding of its
+own. What rounding explains of a parameter depends on gradients and learning rates: `rounding`.
 """
 # ruff: noqa: E402
 
@@ -39,16 +39,20 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 from hlo_traffic import collectives, table
+from optax import ScaleByAdamState
 
 from scalegpt.config import Config, command_line
 from scalegpt.data.datasets import open_datasets
 from scalegpt.data.token_files import Dataset
 from scalegpt.errors import Mistake
+from scalegpt.model.parameters import parameters
 from scalegpt.processes import startup
 from scalegpt.processes.command import run_command
 from scalegpt.run.feed import batches_from
 from scalegpt.step import build_for_training, sharding
+from scalegpt.step.muon import COEFFICIENTS
 
 DEVICES, DIVISOR = 8, 8 * 4  # the most devices of a row, times the most accumulation
 FLAGS = {
@@ -99,6 +103,7 @@ class Result:
     losses: list[float]  # of each update
     norms: list[float]
     params: dict[str, np.ndarray]  # after the last
+    bounds: dict[str, np.ndarray]  # what `rounding` explains of a difference, over all updates
     seconds: float  # of an update
     moved: int | None  # bytes
 
@@ -109,7 +114,7 @@ def main(argv: list[str]) -> int:
         if not lowest <= (value := getattr(flags, name)) < float("inf"):
             raise Mistake(f"--{name}={value} must be at least {lowest}, and finite")
     if flags.worker:
-        return work(config, Path(flags.worker), flags.steps)
+        return work(config, Path(flags.worker), flags)
     datasets = open_datasets(config)
     given, devices = config, choose_devices()
     config = config.with_vocab(max(d.vocab_size for d in datasets))
@@ -144,10 +149,10 @@ def compare(
         else:
             try:
                 if row.processes > 1:
-                    result = in_processes(row, row_config, flags.steps, folder)
+                    result = in_processes(row, row_config, flags, folder)
                 else:
                     row_devices = devices[: prod(row.mesh.values())]
-                    result = updates(row_config, datasets, row_devices, flags.steps)
+                    result = updates(row_config, datasets, row_devices, flags)
             except Exception as error:  # the other rows can still be compared
                 if reference is None:
                     raise
@@ -175,46 +180,92 @@ def obstacle(row: Row, config: Config, devices: list[Any]) -> str | None:
     return None
 
 
-def updates(config: Config, datasets: list[Dataset], devices: list[Any], count: int) -> Result:
-    """Make the first `count` updates of a run on these devices."""
+def updates(config: Config, datasets: list[Dataset], devices: list[Any], flags: Any) -> Result:
+    """Make the first updates of a run on these devices."""
     steps = build_for_training(config, sharding.make_mesh(config.mesh, devices))
     moved = None
     if jax.process_count() == 1:
         program = steps.lower().compile().as_text()
         moved = sum(table(collectives(program, steps.mesh)).values())
     state, rows, seconds = steps.init(), [], []
-    for batch in islice(batches_from(config, datasets, steps, 0), count):
+    bounds = {path: np.zeros(x.shape, np.float32) for path, x in arrays(state.params).items()}
+    for batch in islice(batches_from(config, datasets, steps, 0), flags.steps):
         began = time.perf_counter()
         state, metrics = steps.train(state, batch)
         rows.append({k: float(v) for k, v in metrics.items() if k.startswith("train/")})
         seconds.append(time.perf_counter() - began)
+        for path, bound in rounding(config, state, rows[-1]["train/lr"], flags.tolerance).items():
+            bounds[path] += bound
     losses, norms = ([row[key] for row in rows] for key in ("train/loss", "train/grad_norm"))
-    leaves = jax.tree_util.tree_leaves_with_path(state.params)
-    name = partial(jax.tree_util.keystr, simple=True, separator="/")
-    params = {name(path): np.asarray(x) for path, x in leaves}
-    return Result(losses, norms, params, statistics.median(seconds[1:] or seconds), moved)
+    median = statistics.median(seconds[1:] or seconds)
+    return Result(losses, norms, arrays(state.params), bounds, median, moved)
+
+
+def arrays(tree: Any) -> dict[str, np.ndarray]:
+    return {path: np.asarray(x) for path, x in flatten_dict(tree, sep="/").items()}
+
+
+def rounding(config: Config, state: Any, lr: float, tolerance: float) -> dict[str, np.ndarray]:
+    """Bound how much rounding can have changed each parameter in the last update.
+
+    Rounding changes an entry of a layer's gradient by up to `tolerance` of the largest entry, and
+    not in proportion to itself, for it is the rest of a sum; e is the tolerance times the number
+    of updates, as each adds its own. AdamW's step is lr m / r, with m the mean of an entry's
+    gradients and r the root of their mean square. To first order it changes by 2 lr e (largest r)
+    / r, for m and r both do, and hardly by more than 2 lr, for |m| is about r at most. So where the
+    gradient is large, the bound is a small part of a step; a parameter whose gradient is mere
+    rounding may take any step. Muon divides by the norm of the momentum, and each of its Newton-
+    Schulz steps multiplies what is small by up to 3.4445. If decay is cautious, rounding may decide
+    whether an entry decays. At last, the sum of parameter and step is rounded.
+    state: after the update. lr: train/lr of the update.
+    """
+    optim, count, bounds = config.optim, int(state.step), {}
+    peaks = {"embeddings": optim.embedding_lr, "head": optim.head_lr, "scalars": optim.scalar_lr}
+    states = jax.tree.leaves(state.opt_state, is_leaf=lambda x: isinstance(x, ScaleByAdamState))
+    adams = [x for x in states if isinstance(x, ScaleByAdamState)]
+    squares = {path: x for adam in adams for path, x in arrays(adam.nu).items()}
+    for path, parameter in arrays(state.params).items():
+        kind = parameters(config.model)[path].kind
+        if path in squares:
+            root = np.sqrt(squares[path] / (1 - optim.beta2**count))
+            axes = tuple(range(1, root.ndim)) if path.startswith("h/") else None
+            share = tolerance * count * root.max(axes, keepdims=True) / (root + optim.eps)
+        else:
+            share = tolerance * count * COEFFICIENTS[0] ** optim.ns_steps
+        step = 2 * np.minimum(1, share) + optim.cautious_decay * optim.weight_decay * abs(parameter)
+        rate = lr * (peaks.get(kind) or optim.lr) / optim.lr
+        bounds[path] = rate * step + np.finfo(np.float32).eps * abs(parameter)
+    return bounds
 
 
 def difference(result: Result, reference: Result, tolerance: float) -> dict[str, Any]:
     """Return the largest differences of a row's result from the reference's, and the verdict."""
-    gaps = {k: np.abs(x - reference.params[k]).max() for k, x in result.params.items()}
-    norms = np.divide(result.norms, reference.norms)
+    shares = {}
+    for path, x in result.params.items():
+        gap = np.abs(x - reference.params[path])
+        # The lesser bound, so that neither run excuses what the other one shows to be wrong.
+        bound = np.minimum(result.bounds[path], reference.bounds[path])
+        with np.errstate(divide="ignore", invalid="ignore"):
+            shares[path] = float(np.where(gap == 0, 0, gap / bound).max())
+    update = 1 + np.arange(len(result.norms))
+    losses = np.abs(np.subtract(result.losses, reference.losses))
+    norms = np.abs(np.divide(result.norms, reference.norms) - 1)
     report = {
-        "loss_difference": float(np.abs(np.subtract(result.losses, reference.losses)).max()),
-        "norm_difference": float(np.abs(norms - 1).max()),
-        "parameter_difference": float(max(gaps.values())),
+        "loss_difference": float((losses / update).max()),
+        "norm_difference": float((norms / update).max()),
+        "parameter_difference": max(shares.values()),
         "bytes_moved": result.moved,
         "step_seconds": result.seconds,
         "verdict": "ok",
     }
-    values = {"loss": report["loss_difference"], "norm": report["norm_difference"], **gaps}
     # "not <=", so that a NaN fails too.
-    if failed := [name for name, value in values.items() if not value <= tolerance]:
+    failed = [x for x in ("loss", "norm") if not report[f"{x}_difference"] <= tolerance]
+    if failed := [*failed, *(path for path, share in shares.items() if not share <= 1)]:
         report |= {"verdict": "FAIL", "reason": ", ".join(failed[:3])}
     return report
 
 
-def in_processes(row: Row, config: Config, count: int, folder: Path) -> Result:
+def in_processes(row: Row, config: Config, flags: Any, folder: Path) -> Result:
     """Run a row in several processes, each with a part of the devices."""
     (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     with socket.socket() as free:
@@ -225,7 +276,8 @@ def in_processes(row: Row, config: Config, count: int, folder: Path) -> Result:
         __file__,
         f"--worker={folder}",
         f"--config={folder}/config.yaml",
-        f"--steps={count}",
+        f"--steps={flags.steps}",
+        f"--tolerance={flags.tolerance}",
         f"--distributed.coordinator={address}",
         f"--distributed.num_processes={row.processes}",
     ]
@@ -244,17 +296,20 @@ def in_processes(row: Row, config: Config, count: int, folder: Path) -> Result:
     if any(worker.returncode for worker in workers):
         raise RuntimeError(f"the processes of {row.name} failed:\n" + "\n".join(outputs))
     result = Result(**json.loads((folder / "result.json").read_text()))
-    result.params = dict(np.load(folder / "params.npz"))
+    for name in ("params", "bounds"):
+        setattr(result, name, dict(np.load(folder / f"{name}.npz")))
     return result
 
 
-def work(config: Config, folder: Path, count: int) -> int:
+def work(config: Config, folder: Path, flags: Any) -> int:
     """Make the updates as one process of several; the first writes the result to `folder`."""
     with startup.start(config.distributed) as group:
-        result = updates(config, open_datasets(config), jax.devices(), count)
+        result = updates(config, open_datasets(config), jax.devices(), flags)
         if group.index == 0:
-            (folder / "result.json").write_text(json.dumps({**vars(result), "params": {}}))
+            numbers = {**vars(result), "params": {}, "bounds": {}}
+            (folder / "result.json").write_text(json.dumps(numbers))
             np.savez(folder / "params.npz", **result.params)
+            np.savez(folder / "bounds.npz", **result.bounds)
         return group.farewell(0)
 
 

@@ -97,8 +97,8 @@ def with_vocabulary(config: Config) -> tuple[Config, str]:
     if known := [(meta["vocab_size"], path) for (meta, stated), path in metas if stated]:
         vocabulary, path = max(known)
         return config.with_vocab(vocabulary), f"meta of {path}"
-    reason = f"no meta.json in {paths[0]}" if paths else "no data"
-    return config.with_vocab(GPT2_VOCABULARY), f"GPT-2's: {reason}; or set model.vocab_size"
+    reason = f"no {paths[0]}/meta.json" if paths else "no data"
+    return config.with_vocab(GPT2_VOCABULARY), f"GPT-2's, or model.vocab_size: {reason}"
 
 
 def size(config: Config, flags: Namespace) -> dict[str, Any]:

@@ -3,9 +3,9 @@
 At depth 12 it is the tuned recipe for a model of GPT-2's size (`recipe.MUON`, batches of 2^19
 tokens); other depths follow from it: width 64 a layer, heads of 128, 12 tokens for each weight of
 the layers and the head (Chinchilla, arXiv:2203.15556, has 20), the batch growing as the 0.383th
-power of the tokens (arXiv:2505.13738), learning rates with the square root of the batch, AdamW's
-falling with the square root of the width, weight decay such that its time scale stays the same
-share of the run. nanochat scales by the same rules.
+power of the tokens (arXiv:2505.13738), learning rates with the square root of the batch (the first
+one where batch.growth is given), AdamW's falling with the square root of the width, weight decay
+such that its time scale stays the same share of the run. nanochat scales by the same rules.
 """
 
 import math
@@ -65,7 +65,8 @@ def derived(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
     adam_factor = batch_factor * math.sqrt(width(DEPTH) / embd)
 
     optim.setdefault("name", "muon")
-    optim.setdefault("steps", max(1, round(tokens / batch_tokens)))
+    growth = batch["growth"] if isinstance(batch.get("growth"), dict) else {}
+    optim.setdefault("steps", updates(tokens / length, batch_tokens // length, growth))
     steps = _whole("optim.steps", optim["steps"])
     if optim["name"] != "muon":
         optim.setdefault("warmup_steps", steps // 20)
@@ -87,6 +88,21 @@ def derived(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def width(depth: int) -> int:
     """Return n_embd: 64 for each layer, rounded up to a whole number of heads of size 128."""
     return -(-64 * depth // 128) * 128
+
+
+def updates(rows: float, sequences: int, growth: dict[Any, Any]) -> int:
+    """Return the number of updates, at least 1, that see about so many rows of the data.
+
+    sequences, growth: of the batch, as `BatchConfig` has them.
+    """
+    done = 0
+    sizes = {_whole("batch.growth", k): _whole("batch.growth", v) for k, v in growth.items()}
+    for first, larger in sorted(sizes.items()):
+        before = (first - 1 - done) * sequences
+        if before >= rows:
+            break
+        done, rows, sequences = first - 1, rows - before, larger
+    return done + max(1, round(rows / sequences))
 
 
 def weights(layers: int, embd: int, vocabulary: int) -> int:
