@@ -279,6 +279,8 @@ def test_a_run_exported_and_imported_again_is_bitwise(make_run, tmp_path, form, 
     kept = then.config.model.model_copy(update={"dropout": 0.0} if form == "hf" else {})
     assert now.config.model == kept and now.tokenizer == then.tokenizer
     assert yaml.safe_load((tmp_path / "again" / "config.yaml").read_text())["model"]["n_embd"] == 32
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert ("generate(" in card) == (form == "scalegpt"), "with a tokenizer it writes text"
     if form == "scalegpt":  # with another padding: 101 rows of 104, where there may have been 112
         argv = ("import", tmp_path / "out", "--out", tmp_path / "other", "--vocab-multiple", 8)
         assert convert(*argv) == 0
@@ -289,10 +291,12 @@ def test_without_biases_gpt2s_format_gets_zeros_and_the_same_logits(make_run, tm
     run = make_run("run", bias=False)
     convert("export", "--run", run, "--out", tmp_path / "out")
     assert convert("check", run, tmp_path / "out", "--tolerance", "1e-6") == 0
-    assert "no biases" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "no biases" in card and "only `model` can be loaded" in card
+    assert 'scalegpt.load("out")\nprint(model.logits([5, 17]))' in card
 
 
-def test_the_card_and_the_configs_say_what_the_run_was(make_run, tmp_path, capsys):
+def test_the_card_and_the_configs_say_what_the_run_was(make_run, tmp_path, capsys, monkeypatch):
     run = make_run(
         "plays",
         {"kind": "char", "chars": "".join(map(chr, range(33, 134)))},
@@ -300,6 +304,7 @@ def test_the_card_and_the_configs_say_what_the_run_was(make_run, tmp_path, capsy
         activation="gelu",
         dropout=0.1,
     )
+    monkeypatch.setattr(convert_hf, "find_spec", lambda name: None)
     convert("export", "--run", run, "--out", tmp_path / "out")
     assert "scalegpt[data]'  # for the next command" in capsys.readouterr().out
     card = (tmp_path / "out" / "README.md").read_text()
@@ -310,7 +315,12 @@ def test_the_card_and_the_configs_say_what_the_run_was(make_run, tmp_path, capsy
         "| bits per byte | 1.8034 |",
         "| data | books, owt |",
         "activation: gelu",
+        "license: unknown",
+        'model = AutoModelForCausalLM.from_pretrained("out")',
+        'model = scalegpt.load("out")\nprint(model.generate("Once", max_new_tokens=100))',
+        "hf upload USER/out out",
     )
+    assert yaml.safe_load(card.split("---")[1])["library_name"] == "transformers"
     for line in lines:
         assert line in card, line
     count = sum(x.size for x in load_file(tmp_path / "out" / "model.safetensors").values())

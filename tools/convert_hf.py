@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -165,11 +166,12 @@ def export_(flags: argparse.Namespace) -> int:
     print(f"{wrote(out, loaded.config.model, began)}\nnext:")
     print(f"  {python()} tools/convert_hf.py check {shlex.quote(flags.run)} {name}")
     if spec := huggingface.describe(out)[1]:  # GPT-2's format has no ids without a text
-        if tokenizer.kind(spec) == "tokenizer.json":
+        if tokenizer.kind(spec) == "tokenizer.json" and not find_spec("tokenizers"):
             print("  pip install 'scalegpt[data]'  # for the next command, which needs tokenizers")
         print(f'  {python()} -m scalegpt.generate --hf {name} --prompt "..."')
     if flags.format == "hf":
         print(f'  transformers: AutoModelForCausalLM.from_pretrained("{out}")')
+    print(f"  licence, use and upload: {name}/README.md")
     return 0
 
 

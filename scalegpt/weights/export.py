@@ -4,6 +4,7 @@ Many programs read GPT-2's format, but only models of GPT-2's kind fit it; ours 
 """
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +75,9 @@ def export_gpt2(model: Trained, folder: Path) -> None:
     files["generation_config.json"] = {"_from_model_config": True, **marks}
     use = _USE.format(folder=folder.name)
     if not config.bias:
-        use += "\n\nThe model has no biases; GPT-2's format has, and they are 0."
+        use += "The model has no biases; GPT-2's format has, and they are 0.\n\n"
     if "tokenizer.json" not in files:
-        use += "\n\nIt came without a tokenizer: only `model` can be loaded, for token ids."
+        use += "It came without a tokenizer: only `model` can be loaded, for token ids.\n\n"
     _write(folder, tensors, files, model, use, "transformers")
 
 
@@ -86,8 +87,7 @@ def export_own(model: Trained, folder: Path) -> None:
     tensors = {path: np.ascontiguousarray(leaf) for path, leaf in leaves.items()}
     values = {"model_type": OWN_TYPE, "model": model.config.model.model_dump()}
     values["tokenizer"] = model.tokenizer
-    use = f'```\npython -m scalegpt.generate --hf {folder.name} --prompt "..."\n```'
-    _write(folder, tensors, {"config.json": values}, model, use, OWN_TYPE)
+    _write(folder, tensors, {"config.json": values}, model, "", OWN_TYPE)
 
 
 def gpt2_tensors(config: ModelConfig, params: Any) -> dict[str, np.ndarray]:
@@ -115,10 +115,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{folder}")
 model = AutoModelForCausalLM.from_pretrained("{folder}")
-```"""
+```
+
+"""
 _CARD = """---
 library_name: {library}
 tags: [{tags}]
+license: unknown
 ---
 # {title}
 
@@ -128,7 +131,29 @@ A GPT of {parameters:,} parameters, {origin} scalegpt.
 |---|---|
 {table}
 
-{use}
+## Use
+
+{use}```python
+import scalegpt
+
+model = scalegpt.load("{folder}")
+print(model.{call})
+```
+
+## Licence
+
+None is chosen yet. Whoever publishes these weights does, in place of `unknown` in the first lines
+of this file; the text they were trained on, and weights they began with, may have a say. scalegpt
+itself is under the MIT licence, which does not extend to what it trains.
+
+## Upload
+
+```
+hf auth login
+hf upload USER/{folder} {path}
+```
+
+Afterwards `USER/{folder}` is the name to load the model by.
 
 ## Configuration
 
@@ -159,6 +184,7 @@ def _write(
     (folder / SAFE).chmod((folder / "config.json").stat().st_mode)
     config = model.config
     figures = {**_figures(model), "context": f"{config.model.block_size} tokens"}
+    has_text = "tokenizer.json" in files or files["config.json"].get("tokenizer")
     values = config.model_dump() if model.step else {"model": config.model.model_dump()}
     card = _CARD.format(
         library=library,
@@ -168,6 +194,9 @@ def _write(
         origin="trained with" if model.step else "converted by",
         table="\n".join(f"| {key} | {value} |" for key, value in figures.items()),
         use=use,
+        folder=folder.name,
+        path=shlex.quote(folder.name),
+        call='generate("Once", max_new_tokens=100)' if has_text else "logits([5, 17])",
         config=yaml.safe_dump(values, sort_keys=False, allow_unicode=True),
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
