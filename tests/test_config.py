@@ -18,7 +18,7 @@ from conftest import ROOT
 from scalegpt.config import Config, DataConfig, command_line, loading
 from scalegpt.config.differences import curve_diff
 from scalegpt.config.recipe import ModelConfig
-from scalegpt.model.flops import parameter_count
+from scalegpt.model.flops import flops_per_token, parameter_count
 from scalegpt.processes.command import python
 from scalegpt.run import reports
 from scalegpt.run.reports import muon_line, unread_line
@@ -850,6 +850,7 @@ SIZES = {  # n_layer, n_embd, block_size, vocabulary
     "gpt2_medium": (24, 1024, 1024, 50257),
     "gpt2_large": (36, 1280, 1024, 50257),
     "gpt2_xl": (48, 1600, 1024, 50257),
+    "finetune_gpt2": (12, 768, 1024, 50257),
     "eval_gpt2": (12, 768, 1024, 50257),
     "eval_gpt2_medium": (24, 1024, 1024, 50257),
     "eval_gpt2_large": (36, 1280, 1024, 50257),
@@ -867,6 +868,7 @@ PARAMETERS = {  # published figures, and the sum by hand for the characters
     ("gpt2_medium", True): 354_823_168,
     ("gpt2_large", True): 774_030_080,
     ("gpt2_xl", True): 1_557_611_200,
+    ("finetune_gpt2", True): 124_439_808,
     ("eval_gpt2", True): 124_439_808,
     ("eval_gpt2_medium", True): 354_823_168,
     ("eval_gpt2_large", True): 774_030_080,
@@ -886,6 +888,17 @@ def test_config_file_is_a_run_and_opens_with_four_lines_of_comment(path):
     assert config.run.out_dir and config.data.path
     assert "".join(lines[:4]).find("PENDING") == -1, "say (not measured) or measure it"
     assert unread_line(config) == ""
+
+
+def test_the_time_of_configs_that_were_not_timed_follows_from_their_flops():
+    for name, vocabulary, stated in (("modern_25m", 256, 5.4e15), ("finetune_gpt2", 50257, 5.2e14)):
+        config = parse(f"--config=configs/{name}.yaml").with_vocab(vocabulary)
+        tokens = config.batch.rows_after(config.optim.steps) * config.model.block_size
+        assert tokens * flops_per_token(config.model) == pytest.approx(stated, rel=0.01)
+        assert (
+            f"# Time: {stated:.1e} FLOPs".replace("e+", "e")
+            in (ROOT / f"configs/{name}.yaml").read_text()
+        )
 
 
 @pytest.mark.parametrize(

@@ -337,7 +337,7 @@ def of_scaling(r: dict[str, Any]) -> list[str]:
         model, needs = s["models"][name], s["optimal_tokens_of_this_model"].get(name)
         cells = [short(model["parameters"]), short(model["tokens"])]
         cells += [f"{model['tokens_per_parameter']:,.1f}", short(needs) if needs else ""]
-        cells += [f"{loss:.3f}" for loss in model["loss"].values()]
+        cells += [f"{loss:#.4g}" for loss in model["loss"].values()]
         return line(names[name], *cells, widths=widths)
 
     widths = (6, 9, 8, 10, 11, 6)
