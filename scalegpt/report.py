@@ -18,7 +18,7 @@ from scalegpt.config import command_line
 from scalegpt.errors import Mistake
 from scalegpt.files.folder import replacing
 from scalegpt.processes.command import python, run_command
-from scalegpt.run.curves import draw, save
+from scalegpt.run.curves import draw
 from scalegpt.run.history import read_history
 from scalegpt.run.page import NAME, facts, write_page
 
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
             raise Mistake(f"--png={flags.png} must end in .png")
         try:
             with replacing(flags.png) as beside:
-                save(draw(histories), beside)
+                draw(histories).savefig(beside, format="png")
         except OSError as error:
             raise Mistake(f"cannot write --png={flags.png}: {error.strerror}") from None
         print(f"picture in {flags.png}")

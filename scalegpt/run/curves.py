@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -116,24 +115,6 @@ def label_axis(panel: Any, axis: str, unit: str) -> None:
     panel.spines[["top", "right"]].set_visible(False)
     if axis != "seconds":
         panel.xaxis.set_major_formatter(EngFormatter(sep=""))
-
-
-def save(figure: Any, file: str | Path) -> None:
-    """Save a figure; a PNG gets 256 colours, a quarter of the usual size, to fit a repository.
-
-    Raises OSError.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from PIL import Image  # matplotlib depends on it
-
-    if Path(file).suffix != ".png":
-        return figure.savefig(file)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    # The other methods merge the colour of a short line with its neighbour's.
-    few = image.quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-    few.save(file, "png", optimize=True)
 
 
 def _seconds(run: History) -> np.ndarray:

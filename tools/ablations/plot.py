@@ -4,7 +4,7 @@ import numpy as np
 from ablations.record import Record
 from ablations.report import AXES, Mean, mean_curve, summarise
 
-from scalegpt.run.curves import SIZE, label_axis, save
+from scalegpt.run.curves import SIZE, label_axis
 
 LINES = ("-", "--", "-.", ":")  # ten arms differ by colour; each further ten, by style, too
 EARLY = 20  # the loss axis ends at the reference's loss after 1/20 of its tokens
@@ -43,7 +43,7 @@ def draw(record: Record, file: str) -> None:
     title = f"{record.name}: mean and range over runs; dotted: {record.reference}'s end"
     lines = panels[0].get_legend_handles_labels()
     figure.legend(*lines, loc="outside upper center", ncols=5, frameon=False, title=title)
-    save(figure, file)
+    figure.savefig(file)
 
 
 def loss_limits(curves: dict[str, Mean], reference: str) -> tuple[float, float] | None:
