@@ -33,6 +33,10 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(room), name)
 
 
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]  # completion shows what is not imported yet, too
+
+
 class CallableModule(ModuleType):
     """The class of the module `scalegpt.train`: a call of it is one of `api.train`.
 
@@ -42,3 +46,6 @@ class CallableModule(ModuleType):
 
     def __call__(self, *args: Any, **keywords: Any) -> "Run":
         return __getattr__("api").train(*args, **keywords)
+
+    def __reduce__(self) -> Any:  # modules cannot be pickled, functions for other processes can
+        return __getattr__, ("train",)

@@ -49,7 +49,7 @@ def train(config: str | Path | Config | Mapping[str, Any] | None = None, **overr
     True
     """
     if isinstance(config, Config):
-        values = config.model_dump(exclude_unset=True)
+        values = loading.given(config)
     else:
         values = dict(config or {}) if isinstance(config, Mapping | None) else loading.load(config)
     sections = {name: keys for name, keys in overrides.items() if "." not in name}
@@ -114,6 +114,8 @@ class Run(History):
 
     def load(self, checkpoint: str | int | None = None, **options: Any) -> "Model":
         """Load the trained model; as the function `load`."""
+        if not self.checkpoints:
+            raise Mistake(f"{self.name} has no checkpoint yet")
         return load(self.name, checkpoint, **options)
 
 
@@ -186,28 +188,29 @@ class Model:
         max_new_tokens: int = 200,
         *,
         seed: int = 1337,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         stream: bool = False,
         **sampling: float,
     ) -> str | list[str] | Iterator[str]:
         """Return what the model writes after a prompt, or after each of several: a str or a list.
 
-        stop: texts before which the writing ends. stream: return an iterator over the pieces of one
-        text instead, as they are written. sampling: temperature (0.8; 0 is greedy), top_k, top_p,
-        min_p and repetition_penalty, as of `Sampler`. Raises Mistake.
+        stop: a text, or texts, before which the writing ends. stream: return an iterator over the
+        pieces of one text instead, as they are written. sampling: temperature (0.8; 0 is greedy),
+        top_k, top_p, min_p and repetition_penalty, as of `Sampler`. Raises Mistake.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if stream and not isinstance(prompt, str):
             raise Mistake("stream=True is of one prompt, not of a list")
         if max_new_tokens < 1 or not prompts:
             raise Mistake(f"max_new_tokens={max_new_tokens} and the prompts must be at least 1")
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        if "" in stops:
+            raise Mistake("stop='' would end every text before it begins; give some text")
         if unknown := set(sampling) - {field.name for field in fields(Sampler)}:
             raise Mistake(f"there is no option {', '.join(sorted(unknown))} of sampling")
         codec, write = self.tokenizer, self._decoder(Sampler(**sampling))
         ids = [prompt_ids(codec, text) for text in prompts]
-        texts = continued(
-            write, codec, ids, max_new_tokens=max_new_tokens, seed=seed, stops=tuple(stop)
-        )
+        texts = continued(write, codec, ids, max_new_tokens=max_new_tokens, seed=seed, stops=stops)
         if stream:
             return _pieces(texts)
         *_, written = texts

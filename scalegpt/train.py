@@ -115,14 +115,18 @@ def run(config: Config, command: str, guest: Guest | None = None) -> int:
     group = guest or group
     with group:
         stopping = GuestStopRequest(group) if guest else StopRequest(group)
-        with closing(stopping) as stop, closing(Watch(phases, group)):
+        with (
+            closing(stopping) as stop,
+            closing(Watch(phases, group)),
+            contextlib.ExitStack() as cleanup,
+        ):
             with phases("processes"):
                 startup.join(group, seconds, phases, stop)
             if group.count == 1:
                 cpu_devices.choose(config)
             else:
                 startup.same_everywhere(startup.surroundings())
-            code = train(config, command, group, phases, stop)
+            code = train(config, command, group, phases, stop, cleanup)
         return group.farewell(code)
 
 
@@ -144,9 +148,17 @@ class Training:
 
 
 def train(
-    config: Config, command: str, group: Group | Alone, phases: Phases, stop: StopRequest
+    config: Config,
+    command: str,
+    group: Group | Alone,
+    phases: Phases,
+    stop: StopRequest,
+    cleanup: contextlib.ExitStack,
 ) -> int:
-    """Start a run, or continue the one in run.out_dir, to its end. Returns the exit code."""
+    """Start a run, or continue the one in run.out_dir, to its end. Returns the exit code.
+
+    cleanup: what is to be closed when the run has ended, in any way; the caller does it.
+    """
     is_main = group.index == 0
     with phases("data"):
         datasets = open_datasets(config, phases.progress)
@@ -163,7 +175,8 @@ def train(
         return replay(config, stored, datasets, steps, phases)
     streams.make_optional()
     validate = validation(config, datasets, steps, stop.check)
-    in_use = lock(config) if is_main else None
+    if is_main:
+        cleanup.enter_context(lock(config))
     checkpoints = open_to_save(config)
     meta = {
         "config": lasting(config).model_dump(),
@@ -195,6 +208,10 @@ def train(
             "checkpoints": checkpoints.folder,
         },
     )
+    if is_main:
+        cleanup.callback(push_what_is_there, config.run.out_dir)
+    cleanup.callback(checkpoints.close)
+    cleanup.callback(metrics.close)  # which comes first
     checkpoints.say = metrics.say
     precision = str(steps.model.dtype)
     mfu = mfu_meter(config.model, devices[0].device_kind, len(devices), metrics.say, precision)
@@ -219,14 +236,12 @@ def train(
     except BaseException as error:
         group.fail(error)  # a clean-up would wait for processes that wait for this one
         raise
-    finally:
-        metrics.close()
-        checkpoints.close()
-        if is_main:
-            with contextlib.suppress(Exception):  # rows since the last checkpoint: good to have
-                run_folder.push(config.run.out_dir)
-        if in_use:
-            in_use.lock.release()
+
+
+def push_what_is_there(out_dir: str) -> None:
+    """Push the rows since the last checkpoint to a bucket: good to have, but no reason to fail."""
+    with contextlib.suppress(Exception):
+        run_folder.push(out_dir)
 
 
 def before_the_first_update(run: Training, state: State, start: int) -> None:

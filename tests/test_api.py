@@ -37,7 +37,7 @@ def test_it_writes_what_the_command_writes(run, model, capsys):
     assert isinstance(one, str) and model.generate(["KING"], 30, temperature=0) == [one]
     pieces = list(model.generate("KING", 30, temperature=0, stream=True))
     assert "".join(pieces) == one and len(pieces) > 1
-    assert one.startswith(stopped := model.generate("KING", 30, temperature=0, stop=[one[9:11]]))
+    assert one.startswith(stopped := model.generate("KING", 30, temperature=0, stop=one[9:11]))
     assert len(stopped) < len(one)
 
 
@@ -89,6 +89,7 @@ def test_mistakes_are_named(run, model, tmp_path):
         (lambda: model.generate(["K"], stream=True), "of one prompt, not of a list"),
         (lambda: model.generate("K", temperature=-1), "temperature=-1"),
         (lambda: model.generate("K", warmth=1), "no option warmth of sampling"),
+        (lambda: model.generate("K", stop=["", "x"]), "stop='' would end every text"),
         (lambda: model.loss("K"), "no text to predict"),
         (lambda: model.logits([999]), "ids must be from 0 to"),
         (lambda: model.logits([]), "must be 1 to block_size"),

@@ -1,6 +1,7 @@
 """A run that somebody's program calls is the command's, and leaves that program as it was."""
 
 import doctest
+import pickle
 import signal
 import threading
 import time
@@ -150,6 +151,24 @@ def test_sections_of_keys_win_over_the_config(unbroken, monkeypatch, tmp_path):
     assert runs[-1].model.n_layer == 4 and unbroken.config.optim.steps == 4
 
 
+def test_what_a_preset_has_set_changes_with_it(monkeypatch):
+    runs, no_run = [], {"data": {"path": "x"}, "run": {"out_dir": Path("y")}}
+    monkeypatch.setattr(train, "run", lambda config, *of: runs.append(config) or 0)
+    monkeypatch.setattr(api.Run, "read", classmethod(lambda cls, folder: folder))
+    for model, optim, changes in (
+        ({"preset": "gpt2"}, {"lr": 0.5}, {"model.preset": "gpt2-xl"}),
+        ({"depth": 4}, {}, {"model.depth": 8, "optim.weight_decay": 0.3}),
+        ({"preset": "modern"}, {"name": "muon"}, {"model.tie_word_embeddings": True}),
+        ({}, {"name": "muon", "steps": 5000}, {"optim.name": "adamw"}),
+    ):
+        sections = {**no_run, "model": model, "optim": optim}
+        scalegpt.train(scalegpt.Config(**sections), **changes)
+        scalegpt.train(sections, **changes)
+        of_config, of_sections = runs[-2:]
+        assert of_config == of_sections and of_config.run.out_dir == "y"
+        assert of_config.optim.lr == optim.get("lr", of_config.optim.lr)
+
+
 def test_mistakes_are_named(unbroken, tmp_path):
     with pytest.raises(scalegpt.Mistake, match="optim.stesp=7; did you mean optim.steps"):
         scalegpt.train(unbroken.config, optim={"stesp": 7})
@@ -162,6 +181,36 @@ def test_mistakes_are_named(unbroken, tmp_path):
         scalegpt.train(unbroken.config, distributed=several)
     with pytest.raises(scalegpt.Mistake, match="is not the folder of a run"):
         scalegpt.Run.read(str(tmp_path))
+
+
+def test_signals_that_the_program_ignores_or_takes_itself_stay_so():
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    wakeup = signal.set_wakeup_fd(-1)
+    request = GuestStopRequest(Guest())
+    request.saves = True
+    signal.raise_signal(signal.SIGTERM)
+    assert not request.reached()
+    ours = signal.signal(signal.SIGINT, signal.SIG_DFL)  # within the run
+    request.close()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL and ours == request._heard
+    assert signal.set_wakeup_fd(-1) == wakeup
+
+
+def test_a_refused_call_leaves_the_folder_to_the_next(unbroken, tmp_path):
+    where = {"run.out_dir": str(tmp_path)}
+    scalegpt.train(unbroken.config, **where)
+    with pytest.raises(scalegpt.Mistake, match="allow_config_change=optim.steps") as kept:
+        scalegpt.train(unbroken.config, **where, **{"optim.steps": 6})
+    run = scalegpt.train(
+        unbroken.config, **where, **{"optim.steps": 6, "run.allow_config_change": True}
+    )
+    assert run.best == 6 and kept.value  # a traceback that is kept, as a notebook's, keeps no lock
+
+
+def test_it_is_found_by_completion_and_by_other_processes():
+    assert {"train", "load", "Run", "Config"} <= set(dir(scalegpt))
+    assert pickle.loads(pickle.dumps(scalegpt.train)) is scalegpt.train
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ import re
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -341,7 +342,7 @@ def _event_loop() -> asyncio.AbstractEventLoop:
     loop = asyncio.new_event_loop()
     # The save itself says what was wrong with it.
     loop.set_exception_handler(lambda loop, context: None)
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    logging.getLogger("asyncio").addFilter(_is_no_write)
     threading.Thread(target=loop.run_forever, daemon=True, name="event loop of saves").start()
     # Orbax has other loops, which are closed when writes to a full disk fail: Python would print
     # hundreds of tracebacks.
@@ -353,6 +354,12 @@ def _event_loop() -> asyncio.AbstractEventLoop:
 
     sys.unraisablehook = hook
     return loop
+
+
+def _is_no_write(record: logging.LogRecord) -> bool:
+    """Tell whether a message of asyncio is of something else than a write of Orbax that failed."""
+    frames = traceback.extract_tb(record.exc_info[2]) if record.exc_info else ()
+    return not any("orbax" in frame.filename for frame in frames)
 
 
 def _within(seconds: float, function: Callable[[], Any]) -> list[Any]:

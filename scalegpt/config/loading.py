@@ -1,5 +1,6 @@
 """A YAML file becomes a validated configuration; each mistake in it becomes one clear line."""
 
+import contextlib
 import difflib
 import reprlib
 import sys
@@ -106,6 +107,21 @@ def with_overrides(values: dict[str, Any], overrides: dict[str, Any], source: st
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     return config
+
+
+def given(config: Config) -> dict[str, Any]:
+    """Return sections from which this configuration follows, without keys that follow from others.
+
+    So a preset, a depth or an optimizer may be changed, and what it has set changes along.
+    """
+    values = config.model_dump(exclude_unset=True)
+    for section, keys in values.items():
+        for key in list(keys):
+            fewer = {**values, section: {k: v for k, v in values[section].items() if k != key}}
+            with contextlib.suppress(ValidationError):
+                if Config.model_validate(fewer) == config:
+                    values = fewer
+    return values
 
 
 def _check_allowed(keys: bool | list[str]) -> None:

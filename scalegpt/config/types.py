@@ -1,7 +1,7 @@
 """These types of configuration values carry limits that hold for every key of that type."""
 
 import math
-import os.path
+import os
 import re
 import unicodedata
 from typing import Annotated, Any
@@ -65,7 +65,11 @@ def _expanded(text: str) -> str:
     return path
 
 
-Text = Annotated[str, AfterValidator(_plain)]
+def _path(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+Text = Annotated[str, BeforeValidator(_path), AfterValidator(_plain)]
 Which = Annotated[str, AfterValidator(checkpoint)]
 Name = Annotated[Text, AfterValidator(_named)]  # of a file, a folder, a project
 # A shell does not expand "~" in --key=~/runs, and a folder named "~" invites rm -r ~.

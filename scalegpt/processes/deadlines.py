@@ -3,7 +3,7 @@
 import threading
 import time
 
-from scalegpt.processes.exits import Exit, say
+from scalegpt.processes.exits import Exit
 from scalegpt.processes.group import Alone, Group
 from scalegpt.processes.phases import PHASES, Phase, Phases, key_of
 
@@ -23,10 +23,12 @@ class Watch:
         self._over = threading.Event()
         # The time now, for this process may be stopped before the thread has begun.
         arguments = [time.monotonic()]
-        threading.Thread(target=self._run, args=arguments, daemon=True, name="watch").start()
+        self._thread = threading.Thread(target=self._run, args=arguments, daemon=True, name="watch")
+        self._thread.start()
 
     def close(self) -> None:
         self._over.set()
+        self._thread.join(10)  # a deadline that passes now still ends this run, and no later one
 
     def _run(self, last_tick: float) -> None:
         awake = 0.0  # since when this process has not been stopped
@@ -47,7 +49,7 @@ class Watch:
             elif seconds > announce_after and self._group.index == 0:
                 limit = f"; {key_of(phase.name)}={phase.deadline:g} ends the run"
                 near = seconds > phase.deadline / 4
-                say(f"{phase.name}: {seconds:.0f} s so far{limit if near else ''}")
+                self._group.say(f"{phase.name}: {seconds:.0f} s so far{limit if near else ''}")
                 announce_after *= 4
 
     def _end(self, phase: Phase, seconds: float) -> None:

@@ -26,6 +26,7 @@ class Alone:
     """A run of one process: nobody else must know how it ends."""
 
     count, index = 1, 0
+    say = staticmethod(say)
 
     def __enter__(self) -> Self:
         return self
@@ -84,6 +85,8 @@ class Group:
     secret: bytes that only the processes of this run know. local_devices: numbers of the devices
     of this machine that this process may use, or None for all.
     """
+
+    say = staticmethod(say)
 
     def __init__(
         self,

@@ -52,22 +52,23 @@ class StopRequest:
         self._handle(lambda number, frame: None)
         threading.Thread(target=self._listen, daemon=True, name="stop").start()
 
-    def _handle(self, handler: Callable[[int, Any], None]) -> None:
-        heard = [
-            n for n in stop_signals() if signal.getsignal(n) is not None
-        ]  # else a handler in C
+    def _handle(self, handler: Callable[[int, Any], None], but: Any = None) -> None:
+        """Take the signals that ask to stop, but those that C, or `but`, handles."""
+        self._handler = handler
+        heard = [number for number in stop_signals() if signal.getsignal(number) not in (None, but)]
         self._before = {number: signal.signal(number, handler) for number in heard}
 
     def close(self) -> None:
         self._closed.set()
         if self._before:
             self._give_back()
-            signal.set_wakeup_fd(self._wakeup)
             self._sockets[1].close()
 
     def _give_back(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        for number, before in self._before.items():
+            if signal.getsignal(number) == self._handler:  # or else somebody has set another
+                signal.signal(number, before)
+        signal.set_wakeup_fd(self._wakeup)
         self._before = {}
 
     def _listen(self) -> None:
@@ -164,7 +165,9 @@ class GuestStopRequest(StopRequest):
     _asked_by: int | None = None
 
     def _hear_signals(self) -> None:
-        self._handle(self._heard)
+        # An event loop hears of signals there; it shall hear of one only when that is handed on.
+        self._wakeup = signal.set_wakeup_fd(-1)
+        self._handle(self._heard, but=signal.SIG_IGN)
 
     def _heard(self, number: int, frame: Any) -> None:
         if self._asked_by or not self.saves:

@@ -198,7 +198,8 @@ class Metrics:
             tensorboard = partial(TensorBoardWriter, folder / "tensorboard", resume_step)
             self._writers.append(Apart("TensorBoard", tensorboard, self.say))
         name = log.wandb_name or Path(out_dir).name
-        run = config or {}, folder, log.wandb_project, name, resume_step is not None
+        begun = resume_step is not None and resume_step >= 0  # -1: none of its rows are kept
+        run = config or {}, folder, log.wandb_project, name, begun
         if log.wandb:
             tags = [tag.strip() for tag in (log.wandb_tags or "").split(",") if tag.strip()]
             wandb = partial(WandbWriter, *run, entity=log.wandb_entity, say=self.say, tags=tags)

@@ -74,7 +74,8 @@ def stored_config(
             refuse_changes(config, differences(stored, config, datasets))
         else:
             say(f"an earlier start in {out_dir} came to no update; this one takes its place")
-            _check_init_from(config, datasets)
+    if not _good_checkpoints(out_dir):
+        _check_init_from(config, datasets)
     return stored
 
 
