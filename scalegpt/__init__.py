@@ -45,6 +45,7 @@ class CallableModule(ModuleType):
     """
 
     def __call__(self, *args: Any, **keywords: Any) -> "Run":
+        """Train a model, or continue a run, and return it; see `scalegpt.api.train`."""
         return __getattr__("api").train(*args, **keywords)
 
     def __reduce__(self) -> Any:  # modules cannot be pickled, functions for other processes can

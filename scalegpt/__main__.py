@@ -9,9 +9,9 @@ from scalegpt.processes.command import python, run_command
 
 COMMANDS = {
     "train": "train a model, or continue a run",
-    "evaluate": "measure a model's loss over text and its scores in tasks",
+    "evaluate": "measure its loss over text and its scores in tasks",
     "generate": "write text with a model",
-    "report": "show one run, or compare several, on a page of HTML",
+    "report": "show one run, or compare several, on a page",
 }
 
 

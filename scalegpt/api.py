@@ -1,5 +1,6 @@
 """Train from Python, `scalegpt.train("demo")`, and use a model: `scalegpt.load("out/demo")`."""
 
+import difflib
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -23,6 +24,7 @@ from scalegpt.processes.exits import Exit
 from scalegpt.processes.group import Guest, Left
 from scalegpt.run.curves import draw
 from scalegpt.run.history import History, read_history, state
+from scalegpt.run.metrics import EVAL_KEYS, TRAIN_KEYS
 from scalegpt.step.sharding import make_mesh
 from scalegpt.weights import trained
 
@@ -82,6 +84,15 @@ class Run(History):
 
     def __repr__(self) -> str:
         return f"<scalegpt.Run of {self.name}: {state(self.rows, self.config.optim.steps)}>"
+
+    def curve(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return steps [N] and values [N] of a key of metrics.jsonl. Raises Mistake for no key."""
+        known = {*TRAIN_KEYS, *EVAL_KEYS, *(key for row in self.rows for key in row)}
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(known))}"
+            raise Mistake(f"no metric {key!r}; {hint}")
+        return super().curve(key)
 
     @property
     def best(self) -> int | None:

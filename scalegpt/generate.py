@@ -26,7 +26,7 @@ from scalegpt.files.cache import keep_compiled
 from scalegpt.inference.continuation import continued, prompt_ids
 from scalegpt.inference.decode import Decoder, decoder
 from scalegpt.inference.sampling import Sampler
-from scalegpt.processes import startup
+from scalegpt.processes import startup, streams
 from scalegpt.processes.command import run_command
 from scalegpt.weights import trained
 
@@ -199,6 +199,7 @@ def _write(
     """Print the samples of all prompts, the first one while it is written, then the speed."""
     pairs = [pair for pair in zip(texts, ids, strict=True) for _ in range(flags.num_samples)]
     is_main, stream = jax.process_index() == 0, not flags.json
+    shown = streams.visible if sys.stdout.isatty() else str  # a pipe gets the text itself
     printed, began, first = "", time.perf_counter(), 0.0
 
     if is_main and stream:
@@ -213,14 +214,14 @@ def _write(
     ):
         first = first or time.perf_counter()
         if is_main and stream:
-            print(samples[0].text[len(printed) :], end="", flush=True)
+            print(shown(samples[0].text[len(printed) :]), end="", flush=True)
             printed = samples[0].text
     ended = time.perf_counter()
     if not is_main:
         return
     if stream:
         others = zip(pairs[1:], samples[1:], strict=True)
-        print("".join(f"\n---------------\n{text}{x.text}" for (text, _), x in others))
+        print("".join(f"\n---------------\n{text}{shown(x.text)}" for (text, _), x in others))
     else:
         for (text, prompt), sample in zip(pairs, samples, strict=True):
             row = {

@@ -77,7 +77,6 @@ def listing(folder: str) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = command_line.Parser(
         prog="scalegpt.report",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         description=__doc__,
     )
     parser.add_argument("runs", nargs="*", metavar="RUN", help="the run.out_dir of a training run")

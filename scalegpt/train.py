@@ -16,6 +16,7 @@ import contextlib
 import math
 import shlex
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -254,7 +255,8 @@ def before_the_first_update(run: Training, state: State, start: int) -> None:
         run.meta["best_loss"] = math.inf  # untrained weights are never the best
     elif run.meta["evaluation_due"]:
         run.checkpoints.evaluated(start, run.meta, evaluate(run, state, start))
-    run.metrics.say(f"start    {run.phases}")
+    line = textwrap.fill(f"start    {run.phases}", 79, subsequent_indent=" " * 9)
+    run.metrics.say(line)
     if unfinished:
         run.metrics.say("compiling the training step ...")
 

@@ -44,8 +44,8 @@ def test_the_start_and_the_end_tell_in_plain_words_where_the_time_went():
     row = {"step": 9, "time": time.time() - 60, **zeros, "time/lost": 4.0, "time/compile": 1.0}
     said = ledger.Ledger(p, [row], 9).summary()
     assert said == (
-        "time     10 s: starting 50.0%, done again after a kill 40.0%, compiling 10.0%; "
-        "and 55 s in which it did not run"
+        "time     10 s: starting 50.0%, done again after a kill 40.0%, compiling 10.0%;\n"
+        "         and 55 s in which it did not run"
     )
     assert set(ledger._WORDS) | {"down"} == set(ledger.TIMES)
 

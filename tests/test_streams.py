@@ -81,3 +81,7 @@ def test_a_stuck_reader_is_waited_for_once(monkeypatch):
     output = Output(1, essential=False)
     assert [output.write(b"x") for _ in range(3)] == [1, 1, 1]
     assert asked == [10.0, 0, 0]
+
+
+def test_a_terminal_obeys_no_text_of_a_model():
+    assert streams.visible("a\tb\n\x1b[2J\x07\x7f\x9bé") == "a\tb\n\\x1b[2J\\x07\\x7f\\x9bé"

@@ -157,7 +157,11 @@ class Parser(argparse.ArgumentParser):
 def _flag_for(word: str, known: list[str]) -> str:
     """Return a flag with `word` as its value, or with what `word` stands for; or ""."""
     if "run.out_dir" in known:  # a command that takes a configuration
-        names = [word] if word.endswith(".yaml") else difflib.get_close_matches(word, own_configs())
+        names = (
+            [word]
+            if word.endswith((".yaml", ".yml"))
+            else difflib.get_close_matches(word, own_configs())
+        )
         return f"--config {names[0]}" if names else ""
     if "run" not in known:
         return ""

@@ -255,10 +255,11 @@ class OptimConfig(Section):
         if not fits and info.context is not None:  # loading.validate's notes
             shorter = min(end // 10, room)
             info.context.append(
-                f"optim.warmup_steps={warmup} does not fit into {end:,} updates, and is {shorter} "
-                "here; --optim.warmup_steps=N sets it"
+                f"optim.warmup_steps={warmup} is shortened to {shorter} in {end:,} updates"
             )
             return self.model_copy(update={"warmup_steps": shorter})
+        if warmup > end / 2 and info.context is not None:
+            info.context.append(f"optim.warmup_steps={warmup} is most of the {end:,} updates")
         if warmup > end:
             raise Mistake(
                 f"optim.warmup_steps={warmup} is beyond the end of the decay, "

@@ -129,7 +129,7 @@ def _how_to_make(folder: Path) -> str:
     script = recipe(folder.name) or f"{recipe('text')} --input YOUR_TEXT"
     return (
         f"point data.path at a folder with train.bin and val.bin, or make one: python {script} "
-        f"--out {folder}"
+        f"--out {folder} (--tokenizer byte for a small model)"
     )
 
 

@@ -259,7 +259,7 @@ def _gpt2() -> Tokenizer:
     except OSError as error:  # requests' errors are OSErrors too
         raise Mistake(
             f"no gpt2 files for tiktoken ({type(error).__name__}): without a network set "
-            "TIKTOKEN_CACHE_DIR to a cache filled on a machine with one, or use the tokenizer byte"
+            "TIKTOKEN_CACHE_DIR to a cache filled on a machine with one, or use --tokenizer byte"
         ) from error
     encode, decode = bpe.encode_ordinary, lambda ids: bpe.decode(ids.tolist())
     return Tokenizer("gpt2", bpe.n_vocab, bpe.eot_token, True, encode, decode, {"kind": "gpt2"})

@@ -88,6 +88,16 @@ def put(name: str, stream: TextIO) -> TextIO:
     return before
 
 
+_CONTROL = {
+    code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"
+}
+
+
+def visible(text: str) -> str:
+    """Spell the control characters of a text, as \\x1b, which a terminal would obey."""
+    return text.translate(_CONTROL)
+
+
 def make_optional() -> None:
     """From here on, drop what standard output does not take: results are kept elsewhere."""
     raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)

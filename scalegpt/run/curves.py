@@ -192,7 +192,7 @@ def text_plot(rows: Sequence[Row]) -> str:
     points = [
         [(r["step"], r[key]) for r in rows if r.get(key) is not None] for key in lines.values()
     ]
-    if min(map(len, points)) < 3:
+    if len(points[0]) < 3 or not points[1]:
         return ""
     x, y = zip(*(np.array(p, float).T for p in points), strict=True)
     # As in the figure, the first losses are left out: they are far above all others.

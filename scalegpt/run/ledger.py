@@ -7,6 +7,7 @@ from; as `time/down` the time between processes; as `perf/goodput` the share of 
 used since this process began: seconds of a busy machine do not compare with those of another.
 """
 
+import textwrap
 import time
 from typing import Any
 
@@ -73,7 +74,8 @@ class Ledger:
             if seconds >= 0.001 * lived
         ]
         down = f"; and {down:.0f} s in which it did not run" if down >= 1 else ""
-        return f"time     {lived:.0f} s: {', '.join(shares)}{down}"
+        line = f"time     {lived:.0f} s: {', '.join(shares)}{down}"
+        return textwrap.fill(line, 79, subsequent_indent=" " * 9)
 
 
 def _cpu() -> tuple[float, float]:

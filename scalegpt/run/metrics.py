@@ -225,7 +225,7 @@ class Metrics:
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Show a text that the model wrote after a prompt, and keep it in samples.jsonl."""
         frame = f" a sample after update {step} "
-        self.say(f"{frame:-^40}\n{prompt}{text}\n{'':-^40}")
+        self.say(f"{frame:-^40}\n{streams.visible(prompt + text)}\n{'':-^40}")
         for writer in self._texts:
             writer.write({"time": time.time(), "step": step, "prompt": prompt, "text": text})
 

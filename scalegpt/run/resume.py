@@ -168,7 +168,8 @@ def refuse_changes(config: Config, changes: list[str]) -> None:
     if not config.run.replay and not all(map(config.run.allows, keys)):
         raise Mistake(
             "\n  ".join([f"{config.run.out_dir} holds a run that differs:", *changes])
-            + "\nchoose another --run.out_dir, or continue it all the same with "
+            + "\nchoose another --run.out_dir (or remove this one, if it was a trial), or continue "
+            "it all the same with "
             f"--run.allow_config_change={','.join(keys)}"
         )
 
