@@ -269,7 +269,8 @@ def _refuse_other_tokens(split: Split, model: trained.Trained) -> None:
             f"{split.name} has {split.vocab_size} token ids, the model only {size}; prepare the "
             "text with the model's tokenizer"
         )
-    if model.tokenizer is not None and not tokenizer.same(model.tokenizer, split.tokenizer):
+    specs = model.tokenizer, split.tokenizer
+    if specs[0] is not None and not (tokenizer.same(*specs) or tokenizer.is_chat_of(*specs)):
         raise Mistake(
             f"{split.name} was made with tokenizer {tokenizer.kind(split.tokenizer)}, the model "
             f"with another, {tokenizer.kind(model.tokenizer)}, so that ids do not mean the same; "

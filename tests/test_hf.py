@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from scalegpt.config import MeshConfig
 from scalegpt.config.command_line import parse
 from scalegpt.config.recipe import ModelConfig
 from scalegpt.data import tokenizer
+from scalegpt.data.chat import encode_conversation, encode_prompt
 from scalegpt.evaluate import main as evaluate
 from scalegpt.model.gpt import head_table, logits
 from scalegpt.run import resume
@@ -475,6 +477,71 @@ def test_transformers_reads_our_tokenizers_with_the_same_ids_and_text(kind, shar
     if kind == "char":
         with pytest.raises(Exception, match="Missing"):  # as ours; never dropped in silence
             theirs("ß")
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param("gpt2", marks=pytest.mark.slow), "byte", "char", "sentencepiece"]
+)
+def test_transformers_template_of_an_exported_chat_gives_our_ids(kind, shared_data, tmp_path):
+    from transformers import AutoTokenizer
+
+    call = {"call": "12/60", "result": "0.2"}
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": " What is 12/60?\n"},
+        {"role": "assistant", "content": ["It is ", call, "0.2 é🙂"]},
+        {"role": "user", "content": "So"},
+        {"role": "assistant", "content": "Yes  "},
+    ]
+    texts = [json.dumps(messages, ensure_ascii=False), "\n"]
+    specs = {"char": {"kind": "char", "chars": "".join(sorted({*"".join(texts)}))}}
+    if kind == "sentencepiece":  # which puts a space before the first word of a text
+        specs[kind] = {"kind": "tokenizer.json", "name": "t", "json": sentencepiece(texts)}
+    codec = tokenizer.load(specs.get(kind, kind)).chat()
+    for name, content in tokenizer_files(codec.spec(), 1024).items():
+        (tmp_path / name).write_text(json.dumps(content))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    signed = encode_conversation(codec, messages)
+    ids = np.where(signed < 0, ~signed, signed)
+    apply = partial(theirs.apply_chat_template, tokenize=True, return_dict=False)
+    assert apply(messages) == ids.tolist()
+    prompt = apply(messages[:2], add_generation_prompt=True)
+    assert prompt == encode_prompt(codec, messages[:2]).tolist() == ids[: len(prompt)].tolist()
+    assert theirs.eos_token_id == codec.end and len(theirs) == codec.vocab_size
+    with pytest.raises(Exception, match="no role tool: there are system, user and assistant"):
+        apply([{"role": "tool", "content": "4"}])
+    again = named(str(tmp_path))
+    assert again.marks == codec.marks and tokenizer.same(again.spec(), codec.spec())
+    np.testing.assert_array_equal(encode_conversation(again, messages), signed)
+
+
+def sentencepiece(texts: list[str]) -> dict:
+    """A tokenizer.json like Llama's, trained on these texts."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    space = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    bpe.decoder = decoders.Sequence([*space, decoders.Strip(" ", 1, 0)])
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+    bpe.train_from_iterator(texts, trainer)
+    return json.loads(bpe.to_str())
+
+
+def test_a_tokenizer_with_marks_of_its_own_keeps_them(tmp_path):
+    content = word_level()
+    content["model"]["vocab"]["<|end|>"] = 9
+    content["added_tokens"].append({**content["added_tokens"][0], "id": 9, "content": "<|end|>"})
+    codec = tokenizer.load({"kind": "tokenizer.json", "name": "t", "json": content}).chat()
+    assert codec.vocab_size == 17 and codec.marks["system"] == 10  # 5 to 8 are a gap
+    for name, value in tokenizer_files(codec.spec(), 64).items():
+        (tmp_path / name).write_text(json.dumps(value))
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.convert_tokens_to_ids(["<|end|>", "<|chat_end|>"]) == [9, codec.end]
+    assert named(str(tmp_path)).marks == codec.marks
 
 
 def word_level(**more) -> dict:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from scalegpt.data import prepare
-from scalegpt.data.tokenizer import char_tokenizer, load
+from scalegpt.data.chat import encode_conversation, encode_prompt
+from scalegpt.data.tokenizer import MARKS, char_tokenizer, check, is_chat_of, kind, load, same
 from scalegpt.weights.tokenizer_files import named
 
 UNICODE = (
@@ -227,3 +228,100 @@ def test_within_a_smaller_model_text_that_needs_another_id_is_refused():
     assert (codec.vocab_size, codec.eot) == (100, 0)
     with pytest.raises(ValueError, match="byte gives id 122 for 'AZz', but the model has only 100"):
         codec.encode("AZz")
+
+
+# --- marks of a chat
+
+MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi!"}]
+
+
+def sized(name):
+    return char_tokenizer(["!Hi"]) if name == "char" else load(name)
+
+
+@pytest.mark.parametrize(
+    "name, bos, ids",
+    [
+        ("gpt2", 50256, [50256, 50258, 17250, 50260, 50259, 17250, 0, 50260]),
+        ("byte", 0, [0, 257, 72, 105, 259, 258, 72, 105, 33, 259]),
+        ("char", 3, [3, 5, 1, 2, 7, 6, 1, 2, 0, 7]),
+    ],
+)
+def test_a_chat_has_its_marks_after_the_ids_of_the_text(name, bos, ids, gpt2_tokenizer):
+    base = sized(name)
+    codec = base.chat()
+    assert codec.chat() is codec and codec.encode("Hi!").tolist() == base.encode("Hi!").tolist()
+    first = base.vocab_size + (base.eot is None)
+    names = ("system", "user", "assistant", "end", "call", "result", "back")
+    assert codec.marks == {"bos": bos} | {n: first + i for i, n in enumerate(names)}
+    assert (codec.vocab_size, codec.eot, codec.end) == (first + 7, bos, codec.marks["end"])
+    signed = encode_conversation(codec, MESSAGES)
+    assert ids == np.where(signed < 0, ~signed, signed).tolist()
+    learned = len(codec.encode("Hi!")) + 1
+    assert (signed[:-learned] < 0).all() and (signed[-learned:] >= 0).all()
+    assert encode_prompt(codec, MESSAGES[:1]).tolist() == ids[:-learned]
+    assert codec.decode(ids) == "HiHi!"
+    shown = "<|bos|><|user|>Hi<|end|><|assistant|>Hi!<|end|>"
+    assert codec.decode(ids, marks=True) == shown
+    assert codec.decode([]) == "" and base.marks == {} and base.end == base.eot
+
+
+@pytest.mark.parametrize("name", ["gpt2", "byte", "char", "tokenizer.json"])
+def test_text_that_spells_a_mark_never_becomes_it(name, tokenizer_json):
+    text = "".join(f"<|{mark}|>" for mark in MARKS) + "<|endoftext|>"
+    base = named(str(tokenizer_json)) if name == "tokenizer.json" else None
+    codec = (base or (char_tokenizer([text]) if name == "char" else load(name))).chat()
+    assert not {*codec.encode(text).tolist()} & {*codec.marks.values()}
+    assert codec.decode(codec.encode(text)) == text
+    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+    ids = encode_conversation(codec, messages)
+    assert (np.where(ids < 0, ~ids, ids) == codec.marks["end"]).sum() == 2
+    if name == "byte":
+        with pytest.raises(ValueError, match="'a.x00b' holds '.x00', which begins a chat"):
+            codec.encode("a\0b")
+
+
+def test_what_is_learned_of_a_conversation_is_what_the_assistant_writes():
+    codec = load("byte").chat()
+    messages = [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "12/60?"},
+        {"role": "assistant", "content": ["is ", {"call": "12/60", "result": "0.2"}, "0.2"]},
+        {"role": "user", "content": "u"},
+        {"role": "assistant", "content": "é"},
+    ]
+
+    def learned(messages, train="all"):
+        ids = encode_conversation(codec, messages, train)
+        assert ids.dtype == np.int32 and (ids == ~0).tolist() == [True] + [False] * (len(ids) - 1)
+        return codec.decode(ids[ids >= 0], marks=True), len(ids)
+
+    first = "is <|call|>12/60<|result|>0.2<|end|>"
+    assert learned(messages) == (first + "é<|end|>", 38)
+    assert learned(messages, "last") == ("é<|end|>", 38)
+    messages[4]["weight"] = 0
+    assert learned(messages) == (first, 38) and learned(messages, "last") == ("", 38)
+    whole = encode_conversation(codec, messages)
+    prompt = encode_prompt(codec, messages[:4])
+    assert prompt.tolist() == np.where(whole < 0, ~whole, whole)[: len(prompt)].tolist()
+
+
+def test_specs_of_chats_are_compared_checked_and_limited(tokenizer_json):
+    for base in all_kinds(tokenizer_json):
+        codec = base.chat()
+        spec = codec.spec()
+        assert spec == {"kind": "chat", "base": base.spec()}
+        assert same(spec, json.loads(json.dumps(spec))) and not same(spec, base.spec())
+        assert is_chat_of(spec, base.spec()) and not is_chat_of(base.spec(), base.spec())
+        assert kind(spec) == f"{kind(base.spec())} with marks of a chat"
+        limited = codec.within(base.vocab_size)
+        assert limited.marks == {} and limited.vocab_size == base.vocab_size
+    gpt2_file = {"kind": "chat", "base": named(str(tokenizer_json)).spec()}
+    assert same(gpt2_file, {"kind": "chat", "base": "gpt2"})
+    for bad, message in [
+        ({"kind": "ids", "vocab_size": 3}, "beside a tokenizer of text, not beside ids"),
+        ({"kind": "chat", "base": "byte"}, "not beside chat"),
+        ("gpt3", "no tokenizer 'gpt3'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            check({"kind": "chat", "base": bad})

@@ -1,6 +1,7 @@
 """Tokenizers map text to ids and back: GPT-2's BPE, characters, bytes, or any tokenizer.json.
 
-Ids without a text have one too, which spells them as numbers.
+Ids without a text have one too, which spells them as numbers. Each tokenizer of a text has another
+beside it for chats, its `chat`, with ids for the marks between messages.
 
 A tokenizer travels as its `spec()`, a JSON value in a data set's meta.json and in a run's folder,
 so that sampling from a run needs none of the files it was prepared with.
@@ -10,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from scalegpt.errors import Mistake
 from scalegpt.files.json_files import read_object
 
 END_OF_TEXT = "<|endoftext|>"  # prompts write this, whatever the tokenizer calls its mark
+# The marks of a chat, in the order of their ids. Where text has an end-of-text mark, that is "bos".
+MARKS = ("bos", "system", "user", "assistant", "end", "call", "result", "back")
 # Names of the mark in a tokenizer.json, less all but letters and "/": <｜end▁of▁sentence｜>, [EOS]
 _EOT_NAMES = ("endoftext", "endofsentence", "/s", "eos")
 # SHA-256 of the sorted items of GPT-2's vocabulary; GPT-2s of other languages have 50257, too.
@@ -49,6 +52,7 @@ class Tokenizer:
     eot: id of the end-of-text mark between documents, or None; for bytes it is 0, NUL.
     piecewise: a text may be cut before a space or newline that follows a non-space, and encoding
     the pieces one by one gives the same ids as encoding the whole.
+    marks: the ids of MARKS by name, or {} for a tokenizer that is not for chats.
     """
 
     name: str
@@ -58,11 +62,13 @@ class Tokenizer:
     _encode: Callable[[str], Any]
     _decode: Callable[[np.ndarray], str]
     _spec: dict[str, Any]
+    marks: dict[str, int] = field(default_factory=dict)
 
     def encode(self, text: str) -> np.ndarray:
-        """Return ids, int32; special tokens count as plain text.
+        """Return ids, int32; special tokens and marks count as plain text.
 
-        Raises Mistake for a character that a char tokenizer does not have.
+        Raises Mistake for a character that a char tokenizer does not have, and for chats for one
+        that is a mark itself, as NUL is to bytes.
         """
         return np.asarray(self._encode(text), np.int32)
 
@@ -73,17 +79,24 @@ class Tokenizer:
         parts = [ids for part in text.split(END_OF_TEXT) for ids in ([self.eot], self.encode(part))]
         return np.concatenate(parts[1:]).astype(np.int32)
 
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray, marks: bool = False) -> str:
         """Return the text of `ids`, with U+FFFD for bytes that are not UTF-8.
 
-        Raises Mistake for an id outside the vocabulary.
+        marks: show the marks of a chat by name, as <|end|>, instead of leaving them out. Raises
+        Mistake for an id outside the vocabulary.
         """
         ids = np.asarray(ids, np.int64).ravel()
         unknown = ids[(ids < 0) | (ids >= self.vocab_size)]
         if unknown.size:
             last = self.vocab_size - 1
             raise Mistake(f"token id {unknown[0]} is outside {self.name}'s 0..{last}")
-        return self._decode(ids)
+        names = {i: f"<|{name}|>" if marks else "" for name, i in self.marks.items()}
+        # Texts between marks were encoded one by one, and half a character ends at a mark.
+        parts = ((name, [*part]) for name, part in groupby(ids.tolist(), names.get))
+        return "".join(
+            self._decode(np.array(part)) if name is None else name * len(part)
+            for name, part in parts
+        )
 
     def within(self, vocab_size: int) -> "Tokenizer":
         """Return this tokenizer limited to a model's ids; text that needs others is a Mistake."""
@@ -100,11 +113,21 @@ class Tokenizer:
             return ids
 
         eot = self.eot if self.eot is not None and self.eot < vocab_size else None
-        return replace(self, vocab_size=vocab_size, eot=eot, _encode=encode)
+        marks = self.marks if max(self.marks.values(), default=0) < vocab_size else {}
+        return replace(self, vocab_size=vocab_size, eot=eot, _encode=encode, marks=marks)
 
     def spec(self) -> dict[str, Any]:
         """Return a JSON value from which `load` makes the same tokenizer again."""
         return self._spec
+
+    @property
+    def end(self) -> int | None:
+        """The mark that a model ends a text with: of a chat, the end of an answer."""
+        return self.marks.get("end", self.eot)
+
+    def chat(self) -> "Tokenizer":
+        """Return this tokenizer with marks for chats. Raises Mistake for ids without a text."""
+        return self if self.marks else load({"kind": "chat", "base": self.spec()})
 
 
 def same(spec: str | dict[str, Any], other: str | dict[str, Any]) -> bool:
@@ -112,11 +135,21 @@ def same(spec: str | dict[str, Any], other: str | dict[str, Any]) -> bool:
     return _meaning(spec) == _meaning(other)
 
 
+def is_chat_of(spec: str | dict[str, Any], base: str | dict[str, Any]) -> bool:
+    """Tell whether `spec` is `base` with marks of a chat, so that it has all ids of `base`."""
+    match spec:
+        case {"kind": "chat", "base": other}:
+            return same(other, base)
+    return False
+
+
 def _meaning(spec: str | dict[str, Any]) -> str:
     """Return a value that is equal for two specs if every id stands for the same text in both."""
     match spec:
         case "gpt2" | {"kind": "gpt2"}:
             return _GPT2_VOCAB
+        case {"kind": "chat", "base": base}:
+            return f"chat of {_meaning(base)}"
         case "byte" | {"kind": "byte"}:
             vocab = {c: i for i, c in enumerate(BYTES)}
         case {"kind": "char", "chars": str(chars)}:
@@ -143,6 +176,9 @@ def _added(content: dict[str, Any]) -> list[dict[str, Any]]:
 
 def kind(spec: str | dict[str, Any]) -> str:
     """Return the name of a spec's kind, for messages."""
+    match spec:
+        case {"kind": "chat", "base": base}:
+            return f"{kind(base)} with marks of a chat"
     return spec if isinstance(spec, str) else spec["kind"]
 
 
@@ -164,6 +200,8 @@ def load(spec: str | dict[str, Any]) -> Tokenizer:
             return _ids(size, spec)
         case {"kind": "tokenizer.json"}:
             return _hugging_face(spec)
+        case {"kind": "chat", "base": base}:
+            return _chat(load(base), spec)
     raise AssertionError(spec)
 
 
@@ -183,6 +221,10 @@ def check(spec: Any) -> None:
         case {"kind": "tokenizer.json", "name": str(), "json": dict(), **rest}:
             if isinstance(rest.get("eot", ""), str):
                 return
+        case {"kind": "chat", "base": {"kind": "ids" | "chat" as other}}:
+            raise Mistake(f"marks of a chat go beside a tokenizer of text, not beside {other}")
+        case {"kind": "chat", "base": base}:
+            return check(base)
     raise Mistake(f"no tokenizer {str(spec)[:60]!r}: there are gpt2, byte, and specs of others")
 
 
@@ -328,3 +370,20 @@ def _hugging_face(spec: dict[str, Any]) -> Tokenizer:
         return bpe.decode(whole, skip_special_tokens=False)
 
     return Tokenizer(name, size, eot, piecewise, encode, decode, spec)
+
+
+def _chat(base: Tokenizer, spec: dict[str, Any]) -> Tokenizer:
+    names = MARKS if base.eot is None else MARKS[1:]
+    marks = {"bos": base.eot} | {name: base.vocab_size + i for i, name in enumerate(names)}
+
+    def encode(text: str) -> np.ndarray:
+        ids = base.encode(text)
+        if base.eot is not None and (ids == base.eot).any():
+            raise Mistake(
+                f"the text {text[:20]!r} holds {base.decode([base.eot])!r}, which begins a chat in "
+                f"tokens of {base.name}: take it out"
+            )
+        return ids
+
+    size = base.vocab_size + len(names)
+    return replace(base, vocab_size=size, eot=marks["bos"], _encode=encode, _spec=spec, marks=marks)

@@ -15,8 +15,9 @@ from scalegpt.inference.decode import Decoder
 class Continuation:
     """A continuation holds what has been written after a prompt, whose ids are `prompt`.
 
-    text: the part that no later token can change. finish: why the text ended, which is end_of_text,
-    stop (a stop string, which is not part of the text) or length; None while it goes on.
+    text: the part that no later token can change. finish: why the text ended, which is end_of_text
+    (or the end of an answer), stop (a stop string, which is not part of the text) or length; None
+    while it goes on.
     """
 
     codec: Tokenizer
@@ -38,7 +39,7 @@ class Continuation:
         """Append a token, unless the text has ended."""
         if self.finish:
             return
-        if token == self.codec.eot:
+        if token in (self.codec.eot, self.codec.end):
             self.end("end_of_text")
             return
         self.ids.append(token)

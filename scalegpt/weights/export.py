@@ -54,8 +54,8 @@ def export_gpt2(model: Trained, folder: Path) -> None:
             )
     files = tokenizer_files(model.tokenizer, config.block_size)
     tensors = gpt2_tensors(config, model.params)
-    eot = tokenizer.load(model.tokenizer).eot if model.tokenizer else None
-    marks = {"bos_token_id": eot, "eos_token_id": eot}
+    codec = tokenizer.load(model.tokenizer) if model.tokenizer else None
+    marks = {"bos_token_id": codec and codec.eot, "eos_token_id": codec and codec.end}
     files["config.json"] = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",

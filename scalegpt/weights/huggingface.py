@@ -24,6 +24,7 @@ from scalegpt.files.run_folder import is_run
 from scalegpt.model.layers import LAYER_NORM_EPS
 from scalegpt.model.parameters import parameters
 from scalegpt.weights.tensor_files import INDEX, SAFE, TORCH, Read, Shapes, open_tensors
+from scalegpt.weights.tokenizer_files import read_file
 
 HUB_SECONDS = 15  # without an answer from Hugging Face, there is no network
 OWN_TYPE = "scalegpt"  # model_type of our own format, which names tensors by their path in params
@@ -174,7 +175,7 @@ def model_of(values: dict[str, Any], path: Path) -> ModelConfig:
 def _tokenizer(folder: Path, vocab_size: int) -> dict[str, Any] | None:
     gpt2 = {"kind": "gpt2"}
     if (path := folder / "tokenizer.json").is_file():
-        spec = tokenizer.read_json(path)
+        spec = read_file(path)
         return gpt2 if tokenizer.same(spec, gpt2) else spec
     if (path := folder / "vocab.json").is_file():
         same = tokenizer.same({"json": {"model": {"vocab": read_object(path)}}}, gpt2)

@@ -1,12 +1,15 @@
 """Tokenizers are found by name or folder, and written as transformers loads them."""
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 from scalegpt.data import tokenizer
 from scalegpt.data.token_files import META, read_meta
-from scalegpt.data.tokenizer import BYTES, END_OF_TEXT, Tokenizer
+from scalegpt.data.tokenizer import BYTES, END_OF_TEXT, MARKS, Tokenizer
 from scalegpt.errors import Mistake
+from scalegpt.files.json_files import read_object
 from scalegpt.files.run_folder import is_run
 
 
@@ -38,25 +41,48 @@ def named(name: str) -> Tokenizer:
                 f"no tokenizer {name!r}: say gpt2, byte, a tokenizer.json's path, or the folder of "
                 "a run, a data set or a model"
             )
-        spec = tokenizer.read_json(path)
+        spec = read_file(path)
     if spec is None:
         raise Mistake(f"{name} came without a tokenizer; give another to --tokenizer")
     return tokenizer.load(spec)
 
 
+def read_file(path: Path) -> dict[str, Any]:
+    """Return the spec of a tokenizer.json; one that `tokenizer_files` wrote for chats is for chats.
+
+    Raises Mistake as `tokenizer.read_json`.
+    """
+    spec = tokenizer.read_json(path)
+    content, chat = spec["json"], path.with_name("tokenizer_config.json")
+    added = content.get("added_tokens") or []
+    names = [re.sub(r"<\|(?:chat_)?(\w+)\|>", r"\1", t["content"]) for t in added[-8:]]
+    n_marks = next((n for n in (8, 7) if names[-n:] == [*MARKS[-n:]]), 0)
+    if not n_marks or not chat.is_file():
+        return spec
+    first = added[-n_marks]["id"]
+    model = content["model"]
+    if isinstance(model["vocab"], dict):
+        model = {**model, "vocab": {t: i for t, i in model["vocab"].items() if i < first}}
+    base = {**spec, "json": {**content, "model": model, "added_tokens": added[:-n_marks]}}
+    base["eot"] = read_object(chat).get("bos_token") if n_marks == 7 else None
+    same = (known for known in ("gpt2", "byte") if tokenizer.same(base, known))
+    return {"kind": "chat", "base": next(same, {k: v for k, v in base.items() if v is not None})}
+
+
 def tokenizer_files(spec: Any, block_size: int) -> dict[str, Any]:
     """Return each file's JSON value by its name; {} where there is no tokenizer, or no text.
 
-    The files encode to the same ids, and decode them to the same text. block_size: transformers
-    warns of texts with more tokens. Raises Mistake as `tokenizer.load` does.
+    The files encode to the same ids, and decode them to the same text; for chats, so does
+    transformers' `apply_chat_template`, where no text spells a mark. block_size: transformers warns
+    of texts with more tokens. Raises Mistake as `tokenizer.load` does.
     """
     if spec is None or tokenizer.kind(spec) == "ids":
         return {}
     codec = tokenizer.load(spec)
-    match codec.spec():
-        case {"kind": "gpt2"}:
+    match codec.spec().get("base", codec.spec()):
+        case "gpt2" | {"kind": "gpt2"}:
             content, mark = _gpt2(), END_OF_TEXT
-        case {"kind": "byte"}:
+        case "byte" | {"kind": "byte"}:
             # No mark: NUL ends a text here, but as a special token transformers would drop it.
             content, mark = _byte_level({c: i for i, c in enumerate(BYTES)}, [], False), None
         case {"kind": "char", "chars": chars}:
@@ -73,6 +99,9 @@ def tokenizer_files(spec: Any, block_size: int) -> dict[str, Any]:
     }
     if mark:
         config |= {"bos_token": mark, "eos_token": mark}
+    if codec.marks:
+        content, chat = _for_chats(tokenizer.load(codec.spec()["base"]), content, mark)
+        config |= chat
     return {"tokenizer.json": content, "tokenizer_config.json": config}
 
 
@@ -85,9 +114,61 @@ def _gpt2() -> dict[str, Any]:
     merges = [["".join(BYTES[b] for b in part) for part in pair] for pair in merges]
     end = len(vocab)
     content = _byte_level({**vocab, END_OF_TEXT: end}, merges, True)
+    return {**content, "added_tokens": [_special(end, END_OF_TEXT)]}
+
+
+def _special(id_: int, content: str) -> dict[str, Any]:
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    content["added_tokens"] = [{"id": end, "content": END_OF_TEXT, **plain, "special": True}]
-    return content
+    return {"id": id_, "content": content, **plain, "special": True}
+
+
+_TEMPLATE = """{{ BOS }}{% for message in messages %}
+{% if message['role'] not in ['system', 'user', 'assistant'] %}
+{{ raise_exception('no role ' + message['role'] + ': there are system, user and assistant') }}
+{% endif %}
+{{ '<|' + message['role'] + '|>' }}
+{% if message['content'] is string %}
+{{ message['content'] }}
+{% else %}
+{% for part in message['content'] %}
+{% if part is string %}
+{{ part }}
+{% else %}
+{{ '<|call|>' + part['call'] + '<|result|>' + part['result'] + '<|back|>' }}
+{% endif %}
+{% endfor %}
+{% endif %}
+{{ '<|end|>' }}
+{% endfor %}
+{% if add_generation_prompt %}
+{{ '<|assistant|>' }}
+{% endif %}""".replace("\n", "")
+
+
+def _for_chats(base: Tokenizer, content: dict, bos: str | None) -> tuple[dict, dict[str, Any]]:
+    """Return a base's tokenizer.json with marks, and more keys for its tokenizer_config.json.
+
+    bos: the base's special token that is <|bos|>, or None where it has none.
+    """
+    model, added = content["model"], content.get("added_tokens") or []
+    known = {*model["vocab"]} if isinstance(model["vocab"], dict) else set()
+    known |= {token["content"] for token in added}
+    # A tokenizer.json may have tokens of such names, which keep their ids.
+    prefix = "<|chat_" if any(f"<|{name}|>" in known for name in MARKS) else "<|"
+    marks = base.chat().marks
+    ids = {f"{prefix}{n}|>": i for n, i in marks.items() if n != "bos" or base.eot is None}
+    if isinstance(model["vocab"], dict):  # else a vocabulary with gaps would number them anew
+        model = {**model, "vocab": model["vocab"] | ids}
+    # What is put before a text's first word is put there after each mark, too.
+    cutter = json.dumps(content.get("pre_tokenizer"))
+    cutter = cutter.replace('"prepend_scheme": "first"', '"prepend_scheme": "always"')
+    content = {**content, "model": model, "pre_tokenizer": json.loads(cutter)}
+    content["added_tokens"] = [*added, *(_special(i, mark) for mark, i in ids.items())]
+    if base.eot is None:
+        bos = f"{prefix}bos|>"
+    template = _TEMPLATE.replace("<|", prefix).replace("BOS", json.dumps(bos or "\0"))
+    config = {"chat_template": template, "eos_token": f"{prefix}end|>"}
+    return content, config | ({"bos_token": bos} if bos else {})
 
 
 def _last_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
