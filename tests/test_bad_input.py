@@ -786,6 +786,121 @@ for name, argv, files, *words in [
     argv = argv if any(a.startswith("--out") for a in argv) else [*argv, "--out=prepared"]
     argv = argv if any(a.startswith("--tok") for a in argv) else [*argv, "--tokenizer=byte"]
     bad(f"prepare: {name}", PREPARE, argv, *words, files=files)
+
+
+def turns(*messages: Any, **more: Any) -> dict[str, Any]:
+    """A row of OpenAI's: messages are (role, content), or as they are."""
+    pairs = [{"role": m[0], "content": m[1]} if isinstance(m, tuple) else m for m in messages]
+    return {"messages": pairs, **more}
+
+
+Q, A = ("user", "Why?"), ("assistant", "So.")
+CALL = {"role": "assistant", "content": None, "tool_calls": [
+    {"id": "c1", "function": {"name": "add", "arguments": "{}"}}]}
+IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
+for name, second, *words in [
+    ("not JSON", '{"messages": [', "not JSON: Expecting value at column 15", "one row is one JSON"),
+    ("nested without end", DEEP, "not JSON", "nested too deeply"),
+    ("a number of 5,000 digits", '{"messages": ' + "9" * 5000 + "}", "not JSON"),
+    ("not UTF-8", b'{"messages": "\xe9"}', "byte 0xe9 at column 15 is not UTF-8", "iconv"),
+    ("half a character", '{"messages": [{"role": "user", "content": "\\ud800"}]}',
+     "\\ud800 is half a character", "write it whole"),
+    ("a number", 5, "5 is not of format messages", "rows of one format go together"),
+    ("a list of messages", [turns(Q, A)["messages"][0]], "is not of format messages"),
+    ("another format", {"instruction": "a", "output": "b"}, "no messages among its keys instru",
+     "rows of one format go together"),
+    ("no messages", turns(), "it has no messages", "leave the row out"),
+    ("messages that are a text", {"messages": "Why?"}, '"Why?" where the list of messages'),
+    ("a message that is a text", turns("Why?", A), 'message 1 is "Why?", no object with role'),
+    ("a message without role", turns({"content": "Why?"}), "message 1 is", "no object with role"),
+    ("an unknown role", turns(("human", "Why?"), A), 'message 1 has the role "human"',
+     "system, user, assistant and tool: rename it"),
+    ("a role that is a list", turns(([], "Why?"), A), "message 1 has the role []"),
+    ("system not first", turns(Q, ("system", "S"), A), "message 2 (system) is not the first"),
+    ("system twice", turns(("system", "S"), Q, A, system="S"), "message 2 (system) is not"),
+    ("two of the user", turns(Q, Q, A), "message 2 (user) follows another of the user: join them"),
+    ("two answers", turns(Q, A, A), "message 3 (assistant) follows another answer: join them"),
+    ("an answer first", turns(A), "message 1 (assistant) answers before any question"),
+    ("an answer to the system", turns(("system", "S"), A), "message 2 (assistant) answers before"),
+    ("no answer at last", turns(Q, A, Q), "its last message, of user, is no answer: add one"),
+    ("no answer at all", turns(("system", "S")), "of system, is no answer"),
+    ("no content", turns({"role": "user"}, A), "message 1 (user) has the content null, not text"),
+    ("content that is a number", turns(Q, ("assistant", 5)), "message 2 (assistant)", "content 5"),
+    ("empty content", turns(("user", ""), A), "message 1 (user) is empty: write a text"),
+    ("content of spaces", turns(Q, ("assistant", " \n")), "message 2 (assistant) is empty"),
+    ("content without parts", turns(Q, ("assistant", [])), "message 2 (assistant) is empty"),
+    ("an image", turns(("user", [IMAGE]), A), 'a part of type "image_url": only text'),
+    ("an answer that is a mark", turns(Q, ("assistant", "</s>\n")), "is empty but for </s>"),
+    ("a weight of a half", turns(Q, {**turns(A)["messages"][0], "weight": 0.5}), "the weight 0.5",
+     "1 is learned, 0 only read"),
+    ("nothing to learn", turns(Q, {**turns(A)["messages"][0], "weight": 0}), "has weight 0"),
+    ("a result without a call", turns(Q, A, ("tool", "4")), "message 3 (tool) is a result"),
+    ("a call without a result", turns(Q, CALL, A), "message 3 (assistant) comes before the result"),
+    ("a call at last", turns(Q, CALL), "of assistant, is no answer"),
+    ("a result at last", turns(Q, CALL, ("tool", "4")), "its last message, of tool, is no answer"),
+    ("a result of another call", turns(Q, CALL, {"role": "tool", "content": "4", "tool_call_id":
+     "c2"}), 'the tool_call_id "c2", which was not called'),
+    ("a call by the user", turns({**CALL, "role": "user"}, A), "calls a tool: only an assistant"),
+    ("a call without a name", turns(Q, {**CALL, "tool_calls": [{"id": "c"}]}), "no function with"),
+    ("calls that are a text", turns(Q, {**CALL, "tool_calls": "add"}), "\"add\", no list"),
+    ("arguments not JSON", turns(Q, {**CALL, "tool_calls": [{"function": {"name": "add",
+     "arguments": "{"}}]}), "calls add with", "not JSON"),
+    ("two calls of one id", turns(Q, {**CALL, "tool_calls": CALL["tool_calls"] * 2}), "two tool"),
+    ("a NUL for bytes", turns(("user", "a\0b"), A), "'a\\x00b' holds '\\x00'", "take it out"),
+]:
+    content = second if isinstance(second, bytes | str) else json.dumps(second)
+    first = json.dumps(turns(Q, A)).encode() + b"\n"
+    files = {"c.jsonl": first + (content if isinstance(content, bytes) else content.encode())}
+    bad(f"chat: {name}", "data/chat/prepare.py", "--input=c.jsonl --tokenizer=byte --out=prepared",
+        "c.jsonl, line 2: ", "--skip-bad 1", *words, files=files)
+
+SHAREGPT = {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]}
+for name, argv, content, *words in [
+    ("an empty file", "", "", "no conversation in c.jsonl"),
+    ("an empty array", "", "[]", "no conversation in c.jsonl"),
+    ("one conversation", "", json.dumps(turns(Q, A)), "all of 1 conversations go to validation"),
+    ("one question", "", f"{json.dumps(turns(Q, A))}\n" * 3, "all of 3 conversations", "more"),
+    ("plain texts", "", '{"text": "a"}', "line 1: text is no conversation", "data/text/prepare.py"),
+    ("preferences", "", '{"chosen": "a", "rejected": "b"}', "line 1: chosen and rejected"),
+    ("prompts", "", '{"prompt": "a"}', "line 1: a prompt without completion", "nothing to learn"),
+    ("unknown keys", "", '{"q": "a", "a": "b"}', "line 1: its keys q, a are of no known format",
+     "question"),
+    ("numbers", "", "5\n6", "line 1: 5 is neither an object nor a list"),
+    ("an array that ends early", "", '[\n{"instruction": "a", "output": "b"}',
+     "line 2: this array is not JSON"),
+    ("an array without comma", "", '[{"instruction": "a", "output": "b"}\n{"a"', "no comma or ]"),
+    ("an array with more", "", '[\n]\n{}', "line 3: this array is not JSON: more after its end"),
+    ("an array that breaks", "", '[{"instruction": "a", "output": "b"},\n{"a" 1}]',
+     "line 2: this array is not JSON: Expecting ':' delimiter at column 6"),
+    ("a format that it has not", "--format=alpaca", json.dumps(turns(Q, A)), "no instruction"),
+    ("an unknown format", "--format=vicuna", json.dumps(turns(Q, A)), "--format", "'vicuna'"),
+    ("a sender that is unknown", "", json.dumps(SHAREGPT).replace("gpt", "claude"),
+     'line 1: message 2 is from "claude"', "human", "rename it"),
+    ("a sender that is missing", "", json.dumps(SHAREGPT).replace("from", "by"), "from and value"),
+    ("an input that is a number", "", '{"instruction": "a", "input": 5, "output": "b"}',
+     "line 1: its input is 5, not text"),
+    ("an answer that is a number", "", '{"question": "a", "answer": 5}', "the content 5, not text"),
+    ("a completion that is null", "", '{"prompt": "a", "completion": null}', "content null"),
+    ("more bad rows than allowed", "--skip-bad=1", '{"prompt": "a", "completion": null}\n' * 3,
+     "line 1: ", "2 more rows are bad, the next c.jsonl, line 2", "--skip-bad 3"),
+    ("fewer than no bad rows", "--skip-bad=-1", "", "--skip-bad=-1 must be 0 or more"),
+    ("a character that is new", "--tokenizer={world}/data", "".join(
+        json.dumps(turns(("user", text), A)) + "\n" for text in ("€", "b")),
+     "line 1: char tokenizer has no '€'"),
+    ("ids without a text", "--tokenizer=ids", json.dumps(turns(Q, A)), "not beside ids"),
+    ("an image", "", JPEG, "c.jsonl is a JPEG image, not UTF-8 text"),
+    ("gzip cut short", "", gzip.compress(NOISE)[:99], "cannot read c.jsonl"),
+    ("a share of 1", "--val-fraction=1", "", "--val-fraction", "1.0"),
+    ("other data in --out", "--out=d", json.dumps(turns(Q, A)), "d", "--force"),
+]:
+    argv = ["--input=c.jsonl", *argv.split()]
+    argv += [d for d in ("--tokenizer=byte", "--out=prepared") if not any(
+        a.startswith(d[:5]) for a in argv)]
+    ids = {"format": 1, "tokenizer": {"kind": "ids", "vocab_size": 9}, "vocab_size": 9, "dtype":
+           "uint16", "train": {"tokens": 0}, "val": {"tokens": 0}}
+    files = {"c.jsonl": content, "ids/meta.json": ids} | ({"d": copy("data")} if "--out=d" in argv
+                                                          else {})
+    bad(f"chat: {name}", "data/chat/prepare.py", argv, *words, files=files)
 # fmt: on
 
 
@@ -850,7 +965,7 @@ def test_a_disk_that_is_full_is_one_message_and_leaves_nothing(
 
     monkeypatch.chdir(tmp_path)
     Path("t.txt").write_text("green bottles")
-    monkeypatch.setattr(prepare, "_write_bins", full)
+    monkeypatch.setattr(prepare, "write_bins", full)
     argv = ["--input=t.txt", "--tokenizer=byte", "--out=a/b"]
     message = mistake("data/text/prepare.py", argv, capsys)
     assert "train.bin.partial: No space left on device" in message and "free some room" in message
@@ -928,6 +1043,7 @@ COMMANDS = [
     "tools/parity.py",
     "tools/checkpoint.py",
     "tools/tpu.py",
+    "data/chat/prepare.py",
     "data/text/prepare.py",
     "data/shakespeare/prepare.py",
     "data/openwebtext/prepare.py",

@@ -214,7 +214,7 @@ def test_openwebtext_reads_local_parquet_as_jsonl(wiki, wiki_jsonl, tmp_path, mo
             owt.load_text(str(tmp_path / pattern), tmp_path)
 
 
-@pytest.mark.parametrize("name", ["openwebtext", "python_stdlib", "shakespeare", "text"])
+@pytest.mark.parametrize("name", ["chat", "openwebtext", "python_stdlib", "shakespeare", "text"])
 def test_help_says_what_each_flag_means_and_its_default(name, monkeypatch):
     class Parsed(Exception):
         pass
@@ -464,15 +464,15 @@ def test_a_split_that_would_be_empty_is_refused_with_a_fraction_that_works(fract
         text.split_documents(lambda: iter(["x"]), fraction, 0)
 
 
-def test_a_separator_divides_plain_text(tmp_path):
+def test_a_separator_divides_plain_text(tmp_path, monkeypatch):
     text, mark = module("text"), "<|endoftext|>"
     for size in range(1, 40):
         chunks = [f"one\n{mark}\ntwo{mark}{mark}\n"[i : i + size] for i in range(0, 60, size)]
-        assert [*text._parts(tmp_path, chunks, mark)] == ["one\n", "\ntwo", "", "\n"]
-    text.MOST_HELD = 5
-    with pytest.raises(ValueError, match="has more than 5 characters without"):
-        list(text._parts(tmp_path, ["ten of them", "and more"], mark))
-    text.MOST_HELD = 99
+        assert [*text_files.parts(tmp_path, chunks, mark)] == ["one\n", "\ntwo", "", "\n"]
+    with monkeypatch.context() as patch:
+        patch.setattr(text_files, "MOST_HELD", 5)
+        with pytest.raises(ValueError, match="has more than 5 characters without"):
+            list(text_files.parts(tmp_path, ["ten of them", "and more"], mark))
     (tmp_path / "a.txt").write_text(f"one\n{mark}\ntwo{mark}{mark}\n")
     assert list(read(text, tmp_path / "a.txt", separator=mark)) == ["one", "two"]
     assert ["".join(d) for d in read(text, tmp_path / "a.txt")] == [f"one\n{mark}\ntwo{mark * 2}\n"]

@@ -31,7 +31,7 @@ from scalegpt.data.prepare import (
 from scalegpt.data.tokenizer import char_tokenizer
 from scalegpt.errors import Mistake
 from scalegpt.files import json_files
-from scalegpt.files.text_files import PACKED, decoded, find_files
+from scalegpt.files.text_files import PACKED, decoded, find_files, parts
 from scalegpt.processes.command import run_command
 from scalegpt.weights.tokenizer_files import named
 
@@ -39,7 +39,6 @@ _NOT_SHAPING = ("out", "workers", "force")
 ENOUGH = 200  # tokens of training text for each id; a rule of thumb
 HASHED = 1 << 16  # the first so many characters of a document decide its split
 LINES, PLAIN, CARD, EMPTY = "JSON lines", "plain text", "a data set's card", "empty"
-MOST_HELD = 1 << 28  # characters of a document that has to be held in memory
 _JSON = re.compile(r'(\[\s*)?\{\s*"[^"\n]*"\s*:')  # the start of an object, or of a list of these
 Read = Callable[[], Iterator[Document]]  # reads the documents from the first on, when called
 
@@ -122,7 +121,7 @@ def read_documents(
         if kind == LINES:
             yield from filter(None, _json_texts(path, text, key, errors))
         elif separator:
-            yield from filter(None, (p.strip("\r\n") for p in _parts(path, text, separator)))
+            yield from filter(None, (p.strip("\r\n") for p in parts(path, text, separator)))
         elif first := next(text, ""):
             yield chain([first], text)
 
@@ -191,7 +190,7 @@ def _decoded(path: Path, errors: str) -> Iterator[str]:
 
 
 def _json_texts(path: Path, chunks: Iterator[str], key: str, errors: str) -> Iterator[str]:
-    for number, line in enumerate(_parts(path, chunks, "\n"), 1):
+    for number, line in enumerate(parts(path, chunks, "\n"), 1):
         if not line.strip():
             continue
         try:
@@ -215,22 +214,6 @@ def _json_texts(path: Path, chunks: Iterator[str], key: str, errors: str) -> Ite
             raise Mistake(
                 f"{path}, line {number}: {error.reason}; --errors replace reads on"
             ) from error
-
-
-def _parts(path: Path, chunks: Iterator[str], separator: str) -> Iterator[str]:
-    """Yield what stands between separators; a part has to fit into memory."""
-    held, tail = [], ""  # of the part that has no end yet; the tail may hold half a separator
-    for chunk in chunks:
-        *parts, last = (tail + chunk).split(separator)
-        for part in parts:
-            yield "".join([*held, part])
-            held = []
-        cut = max(0, len(last) - len(separator) + 1)
-        held.append(last[:cut])
-        tail = last[cut:]
-        if sum(map(len, held)) > MOST_HELD:
-            raise Mistake(f"{path} has more than {MOST_HELD:,} characters without {separator!r}")
-    yield "".join([*held, tail])
 
 
 def main(argv: list[str]) -> int:

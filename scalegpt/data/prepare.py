@@ -70,28 +70,49 @@ def write_dataset(
     """
     if workers is not None and workers < 0:
         raise Mistake(f"--workers={workers} must be 0, for this process alone, or more")
+
+    def write() -> dict[str, Any]:
+        corpus, processes = build(), workers
+        tokenizer = corpus.tokenizer
+        dtype = narrowest(tokenizer.vocab_size)
+        bpe = tokenizer.name not in ("byte", "char")  # English: 4.4 bytes a token of gpt2's
+        check_disk(out, corpus.text_bytes * dtype.itemsize / (4 if bpe else 1))
+        if processes is None:  # to start processes costs seconds: only where it pays
+            processes = (os.cpu_count() or 1) // 2 if bpe and corpus.text_bytes > 50e6 else 0
+        splits = write_bins(out, _encoded(corpus, dtype, processes), corpus.text_bytes)
+        several = any(splits[split]["documents"] > 1 for split in SPLITS)
+        if several and corpus.separate and tokenizer.eot is None:
+            print("nothing separates documents: this tokenizer has no end-of-text mark")
+        for split in SPLITS:
+            tokens, documents = splits[split]["tokens"], splits[split]["documents"]
+            print(f"{split}: {counted(tokens, 'token')}, {counted(documents, 'document')}")
+        return described(tokenizer, dtype, splits)
+
+    return publish(out, write, source, force)
+
+
+def described(tokenizer: Tokenizer, dtype: np.dtype, splits: dict[str, Any]) -> dict[str, Any]:
+    """Return meta.json's content for the files that `write_bins` has described by `splits`."""
+    meta = {"format": 1, "tokenizer": tokenizer.spec(), "vocab_size": tokenizer.vocab_size}
+    return {**meta, "dtype": dtype.name, **splits}
+
+
+def publish(
+    out: Path, write: Callable[[], dict[str, Any]], source: str, force: bool
+) -> dict[str, Any]:
+    """Publish what `write` leaves in the folder `out` as a data set; return meta.json's content.
+
+    write: calls `write_bins` and returns meta.json's content; not called if `out` already holds
+    `source`, unless `force`. Raises Mistake for other data in `out`, and what `write` raises.
+    """
     if not force:
         _prepared(out, source)  # what may not be overwritten is not even locked
     with _new_or_kept(out), _only_writer(out):
         if not force and (meta := _prepared(out, source)):
             print(f"{out} is already prepared; --force does it again")
             return meta
-        corpus = build()
-        tokenizer = corpus.tokenizer
-        dtype = narrowest(tokenizer.vocab_size)
-        bpe = tokenizer.name not in ("byte", "char")  # English: 4.4 bytes a token of gpt2's
-        check_disk(out, corpus.text_bytes * dtype.itemsize / (4 if bpe else 1))
-        if workers is None:  # to start processes costs seconds: only where it pays
-            workers = (os.cpu_count() or 1) // 2 if bpe and corpus.text_bytes > 50e6 else 0
-        meta = {"format": 1, "tokenizer": tokenizer.spec(), "vocab_size": tokenizer.vocab_size}
-        meta |= {"dtype": dtype.name, **_write_bins(out, corpus, dtype, workers), "source": source}
+        meta = {**write(), "source": source}
         _publish(out, meta)
-    several = any(meta[split]["documents"] > 1 for split in SPLITS)
-    if several and corpus.separate and tokenizer.eot is None:
-        print("nothing separates documents: this tokenizer has no end-of-text mark")
-    for split in SPLITS:
-        tokens, documents = meta[split]["tokens"], meta[split]["documents"]
-        print(f"{split}: {counted(tokens, 'token')}, {counted(documents, 'document')}")
     return meta
 
 
@@ -145,7 +166,7 @@ def _prepared(out: Path, source: str) -> dict[str, Any] | None:
     sizes = {s: path.stat().st_size for s, path in paths.items() if path.is_file()}
     match meta:
         case {
-            "dtype": "uint16" | "uint32" as dtype,
+            "dtype": "uint16" | "uint32" | "int32" as dtype,
             "train": {"tokens": int(train)},
             "val": {"tokens": int(val)},
         }:
@@ -157,19 +178,27 @@ def _prepared(out: Path, source: str) -> dict[str, Any] | None:
     return meta
 
 
-def _write_bins(out: Path, corpus: Corpus, dtype: np.dtype, workers: int) -> dict[str, Any]:
-    """Write train.bin.partial and val.bin.partial; return their entries for meta.json."""
+def write_bins(
+    out: Path, encoded: Iterable[tuple[str, np.ndarray, dict[str, int]]], text_bytes: int | None
+) -> dict[str, Any]:
+    """Write train.bin.partial and val.bin.partial; return their entries for meta.json.
+
+    encoded: split, ids and what they add to its entry: bytes, documents and perhaps more. An id
+    below 0 is ~id. text_bytes: the end of the progress bar, or None for one without end. Raises
+    Mistake for an empty split.
+    """
     counts = {s: Counter(tokens=0, bytes=0, documents=0, max_id=0) for s in SPLITS}
     digests = {split: hashlib.sha256() for split in SPLITS}
-    bar = tqdm(total=corpus.text_bytes, unit="B", unit_scale=True, disable=None)
+    bar = tqdm(total=text_bytes, unit="B", unit_scale=True, disable=None)
     with bar, ExitStack() as stack:
         files = {s: stack.enter_context(open(out / f"{s}.bin.partial", "wb")) for s in SPLITS}
-        for split, ids, n_bytes, n_documents in _encoded(corpus, dtype, workers):
+        for split, ids, added in encoded:
             files[split].write(ids)
             digests[split].update(ids)
-            counts[split].update(tokens=ids.size, bytes=n_bytes, documents=n_documents)
-            counts[split]["max_id"] = max(counts[split]["max_id"], int(ids.max(initial=0)))
-            bar.update(n_bytes)
+            counts[split].update(added, tokens=ids.size)
+            largest = max(int(ids.max(initial=0)), ~int(ids.min(initial=0)))
+            counts[split]["max_id"] = max(counts[split]["max_id"], largest)
+            bar.update(added["bytes"])
     for split in SPLITS:
         if not counts[split]["tokens"]:
             raise Mistake(f"no document is in the {split} split: give more text")
@@ -263,7 +292,7 @@ def _start_worker(spec: dict[str, Any]) -> None:
 
 
 def _encode(batch: list, separate: bool, dtype: np.dtype, tokenizer: Tokenizer | None = None):
-    """Return (split, ids, bytes of text, documents ended) of a batch for each split."""
+    """Return (split, ids, bytes of text and documents ended) of a batch for each split."""
     tokenizer = tokenizer or _worker_tokenizer
     mark = np.array([tokenizer.eot] if separate and tokenizer.eot is not None else [], np.int32)
     encoded = []
@@ -275,7 +304,8 @@ def _encode(batch: list, separate: bool, dtype: np.dtype, tokenizer: Tokenizer |
             n_documents += last
         if tokenizer.name == "byte":  # its end-of-text mark is a byte of the text
             n_bytes += n_documents * mark.size
-        encoded.append((split, np.concatenate(parts).astype(dtype), n_bytes, n_documents))
+        added = {"bytes": n_bytes, "documents": n_documents}
+        encoded.append((split, np.concatenate(parts).astype(dtype), added))
     return encoded
 
 
@@ -285,8 +315,11 @@ def stable_fraction(text: str, seed: int = 0) -> float:
     return int.from_bytes(key.digest(), "big") / 2**64
 
 
-def script_parser(description: str, script: str) -> argparse.ArgumentParser:
-    """Return a parser with the flags of every data/*/prepare.py; `script` is its __file__."""
+def script_parser(description: str, script: str, workers: bool = True) -> argparse.ArgumentParser:
+    """Return a parser with the flags of every data/*/prepare.py; `script` is its __file__.
+
+    workers: whether it encodes in several processes.
+    """
     parser = command_line.Parser(description=description)
     parser.add_argument("--input", type=os.path.expanduser, help="local text to use")
     parser.add_argument(
@@ -295,6 +328,7 @@ def script_parser(description: str, script: str) -> argparse.ArgumentParser:
         default=data_folder(script),
         help="folder to write (default: %(default)s)",
     )
-    parser.add_argument("--workers", type=int, help="encoding processes (by default: by size)")
+    if workers:
+        parser.add_argument("--workers", type=int, help="encoding processes (by default: by size)")
     parser.add_argument("--force", action="store_true", help="prepare again what is there")
     return parser

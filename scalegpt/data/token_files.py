@@ -25,7 +25,7 @@ from scalegpt.files.formats import HEAD, known_format
 from scalegpt.files.json_files import read_object
 from scalegpt.files.staging import stage
 
-DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4"), "int32": np.dtype("<i4")}
 META = ("meta.json", "meta.pkl")
 CHUNK = 1 << 24  # ids per check: large enough to run at disk speed, small in memory
 SLOW = 1 << 28  # files above this many bytes get a progress bar

@@ -11,7 +11,7 @@ import lzma
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from scalegpt.files.formats import HEAD, not_text
 
 PACKED = (".gz", ".xz", ".bz2", ".zst")  # the usual ends of their names
 BLOCK = 1 << 20  # bytes read at once
+MOST_HELD = 1 << 28  # characters of a text that has to be held in memory
 _OPENERS = {
     rb"\x1f\x8b": gzip.open,
     rb"\xfd7zXZ\0": lzma.open,
@@ -129,6 +130,25 @@ def decoded(path: Path, errors: str = "strict", hint: str = "") -> Iterator[str]
 def read_text(path: str | Path) -> str:
     """Return the whole text of a UTF-8 file. Raises Mistake as `decoded` does."""
     return "".join(decoded(Path(path)))
+
+
+def parts(path: Path, chunks: Iterable[str], separator: str) -> Iterator[str]:
+    """Yield what stands between separators in the text of a file, which comes in chunks.
+
+    Raises Mistake for a part too long to be held in memory.
+    """
+    held, tail = [], ""  # of the part that has no end yet; the tail may hold half a separator
+    for chunk in chunks:
+        *whole, last = (tail + chunk).split(separator)
+        for part in whole:
+            yield "".join([*held, part])
+            held = []
+        cut = max(0, len(last) - len(separator) + 1)
+        held.append(last[:cut])
+        tail = last[cut:]
+        if sum(map(len, held)) > MOST_HELD:
+            raise Mistake(f"{path} has more than {MOST_HELD:,} characters without {separator!r}")
+    yield "".join([*held, tail])
 
 
 def _zstd_blocks(path: Path) -> Iterator[bytes]:

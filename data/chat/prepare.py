@@ -1,0 +1,296 @@
+"""Turn conversations into token files: answers to learn, and all else to read.
+
+The rows are JSON lines or arrays, packed or not, in the formats of OpenAI, ShareGPT and Alpaca, or
+pairs of prompt and completion or of question and answer; the first row's keys tell which, and all
+rows must be of that format. A hash of its first question decides whether a conversation goes to
+validation. An example is shown in which what is learned is marked.
+"""
+
+if __name__ == "__main__":
+    from scalegpt.processes.exits import leave_on_interrupt
+
+    leave_on_interrupt()
+
+import argparse
+import hashlib
+import math
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scalegpt.data import chat, conversations
+from scalegpt.data.prepare import (
+    SPLITS,
+    check_disk,
+    described,
+    publish,
+    script_parser,
+    stable_fraction,
+    write_bins,
+)
+from scalegpt.data.tokenizer import Tokenizer, char_tokenizer
+from scalegpt.errors import Mistake
+from scalegpt.files.text_files import PACKED, find_files
+from scalegpt.processes.command import run_command
+from scalegpt.weights.tokenizer_files import named
+
+_NOT_SHAPING = ("out", "force", "preview")
+MOST_FAULTS = 10_000  # so many bad rows are counted
+SHOWN = 2000  # characters of an example
+SIZES = (256, 512, 1024, 2048)
+
+
+@dataclass
+class Tally:
+    """What has been seen in one reading of all rows, for the messages at the end."""
+
+    format: str | None
+    faults: list[str] = field(default_factory=list)
+    unread: Counter = field(default_factory=Counter)  # rows by a key that is not read
+    counts: Counter = field(default_factory=Counter)
+    first_spelt: str = ""  # the place of the first text that spells a mark
+    lengths: Counter = field(default_factory=Counter)  # conversations by their number of tokens
+    digests: set[bytes] = field(default_factory=set)
+    examples: list[np.ndarray] = field(default_factory=list)
+
+
+def read(
+    files: list[Path], tally: Tally, tools: bool, skip: int
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Yield place and messages of each row; what is wrong with a row goes to tally.faults.
+
+    The reader of a place may add faults, too. Raises Mistake for a first row of no known format,
+    and at the end for more than `skip` faults.
+    """
+    faults = tally.faults
+    for path in files:
+        for line, text in conversations.rows(path):
+            if len(faults) > max(skip, MOST_FAULTS):
+                break
+            place = f"{path}, line {line}"
+            try:
+                row = conversations.parse(text)
+            except Mistake as error:
+                faults.append(f"{place}: {error}")
+                continue
+            try:
+                tally.format = tally.format or conversations.format_of(row)
+            except Mistake as error:
+                raise Mistake(f"{place}: {error}") from None
+            try:
+                messages = conversations.messages_of(row, tally.format, tools)
+                messages, lost = conversations.without_end_marks(messages)
+            except Mistake as error:
+                faults.append(f"{place}: {error}")
+                continue
+            tally.counts["lost"] += lost
+            tally.unread.update(conversations.unread(row, tally.format))
+            yield place, messages
+    if len(faults) > skip:
+        more = (
+            f"\n{len(faults) - 1:,} more rows are bad, the next {faults[1]}" if faults[1:] else ""
+        )
+        at_least = "at least " * (len(faults) > MOST_FAULTS)
+        raise Mistake(
+            f"{faults[0]}{more}\nmend the rows, or leave {at_least}{len(faults):,} out by "
+            f"--skip-bad {len(faults)}"
+        )
+
+
+def split_at(fractions: list[float], val_fraction: float, source: str) -> float:
+    """Return below which fraction a conversation goes to validation: at least one does.
+
+    Raises Mistake where no conversation would be left to train on.
+    """
+    if not fractions:
+        raise Mistake(f"no conversation in {source}")
+    limit = max(val_fraction, math.nextafter(min(fractions), 1))
+    if max(fractions) < limit:
+        raise Mistake(
+            f"all of {len(fractions):,} conversations go to validation by --val-fraction="
+            f"{val_fraction}, which keeps those with the same first question together: give more "
+            "conversations, or a smaller fraction"
+        )
+    return limit
+
+
+def question(messages: list[dict[str, Any]]) -> str:
+    """Return the first message of the user."""
+    return next(m["content"] for m in messages if m["role"] == "user")
+
+
+def encoded(
+    codec: Tokenizer, args: argparse.Namespace, files: list[Path], limit: float, tally: Tally
+) -> Iterator[tuple[str, np.ndarray, dict[str, int]]]:
+    """Yield what `write_bins` takes of each conversation. Raises Mistake as `read`."""
+    for place, messages in read(files, tally, args.tools == "keep", args.skip_bad):
+        try:
+            ids = chat.encode_conversation(codec, messages, args.train)
+        except Mistake as error:
+            tally.faults.append(f"{place}: {error}")
+            continue
+        pieces = [piece for piece in chat.pieces(messages, args.train) if piece[1]]
+        split = "val" if stable_fraction(question(messages)) < limit else "train"
+        learned = sum(len(text.encode()) for _, text, is_learned in pieces if is_learned)
+        count(tally, place, messages, pieces, ids)
+        if split == "train" and len(tally.examples) < args.preview:
+            tally.examples.append(ids)
+        added = {"bytes": learned, "documents": 1, "trained": int((ids >= 0).sum())}
+        yield split, ids.astype("<i4"), added
+
+
+def count(tally: Tally, place: str, messages: list, pieces: list, ids: np.ndarray) -> None:
+    """Add a conversation to the tally."""
+    answers = [m["content"] for m in messages if m["role"] == "assistant"]
+    tally.lengths[len(ids)] += 1
+    digest = hashlib.blake2b(ids.tobytes(), digest_size=8).digest()
+    spelt = any(conversations.SPELT.search(text) for _, text, _ in pieces)
+    tally.first_spelt = tally.first_spelt or place * spelt
+    tally.counts.update(
+        answers=len(answers),
+        outer_space=sum(a != a.strip() for a in answers if isinstance(a, str)),
+        spelt=spelt,
+        duplicates=digest in tally.digests,
+    )
+    tally.digests.add(digest)
+
+
+def summary(tally: Tally, meta: dict[str, Any]) -> Iterator[str]:
+    """Yield lines that say what the data are, and what a user may want to mend."""
+    counts, lengths = tally.counts, tally.lengths
+    n = lengths.total()
+    yield f"format {tally.format}: {n:,} conversations with {counts['answers']:,} answers"
+    for split in SPLITS:
+        facts = meta[split]
+        yield (
+            f"{split}: {facts['documents']:,} conversations, {facts['tokens']:,} tokens, of which "
+            f"{facts['trained']:,} ({facts['trained'] / facts['tokens']:.1%}) are learned"
+        )
+    # A row of block_size inputs has one token more, for its last target.
+    shares = {size: sum(k for x, k in lengths.items() if x <= size + 1) / n for size in SIZES}
+    fits = ", ".join(f"{share:.1%} in {size}" for size, share in shares.items())
+    yield f"longest {max(lengths):,} tokens, {_percentile(lengths):,} at the 99th percentile"
+    yield f"whole in a row of block_size: {fits}"
+    if tally.faults:
+        yield f"left out {len(tally.faults):,} bad rows, the first {min(3, len(tally.faults))}:"
+        yield from (f"  {fault}" for fault in tally.faults[:3])
+    if counts["lost"]:
+        yield f"{counts['lost']:,} answers ended in a mark such as <|endoftext|>, which is left out"
+    if counts["spelt"]:
+        yield (
+            f"warning: {counts['spelt']:,} conversations spell a mark such as <|im_end|> in their "
+            f"text, first {tally.first_spelt}: it is read as text"
+        )
+    if counts["outer_space"] > 0.01 * counts["answers"]:
+        yield f"warning: {counts['outer_space']:,} answers begin or end in space, which is learned"
+    if counts["duplicates"]:
+        yield f"{counts['duplicates']:,} conversations are copies of an earlier one, and kept"
+    if tally.unread:
+        keys = ", ".join(f"{key} ({k:,} rows)" for key, k in tally.unread.most_common(10))
+        yield f"keys that are not read: {keys}"
+
+
+def _percentile(lengths: Counter) -> int:
+    left = 0.99 * lengths.total()
+    for length in sorted(lengths):
+        left -= lengths[length]
+        if left <= 0:
+            return length
+    raise AssertionError(lengths)
+
+
+def example(codec: Tokenizer, ids: np.ndarray, color: bool) -> str:
+    """Return a conversation as text with its marks; what is learned is green, or within [[ ]]."""
+    before, after = ("\x1b[32m", "\x1b[0m") if color else ("[[", "]]")
+    text, room = "", SHOWN
+    for learned, part in groupby(ids.tolist(), lambda i: i >= 0):
+        part = codec.decode([i if learned else ~i for i in part], marks=True)
+        # What else a terminal obeys is in the text as little as it is in the ids' meaning.
+        part = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in part)
+        shown = part[:room] + "..." * (len(part) > room)
+        text += f"{before}{shown}{after}" if learned else shown
+        room -= len(part)
+        if room <= 0:
+            break
+    return text
+
+
+def main(argv: list[str]) -> int:
+    parser = script_parser(__doc__, __file__, workers=False)
+    more = parser.add_argument
+    more(
+        "--tokenizer",
+        default="gpt2",
+        help="gpt2 (default), byte, char, tokenizer.json or the folder of a run, data set or model",
+    )
+    more("--format", choices=conversations.READ, help="of the rows (default: by the first one)")
+    more(
+        "--train",
+        choices=("all", "last"),
+        default="all",
+        help="learn all answers of a conversation, or the last alone (default: all)",
+    )
+    more(
+        "--tools",
+        choices=("keep", "drop"),
+        default="keep",
+        help="calls of tools and their results in answers, as GSM8K's <<1+1=2>> (default: keep)",
+    )
+    more("--skip-bad", type=int, default=0, help="bad rows that are left out (default: 0)")
+    more("--val-fraction", type=float, default=0.05, help="for validation (default: %(default)s)")
+    more("--preview", type=int, default=1, help="examples to show (default: %(default)s)")
+    args = parser.parse_args(argv)
+    if args.input is None:
+        raise Mistake("--input is missing: a file, a folder or a pattern of files of conversations")
+    if not 0 < args.val_fraction < 1:
+        raise Mistake(f"--val-fraction must be between 0 and 1, got {args.val_fraction}")
+    for name in ("skip_bad", "preview"):
+        if (value := getattr(args, name)) < 0:
+            raise Mistake(f"--{name.replace('_', '-')}={value} must be 0 or more")
+    files = find_files(args.input)
+    if any(args.out.resolve() in path.resolve().parents for path in files):
+        raise Mistake(f"--out {args.out} holds input files: choose another folder")
+    codec, tally = None, Tally(args.format)
+
+    def write() -> dict[str, Any]:
+        nonlocal codec, tally
+        if args.tokenizer != "char":
+            codec = named(args.tokenizer).chat()
+        fractions, characters = [], set()
+        for _, messages in read(files, tally, args.tools == "keep", args.skip_bad):
+            fractions.append(stable_fraction(question(messages)))
+            if codec is None:
+                characters.update(*(text for _, text, _ in chat.pieces(messages)))
+        limit = split_at(fractions, args.val_fraction, args.input)
+        codec = codec or char_tokenizer(characters).chat()
+        sizes = (p.stat().st_size * (4 if p.suffix.lower() in PACKED else 1) for p in files)
+        bpe = codec.name not in ("byte", "char")  # English: 4.4 bytes a token of gpt2's
+        check_disk(args.out, sum(sizes) * 4 / (4 if bpe else 1))
+        tally = Tally(args.format)
+        splits = write_bins(args.out, encoded(codec, args, files, limit, tally), None)
+        return {**described(codec, np.dtype("<i4"), splits), "kind": "chat"}
+
+    given = {**vars(args), "input": Path(args.input).resolve()}
+    shaping = [k for k in given if k not in _NOT_SHAPING and given[k] != parser.get_default(k)]
+    source = " ".join(["chat", *(f"--{k.replace('_', '-')}={given[k]}" for k in shaping)])
+    meta = publish(args.out, write, source, args.force)
+    if codec is None:
+        return 0
+    for ids in tally.examples:
+        color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        print(f"an example, learned where it is {'green' if color else 'within [[ ]]'}:")
+        print(f"{example(codec, ids, color)}\n")
+    for line in summary(tally, meta):
+        print(line)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main, essential=False)

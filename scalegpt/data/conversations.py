@@ -1,0 +1,416 @@
+"""Rows of conversations, as others write them, become messages for the template of `chat`.
+
+A file has one JSON value a line, or is one array of them. The keys of the first row tell the format
+of all. Every fault is a Mistake that says what is wrong with a row; who reads it adds the place.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from scalegpt.data.chat import ROLES
+from scalegpt.data.tokenizer import MARKS
+from scalegpt.errors import Mistake
+from scalegpt.files import json_files, text_files
+from scalegpt.files.text_files import decoded, parts
+
+Message = dict[str, Any]
+SYSTEM = "system"  # rows of every format may have a system message under this key
+# Formats by the keys that a row needs. Where a row has those of several, the first counts.
+FORMATS: dict[str, frozenset[str]] = {
+    "preferences": frozenset({"chosen", "rejected"}),
+    "messages": frozenset({"messages"}),
+    "sharegpt": frozenset({"conversations"}),
+    "alpaca": frozenset({"instruction", "output"}),
+    "question": frozenset({"question", "answer"}),
+    "completion": frozenset({"prompt", "completion"}),
+    "response": frozenset({"prompt", "response"}),
+    "prompts": frozenset({"prompt"}),
+    "text": frozenset({"text"}),
+    "list": frozenset(),  # a row that is no object, but the list of messages itself
+}
+_REFUSED = {
+    "preferences": "chosen and rejected are a pair of preferences, which nothing learns from yet; "
+    "--format messages or completion reads other keys of the rows",
+    "prompts": "a prompt without completion or response holds nothing to learn",
+    "text": "text is no conversation: data/text/prepare.py makes data of plain text",
+}
+READ = (*(name for name in FORMATS if name not in _REFUSED),)
+_ALSO_READ = {"alpaca": {"input"}}
+_SHAREGPT = {
+    **{name: "user" for name in ("human", "user")},
+    **{name: "assistant" for name in ("gpt", "assistant", "model", "bot", "chatgpt")},
+    **{"system": "system", "function_call": "function_call"},
+    **{"observation": "tool", "tool": "tool"},
+}
+# Ends of answers that other programs have left in the text.
+_FOREIGN = r"<\|endoftext\|>|</s>|<\|im_end\|>|<\|eot_id\|>|<\|end\|>"
+_END = re.compile(rf"(?:(?:{_FOREIGN})\s*)+\Z")
+SPELT = re.compile(rf"{_FOREIGN}|<\|(?:im_start|{'|'.join(MARKS)})\|>")
+_CALCULATED = re.compile(r"<<([^<>=]+)=([^<>=]+)>>")  # GSM8K's
+_SPACE = re.compile(r"\s*")
+
+
+def rows(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield line number and JSON text of each row of a file, which may be packed.
+
+    A byte that is not UTF-8 is in it as Python's lone surrogate. Raises Mistake for a file that is
+    no text, and for an array that is no JSON.
+    """
+    lines = enumerate(parts(path, decoded(path, "surrogateescape"), "\n"), 1)
+    number, line = next((pair for pair in lines if pair[1].strip()), (0, ""))
+    if line.lstrip()[:1] == "[" and not _is_conversation(line):
+        held, size = ["\n" * (number - 1), line], len(line)
+        for _, line in lines:
+            held += ["\n", line]
+            size += len(line)
+            if size > text_files.MOST_HELD:
+                raise Mistake(
+                    f"{path} is an array of more than {text_files.MOST_HELD:,} characters: make it "
+                    "JSON lines, jq -c '.[]'"
+                )
+        yield from _elements(path, "".join(held))
+        return
+    if number:
+        yield number, line
+    yield from ((number, line) for number, line in lines if line.strip())
+
+
+def _is_conversation(line: str) -> bool:
+    """Tell whether a line is the list of a conversation's messages, and not an array of rows."""
+    try:
+        value = json_files.parse(line)
+    except ValueError:
+        return False
+    return bool(value) and all(isinstance(message, dict) and "role" in message for message in value)
+
+
+def _elements(path: Path, text: str) -> Iterator[tuple[int, str]]:
+    """Yield line number and JSON text of each element of an array."""
+    decoder, number, counted = json.JSONDecoder(), 1, 0
+
+    def fault(at: int, what: str) -> Mistake:
+        line, column = text.count("\n", 0, at) + 1, at - text.rfind("\n", 0, at)
+        return Mistake(
+            f"{path}, line {line}: this array is not JSON: {what} at column {column}; mend it, or "
+            "write one row a line"
+        )
+
+    at, mark = text.index("["), "["
+    while mark != "]":
+        at = _SPACE.match(text, at + 1).end()
+        if mark == "[" and text[at : at + 1] == "]":  # an empty array
+            break
+        try:
+            _, end = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            what = getattr(error, "msg", "a number too long, or what is nested too deeply,")
+            raise fault(getattr(error, "pos", at), what) from None
+        number, counted = number + text.count("\n", counted, at), at
+        yield number, text[at:end]
+        at = _SPACE.match(text, end).end()
+        mark = text[at : at + 1]
+        if mark not in (",", "]"):
+            raise fault(at, "no comma or ]")
+    if (at := _SPACE.match(text, at + 1).end()) < len(text):
+        raise fault(at, "more after its end")
+
+
+def parse(text: str) -> Any:
+    """Return the value of a row's JSON text. Raises Mistake."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        byte, column = ord(text[error.start]) - 0xDC00, error.start + 1
+        raise Mistake(
+            f"byte 0x{byte:02x} at column {column} is not UTF-8; iconv -f LATIN1 -t UTF-8 converts "
+            "Latin-1"
+        ) from None
+    try:
+        value = json_files.parse(text)
+    except json.JSONDecodeError as error:
+        raise Mistake(
+            f"not JSON: {error.msg} at column {error.colno} in {_shown_text(text)}; one row is one "
+            "JSON value on one line"
+        ) from None
+    except ValueError as error:
+        raise Mistake(f"not JSON: {error}") from None
+    if "\\ud" in text.lower():  # JSON can spell half a surrogate pair, which UTF-8 cannot
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(error.object[error.start]):04x}"
+            raise Mistake(f"{half} is half a character: write it whole") from None
+    return value
+
+
+def format_of(row: Any) -> str:
+    """Return the format of a row, one of READ. Raises Mistake for a row of no such format."""
+    if isinstance(row, list):
+        return "list"
+    if not isinstance(row, dict):
+        raise Mistake(f"{_shown(row)} is neither an object nor a list of messages")
+    name = next((name for name, keys in FORMATS.items() if keys and keys <= row.keys()), None)
+    if name in _REFUSED:
+        raise Mistake(_REFUSED[name])
+    if name is None:
+        known = ", ".join("+".join(sorted(FORMATS[name])) for name in READ if FORMATS[name])
+        raise Mistake(f"its keys {_keys(row)} are of no known format; there are {known}")
+    return name
+
+
+def unread(row: Any, name: str) -> set[str]:
+    """Return the keys of a row that its format does not read."""
+    read = {SYSTEM, *FORMATS[name], *_ALSO_READ.get(name, ())}
+    return row.keys() - read if isinstance(row, dict) else set()
+
+
+def messages_of(row: Any, name: str, tools: bool = True) -> list[Message]:
+    """Return the messages of a row of this format, which end with an answer.
+
+    tools: whether calls of tools stay in answers. Raises Mistake for a row that is no conversation
+    to learn from.
+    """
+    if not isinstance(row, list if name == "list" else dict):
+        what = _keys(row) if isinstance(row, dict) else _shown(row)
+        raise Mistake(
+            f"{what} is not of format {name}, as the first row is: rows of one format go together"
+        )
+    if missing := [key for key in sorted(FORMATS[name]) if key not in row]:
+        raise Mistake(
+            f"no {' and no '.join(missing)} among its keys {_keys(row)}, which rows of "
+            f"format {name} have, as the first: rows of one format go together"
+        )
+    messages = _READERS[name](row)
+    if not isinstance(messages, list):
+        raise Mistake(f"{_shown(messages)} where the list of messages should be")
+    if isinstance(row, dict) and (system := row.get(SYSTEM)) not in (None, ""):
+        messages = [{"role": "system", "content": system}, *messages]
+    messages = _checked(messages)
+    if not tools:
+        messages = [m | {"content": _joined(m["content"], calls=False)} for m in messages]
+    return messages
+
+
+def without_end_marks(messages: list[Message]) -> tuple[list[Message], int]:
+    """Return messages whose answers do not spell an end, as </s>, and how many answers did.
+
+    Learned as text, such a mark would be spelt after each answer, which then would not end. Raises
+    Mistake for an answer that is nothing else.
+    """
+    kept, n_lost = [], 0
+    for number, message in enumerate(messages, 1):
+        content = message["content"]
+        text = content if isinstance(content, str) else content[-1]
+        if message["role"] == "assistant" and isinstance(text, str) and (end := _END.search(text)):
+            text = text[: end.start()]
+            n_lost += 1
+            if not text.strip() and isinstance(content, str):
+                raise Mistake(
+                    f"message {number} (assistant) is empty but for {end[0].strip()}: write an "
+                    "answer, or leave the row out"
+                )
+            parts = [] if isinstance(content, str) else content[:-1]
+            message = message | {"content": _joined([*parts, text])}
+        kept.append(message)
+    return kept, n_lost
+
+
+def _sharegpt(row: dict[str, Any]) -> Any:
+    messages = row["conversations"]
+    if not isinstance(messages, list) or any("role" in m for m in messages if isinstance(m, dict)):
+        return messages
+    return [_of_sharegpt(number, message) for number, message in enumerate(messages, 1)]
+
+
+def _of_sharegpt(number: int, message: Any) -> Message:
+    if not isinstance(message, dict) or "from" not in message:
+        raise Mistake(f"message {number} is {_shown(message)}, no object with from and value")
+    if (sender := message["from"]) not in (*_SHAREGPT,):
+        known = ", ".join(_SHAREGPT)
+        raise Mistake(f"message {number} is from {_shown(sender)}; known are {known}: rename it")
+    role, value = _SHAREGPT[sender], message.get("value")
+    weight = {"weight": message["weight"]} if "weight" in message else {}
+    if role == "function_call":
+        return {"role": "assistant", "content": None, "tool_calls": [value], **weight}
+    return {"role": role, "content": value, **weight}
+
+
+def _alpaca(row: dict[str, Any]) -> Any:
+    question, more = row["instruction"], row.get("input")
+    if not isinstance(more, str | None):
+        raise Mistake(f"its input is {_shown(more)}, not text: write a text, or leave it out")
+    if isinstance(question, str) and question.strip() and more:
+        question = f"{question}\n\n{more}"
+    return _pair(question, row["output"])
+
+
+def _question(row: dict[str, Any]) -> Any:
+    answer = row["answer"]
+    if isinstance(answer, str):
+        texts = _CALCULATED.split(answer)
+        calls = [{"call": c, "result": r} for c, r in zip(texts[1::3], texts[2::3], strict=True)]
+        answer = [part for pair in zip(texts[::3], [*calls, ""], strict=True) for part in pair]
+    return _pair(row["question"], answer)
+
+
+def _completion(key: str, row: dict[str, Any]) -> Any:
+    """Return messages of prompt and completion, each of which may be a list of messages."""
+    question, answer = row["prompt"], row[key]
+    texts = _pair(question, answer)
+    return [
+        *(question if isinstance(question, list) else texts[:1]),
+        *(answer if isinstance(answer, list) else texts[1:]),
+    ]
+
+
+def _pair(question: Any, answer: Any) -> list[Message]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+_READERS: dict[str, Callable[[Any], Any]] = {
+    "messages": lambda row: row["messages"],
+    "sharegpt": _sharegpt,
+    "alpaca": _alpaca,
+    "question": _question,
+    "completion": lambda row: _completion("completion", row),
+    "response": lambda row: _completion("response", row),
+    "list": lambda row: row,
+}
+
+
+def _checked(messages: list[Any]) -> list[Message]:
+    """Return messages in the form that `chat` takes; each is checked. Raises Mistake."""
+    if not messages:
+        raise Mistake("it has no messages: leave the row out")
+    checked: list[Message] = []
+    calls: dict[str, str] = {}  # called, and not answered yet, by their ids
+    before = None  # the role of the message before
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict) or "role" not in message:
+            raise Mistake(f"message {number} is {_shown(message)}, no object with role and content")
+        role = message["role"]
+        if role not in (*ROLES, "tool"):
+            raise Mistake(
+                f"message {number} has the role {_shown(role)}; known are {', '.join(ROLES)} and "
+                "tool: rename it"
+            )
+        name = f"message {number} ({role})"
+        if (weight := message.get("weight")) not in (None, 0, 1) or isinstance(weight, bool):
+            raise Mistake(f"{name} has the weight {_shown(weight)}: 1 is learned, 0 only read")
+        if calls and role != "tool":
+            call = _shown_text(next(iter(calls.values())))
+            raise Mistake(f"{name} comes before the result of {call}, which role tool gives")
+        if role == "system" and checked:
+            raise Mistake(f"{name} is not the first: make it the first, or a user's")
+        if role == before == "user":
+            raise Mistake(f"{name} follows another of the user: join them, or add the answer")
+        if role == before == "assistant":
+            raise Mistake(f"{name} follows another answer: join them, or add the question")
+        if role == "assistant" and before in (None, "system"):
+            raise Mistake(f"{name} answers before any question: leave it out, or add the question")
+        called = message.get("tool_calls") or []
+        content = _parts(message.get("content"), name, role == "tool" or bool(called))
+        if role != "assistant" and (called or not all(isinstance(p, str) for p in content)):
+            raise Mistake(f"{name} calls a tool: only an assistant does")
+        if role == "tool":
+            if not calls:
+                raise Mistake(f"{name} is a result, but the answer before it calls nothing")
+            key = str(message.get("tool_call_id") or next(iter(calls)))
+            if key not in calls:
+                raise Mistake(f"{name} has the tool_call_id {_shown(key)}, which was not called")
+            content = [{"call": calls.pop(key), "result": "".join(content)}]
+        else:
+            calls = _calls(called, name)
+        if role == "tool" or before == "tool" and role == "assistant":  # the answer goes on
+            checked[-1]["content"] += content
+        else:
+            checked.append({"role": role, "content": content})
+        if weight == 0:
+            checked[-1]["weight"] = 0
+        before = role
+    if before != "assistant" or calls:
+        raise Mistake(f"its last message, of {before}, is no answer: add one, or leave the row out")
+    if all(m.get("weight") == 0 for m in checked if m["role"] == "assistant"):
+        raise Mistake("every answer has weight 0, so there is nothing to learn: leave the row out")
+    return [m | {"content": _joined(m["content"])} for m in checked]
+
+
+def _parts(content: Any, name: str, may_be_empty: bool) -> list[Any]:
+    """Return the texts and calls of a message's content. Raises Mistake."""
+    parts = []
+    for part in content if isinstance(content, list) else [content]:
+        match part:
+            case str() | {"call": str(), "result": str()}:
+                parts.append(part)
+            case {"type": "text", "text": str(text)}:
+                parts.append(text)
+            case None if may_be_empty:
+                pass
+            case {"type": kind}:
+                raise Mistake(f"{name} has a part of type {_shown(kind)}: only text can be learned")
+            case _:
+                raise Mistake(
+                    f"{name} has the content {_shown(part)}, not text: write one, or leave it out"
+                )
+    texts = [t for p in parts for t in ([p] if isinstance(p, str) else [p["call"], p["result"]])]
+    if not may_be_empty and not "".join(texts).strip():
+        raise Mistake(f"{name} is empty: write a text, or leave it out")
+    return parts
+
+
+def _calls(called: Any, name: str) -> dict[str, str]:
+    """Return the text of each of OpenAI's tool_calls by its id, or place. Raises Mistake."""
+    if not isinstance(called, list):
+        raise Mistake(f"{name} has the tool_calls {_shown(called)}, no list")
+    texts = {}
+    for place, call in enumerate(called):
+        match call:
+            case str():
+                texts[str(place)] = call
+            case {"function": {"name": str(function), "arguments": arguments}}:
+                if isinstance(arguments, str):  # JSON, as OpenAI writes it
+                    try:
+                        arguments = json_files.parse(arguments)
+                    except ValueError:
+                        raise Mistake(
+                            f"{name} calls {function} with {_shown(arguments)}, which is not JSON"
+                        ) from None
+                value = {"name": function, "arguments": arguments}
+                texts[str(call.get("id") or place)] = json.dumps(value, ensure_ascii=False)
+            case _:
+                raise Mistake(
+                    f"{name} has the tool call {_shown(call)}, no function with name and arguments"
+                )
+    if len(texts) < len(called):
+        raise Mistake(f"{name} has two tool calls with the id {_shown(call.get('id'))}")
+    return texts
+
+
+def _joined(content: Any, calls: bool = True) -> Any:
+    """Return content as one text if it is one; neighbouring texts are joined. Raises Mistake."""
+    joined: list[Any] = []
+    for part in [content] if isinstance(content, str) else content:
+        if not isinstance(part, str):
+            joined += [part] if calls else []
+        elif joined and isinstance(joined[-1], str):
+            joined[-1] += part
+        elif part:
+            joined.append(part)
+    if not joined:
+        raise Mistake("an answer is nothing but calls: leave out --tools drop, or the row")
+    return joined[0] if len(joined) == 1 and isinstance(joined[0], str) else joined
+
+
+def _keys(row: dict[str, Any]) -> str:
+    return _shown_text(", ".join(map(str, row)) or "(none)")
+
+
+def _shown(value: Any) -> str:
+    return _shown_text(json.dumps(value))
+
+
+def _shown_text(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."
