@@ -192,11 +192,11 @@ def test_what_may_be_wrong_with_the_data_is_said_with_its_place(tmp_path, capsys
     for line in (
         f"left out 2 bad rows, the first 2:\n  {place} 11: message 2 (assistant) is empty",
         f"\n  {place} 12: message 1 (user) has the content 5, not text",
-        "9 answers ended in a mark such as <|endoftext|>, which is left out",
-        f"warning: 1 conversations spell a mark such as <|im_end|> in their text, first {place} 4",
-        "warning: 1 answers begin or end in space, which is learned",
-        "1 conversations are copies of an earlier one, and kept",
-        "keys that are not read: source (10 rows), id (1 rows)",
+        "of 9 answers a mark at the end, as <|endoftext|>, is left out",
+        f"warning: the text of 1 conversation spells a mark, as <|im_end|>, first {place} 4",
+        "warning: space around 1 answer is learned",
+        "1 conversation repeated from before, and kept",
+        "keys that are not read: source (10 rows), id (1 row)",
     ):
         assert line in out, out
 
@@ -252,7 +252,7 @@ def test_real_data_of_three_formats(shared_data, tmp_path, capsys):
     capsys.readouterr()
     rows = head("t0_pairs", 500)
     ids, _ = prepare(tmp_path, rows, out="c")
-    assert "500 answers ended in a mark such as <|endoftext|>" in capsys.readouterr().out
+    assert "of 500 answers a mark at the end" in capsys.readouterr().out
     for split in ids:
         for conversation in split_up(ids[split]):
             text = BYTES.decode([i for i in conversation if i >= 0], marks=True)

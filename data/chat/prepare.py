@@ -36,7 +36,7 @@ from scalegpt.data.prepare import (
     write_bins,
 )
 from scalegpt.data.tokenizer import Tokenizer, char_tokenizer
-from scalegpt.errors import Mistake
+from scalegpt.errors import Mistake, counted
 from scalegpt.files.text_files import PACKED, find_files
 from scalegpt.processes.command import run_command
 from scalegpt.weights.tokenizer_files import named
@@ -166,12 +166,13 @@ def summary(tally: Tally, meta: dict[str, Any]) -> Iterator[str]:
     """Yield lines that say what the data are, and what a user may want to mend."""
     counts, lengths = tally.counts, tally.lengths
     n = lengths.total()
-    yield f"format {tally.format}: {n:,} conversations with {counts['answers']:,} answers"
+    answers = counted(counts["answers"], "answer")
+    yield f"format {tally.format}: {counted(n, 'conversation')} with {answers}"
     for split in SPLITS:
         facts = meta[split]
         yield (
-            f"{split}: {facts['documents']:,} conversations, {facts['tokens']:,} tokens, of which "
-            f"{facts['trained']:,} ({facts['trained'] / facts['tokens']:.1%}) are learned"
+            f"{split}: {counted(facts['documents'], 'conversation')}, {facts['tokens']:,} tokens, "
+            f"of which {facts['trained']:,} ({facts['trained'] / facts['tokens']:.1%}) are learned"
         )
     # A row of block_size inputs has one token more, for its last target.
     shares = {size: sum(k for x, k in lengths.items() if x <= size + 1) / n for size in SIZES}
@@ -179,21 +180,23 @@ def summary(tally: Tally, meta: dict[str, Any]) -> Iterator[str]:
     yield f"longest {max(lengths):,} tokens, {_percentile(lengths):,} at the 99th percentile"
     yield f"whole in a row of block_size: {fits}"
     if tally.faults:
-        yield f"left out {len(tally.faults):,} bad rows, the first {min(3, len(tally.faults))}:"
-        yield from (f"  {fault}" for fault in tally.faults[:3])
+        first = tally.faults[:3]
+        yield f"left out {counted(len(tally.faults), 'bad row')}, the first {len(first)}:"
+        yield from (f"  {fault}" for fault in first)
     if counts["lost"]:
-        yield f"{counts['lost']:,} answers ended in a mark such as <|endoftext|>, which is left out"
+        answers = counted(counts["lost"], "answer")
+        yield f"of {answers} a mark at the end, as <|endoftext|>, is left out"
     if counts["spelt"]:
         yield (
-            f"warning: {counts['spelt']:,} conversations spell a mark such as <|im_end|> in their "
-            f"text, first {tally.first_spelt}: it is read as text"
+            f"warning: the text of {counted(counts['spelt'], 'conversation')} spells a mark, as "
+            f"<|im_end|>, first {tally.first_spelt}: it is read as text"
         )
     if counts["outer_space"] > 0.01 * counts["answers"]:
-        yield f"warning: {counts['outer_space']:,} answers begin or end in space, which is learned"
+        yield f"warning: space around {counted(counts['outer_space'], 'answer')} is learned"
     if counts["duplicates"]:
-        yield f"{counts['duplicates']:,} conversations are copies of an earlier one, and kept"
+        yield f"{counted(counts['duplicates'], 'conversation')} repeated from before, and kept"
     if tally.unread:
-        keys = ", ".join(f"{key} ({k:,} rows)" for key, k in tally.unread.most_common(10))
+        keys = ", ".join(f"{key} ({counted(k, 'row')})" for key, k in tally.unread.most_common(10))
         yield f"keys that are not read: {keys}"
 
 
