@@ -40,7 +40,7 @@ def split_up(ids):
 @pytest.mark.parametrize(
     "row",
     [
-        {"messages": MESSAGES, "id": 3},
+        {"messages": MESSAGES},
         {
             "messages": [
                 {**m, "content": [{"type": "text", "text": m["content"]}]} for m in MESSAGES
@@ -62,6 +62,7 @@ def split_up(ids):
 )
 def test_every_format_says_the_same(row):
     assert read(row) == MESSAGES
+    assert not conversations.unread(row, conversations.format_of(row))
     if isinstance(row, dict):
         assert read(row | {"system": "S"}) == [{"role": "system", "content": "S"}, *MESSAGES]
 
@@ -70,6 +71,8 @@ def test_what_the_formats_have_of_their_own():
     assert read({"instruction": "Sum", "input": "1 2", "output": "3"})[0]["content"] == "Sum\n\n1 2"
     weighed = [MESSAGES[0], MESSAGES[1] | {"weight": 0}, *MESSAGES]
     assert read({"messages": weighed}) == weighed
+    named = {"messages": [MESSAGES[0] | {"name": "Ann"}, MESSAGES[1]], "tools": [], "id": None}
+    assert conversations.unread(named, "messages") == {"tools", "message.name"}
     text = "A is 48/2 = <<48/2=24>>24.\n<<no call>> #### 24"
     question = {"question": "Why?", "answer": text}
     call = {"call": "48/2", "result": "24"}

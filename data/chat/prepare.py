@@ -19,6 +19,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from scalegpt.data.prepare import (
 )
 from scalegpt.data.tokenizer import Tokenizer, char_tokenizer
 from scalegpt.errors import Mistake, counted
-from scalegpt.files.text_files import PACKED, find_files
+from scalegpt.files.text_files import find_files
 from scalegpt.processes.command import run_command
 from scalegpt.weights.tokenizer_files import named
 
@@ -62,14 +63,14 @@ class Tally:
 
 
 def read(
-    files: list[Path], tally: Tally, tools: bool, skip: int
+    files: list[Path], tally: Tally, args: argparse.Namespace
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Yield place and messages of each row; what is wrong with a row goes to tally.faults.
 
-    The reader of a place may add faults, too. Raises Mistake for a first row of no known format,
-    and at the end for more than `skip` faults.
+    Who takes a place may add faults, too. Raises Mistake for a first row of no known format, and
+    at the end for more faults than --skip-bad.
     """
-    faults = tally.faults
+    faults, skip = tally.faults, args.skip_bad
     for path in files:
         for line, text in conversations.rows(path):
             if len(faults) > max(skip, MOST_FAULTS):
@@ -85,7 +86,7 @@ def read(
             except Mistake as error:
                 raise Mistake(f"{place}: {error}") from None
             try:
-                messages = conversations.messages_of(row, tally.format, tools)
+                messages = conversations.messages_of(row, tally.format, args.tools == "keep")
                 messages, lost = conversations.without_end_marks(messages)
             except Mistake as error:
                 faults.append(f"{place}: {error}")
@@ -130,9 +131,11 @@ def encoded(
     codec: Tokenizer, args: argparse.Namespace, files: list[Path], limit: float, tally: Tally
 ) -> Iterator[tuple[str, np.ndarray, dict[str, int]]]:
     """Yield what `write_bins` takes of each conversation. Raises Mistake as `read`."""
-    for place, messages in read(files, tally, args.tools == "keep", args.skip_bad):
+    for place, messages in read(files, tally, args):
         try:
             ids = chat.encode_conversation(codec, messages, args.train)
+            if (ids < 0).all():
+                raise Mistake("answers of weight 0 leave nothing to learn: leave the row out")
         except Mistake as error:
             tally.faults.append(f"{place}: {error}")
             continue
@@ -162,14 +165,14 @@ def count(tally: Tally, place: str, messages: list, pieces: list, ids: np.ndarra
     tally.digests.add(digest)
 
 
-def summary(tally: Tally, meta: dict[str, Any]) -> Iterator[str]:
+def summary(tally: Tally, splits: dict[str, Any]) -> Iterator[str]:
     """Yield lines that say what the data are, and what a user may want to mend."""
     counts, lengths = tally.counts, tally.lengths
     n = lengths.total()
     answers = counted(counts["answers"], "answer")
     yield f"format {tally.format}: {counted(n, 'conversation')} with {answers}"
     for split in SPLITS:
-        facts = meta[split]
+        facts = splits[split]
         yield (
             f"{split}: {counted(facts['documents'], 'conversation')}, {facts['tokens']:,} tokens, "
             f"of which {facts['trained']:,} ({facts['trained'] / facts['tokens']:.1%}) are learned"
@@ -225,6 +228,31 @@ def example(codec: Tokenizer, ids: np.ndarray, color: bool) -> str:
     return text
 
 
+def write(args: argparse.Namespace, files: list[Path]) -> dict[str, Any]:
+    """Write the token files, and print what is in them; return meta.json's content."""
+    codec = None if args.tokenizer == "char" else named(args.tokenizer).chat()
+    fractions, characters, n_characters = [], set(), 0
+    for _, messages in read(files, Tally(args.format), args):
+        fractions.append(stable_fraction(question(messages)))
+        texts = [text for _, text, _ in chat.pieces(messages)]
+        n_characters += sum(map(len, texts))
+        if codec is None:
+            characters.update(*texts)
+    limit = split_at(fractions, args.val_fraction, args.input)
+    codec = codec or char_tokenizer(characters).chat()
+    bpe = codec.name not in ("byte", "char")  # English: 4.4 bytes a token of gpt2's
+    check_disk(args.out, n_characters * 4 / (4 if bpe else 1))
+    tally = Tally(args.format)
+    splits = write_bins(args.out, encoded(codec, args, files, limit, tally), None)
+    for ids in tally.examples:
+        color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        print(f"an example, learned where it is {'green' if color else 'within [[ ]]'}:")
+        print(f"{example(codec, ids, color)}\n")
+    for line in summary(tally, splits):
+        print(line)
+    return {**described(codec, np.dtype("<i4"), splits), "kind": "chat"}
+
+
 def main(argv: list[str]) -> int:
     parser = script_parser(__doc__, __file__, workers=False)
     more = parser.add_argument
@@ -260,38 +288,10 @@ def main(argv: list[str]) -> int:
     files = find_files(args.input)
     if any(args.out.resolve() in path.resolve().parents for path in files):
         raise Mistake(f"--out {args.out} holds input files: choose another folder")
-    codec, tally = None, Tally(args.format)
-
-    def write() -> dict[str, Any]:
-        nonlocal codec, tally
-        if args.tokenizer != "char":
-            codec = named(args.tokenizer).chat()
-        fractions, characters = [], set()
-        for _, messages in read(files, tally, args.tools == "keep", args.skip_bad):
-            fractions.append(stable_fraction(question(messages)))
-            if codec is None:
-                characters.update(*(text for _, text, _ in chat.pieces(messages)))
-        limit = split_at(fractions, args.val_fraction, args.input)
-        codec = codec or char_tokenizer(characters).chat()
-        sizes = (p.stat().st_size * (4 if p.suffix.lower() in PACKED else 1) for p in files)
-        bpe = codec.name not in ("byte", "char")  # English: 4.4 bytes a token of gpt2's
-        check_disk(args.out, sum(sizes) * 4 / (4 if bpe else 1))
-        tally = Tally(args.format)
-        splits = write_bins(args.out, encoded(codec, args, files, limit, tally), None)
-        return {**described(codec, np.dtype("<i4"), splits), "kind": "chat"}
-
     given = {**vars(args), "input": Path(args.input).resolve()}
     shaping = [k for k in given if k not in _NOT_SHAPING and given[k] != parser.get_default(k)]
     source = " ".join(["chat", *(f"--{k.replace('_', '-')}={given[k]}" for k in shaping)])
-    meta = publish(args.out, write, source, args.force)
-    if codec is None:
-        return 0
-    for ids in tally.examples:
-        color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-        print(f"an example, learned where it is {'green' if color else 'within [[ ]]'}:")
-        print(f"{example(codec, ids, color)}\n")
-    for line in summary(tally, meta):
-        print(line)
+    publish(args.out, partial(write, args, files), source, args.force)
     return 0
 
 

@@ -39,6 +39,7 @@ _REFUSED = {
 }
 READ = (*(name for name in FORMATS if name not in _REFUSED),)
 _ALSO_READ = {"alpaca": {"input"}}
+_OF_A_MESSAGE = {"role", "content", "weight", "tool_calls", "tool_call_id", "from", "value"}
 _SHAREGPT = {
     **{name: "user" for name in ("human", "user")},
     **{name: "assistant" for name in ("gpt", "assistant", "model", "bot", "chatgpt")},
@@ -162,9 +163,15 @@ def format_of(row: Any) -> str:
 
 
 def unread(row: Any, name: str) -> set[str]:
-    """Return the keys of a row that its format does not read."""
+    """Return the keys of a row, and those of its messages as "message.name", that are not read."""
     read = {SYSTEM, *FORMATS[name], *_ALSO_READ.get(name, ())}
-    return row.keys() - read if isinstance(row, dict) else set()
+    values = row if isinstance(row, dict) else {}
+    keys = {key for key, value in values.items() if key not in read and value is not None}
+    for messages in [row] if name == "list" else [row[key] for key in FORMATS[name]]:
+        for message in messages if isinstance(messages, list) else ():
+            more = message.keys() - _OF_A_MESSAGE if isinstance(message, dict) else ()
+            keys |= {f"message.{key}" for key in more if message[key] is not None}
+    return keys
 
 
 def messages_of(row: Any, name: str, tools: bool = True) -> list[Message]:
@@ -333,8 +340,6 @@ def _checked(messages: list[Any]) -> list[Message]:
         before = role
     if before != "assistant" or calls:
         raise Mistake(f"its last message, of {before}, is no answer: add one, or leave the row out")
-    if all(m.get("weight") == 0 for m in checked if m["role"] == "assistant"):
-        raise Mistake("every answer has weight 0, so there is nothing to learn: leave the row out")
     return [m | {"content": _joined(m["content"])} for m in checked]
 
 
