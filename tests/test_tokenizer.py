@@ -12,7 +12,16 @@ import pytest
 
 from scalegpt.data import prepare
 from scalegpt.data.chat import encode_conversation, encode_prompt
-from scalegpt.data.tokenizer import MARKS, char_tokenizer, check, is_chat_of, kind, load, same
+from scalegpt.data.tokenizer import (
+    MARKS,
+    char_tokenizer,
+    check,
+    is_chat_of,
+    kind,
+    load,
+    read_json,
+    same,
+)
 from scalegpt.weights.tokenizer_files import named
 
 UNICODE = (
@@ -235,20 +244,27 @@ def test_within_a_smaller_model_text_that_needs_another_id_is_refused():
 MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi!"}]
 
 
-def sized(name):
-    return char_tokenizer(["!Hi"]) if name == "char" else load(name)
-
-
 @pytest.mark.parametrize(
     "name, bos, ids",
     [
         ("gpt2", 50256, [50256, 50258, 17250, 50260, 50259, 17250, 0, 50260]),
         ("byte", 0, [0, 257, 72, 105, 259, 258, 72, 105, 33, 259]),
         ("char", 3, [3, 5, 1, 2, 7, 6, 1, 2, 0, 7]),
+        ("words", 0, [0, 4, 1, 6, 5, 1, 2, 6]),
     ],
 )
 def test_a_chat_has_its_marks_after_the_ids_of_the_text(name, bos, ids, gpt2_tokenizer):
-    base = sized(name)
+    words = {"[EOS]": 0, "Hi": 1, "!": 2}
+    mark = {"id": 0, "content": "[EOS]", "special": True, "single_word": False, "lstrip": False}
+    file = {
+        "version": "1.0",
+        "model": {"type": "WordLevel", "vocab": words, "unk_token": "!"},
+        "pre_tokenizer": {"type": "Whitespace"},
+        "added_tokens": [mark | {"rstrip": False, "normalized": False}],
+    }
+    specs = {"char": {"kind": "char", "chars": "!Hi"}}
+    specs["words"] = {"kind": "tokenizer.json", "name": "t", "json": file}
+    base = load(specs.get(name, name))
     codec = base.chat()
     assert codec.chat() is codec and codec.encode("Hi!").tolist() == base.encode("Hi!").tolist()
     first = base.vocab_size + (base.eot is None)
@@ -260,8 +276,9 @@ def test_a_chat_has_its_marks_after_the_ids_of_the_text(name, bos, ids, gpt2_tok
     learned = len(codec.encode("Hi!")) + 1
     assert (signed[:-learned] < 0).all() and (signed[-learned:] >= 0).all()
     assert encode_prompt(codec, MESSAGES[:1]).tolist() == ids[:-learned]
-    assert codec.decode(ids) == "HiHi!"
-    shown = "<|bos|><|user|>Hi<|end|><|assistant|>Hi!<|end|>"
+    answer = base.decode(base.encode("Hi!"))
+    assert codec.decode(ids) == f"Hi{answer}"
+    shown = f"<|bos|><|user|>Hi<|end|><|assistant|>{answer}<|end|>"
     assert codec.decode(ids, marks=True) == shown
     assert codec.decode([]) == "" and base.marks == {} and base.end == base.eot
 
@@ -307,7 +324,7 @@ def test_what_is_learned_of_a_conversation_is_what_the_assistant_writes():
 
 
 def test_specs_of_chats_are_compared_checked_and_limited(tokenizer_json):
-    for base in all_kinds(tokenizer_json):
+    for base in (load("byte"), char_tokenizer([UNICODE])):
         codec = base.chat()
         spec = codec.spec()
         assert spec == {"kind": "chat", "base": base.spec()}
@@ -316,7 +333,7 @@ def test_specs_of_chats_are_compared_checked_and_limited(tokenizer_json):
         assert kind(spec) == f"{kind(base.spec())} with marks of a chat"
         limited = codec.within(base.vocab_size)
         assert limited.marks == {} and limited.vocab_size == base.vocab_size
-    gpt2_file = {"kind": "chat", "base": named(str(tokenizer_json)).spec()}
+    gpt2_file = {"kind": "chat", "base": read_json(tokenizer_json)}
     assert same(gpt2_file, {"kind": "chat", "base": "gpt2"})
     for bad, message in [
         ({"kind": "ids", "vocab_size": 3}, "beside a tokenizer of text, not beside ids"),
