@@ -829,7 +829,7 @@ for name, second, *words in [
     ("empty content", turns(("user", ""), A), "message 1 (user) is empty: write a text"),
     ("content of spaces", turns(Q, ("assistant", " \n")), "message 2 (assistant) is empty"),
     ("content without parts", turns(Q, ("assistant", [])), "message 2 (assistant) is empty"),
-    ("an image", turns(("user", [IMAGE]), A), 'a part of type "image_url": only text'),
+    ("a picture", turns(("user", [IMAGE]), A), 'a part of type "image_url": only text'),
     ("an answer that is a mark", turns(Q, ("assistant", "</s>\n")), "is empty but for </s>"),
     ("a weight of a half", turns(Q, {**turns(A)["messages"][0], "weight": 0.5}), "the weight 0.5",
      "1 is learned, 0 only read"),

@@ -157,13 +157,13 @@ def _meaning(spec: str | dict[str, Any]) -> str:
         case {"json": {"model": {"vocab": dict() | list() as vocab}, **rest}}:
             if isinstance(vocab, list):  # Unigram's pieces with their scores
                 vocab = {str(piece): i for i, piece in enumerate(vocab)}
-            vocab = vocab | {t["content"]: t["id"] for t in _added(rest)}
+            vocab = vocab | {t["content"]: t["id"] for t in added_tokens(rest)}
         case _:
             return json.dumps(spec, sort_keys=True)
     return hashlib.sha256(json.dumps(sorted(vocab.items())).encode()).hexdigest()
 
 
-def _added(content: dict[str, Any]) -> list[dict[str, Any]]:
+def added_tokens(content: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the tokens that a tokenizer.json has beside its model's."""
     tokens = content.get("added_tokens")
     added = []
@@ -235,7 +235,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     spec = {"kind": "tokenizer.json", "name": file.name, "json": read_object(file)}
     # Special tokens only: GPT-2's config.json names id 50256, whatever the vocabulary is.
-    special = [t for t in _added(spec["json"]) if t.get("special")]
+    special = [t for t in added_tokens(spec["json"]) if t.get("special")]
     marks = {key: t["content"] for t in special for key in (t["id"], t["content"])}
     for name, key in (
         ("tokenizer_config.json", "eos_token"),
@@ -341,7 +341,7 @@ def _hugging_face(spec: dict[str, Any]) -> Tokenizer:
     size = max(bpe.get_vocab(with_added_tokens=True).values(), default=-1) + 1  # may have gaps
     if not size:
         raise Mistake(f"{name} is not a Hugging Face tokenizer.json: its vocabulary is empty")
-    marks = {t["content"]: t["id"] for t in _added(content) if t.get("special")}
+    marks = {t["content"]: t["id"] for t in added_tokens(content) if t.get("special")}
     letters = {re.sub("[^a-z/]", "", mark.lower()): mark for mark in reversed(marks)}
     known = [letters[mark] for mark in _EOT_NAMES if mark in letters]
     eot = next((marks[mark] for mark in (spec.get("eot"), *known) if mark in marks), None)
@@ -349,7 +349,7 @@ def _hugging_face(spec: dict[str, Any]) -> Tokenizer:
     gpt2_cutter = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
     cutter = {"use_regex": True, **(content.get("pre_tokenizer") or {})}
     piecewise = gpt2_cutter.items() <= cutter.items() and not content.get("normalizer")
-    piecewise &= len(marks) == len(_added(content))
+    piecewise &= len(marks) == len(added_tokens(content))
 
     byte_ids = [bpe.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]  # as SentencePiece has
     falls_back = None not in byte_ids and "ByteFallback" in json.dumps(content.get("decoder"))

@@ -53,20 +53,23 @@ def read_file(path: Path) -> dict[str, Any]:
     Raises Mistake as `tokenizer.read_json`.
     """
     spec = tokenizer.read_json(path)
-    content, chat = spec["json"], path.with_name("tokenizer_config.json")
-    added = content.get("added_tokens") or []
+    content, config = spec["json"], path.with_name("tokenizer_config.json")
+    added, model = tokenizer.added_tokens(content), content.get("model")
     names = [re.sub(r"<\|(?:chat_)?(\w+)\|>", r"\1", t["content"]) for t in added[-8:]]
     n_marks = next((n for n in (8, 7) if names[-n:] == [*MARKS[-n:]]), 0)
-    if not n_marks or not chat.is_file():
+    if not n_marks or not isinstance(model, dict) or not config.is_file():
         return spec
-    first = added[-n_marks]["id"]
-    model = content["model"]
-    if isinstance(model["vocab"], dict):
-        model = {**model, "vocab": {t: i for t, i in model["vocab"].items() if i < first}}
-    base = {**spec, "json": {**content, "model": model, "added_tokens": added[:-n_marks]}}
-    base["eot"] = read_object(chat).get("bos_token") if n_marks == 7 else None
-    same = (known for known in ("gpt2", "byte") if tokenizer.same(base, known))
-    return {"kind": "chat", "base": next(same, {k: v for k, v in base.items() if v is not None})}
+    if isinstance(vocab := model.get("vocab"), dict):
+        marks = {token["content"] for token in added[-n_marks:]}
+        model = {**model, "vocab": {t: i for t, i in vocab.items() if t not in marks}}
+    base = {"kind": "tokenizer.json", "name": path.name}
+    base["json"] = {**content, "model": model, "added_tokens": added[:-n_marks]}
+    same = next((known for known in ("gpt2", "byte") if tokenizer.same(base, known)), None)
+    if same is None and n_marks == 7:  # the eighth is the base's end-of-text mark
+        if not isinstance(bos := read_object(config).get("bos_token"), str):
+            return spec
+        base["eot"] = bos
+    return {"kind": "chat", "base": same or base}
 
 
 def tokenizer_files(spec: Any, block_size: int) -> dict[str, Any]:
