@@ -166,7 +166,7 @@ def export_(flags: argparse.Namespace) -> int:
     print(f"{wrote(out, loaded.config.model, began)}\nnext:")
     print(f"  {python()} tools/convert_hf.py check {shlex.quote(flags.run)} {name}")
     if spec := huggingface.describe(out)[1]:  # GPT-2's format has no ids without a text
-        if tokenizer.kind(spec) == "tokenizer.json" and not find_spec("tokenizers"):
+        if "tokenizer.json" in tokenizer.kind(spec) and not find_spec("tokenizers"):
             print("  pip install 'scalegpt[data]'  # for the next command, which needs tokenizers")
         print(f'  {python()} -m scalegpt.generate --hf {name} --prompt "..."')
     if flags.format == "hf":
