@@ -53,7 +53,11 @@ def trained(*case):
     for _ in range(UPDATES):
         tokens = rng.integers(0, VOCAB, (ROWS, T + 1), dtype=np.int32)
         tokens[:, 1::2] = tokens[:, :-1:2]
-        tokens[:5, 7:] = -1  # so a mean over devices of their own means would be another loss
+        # So a mean over microbatches or devices of their own means would be another loss: rows that
+        # end early, rows of one target, and a microbatch of none where there are four.
+        tokens[:5, 7:] = -1
+        tokens[5:8, 2:] = ~tokens[5:8, 2:]
+        tokens[8:16] = ~tokens[8:16]
         before = state
         batch = jax.device_put(tokens.reshape(*steps.layout, T + 1), steps.batch_sharding)
         state, metrics = steps.train(state, batch)

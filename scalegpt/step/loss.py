@@ -20,7 +20,7 @@ def token_losses(hidden: Array, table: Array, targets: Array, config: ModelConfi
     """Sum the cross-entropies of each row, [B] float32, from hidden [B, T, D].
 
     Logits exist for `loss_chunk` positions at a time and are recomputed for the gradient, so that
-    [B, T, V] never exists. Masked targets (-1) count as 0.
+    [B, T, V] never exists. Masked targets, below 0, count as 0.
     """
 
     @partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names("logsumexp"))
@@ -45,8 +45,14 @@ def token_losses(hidden: Array, table: Array, targets: Array, config: ModelConfi
 
 
 def row_losses(model: GPT, params: Any, tokens: Array, dropout_keys: Array | None) -> Array:
-    """Sum the cross-entropies of each row of tokens [B, T+1]: [B] float32."""
-    inputs, targets = jnp.maximum(tokens[:, :-1], 0), tokens[:, 1:]
+    """Sum the cross-entropies of each row of tokens [B, T+1]: [B] float32.
+
+    A token that is read but not predicted is there as ~id, its bitwise complement, which is below
+    0. So the mark lies on the target itself, and no second array could be shifted against it.
+    Padding is -1 = ~0.
+    """
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    inputs = jnp.where(inputs < 0, ~inputs, inputs)
     hidden = model.apply({"params": params}, inputs, dropout_keys)
     table = head_table(params)
     losses = partial(token_losses, config=model.config)
