@@ -7,6 +7,7 @@ ahead of time, without one.
 import importlib.util
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +27,9 @@ ON_CPU = ("xla", "flax", "splash")
 def run(implementation, q, k, v, **dropout):
     """causal_attention, with splash in the interpreter; "stored": what xla is on a CPU's mesh."""
     if implementation == "splash":
-        return attention._splash(q, k, v, interpret=True)
+        return attention._splash(q, k, v, dropout.get("segments"), interpret=True)
     if implementation == "stored":
-        return attention._xla(q, k, v, lambda weights, queries: weights)
+        return attention._xla(q, k, v, lambda weights, queries: weights, dropout.get("segments"))
     return causal_attention(q, k, v, implementation=implementation, **dropout)
 
 
@@ -40,10 +41,12 @@ def vjp(implementation, q, k, v, g, **dropout):
     return jax.jit(both)(q, k, v, g)
 
 
-def reference(q, k, v, g, kept=1.0):
+def reference(q, k, v, g, kept=1.0, segments=None):
     """Output and gradients to q, k, v in float64; kept [B,H,T,T] multiplies the weights."""
     q, k, v, g = (np.asarray(x, np.float64) for x in (q, k, v, g))
     scale, past = q.shape[-1] ** -0.5, np.tri(q.shape[1], dtype=bool)
+    if segments is not None:
+        past = past & (segments[:, None, :, None] == segments[:, None, None, :])
     scores = np.where(past, np.einsum("bthk,bshk->bhts", q, k) * scale, -np.inf)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
@@ -293,6 +296,39 @@ def test_zero_dropout_is_no_dropout(implementation):
     )
 
 
+# --- segments
+
+SEGMENTS = np.array([[0] * 30 + [30] * 1 + [31] * 97, [0] * 128, [0] * 64 + [64] * 64, [7] * 128])
+
+
+@pytest.mark.parametrize("implementation", ["xla", "stored", "flax", "splash"])
+def test_a_position_sees_its_own_segment_only(implementation):
+    x = inputs((4, 128, 2, 32))
+    segments = jnp.asarray(SEGMENTS, jnp.int32)
+    got = vjp(implementation, *x, segments=segments)
+    assert_close(got, reference(*x, segments=SEGMENTS), 1e-5)
+    # Exactly nothing comes from another segment: another value there changes no bit.
+    q, k, v, g = x
+    g = g * (SEGMENTS[0] == 31)[None, :, None, None]
+    alone = [a[0, :31] for a in vjp(implementation, q, k, v, g, segments=segments)[1:]]
+    assert all((a == 0).all() for a in alone)
+
+
+def test_cudnn_has_no_segments():
+    x = jnp.zeros((4, 128, 2, 32), "bfloat16")
+    with pytest.raises(ValueError, match="'cudnn' has no segments"):
+        causal_attention(x, x, x, implementation="cudnn", segments=jnp.asarray(SEGMENTS))
+    for asked in ("auto", "xla"):
+        assert resolve(asked, "cuda", 1024, 0, "bfloat16", isolate=True) == "xla"
+    assert (
+        resolve("auto", "tpu", 2048, 0, "bfloat16", device_kind="TPU v5e", isolate=True) == "splash"
+    )
+    with pytest.raises(
+        ValueError, match="'cudnn' cannot keep conversations apart.* use auto or xla"
+    ):
+        resolve("cudnn", "cuda", 1024, 0, "bfloat16", isolate=True)
+
+
 # --- the choice, and mistakes
 
 
@@ -450,8 +486,8 @@ def test_cudnn_is_asked_for_causal_flash_attention(monkeypatch):
 def split_vjp(mesh, implementation, nested, check_vma=True):
     """Output and gradients, by jit over the mesh or inside a shard_map over replica and data."""
 
-    def both(q, k, v, g):
-        out, pullback = jax.vjp(lambda *x: run(implementation, *x), q, k, v)
+    def both(q, k, v, g, segments):
+        out, pullback = jax.vjp(lambda *x: run(implementation, *x, segments=segments), q, k, v)
         return out, *pullback(g)
 
     if not nested:
@@ -480,8 +516,8 @@ def test_values_and_gradients_on_a_mesh(implementation, nested, check_vma):
     mesh = jax.make_mesh((1, 2, 2, 2), AXES, axis_types=(AxisType.Auto,) * 4)
     x = inputs((4, 128, 2, 32))
     with jax.set_mesh(mesh):
-        got = split_vjp(mesh, implementation, nested, check_vma)(*x)
-    assert_close(got, reference(*x), 1e-5)
+        got = split_vjp(mesh, implementation, nested, check_vma)(*x, jnp.asarray(SEGMENTS))
+    assert_close(got, reference(*x, segments=SEGMENTS), 1e-5)
 
 
 def test_splash_says_what_it_cannot_split():
@@ -495,15 +531,15 @@ def test_splash_says_what_it_cannot_split():
 
 @pytest.mark.oracle
 @pytest.mark.parametrize(
-    "chip, sizes, nested",
+    "chip, sizes, nested, segmented",
     [
-        ("v5e", (1, 1, 2, 2), False),
-        ("v5e", (1, 2, 1, 2), True),
-        ("v4", (1, 1, 2, 2), False),
-        ("v4", (1, 2, 2, 1), True),
+        ("v5e", (1, 1, 2, 2), False, False),
+        ("v5e", (1, 2, 1, 2), True, True),
+        ("v4", (1, 1, 2, 2), False, True),
+        ("v4", (1, 2, 2, 1), True, False),
     ],
 )
-def test_splash_compiles_for_tpu(chip, sizes, nested):
+def test_splash_compiles_for_tpu(chip, sizes, nested, segmented):
     """The real TPU compiler takes splash, forward and backward, split without any collective."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed: no compiler for TPUs (pip install libtpu)")
@@ -517,9 +553,13 @@ def test_splash_compiles_for_tpu(chip, sizes, nested):
     mesh = jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 4, devices=chips)
     rows = NamedSharding(mesh, P(("replica", "data", "fsdp"), None, "tensor"))
     x = jax.ShapeDtypeStruct((8, 2048, 4, 64), "bfloat16", sharding=rows)
+    segments = None
+    if segmented:
+        rows = NamedSharding(mesh, P(("replica", "data", "fsdp"), None))
+        segments = jax.ShapeDtypeStruct((8, 2048), "int32", sharding=rows)
 
-    def both(q, k, v, g):
-        call = lambda *x: causal_attention(*x, implementation="splash")  # noqa: E731
+    def both(q, k, v, g, segments):
+        call = partial(causal_attention, implementation="splash", segments=segments)
         out, pullback = jax.vjp(call, q, k, v)
         return out, *pullback(g)
 
@@ -529,7 +569,7 @@ def test_splash_compiles_for_tpu(chip, sizes, nested):
             both, mesh=mesh, in_specs=spec, out_specs=spec, axis_names={"replica", "data"}
         )
     with jax.set_mesh(mesh):
-        text = jax.jit(both).lower(x, x, x, x).compile().as_text()
+        text = jax.jit(both).lower(x, x, x, x, segments).compile().as_text()
     assert text.count('custom_call_target="tpu_custom_call"') == 3  # forward, dq, dk and dv
     for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
         assert f"{collective}(" not in text and f"{collective}-start(" not in text

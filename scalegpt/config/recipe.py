@@ -92,6 +92,11 @@ class ModelConfig(Section):
     """context length, in tokens"""
     vocab_size: Positive | None = None
     """number of token ids; taken from the data set when not given"""
+    isolate: bool | None = None
+    """attention stays within a conversation, or with plain text within a document, and learned
+    positions begin anew with each; default: with conversations only"""
+    bos: Whole | None = None
+    """the id that a conversation begins with, for isolate; follows from the data"""
     vocab_multiple: Width = 128
     """the embedding table is padded to a multiple of this (50257 -> 50304); the tail is masked"""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -200,6 +205,8 @@ class OptimConfig(Section):
     """after the warm-up; wsd stays at lr, then falls linearly in the last part"""
     steps: Positive = 600_000
     """optimizer updates of the whole run"""
+    epochs: Share | None = None
+    """how often the run sees its data, which sets steps where these are not given"""
     warmup_steps: Whole = 2000
     """updates in which the learning rate rises to its peak"""
     decay_steps: Positive | None = None
@@ -221,7 +228,9 @@ class OptimConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_muon(cls, values: Any) -> Any:
+    def _fill(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("steps", 0) is None:
+            values = {k: v for k, v in values.items() if k != "steps"}
         if isinstance(values, dict) and values.get("name") == "muon":
             # AdamW's runs store the rates that only Muon has as null, which means not given.
             given = {k: v for k, v in values.items() if v is not None or k not in MUON}
@@ -271,3 +280,8 @@ class OptimConfig(Section):
                 f"{self.cooldown:.0%} of {end} updates, where the rate would jump; lower either"
             )
         return self
+
+    @property
+    def counts_epochs(self) -> bool:
+        """Whether `steps` follow from `epochs` and the data, and are not known yet."""
+        return self.epochs is not None and "steps" not in self.model_fields_set

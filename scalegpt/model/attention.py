@@ -38,15 +38,17 @@ def resolve(
     head_dim: int = 64,
     device_kind: str = "",
     capability: str = "8.0",
+    isolate: bool = False,
 ) -> str:
     """Choose the implementation, one of IMPLEMENTATIONS; call this once and print the result.
 
     platform: what the program is lowered for, one of PLATFORMS ("gpu" means "cuda"). device_kind:
     JAX's name for the chip, like "TPU v3". dropout: the training rate of attention dropout. dtype:
     the compute dtype. capability: JAX's compute capability of a GPU, as "7.5" of a T4; "gpu" is
-    AMD's platform too, whose capability is no number, as "gfx90a". "auto" means splash on a TPU
-    from 2048 positions on, cuDNN on an NVIDIA GPU from Ampere on in bfloat16, else XLA. Raises
-    Mistake for an unknown name or a choice that cannot work.
+    AMD's platform too, whose capability is no number, as "gfx90a". isolate: whether attention stays
+    within a conversation. "auto" means splash on a TPU from 2048 positions on, cuDNN on an NVIDIA
+    GPU from Ampere on in bfloat16, else XLA. Raises Mistake for an unknown name or a choice that
+    cannot work.
     """
     if platform not in PLATFORMS:
         raise Mistake(f"unknown platform {platform!r}: use one of {', '.join(PLATFORMS)}")
@@ -63,6 +65,8 @@ def resolve(
             (jnp.dtype(dtype) != jnp.bfloat16, f"needs dtype bfloat16, not {dtype}"),
             # Hopper could do 256; 128 is what every GPU that has the kernel can do.
             (head_dim % 8 or head_dim > 128, f"needs a head dim of 8, 16 .. 128, not {head_dim}"),
+            # JAX would give it a mask [B, 1, T, T], as large as the scores that it spares.
+            (isolate, "cannot keep conversations apart, as model.isolate asks"),
         ),
         "splash": (
             (platform != "tpu", f"needs a TPU, not {platform!r}"),
@@ -101,6 +105,7 @@ def causal_attention(
     implementation: str,
     dropout_rate: float = 0.0,
     dropout_keys: Array | None = None,
+    segments: Array | None = None,
 ) -> Array:
     """Compute softmax(q k' / sqrt(K)) v, in which position t sees the positions 0..t.
 
@@ -110,6 +115,7 @@ def causal_attention(
     dropout_rate: the chance that a weight is dropped; "xla" and "flax" can, and drop the same ones.
     dropout_keys: [B] typed PRNG keys, one a row, so that what a row drops depends neither on the
     mesh nor on its microbatch; needed if dropout_rate > 0.
+    segments: [B,T] integers; a position sees only those with its own. "cudnn" has none.
     Raises Mistake for what the implementation cannot do. Source: Vaswani et al. 2017, eq. 1.
     """
     if not q.shape == k.shape == v.shape or q.ndim != 4 or not q.dtype == k.dtype == v.dtype:
@@ -117,15 +123,19 @@ def causal_attention(
         raise Mistake(f"q, k, v must have one dtype and one shape [B,T,H,K], got {got}")
     if dropout_rate and implementation in ("cudnn", "splash"):
         raise Mistake(f"{implementation!r} has no dropout, got {dropout_rate}: use 'xla'")
+    if segments is not None and implementation == "cudnn":
+        raise Mistake("'cudnn' has no segments: use 'xla'")
     drop = _dropout(dropout_rate, dropout_keys, q.shape)
     if implementation == "xla":
-        return _xla(q, k, v, drop) if dropout_rate or on_cpu() else _xla_recomputing(q, k, v)
+        if dropout_rate or on_cpu():
+            return _xla(q, k, v, drop, segments)
+        return _xla_recomputing(q, k, v, segments)
     if implementation == "flax":
-        return _flax(q, k, v, drop)
+        return _flax(q, k, v, drop, segments)
     if implementation == "cudnn":
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
     if implementation == "splash":
-        return _splash(q, k, v)
+        return _splash(q, k, v, segments)
     raise Mistake(f"unknown attention {implementation!r}: resolve() gives {IMPLEMENTATIONS}")
 
 
@@ -196,52 +206,63 @@ def _blocks(time: int) -> list[tuple[slice, slice]]:
     return [(slice(i, end), slice(end)) for i in starts for end in [min(i + size, time)]]
 
 
-def _causal_scores(q: Array, k: Array) -> Array:
-    """Compute the float32 scores [B,H,t,s] of the last t of s positions; later keys are masked."""
+def _causal_scores(q: Array, k: Array, segments: Array | None) -> Array:
+    """Compute the float32 scores [B,H,t,s] of the last t of s positions; later keys are masked, and
+    keys of other segments [B,T]."""
     scores = _scores("bthk,bshk->bhts", q, k) * q.shape[-1] ** -0.5
     t, s = scores.shape[2:]
-    past = jnp.arange(s - t, s)[:, None] >= jnp.arange(s)
+    seen = jnp.arange(s - t, s)[:, None] >= jnp.arange(s)
+    if segments is not None:
+        seen &= (segments[:, s - t : s, None] == segments[:, None, :s])[:, None]
     # The least float, not -inf: then no row and no gradient can hold inf - inf, a NaN.
-    return jnp.where(past, scores, jnp.finfo(jnp.float32).min)
+    return jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
 
 
-def _xla(q: Array, k: Array, v: Array, drop: Callable[[Array, slice], Array]) -> Array:
+def _xla(
+    q: Array,
+    k: Array,
+    v: Array,
+    drop: Callable[[Array, slice], Array],
+    segments: Array | None = None,
+) -> Array:
     blocks = []
     for queries, keys in _blocks(q.shape[1]):
-        weights = jax.nn.softmax(_causal_scores(q[:, queries], k[:, keys]))
+        weights = jax.nn.softmax(_causal_scores(q[:, queries], k[:, keys], segments))
         weights = drop(weights, queries).astype(v.dtype)
         blocks.append(product("bhts,bshk->bthk", weights, v[:, keys]))
     return jnp.concatenate(blocks, axis=1)
 
 
 @jax.custom_vjp
-def _xla_recomputing(q: Array, k: Array, v: Array) -> Array:
+def _xla_recomputing(q: Array, k: Array, v: Array, segments: Array | None) -> Array:
     """Compute `_xla` without dropout, but recompute the weights backward, as flash attention does,
     from q, k and the log of each query's sum of exponentials. Saving those of all layers would cost
     an accelerator more memory and more time, as reads and writes bound its speed."""
-    return _xla_recomputing_fwd(q, k, v)[0]
+    return _xla_recomputing_fwd(q, k, v, segments)[0]
 
 
-def _xla_recomputing_fwd(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
+def _xla_recomputing_fwd(
+    q: Array, k: Array, v: Array, segments: Array | None
+) -> tuple[Array, tuple]:
     blocks, sums = [], []
     for queries, keys in _blocks(q.shape[1]):
-        scores = _causal_scores(q[:, queries], k[:, keys])
+        scores = _causal_scores(q[:, queries], k[:, keys], segments)
         sums.append(jax.nn.logsumexp(scores, axis=-1, keepdims=True))
         weights = jnp.exp(scores - sums[-1]).astype(v.dtype)
         blocks.append(jnp.einsum("bhts,bshk->bthk", weights, v[:, keys]))
     results = jnp.concatenate(blocks, axis=1), jnp.concatenate(sums, axis=2)
     y, sums = checkpoint_name(results, "project")
-    return y, (q, k, v, y, sums)
+    return y, (q, k, v, segments, y, sums)
 
 
-def _xla_recomputing_bwd(saved: tuple[Array, ...], g: Array) -> tuple[Array, Array, Array]:
-    q, k, v, y, sums = saved
+def _xla_recomputing_bwd(saved: tuple, g: Array) -> tuple[Array, Array, Array, None]:
+    q, k, v, segments, y, sums = saved
     # Without the barrier XLA would save the scores of the forward pass where layers are unrolled.
     k, g = jax.lax.optimization_barrier((k, g))
     mean = (y.astype(jnp.float32) * g).sum(-1).swapaxes(1, 2)[..., None]  # dweights' weighted mean
     dq, dk, dv = [], jnp.zeros_like(k), jnp.zeros_like(v)
     for queries, keys in _blocks(q.shape[1]):
-        scores = _causal_scores(q[:, queries], k[:, keys])
+        scores = _causal_scores(q[:, queries], k[:, keys], segments)
         weights = jnp.exp(scores - sums[:, :, queries]).astype(v.dtype)
         dweights = _scores("bthk,bshk->bhts", g[:, queries], v[:, keys])
         dscores = weights * (dweights - mean[:, :, queries]) * q.shape[-1] ** -0.5
@@ -250,13 +271,23 @@ def _xla_recomputing_bwd(saved: tuple[Array, ...], g: Array) -> tuple[Array, Arr
         later_keys = ((0, 0), (0, q.shape[1] - keys.stop), (0, 0), (0, 0))
         dk += jnp.pad(jnp.einsum("bhts,bthk->bshk", dscores, q[:, queries]), later_keys)
         dv += jnp.pad(jnp.einsum("bhts,bthk->bshk", weights, g[:, queries]), later_keys)
-    return jnp.concatenate(dq, axis=1), dk, dv
+    return jnp.concatenate(dq, axis=1), dk, dv, None
 
 
 _xla_recomputing.defvjp(_xla_recomputing_fwd, _xla_recomputing_bwd)
 
 
-def _flax(q: Array, k: Array, v: Array, drop: Callable[[Array, slice], Array]) -> Array:
+def _flax(
+    q: Array,
+    k: Array,
+    v: Array,
+    drop: Callable[[Array, slice], Array],
+    segments: Array | None = None,
+) -> Array:
+    seen = nn.make_causal_mask(jnp.zeros((1, q.shape[1])), dtype=bool)
+    if segments is not None:
+        same = nn.make_attention_mask(segments, segments, jnp.equal, dtype=bool)
+        seen = nn.combine_masks(seen, same, dtype=bool)
     # By itself Flax rounds the scores to bfloat16 before the float32 softmax and draws dropout from
     # one key for the whole batch. Its hooks for the two products correct both.
     return nn.dot_product_attention(
@@ -264,7 +295,7 @@ def _flax(q: Array, k: Array, v: Array, drop: Callable[[Array, slice], Array]) -
         k,
         v,
         force_fp32_for_softmax=True,
-        mask=nn.make_causal_mask(jnp.zeros((1, q.shape[1])), dtype=bool),
+        mask=seen,
         qk_attn_weights_einsum=_scores,
         attn_weights_value_einsum=lambda spec, w, v: jnp.einsum(
             spec, drop(w, slice(None)).astype(v.dtype), v
@@ -272,7 +303,9 @@ def _flax(q: Array, k: Array, v: Array, drop: Callable[[Array, slice], Array]) -
     )
 
 
-def _splash(q: Array, k: Array, v: Array, interpret: bool = False) -> Array:
+def _splash(
+    q: Array, k: Array, v: Array, segments: Array | None = None, interpret: bool = False
+) -> Array:
     """Run TPU splash attention, each device on its own rows and heads; interpret: on any device."""
     mesh = jax.sharding.get_abstract_mesh()
     # A caller's shard_map has split the arrays over its manual axes already. XLA cannot split a
@@ -289,28 +322,36 @@ def _splash(q: Array, k: Array, v: Array, interpret: bool = False) -> Array:
         raise Mistake(f"'splash' needs a T that 128 divides, got {q.shape[1]}: use 'xla'")
     attend = partial(_splash_kernel, interpret=interpret)
     if not free:
-        return attend(q, k, v)
-    spec = PartitionSpec(rows, None, heads, None)
-    split = partial(jax.shard_map, in_specs=spec, out_specs=spec, axis_names=free, check_vma=False)
-    attend, forget = split(attend), split(lambda x: x * 1)
+        return attend(q, k, v, segments)
+    spec, spec_of_segments = PartitionSpec(rows, None, heads, None), PartitionSpec(rows, None)
+    split = partial(jax.shard_map, axis_names=free, check_vma=False)
+    attend = split(attend, in_specs=(spec, spec, spec, spec_of_segments), out_specs=spec)
     varying = tuple(jax.typeof(q).manual_axis_type.varying)
     if not varying:
-        return attend(q, k, v)
+        return attend(q, k, v, segments)
     # A caller's shard_map that tracks which values vary over its axes (check_vma=True) marks q, k
     # and v, but the kernel marks neither result nor gradient, and JAX refuses the mismatch. So drop
     # the marks, differentiate without, and put them back. A bare pcast would psum the gradient.
     remember = partial(jax.lax.pcast, axis_name=varying, to="varying")
+    forget = split(lambda x: x * 1, in_specs=spec, out_specs=spec)
+    if segments is not None:
+        segments = split(lambda x: x * 1, in_specs=spec_of_segments, out_specs=spec_of_segments)(
+            segments
+        )
 
-    def forward(*qkv: Array) -> tuple[Array, Callable]:
-        out, pullback = jax.vjp(attend, *map(forget, qkv))
+    def forward(segments: Array | None, *qkv: Array) -> tuple[Array, Callable]:
+        out, pullback = jax.vjp(lambda *qkv: attend(*qkv, segments), *map(forget, qkv))
         return remember(out), pullback
 
-    marked = jax.custom_vjp(lambda *qkv: forward(*qkv)[0])
-    marked.defvjp(forward, lambda pullback, g: tuple(map(remember, pullback(forget(g)))))
-    return marked(q, k, v)
+    def backward(pullback: Callable, g: Array) -> tuple:
+        return None, *map(remember, pullback(forget(g)))
+
+    marked = jax.custom_vjp(lambda *arguments: forward(*arguments)[0])
+    marked.defvjp(forward, backward)
+    return marked(segments, q, k, v)
 
 
-def _splash_kernel(q: Array, k: Array, v: Array, interpret: bool) -> Array:
+def _splash_kernel(q: Array, k: Array, v: Array, segments: Array | None, interpret: bool) -> Array:
     import jax.experimental.pallas.ops.tpu.splash_attention as splash
 
     _, time, heads, head_dim = q.shape
@@ -324,4 +365,6 @@ def _splash_kernel(q: Array, k: Array, v: Array, interpret: bool) -> Array:
     # The kernel does not scale. Scaling in float32 rounds q once, and not at all where K is 4^n.
     q = (q.astype(jnp.float32) * head_dim**-0.5).astype(q.dtype)
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    return jax.vmap(kernel)(q, k, v).swapaxes(1, 2)
+    if segments is not None:
+        segments = splash.SegmentIds(segments, segments)
+    return jax.vmap(kernel)(q, k, v, segments).swapaxes(1, 2)

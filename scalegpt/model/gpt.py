@@ -47,11 +47,13 @@ class Cache:
 @struct.dataclass
 class Context:
     """A context holds what all layers read besides their input: x0, the input of the first one
-    [B, T, D], the tokens [B, T], and the cos and sin that `rotate` takes."""
+    [B, T, D], the tokens [B, T], the cos and sin that `rotate` takes, and the `starts` [B, T] of
+    each token's conversation where these are kept apart."""
 
     x0: Array
     tokens: Array
     rotary: Any = None
+    starts: Array | None = None
 
 
 class _Layer(nn.Module):
@@ -142,6 +144,7 @@ class Attention(_Layer):
                 implementation=self.attention,
                 dropout_rate=c.dropout if keys is not None else 0.0,
                 dropout_keys=mask_keys,
+                segments=context.starts,
             )
         else:
             y, cached = cached_attention(q, key, v, cache.layers[layer], cache.first, cache.used)
@@ -220,7 +223,11 @@ class GPT(_Layer):
         # The table is gathered before it is looked up: for some shapes XLA aborts on a look-up in a
         # vocabulary that is split over tensor inside manual axes.
         table = constrain(constrain(self._token_table(), "act_vocab", None), None, None)
-        x = self._embed(table[tokens], slice(length))
+        starts, positions = None, slice(length)
+        if c.bos is not None:
+            starts = conversation_starts(tokens, c.bos)
+            positions = jnp.arange(length) - starts
+        x = self._embed(table[tokens], positions)
         x = dropout(x, c.dropout, dropout_keys, 3 * c.n_layer)
         rotary = rotary_tables(length, c.head_dim, c.rope_base) if c.position == "rope" else None
         layers = nn.scan(
@@ -232,7 +239,8 @@ class GPT(_Layer):
             unroll=1 if c.scan_layers else c.n_layer,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, self.dtype, self.attention, name="h")
-        x, _ = layers(x, jnp.arange(c.n_layer), dropout_keys, Context(x, tokens, rotary))
+        context = Context(x, tokens, rotary, starts)
+        x, _ = layers(x, jnp.arange(c.n_layer), dropout_keys, context)
         return self._final_norm(x)
 
     def _decode(self, tokens: Array, cache: Cache) -> tuple[Array, Cache]:
@@ -283,6 +291,16 @@ class GPT(_Layer):
             shape, axes = (c.padded_vocab, c.n_embd), ("vocab", "head_embed")
             self.table("head_kernel", shape, axes, 0.02 if c.init == "gpt2" else 0.0)
         return Norm(c, self.dtype, self.attention, name="ln_f")(x)
+
+
+def conversation_starts(tokens: Array, bos: int) -> Array:
+    """Return for each of tokens [B, T] the position of the last `bos` up to it, or 0: [B, T].
+
+    Tokens of one conversation have the same, and learned positions count from there. Rotations
+    need no such count, as only the distance of two positions matters to them.
+    """
+    positions = jnp.arange(tokens.shape[1])
+    return jax.lax.cummax(jnp.where(tokens == bos, positions, 0), axis=1)
 
 
 def separate_layers(params: Any) -> Any:

@@ -1,7 +1,8 @@
 """Build the compiled functions of a run on a mesh: initial state, training and evaluation step.
 
 Shapes: A microbatches, M sequences of a microbatch over all devices, T positions, D embed, V vocab.
-Token arrays are [A, M, T+1] int32: inputs are [..., :-1], targets [..., 1:]; -1 is masked.
+Token arrays are [A, M, T+1] int32: inputs are [..., :-1], targets [..., 1:]; `row_losses` says what
+is below 0.
 """
 
 from collections.abc import Callable
@@ -196,6 +197,7 @@ def resolve(config: Config, mesh: Mesh) -> tuple[str, str]:
         c.head_dim,
         device.device_kind,
         capability,
+        c.bos is not None,
     )
 
 
