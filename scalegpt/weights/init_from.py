@@ -1,17 +1,24 @@
 """A new run may start from trained weights, which run.init_from names."""
 
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 
 from scalegpt.checkpoints.checkpoints import PARAMS, Checkpoints, open_checkpoints
 from scalegpt.config import Config
 from scalegpt.config.differences import NOT_SHAPING
 from scalegpt.config.loading import validate
+from scalegpt.config.recipe import ModelConfig
 from scalegpt.data import tokenizer
 from scalegpt.errors import Mistake
 from scalegpt.files.run_folder import FOLDER, is_run
 from scalegpt.weights import huggingface
+
+TABLES = ("wte", "head_kernel", "value_table")  # which have a row for each id
 
 
 def weights(config: Config, abstract: Any) -> tuple[Any, str]:
@@ -21,34 +28,81 @@ def weights(config: Config, abstract: Any) -> tuple[Any, str]:
     weights cannot be read.
     """
     name = config.run.init_from
-    if not is_run(name):
-        return huggingface.load_params(huggingface.locate(name), config.model, abstract), name
-    source = open_checkpoints(name)
-    step = source.find(config.run.init_checkpoint, PARAMS)
-    params = _restore_cropped(source, step, config, abstract)
-    source.close()
-    return params, f"{name}, step {step}"
+    if is_run(name):
+        source = open_checkpoints(name)
+        step = source.find(config.run.init_checkpoint, PARAMS)
+        stored = validate(source.meta(step)["config"], f"step {step} of {source.folder}").model
+        params = _restore_cropped(source, step, stored, abstract)
+        source.close()
+        name = f"{name}, step {step}"
+    else:
+        folder = huggingface.locate(name)
+        stored = huggingface.describe(folder)[0]
+        model = config.model.model_copy(update={"vocab_size": stored.vocab_size})
+        params = huggingface.load_params(folder, model, abstract)
+    if (new := config.model.vocab_size - stored.vocab_size) > 0:
+        params = grown(params, stored.vocab_size, config.run.seed, abstract)
+        name += f"; {new} new ids begin as the mean of the others"
+    return params, name
 
 
-def _restore_cropped(source: Checkpoints, step: int, config: Config, abstract: Any) -> Any:
-    """Restore a run's weights, of which this run may use fewer learned positions."""
-    stored = validate(source.meta(step)["config"], f"step {step} of {source.folder}").model
-    if config.model.position != "learned" or stored.block_size == config.model.block_size:
-        return source.restore_params(step, abstract)
-    wpe = abstract["wpe"]
-    stored_wpe = jax.ShapeDtypeStruct(
-        (stored.block_size, wpe.shape[1]), wpe.dtype, sharding=wpe.sharding
-    )
-    params = source.restore_params(step, {**abstract, "wpe": stored_wpe})
-    crop = jax.jit(lambda x: x[: config.model.block_size], out_shardings=wpe.sharding)
-    return {**params, "wpe": crop(params["wpe"])}
+def _restore_cropped(source: Checkpoints, step: int, stored: ModelConfig, abstract: Any) -> Any:
+    """Restore a run's weights, of which this run may use fewer learned positions.
+
+    stored: the run's model. Tables of ids have its number of rows.
+    """
+    rows = {"wpe": stored.block_size, **dict.fromkeys(TABLES, stored.padded_vocab)}
+
+    def as_stored(path: tuple, leaf: Any) -> Any:
+        count = rows.get(path[-1].key)
+        if count is None or count == leaf.shape[-2]:
+            return leaf
+        # Whole on each device, as the mesh need not divide the other number of rows.
+        whole = NamedSharding(leaf.sharding.mesh, PartitionSpec())
+        shape = (*leaf.shape[:-2], count, leaf.shape[-1])
+        return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=whole)
+
+    params = source.restore_params(step, jax.tree_util.tree_map_with_path(as_stored, abstract))
+    if "wpe" in params and params["wpe"].shape != (wpe := abstract["wpe"]).shape:
+        crop = jax.jit(lambda x: x[: wpe.shape[0]], out_shardings=wpe.sharding)
+        params["wpe"] = crop(params["wpe"])
+    return params
+
+
+def grown(params: Any, vocab_size: int, seed: int, abstract: Any) -> Any:
+    """Return the parameters with rows for ids from `vocab_size` on: the mean of the rows before.
+
+    A row of padding would not do. It is random or 0 and was never trained, so that its logit is
+    near 0, far above the others' of a trained model: the new ids would have all probability. With
+    the mean, each has at most 1 / vocab_size of it, by Jensen's inequality (John Hewitt,
+    "Initializing New Word Embeddings for Pretrained Language Models", 2021). A little noise tells
+    them apart. abstract: the parameters with the shapes and shardings to return.
+    """
+    key = jax.random.fold_in(jax.random.key(seed), 3)
+
+    def grow(table: Array, like: Any, number: int) -> Array:
+        *axes, rows, width = like.shape
+        old = table[..., :vocab_size, :]
+        noise = jax.random.normal(
+            jax.random.fold_in(key, number), (*axes, rows - vocab_size, width)
+        )
+        new = old.mean(-2, keepdims=True) + 0.01 * old.std(-2, keepdims=True) * noise
+        return jnp.concatenate([old, new], -2)
+
+    def leaf(path: tuple, x: Array, like: Any) -> Array:
+        if path[-1].key not in TABLES:
+            return x
+        whole = partial(grow, like=like, number=TABLES.index(path[-1].key))
+        return jax.jit(whole, out_shardings=like.sharding)(x)
+
+    return jax.tree_util.tree_map_with_path(leaf, params, abstract)
 
 
 def check(config: Config, tokenizer_spec: Any) -> None:
     """Raise Mistake unless run.init_from holds a model of this shape, for the same tokens.
 
-    The model may have more positions than this run and, in Hugging Face's format, other padding.
-    The message names the keys to set.
+    The model may have more positions than this run and, in Hugging Face's format, other padding. It
+    may lack the marks of a chat, which this run adds. The message names the keys to set.
     """
     source = config.run.init_from
     shaping = [key for key in type(config.model).model_fields if key not in NOT_SHAPING]
@@ -68,8 +122,10 @@ def check(config: Config, tokenizer_spec: Any) -> None:
             ) from None
     # First, as the shapes of a model for another tokenizer would be of no use.
     both_known = spec is not None and tokenizer_spec is not None
+    grows = both_known and _is_chat_of(tokenizer_spec, spec)
     if (
         both_known
+        and not grows
         and not tokenizer.same(spec, tokenizer_spec)
         and not config.run.allows("data.path")
     ):
@@ -81,6 +137,8 @@ def check(config: Config, tokenizer_spec: Any) -> None:
         )
     if source_model.block_size < config.model.block_size:
         shaping += ["block_size"]
+    if grows and source_model.vocab_size < config.model.vocab_size:
+        shaping.remove("vocab_size")
     stored, wanted = source_model.model_dump(), config.model.model_dump()
     if differ := [key for key in shaping if stored[key] != wanted[key]]:
         changes = "; ".join(f"model.{key}: {stored[key]} -> {wanted[key]}" for key in differ)
@@ -88,6 +146,14 @@ def check(config: Config, tokenizer_spec: Any) -> None:
         raise Mistake(
             f"run.init_from={source} holds another model: {changes}\nto start from it set {keys}"
         )
+
+
+def _is_chat_of(spec: Any, base: Any) -> bool:
+    """Tell whether a tokenizer is another one with the marks of a chat."""
+    match spec:
+        case {"kind": "chat", "base": other}:
+            return tokenizer.same(other, base)
+    return False
 
 
 def _shown(value: Any) -> str:
