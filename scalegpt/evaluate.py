@@ -12,6 +12,7 @@ if __name__ == "__main__":
 import argparse
 import json
 import math
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ import numpy as np
 from scalegpt.config import Config, DataConfig, command_line, loading
 from scalegpt.config.differences import NOT_SHAPING
 from scalegpt.data import tokenizer
+from scalegpt.data.packing import pack
 from scalegpt.data.token_files import Split, open_split
 from scalegpt.errors import Mistake
 from scalegpt.files.cache import keep_compiled
@@ -133,6 +135,13 @@ def _facts(inputs: _Inputs) -> dict[str, str]:
 def _results(flags: argparse.Namespace, config: Config | None, inputs: _Inputs) -> list[_Result]:
     (model, splits, weights, opened), results = inputs, []
     if splits:
+        block = model.config.model.block_size
+        splits = [
+            replace(s, tokens=pack(s.name, s.tokens, s.vocab_size, block))
+            if s.kind == "chat"
+            else s
+            for s in splits
+        ]
         windows = flags.windows or (config and config.eval.windows)
         evaluate, count = text_evaluator(model.steps, splits, weights, windows, shown=True)
         file = Path(flags.data) if flags.data else None

@@ -30,7 +30,7 @@ import scalegpt
 from scalegpt.checkpoints.checkpoints import Checkpoints
 from scalegpt.config import Config, command_line
 from scalegpt.data import tokenizer
-from scalegpt.data.datasets import open_datasets
+from scalegpt.data.datasets import open_datasets, resolved
 from scalegpt.data.token_files import Dataset
 from scalegpt.errors import Mistake
 from scalegpt.files import run_folder
@@ -88,8 +88,12 @@ def main(argv: list[str]) -> int:
         return Exit.DONE
     if flags.compile_only:
         cpu_devices.choose(config)
-        if config.model.vocab_size is None:
-            config = config.with_vocab(max(d.vocab_size for d in open_datasets(config)))
+        if (
+            config.model.vocab_size is None
+            or config.objective.name == "sft"
+            or config.model.isolate
+        ):
+            config = resolved(config, open_datasets(config))
         compile_only(config, flags.compile_only)
         return Exit.DONE
     return run(config, f"{python()} -m scalegpt.train {shlex.join(argv)}")
@@ -163,7 +167,7 @@ def train(
     is_main = group.index == 0
     with phases("data"):
         datasets = open_datasets(config, phases.progress)
-    config = config.with_vocab(max(d.vocab_size for d in datasets))
+    config = resolved(config, datasets)
     with phases("devices"):
         devices = sharding.all_devices()
     with phases("self-check"):

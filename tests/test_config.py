@@ -532,6 +532,8 @@ NEUTRAL = {
     "data.cache_dir",
     # Of RoPE, of wsd and of an untied head, which the defaults are not.
     *("model.rope_base", "optim.cooldown", "optim.head_lr"),
+    # What isolate and the data, and steps say.
+    *("model.bos", "optim.epochs"),
 }
 OTHER = {  # a value that differs from the default, where adding one will not do
     "model.preset": "gpt2",
@@ -545,6 +547,10 @@ OTHER = {  # a value that differs from the default, where adding one will not do
     "model.remat": "dots",
     "model.dropout": 0.1,
     "model.vocab_size": 300,
+    "model.isolate": True,
+    "model.bos": 3,
+    "objective.name": "sft",
+    "optim.epochs": 2.0,
     "batch.microbatch": 2,
     "batch.growth": {7: 960},
     "data.path": "moved",
@@ -631,7 +637,7 @@ def test_curve_diff_names_each_key_that_changes_the_curve_and_no_other():
         section, name = key.split(".")
         part = getattr(base, section).model_copy(update={name: value})
         lines = curve_diff(base, base.model_copy(update={section: part}))
-        compared = section in ("model", "batch", "data", "optim") or key == "run.seed"
+        compared = section in ("model", "batch", "data", "objective", "optim") or key == "run.seed"
         expected = [f"{key}: {default} -> {value}"] if compared and key not in NEUTRAL else []
         assert lines == expected, key
         seen.add(key)

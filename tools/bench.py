@@ -43,7 +43,7 @@ from sizing import with_vocabulary
 
 from scalegpt.config import Config, command_line
 from scalegpt.config.loading import NO_RUN
-from scalegpt.data.datasets import open_datasets
+from scalegpt.data.datasets import open_datasets, resolved
 from scalegpt.data.token_files import Dataset
 from scalegpt.errors import Mistake
 from scalegpt.model import flops
@@ -86,7 +86,7 @@ def main(argv: list[str]) -> int:
         profiling.check(flags.profile)
     if flags.real_data:
         datasets = open_datasets(config)
-        config = config.with_vocab(max(d.vocab_size for d in datasets))
+        config = resolved(config, datasets)
     else:
         config, _ = with_vocabulary(config)
         datasets = [random_tokens(config)]

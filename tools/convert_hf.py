@@ -263,6 +263,7 @@ def tokens_for(flags: argparse.Namespace, spec: Any, length: int, vocab: int) ->
         ids = tokenizer.load(spec).encode_prompt(flags.prompt)
     elif flags.data:
         ids = np.asarray(open_split(flags.data, "val").tokens[:length], np.int32)
+        ids = np.where(ids < 0, ~ids, ids)  # of conversations, what is not predicted
     else:
         ids = np.random.default_rng(0).integers(0, vocab, length, np.int32)
     if not len(ids):

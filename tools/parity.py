@@ -44,7 +44,7 @@ from hlo_traffic import collectives, table
 from optax import ScaleByAdamState
 
 from scalegpt.config import Config, command_line
-from scalegpt.data.datasets import open_datasets
+from scalegpt.data.datasets import open_datasets, resolved
 from scalegpt.data.token_files import Dataset
 from scalegpt.errors import Mistake
 from scalegpt.model.parameters import parameters
@@ -117,7 +117,7 @@ def main(argv: list[str]) -> int:
         return work(config, Path(flags.worker), flags)
     datasets = open_datasets(config)
     given, devices = config, choose_devices()
-    config = config.with_vocab(max(d.vocab_size for d in datasets))
+    config = resolved(config, datasets)
     sequences = -(-config.batch.sequences // DIVISOR) * DIVISOR
     config = changed(
         config, batch={"sequences": sequences, "growth": {}}, model={"dtype": "float32"}

@@ -10,6 +10,7 @@ from scalegpt.config.schema import (
     EvalConfig,
     LogConfig,
     MeshConfig,
+    ObjectiveConfig,
     RunConfig,
 )
 
@@ -23,6 +24,7 @@ __all__ = [
     "LogConfig",
     "MeshConfig",
     "ModelConfig",
+    "ObjectiveConfig",
     "OptimConfig",
     "RunConfig",
 ]

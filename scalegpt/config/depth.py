@@ -65,6 +65,11 @@ def derived(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
     adam_factor = batch_factor * math.sqrt(width(DEPTH) / embd)
 
     optim.setdefault("name", "muon")
+    if "epochs" in optim and "steps" not in optim:
+        raise Mistake(
+            f"model.depth={depth} and optim.epochs={optim['epochs']} both set the updates; leave "
+            "one out: --model.depth=null, or --optim.epochs=null"
+        )
     growth = batch["growth"] if isinstance(batch.get("growth"), dict) else {}
     optim.setdefault("steps", updates(tokens / length, batch_tokens // length, growth))
     steps = _whole("optim.steps", optim["steps"])

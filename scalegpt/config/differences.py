@@ -5,7 +5,7 @@ from scalegpt.config import Config
 # These keys of the compared sections change speed or memory, never the loss curve.
 _NEUTRAL = {
     *("model.preset", "model.depth", "model.attention", "model.scan_layers", "model.remat"),
-    "model.loss_chunk",
+    *("model.loss_chunk", "model.bos", "optim.epochs"),
     *("batch.microbatch", "data.path", "data.prepare", "data.prefetch", "data.cache_dir"),
 }
 
@@ -18,6 +18,8 @@ def curve_diff(stored: Config, requested: Config) -> list[str]:
     """
     old, new = stored.model_dump(), requested.model_dump()
     neutral = _NEUTRAL | (unread(stored).keys() & unread(requested).keys())
+    if not stored.model.isolate and not requested.model.isolate:  # null is false for text
+        neutral |= {"model.isolate"}
     optims = stored.optim, requested.optim
     # A run with a constant rate, or with its own end of the decay, has the same curve if longer.
     ends = [None if o.schedule == "constant" else o.decay_steps or o.steps for o in optims]
@@ -29,7 +31,7 @@ def curve_diff(stored: Config, requested: Config) -> list[str]:
         neutral |= {"optim.steps"}
     lines = [
         f"{section}.{key}: {old[section][key]} -> {value}"
-        for section in ("model", "batch", "data", "optim")
+        for section in ("model", "batch", "data", "objective", "optim")
         for key, value in new[section].items()
         if f"{section}.{key}" not in neutral and old[section][key] != value
     ]
@@ -54,6 +56,7 @@ def unread(config: Config) -> dict[str, str]:
         ("a model without norms, biases or scalars", no_scalars, "optim.scalar_lr"),
         ("optim.schedule=constant", optim.schedule == "constant", "optim.min_lr optim.decay_steps"),
         (f"optim.schedule={optim.schedule}", optim.schedule != "wsd", "optim.cooldown"),
+        (f"optim.steps={optim.steps}", not optim.counts_epochs, "optim.epochs"),
         ("optim.weight_decay=0", not optim.weight_decay, "optim.decay"),
         ("no eval.tasks", not config.eval.tasks, "eval.task_examples"),
         ("no run.init_from", not config.run.init_from, "run.init_checkpoint"),
@@ -67,5 +70,5 @@ def unread(config: Config) -> dict[str, str]:
 # These keys of a model may differ from those of the run whose weights it starts from.
 NOT_SHAPING = {
     *(key.partition(".")[2] for key in _NEUTRAL if key.startswith("model.")),
-    *("dtype", "dropout", "init", "block_size", "vocab_multiple"),
+    *("dtype", "dropout", "init", "block_size", "vocab_multiple", "isolate"),
 }

@@ -95,6 +95,13 @@ class DataConfig(Section):
         return {name: w / sum(self.path.values()) for name, w in self.path.items()}
 
 
+class ObjectiveConfig(Section):
+    """What a run learns from its data."""
+
+    name: Literal["text", "sft"] = "text"
+    """text: every token; sft: the answers in conversations, as data/chat/prepare.py makes them"""
+
+
 class EvalConfig(Section):
     """When and on what a run is evaluated."""
 
@@ -234,6 +241,7 @@ class Config(Section):
     mesh: MeshConfig = MeshConfig()
     batch: BatchConfig = BatchConfig()
     data: DataConfig
+    objective: ObjectiveConfig = ObjectiveConfig()
     optim: OptimConfig = OptimConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -260,7 +268,10 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """Return the text of a YAML file that `loading.load` reads as this run."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+        values = self.model_dump()
+        if self.optim.counts_epochs:  # the file would say that the default number is given
+            values["optim"]["steps"] = None
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
     def with_vocab(self, vocab_size: int) -> "Config":
         """Return the same run with the data's vocabulary size; an explicit larger one stays."""

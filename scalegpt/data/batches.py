@@ -15,6 +15,7 @@ import numpy as np
 from grain.experimental import index_shuffle
 
 from scalegpt.config import BatchConfig
+from scalegpt.data.packing import PackedRows
 from scalegpt.data.token_files import Dataset, check_tokens, open_dataset
 from scalegpt.errors import Mistake, counted
 
@@ -71,6 +72,15 @@ class TrainOrder:
             shuffled = _shuffle(index[in_epoch], self.n_windows, seed)
             starts[in_epoch] = phase + shuffled * self.block_size
         return starts
+
+
+def train_order(
+    tokens: np.ndarray | PackedRows, block_size: int, seed: int, stream: int = 0
+) -> TrainOrder:
+    """Return the order of a file's windows, or of the rows of conversations, as `TrainOrder`."""
+    if isinstance(tokens, PackedRows):  # a row is one step wide, so that no phase shifts it
+        return TrainOrder(len(tokens) + 1, 1, seed, stream)
+    return TrainOrder(len(tokens), block_size, seed, stream)
 
 
 def _shuffle(index: np.ndarray, n: int, seed: int) -> np.ndarray:
@@ -140,12 +150,13 @@ class TrainBatches:
     host's m, those in `rows`, are read. Neither M nor the split over hosts changes which B windows
     a step has. Where B grows, so does A = B // M.
 
-    datasets: token arrays, 1-D. weights: each dataset's share of the rows, of any sum.
+    datasets: token arrays, 1-D, or packed conversations. weights: each dataset's share of the rows,
+    of any sum.
     """
 
     def __init__(
         self,
-        datasets: Sequence[np.ndarray],
+        datasets: Sequence[np.ndarray | PackedRows],
         weights: Sequence[float],
         block_size: int,
         seed: int,
@@ -160,8 +171,8 @@ class TrainBatches:
         assert all(size % microbatch == 0 for size in sizes), (sizes, microbatch)
         assert rows.size and 0 <= rows.min() and rows.max() < microbatch, (rows, microbatch)
         # Plain array views: slicing a memmap object costs more than copying the row.
-        self.tokens = [np.asarray(tokens) for tokens in datasets]
-        self.orders = [TrainOrder(len(t), block_size, seed, i) for i, t in enumerate(datasets)]
+        self.tokens = [t if isinstance(t, PackedRows) else np.asarray(t) for t in datasets]
+        self.orders = [train_order(t, block_size, seed, i) for i, t in enumerate(datasets)]
         self.parts = _whole_parts(weights)
         self.block_size, self.batch, self.microbatch, self.rows = (
             block_size,
@@ -188,7 +199,10 @@ class TrainBatches:
         return batch.reshape(shape)
 
     def windows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return (dataset, first token), both int64 [A * R], of this host's rows of `step`."""
+        """Return (dataset, first token), both int64 [A * R], of this host's rows of `step`.
+
+        Of packed conversations it is the number of the row.
+        """
         first, size = self.batch.rows_after(step), self.batch.sequences_at(step + 1)
         rows = first + (np.arange(0, size, self.microbatch)[:, None] + self.rows).reshape(-1)
         if len(self.tokens) == 1:
@@ -201,12 +215,14 @@ class TrainBatches:
         return dataset, starts
 
 
-def _read(tokens: np.ndarray, starts: np.ndarray, batch: np.ndarray, rows=None) -> None:
+def _read(
+    tokens: np.ndarray | PackedRows, starts: np.ndarray, batch: np.ndarray, rows=None
+) -> None:
     """Copy windows into rows of `batch`; a slice a row reads faster than a gather by index."""
-    width = batch.shape[1]
+    width, packed = batch.shape[1], isinstance(tokens, PackedRows)
     rows = range(len(batch)) if rows is None else rows.tolist()
     for row, start in zip(rows, starts.tolist(), strict=True):
-        batch[row] = tokens[start : start + width]
+        batch[row] = tokens[start] if packed else tokens[start : start + width]
 
 
 class EvalBatches:
@@ -217,31 +233,37 @@ class EvalBatches:
     and the loss leaves these targets out. Batch i is windows i*R to i*R + R - 1, of which this host
     reads `rows`. `tokens` counts the targets that are not -1, over all batches and hosts. spread:
     the windows lie evenly over the whole file, instead of side by side at its begin.
+
+    Of packed conversations, window j is row j.
     """
 
     def __init__(
         self,
-        tokens: np.ndarray,
+        tokens: np.ndarray | PackedRows,
         block_size: int,
         rows_per_batch: int,
         rows: np.ndarray,
         windows: int | None = None,
         spread: bool = False,
     ):
-        if len(tokens) < 2:
+        self.packed = isinstance(tokens, PackedRows)
+        if len(tokens) < 2 and not self.packed:
             raise Mistake(
                 f"a validation file of {counted(len(tokens), 'token')} has nothing to predict"
             )
         if windows is not None and windows < 1:
             raise Mistake(f"eval.windows={windows} must be at least 1, or null for all")
-        self.array, self.block_size = np.asarray(tokens), block_size
+        self.array, self.block_size = tokens if self.packed else np.asarray(tokens), block_size
         self.rows_per_batch, self.rows = rows_per_batch, np.asarray(rows, np.int64)
-        targets = len(tokens) - 1
-        self.windows = -(-targets // block_size)
+        step, targets = (1, len(tokens)) if self.packed else (block_size, len(tokens) - 1)
+        self.windows = -(-targets // step)
         if windows is not None:
             self.windows = min(windows, self.windows)
-        self.spacing = max(block_size, targets // self.windows) if spread else block_size
-        self.tokens = min(self.windows * block_size, targets)
+        self.spacing = max(step, targets // self.windows) if spread else step
+        self.tokens = min(self.windows * step, targets)
+        if self.packed:
+            read = (self.array[i * self.spacing] for i in range(self.windows))
+            self.tokens = sum(int((row >= 0).sum()) for row in read)
 
     def __len__(self) -> int:
         return -(-self.windows // self.rows_per_batch)
@@ -253,7 +275,8 @@ class EvalBatches:
         for row, window in enumerate((i * self.rows_per_batch + self.rows).tolist()):
             if window < self.windows:
                 start = window * self.spacing
-                values = self.array[start : start + self.block_size + 1]
+                end = start + self.block_size + 1
+                values = self.array[start] if self.packed else self.array[start:end]
                 batch[row, : len(values)] = values
         return batch
 

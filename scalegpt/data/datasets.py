@@ -1,16 +1,22 @@
 """A run's configuration decides its data sets and the windows of each update; no device."""
 
+import math
 import subprocess
 import sys
+from bisect import bisect_left
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from scalegpt.config import Config
+from scalegpt.config.loading import validate
 from scalegpt.config.presets import recipe
+from scalegpt.config.types import LARGEST
 from scalegpt.data import tokenizer
-from scalegpt.data.batches import TrainBatches
+from scalegpt.data.batches import TrainBatches, train_order
+from scalegpt.data.packing import PackedRows, pack
 from scalegpt.data.token_files import Dataset, check_tokens, open_dataset
 from scalegpt.errors import Mistake
 from scalegpt.files.folder import expanded
@@ -18,6 +24,8 @@ from scalegpt.files.folder import expanded
 
 def open_datasets(config: Config, alive: Callable[[], None] = lambda: None) -> list[Dataset]:
     """Open and check every data set, preparing those that are missing if data.prepare says so.
+
+    Conversations are packed into rows.
 
     alive: called every ten seconds while data are prepared, which can take hours; it keeps the
     deadline of this phase away. Raises Mistake.
@@ -27,7 +35,11 @@ def open_datasets(config: Config, alive: Callable[[], None] = lambda: None) -> l
         if config.data.prepare and "://" not in path:
             _prepare(expanded(path), alive)
         dataset = open_dataset(path, config.data.cache_dir)
-        check_tokens(dataset, config.model.block_size)
+        _check_kind(config, dataset)
+        if dataset.kind == "chat":
+            dataset = _packed(dataset, config.model.block_size)
+        else:
+            check_tokens(dataset, config.model.block_size)
         if datasets and not tokenizer.same(dataset.tokenizer, datasets[0].tokenizer):
             raise Mistake(
                 f"{dataset.name} and {datasets[0].name} have different tokenizers; "
@@ -40,6 +52,73 @@ def open_datasets(config: Config, alive: Callable[[], None] = lambda: None) -> l
             )
         datasets.append(dataset)
     return datasets
+
+
+def _check_kind(config: Config, dataset: Dataset) -> None:
+    """Raise Mistake unless a data set holds what objective.name learns from."""
+    kinds = {"text": "plain text", "chat": "conversations"}
+    objectives = {"text": "text", "chat": "sft"}
+    name, fitting = config.objective.name, objectives[dataset.kind]
+    if name != fitting:
+        other = "data/chat/prepare.py" if name == "sft" else "data/text/prepare.py"
+        raise Mistake(
+            f"objective.name={name}, but the data set {dataset.name} holds {kinds[dataset.kind]}: "
+            f"set --objective.name={fitting}, or give data that {other} has made"
+        )
+
+
+def _packed(dataset: Dataset, block_size: int) -> Dataset:
+    rows = {
+        split: pack(f"{dataset.name}/{split}.bin", tokens, dataset.vocab_size, block_size)
+        for split, tokens in (("train", dataset.train), ("val", dataset.val))
+    }
+    return replace(dataset, **rows)
+
+
+def resolved(config: Config, datasets: list[Dataset]) -> Config:
+    """Return the run with what follows from its data: vocab_size, bos and isolate, and updates.
+
+    Raises Mistake where the keys do not go together.
+    """
+    config = config.with_vocab(max(d.vocab_size for d in datasets))
+    chat, asked = datasets[0].kind == "chat", config.model.isolate
+    isolate = chat if asked is None else asked
+    bos = _bos(datasets[0]) if isolate else None
+    # Of plain text null stays null, as earlier runs have it.
+    model = {"isolate": True if isolate else asked, "bos": bos}
+    config = config.model_copy(update={"model": config.model.model_copy(update=model)})
+    return _with_updates(config, datasets) if config.optim.counts_epochs else config
+
+
+def _bos(dataset: Dataset) -> int:
+    """Return the id that each of a data set's conversations, or documents, begins with."""
+    if isinstance(dataset.train, PackedRows):
+        return ~int(dataset.train.tokens[0])
+    if (eot := tokenizer.load(dataset.tokenizer).eot) is None:
+        raise Mistake(
+            f"model.isolate=true keeps documents apart, but {dataset.name} has no end-of-text mark "
+            "between them; leave it out, or prepare the text with another --tokenizer"
+        )
+    return eot
+
+
+def _with_updates(config: Config, datasets: list[Dataset]) -> Config:
+    """Return the run with optim.steps as optim.epochs sets them."""
+    epochs = config.optim.epochs
+    if len(datasets) > 1:
+        raise Mistake(
+            f"optim.epochs={epochs}: a mixture has no epochs, as its data sets are of different "
+            "lengths; give optim.steps"
+        )
+    rows = train_order(datasets[0].train, config.model.block_size, 0).n_windows
+    updates = range(1, LARGEST + 1)
+    index = bisect_left(updates, math.ceil(epochs * rows), key=config.batch.rows_after)
+    if index == len(updates):
+        raise Mistake(f"optim.epochs={epochs} of {rows:,} rows are more than {LARGEST:,} updates")
+    values = config.model_dump()
+    values["optim"] |= {"steps": updates[index], "epochs": None}
+    what = f"optim.epochs={epochs} of {rows:,} rows, optim.steps={updates[index]}, which"
+    return validate(values, what)
 
 
 def _prepare(folder: Path, alive: Callable[[], None]) -> None:
@@ -85,7 +164,13 @@ def train_batches(
 
 
 def windows_of(config: Config, datasets: list[Dataset], update: int) -> list[tuple[str, int]]:
-    """Return (data set, first token) of every row of an update's batch; updates count from 1."""
+    """Return (data set, first token) of every row of an update's batch; updates count from 1.
+
+    Of a row of conversations it is the first one's.
+    """
     indices, starts = train_batches(config, datasets, 1, np.zeros(1, int)).windows(update - 1)
-    names = [d.name for d in datasets]
-    return [(names[d], start) for d, start in zip(indices.tolist(), starts.tolist(), strict=True)]
+    places = []
+    for dataset, start in zip(map(datasets.__getitem__, indices), starts.tolist(), strict=True):
+        packed = isinstance(dataset.train, PackedRows)
+        places.append((dataset.name, dataset.train.first_token(start) if packed else start))
+    return places

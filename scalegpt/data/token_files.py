@@ -2,7 +2,9 @@
 
 A dataset is a folder, or a URL of one, with `train.bin` and `val.bin`: headerless little-endian
 uint16 or uint32 ids. `meta.json` (written by `data/*/prepare.py`) or nanoGPT's `meta.pkl` says what
-the ids mean; without either they are taken for nanoGPT's GPT-2 ids in uint16.
+the ids mean; without either they are taken for nanoGPT's GPT-2 ids in uint16. Conversations,
+by meta.json of the kind "chat", are int32: ~id, below 0, is read but not predicted, and each begins
+with ~bos, which is nowhere else.
 """
 
 import hashlib
@@ -19,6 +21,7 @@ from tqdm import tqdm
 from scalegpt.config.presets import recipe
 from scalegpt.config.types import LARGEST
 from scalegpt.data import tokenizer
+from scalegpt.data.packing import PackedRows
 from scalegpt.errors import Mistake, counted
 from scalegpt.files.folder import expanded
 from scalegpt.files.formats import HEAD, known_format
@@ -38,26 +41,31 @@ def narrowest(vocab_size: int) -> np.dtype:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """An opened dataset, whose `train` and `val` are read-only memory maps of ids [tokens]."""
+    """An opened dataset, whose `train` and `val` are read-only memory maps of ids [tokens].
+
+    `open_datasets` packs those of conversations into rows.
+    """
 
     name: str
     tokenizer: dict | str
     vocab_size: int
-    train: np.memmap
-    val: np.memmap
-    val_bytes_per_token: float | None  # UTF-8 bytes of the text a validation token stands for
+    train: np.memmap | PackedRows
+    val: np.memmap | PackedRows
+    val_bytes_per_token: float | None  # UTF-8 bytes of the text a predicted token stands for
     fingerprint: str  # changes with the tokens; a run continued on other data can be refused
+    kind: str = "text"  # or "chat"
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """One opened file of a dataset; `tokens` and `bytes_per_token` as in Dataset."""
+    """One opened file of a dataset; `tokens`, `bytes_per_token` and `kind` as in Dataset."""
 
     name: str
     tokenizer: dict | str
     vocab_size: int
-    tokens: np.ndarray
+    tokens: np.ndarray | PackedRows
     bytes_per_token: float | None
+    kind: str = "text"
 
 
 def open_dataset(path: str | Path, cache_dir: str | None = None) -> Dataset:
@@ -84,6 +92,7 @@ def open_dataset(path: str | Path, cache_dir: str | None = None) -> Dataset:
         val=splits["val"],
         val_bytes_per_token=_bytes_per_token(meta, "val", splits["val"]),
         fingerprint=hashlib.sha256(json.dumps(hashed).encode()).hexdigest()[:16],
+        kind=meta.get("kind", "text"),
     )
 
 
@@ -101,7 +110,8 @@ def open_split(path: str | Path, split: str, cache_dir: str | None = None) -> Sp
     meta = read_meta(folder)[0]
     tokens = _open_tokens(file, meta)
     rate = _bytes_per_token(meta, split, tokens)
-    return Split(name, meta["tokenizer"], meta["vocab_size"], tokens, rate)
+    kind = meta.get("kind", "text")
+    return Split(name, meta["tokenizer"], meta["vocab_size"], tokens, rate, kind)
 
 
 def _locate(path: str, needed: tuple[str, ...], cache_dir: str | None) -> tuple[str, Path]:
@@ -149,8 +159,9 @@ def _open_tokens(file: Path, meta: dict) -> np.memmap:
 
 
 def _bytes_per_token(meta: dict, split: str, tokens: np.memmap) -> float | None:
-    size = meta.get(split, {}).get("bytes")
-    return size / len(tokens) if size else None
+    facts = meta.get(split, {})
+    count = facts.get("trained") if meta.get("kind") == "chat" else len(tokens)
+    return facts["bytes"] / count if facts.get("bytes") and count else None
 
 
 def check_tokens(dataset: Dataset, block_size: int) -> None:
@@ -194,6 +205,9 @@ def _read_meta_json(file: Path) -> dict:
                 raise Mistake(f"{file}: {prefix}{key} is {part[key]!r}, not a count; {again}")
     if meta["dtype"] not in (*DTYPES,):
         raise Mistake(f"{file}: dtype {meta['dtype']!r} is not one of {', '.join(DTYPES)}")
+    kind, dtype = meta.get("kind", "text"), meta["dtype"]
+    if kind not in ("text", "chat") or (kind == "chat") != (dtype == "int32"):
+        raise Mistake(f"{file}: no data are of kind {kind!r} in {dtype}; update scalegpt")
     try:
         tokenizer.check(meta["tokenizer"])
     except ValueError as error:  # else a run would find out at its end
@@ -309,6 +323,7 @@ def _check_ids(file: Path, tokens: np.ndarray, vocab_size: int) -> None:
     with bar:
         for begin in range(0, len(tokens), CHUNK):
             chunk = tokens[begin : begin + CHUNK]
+            chunk = np.where(chunk < 0, ~chunk, chunk)
             if chunk.max() >= vocab_size:
                 at = begin + int(np.argmax(chunk >= vocab_size))
                 raise Mistake(

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from scalegpt.checkpoints.checkpoints import open_checkpoints
 from scalegpt.config import Config
 from scalegpt.data import tokenizer
-from scalegpt.data.datasets import windows_of
+from scalegpt.data.datasets import train_batches, windows_of
 from scalegpt.data.token_files import Dataset
 from scalegpt.errors import Mistake
 from scalegpt.processes.phases import Phases
@@ -57,7 +57,8 @@ def replay(
     _, values = steps.train(state, batch)
     norms = {name: np.asarray(x) for name, x in values["norms"].items()}
     codec = tokenizer.load(datasets[0].tokenizer)
-    tokens = {d.name: d.train for d in datasets}
+    texts = train_batches(config, datasets, 1, np.zeros(1, int))[update - 1][:, 0]
+    texts = np.where(texts < 0, ~texts, texts)
     bad = int((~np.isfinite(losses)).sum())
     say(
         f"update {update}, from the checkpoint of step {start}: loss "
@@ -70,7 +71,7 @@ def replay(
     order = np.argsort(np.where(np.isfinite(losses), -losses, -math.inf), kind="stable")
     for row in order[:SHOWN].tolist():
         name, first = windows[row]
-        text = codec.decode(tokens[name][first : first + 40].tolist())
+        text = codec.decode(texts[row, :40].tolist())
         say(f"{losses[row]:<9.4f} {f'{name}:{first}':<22} {text[:60]!r}")
     say("\ngradient norm of each parameter, by layer where there are several")
     for name, norm in norms.items():

@@ -15,7 +15,7 @@ from scalegpt.checkpoints.writing import Failure
 from scalegpt.config import Config
 from scalegpt.config.differences import unread
 from scalegpt.config.recipe import MUON, muons
-from scalegpt.data.batches import TrainOrder
+from scalegpt.data.batches import train_order
 from scalegpt.data.datasets import windows_of
 from scalegpt.data.token_files import Dataset
 from scalegpt.data.tokenizer import kind
@@ -42,7 +42,10 @@ def describe(config: Config, datasets: list[Dataset], steps: Steps) -> str:
         where.append(f"mesh {axes}")
     where += [config.run.backend] if config.run.backend != "jit" else []
     tokens = counted(config.batch.sequences * config.model.block_size, "token")
-    sizes = ", ".join(f"{d.name} ({counted(len(d.train), 'token')})" for d in datasets)
+    sizes = ", ".join(
+        f"{d.name} ({d.train if d.kind == 'chat' else counted(len(d.train), 'token')})"
+        for d in datasets
+    )
     parts = f", {microbatch} at a time" if accumulation > 1 else ""
     growth = sorted(config.batch.growth.items())
     later = "".join(f"; from update {update:,} on {counted(n, 'sequence')}" for update, n in growth)
@@ -53,7 +56,8 @@ def describe(config: Config, datasets: list[Dataset], steps: Steps) -> str:
         [
             *[f"recipe   {line}" for line in recipe if line],
             f"model    {steps.parameters:,} parameters, matrix products in {steps.model.dtype},"
-            f" attention by {steps.model.attention}",
+            f" attention by {steps.model.attention}"
+            + (" within each conversation" if config.model.isolate else ""),
             f"data     {sizes}, tokenizer {kind(datasets[0].tokenizer)}, vocabulary of "
             f"{max(d.vocab_size for d in datasets):,}",
             f"devices  {', '.join(where)}",
@@ -72,7 +76,7 @@ def epochs(config: Config, datasets: list[Dataset], step: int) -> dict[str, floa
     """Return how often the updates 1 to `step` read each data set, by its name."""
     rows, length = config.batch.rows_after(step), config.model.block_size
     return {
-        d.name: rows * weight / TrainOrder(len(d.train), length, 0).n_windows
+        d.name: rows * weight / train_order(d.train, length, 0).n_windows
         for d, weight in zip(datasets, config.data.weights.values(), strict=True)
     }
 
