@@ -93,6 +93,7 @@ def test_keys_that_scripts_rely_on_stay():
         "val/perplexity",
         "val/bits_per_byte",
         "val/best_loss",
+        "val/ended",
         "train/eval_loss",
         "time",
     )

@@ -5,6 +5,7 @@ import math
 import re
 from functools import cache
 from itertools import pairwise
+from types import SimpleNamespace
 
 import flax.linen as nn
 import jax
@@ -22,6 +23,7 @@ from scalegpt.config.recipe import ModelConfig
 from scalegpt.data.batches import EvalBatches, TrainBatches
 from scalegpt.data.datasets import open_datasets, resolved, windows_of
 from scalegpt.data.packing import pack
+from scalegpt.inference import answers
 from scalegpt.model.gpt import GPT, Cache, head_table, logits, separate_layers
 from scalegpt.run.reports import unread_line
 from scalegpt.step import build_for_training, sharding, update
@@ -121,7 +123,9 @@ def test_a_conversation_that_is_too_long_loses_turns_then_is_cut_then_left_out()
     last = np.concatenate([np.where(two >= 0, ~two, two), conversation(("i", "k" * 40))[1:]])
     packed = pack("x", last, VOCAB, len(two) + 10)
     assert (packed[0] == last[: len(two) + 11]).all() and packed.shortened == 1
-    with pytest.raises(ValueError, match="x: no answer of its 1 conv.* within model.block_size=20"):
+    with pytest.raises(
+        ValueError, match="x: no answer of its 1 conversation begins within model.block_size=20"
+    ):
         pack("x", long_prompt, VOCAB, 20)
     with pytest.raises(ValueError, match="does not begin with the mark"):
         pack("x", short[1:] * 0 + 5, VOCAB, 20)
@@ -385,7 +389,50 @@ def test_only_marks_of_the_source_s_own_tokenizer_may_be_new(chats, tmp_path):
                     init_from.check(wanted, CHAT)
 
 
+# --- do answers end
+
+
+def test_the_share_of_answers_that_end_is_of_held_out_prompts(monkeypatch):
+    """Of the four that leave room for one, which may be twice as long as the longest of theirs."""
+    talks = [conversation((q, a)) for q, a in (("a", "bc"), ("d", "efgh"), ("i" * 40, "j"))]
+    talks += [conversation(("k", "l"), ("m", "n")), conversation(("o", "p"))]
+    asked, wide = {}, SimpleNamespace(config=SimpleNamespace(block_size=40))
+
+    class Scripted:
+        def with_params(self, params):
+            return self
+
+        def ids(self, prompts, new_tokens):
+            asked.update(prompts=[prompt.tolist() for prompt in prompts], new=new_tokens)
+            for ids in ([END, 5, 5, 6], [7, END, 5, 6], [7, 5, 5, 6]):
+                yield np.array(ids[: len(prompts)])
+
+    monkeypatch.setattr(answers, "decoder", lambda *_: Scripted())
+    packed = pack("x", np.concatenate(talks), VOCAB, 50)
+    share = answers.ended_share(SimpleNamespace(model=wide), [packed], VOCAB, 16)
+    assert share(None) == share(None) == 0.5
+    head = [BOS, USER]
+    assert asked["prompts"] == [[*head, ord(c), END, ASSISTANT] for c in "adko"]
+    assert asked["new"] == 2 * len("efgh.")
+    few = answers.ended_share(SimpleNamespace(model=wide), [packed], VOCAB, 2)
+    few(None)
+    assert len(asked["prompts"]) == 2
+    wide.config.block_size = 6
+    assert answers.ended_share(SimpleNamespace(model=wide), [packed], VOCAB, 16) is None
+
+
 # --- runs
+
+
+@pytest.mark.slow
+def test_eight_conversations_are_learned_by_heart_and_end(tmp_path):
+    talks = [conversation((f"Say {word}", word)) for word in WORDS[:8]]
+    data = write_chat(tmp_path / "eight", talks, talks)
+    keys = {"objective.name": "sft", "model.block_size": 31, "model.dropout": 0}
+    keys |= {"optim.steps": 120, "eval.every": 0, "checkpoint.every": 0}
+    assert train.main(tiny_run.arguments(data, tmp_path / "run", **keys)) == 0
+    ended, loss = (tiny_run.rows(tmp_path / "run", f"val/{key}") for key in ("ended", "loss"))
+    assert ended[0] == 0 and ended[120] == 1 and loss[120] < 0.02
 
 
 @pytest.mark.slow

@@ -59,6 +59,7 @@ def unread(config: Config) -> dict[str, str]:
         (f"optim.steps={optim.steps}", not optim.counts_epochs, "optim.epochs"),
         ("optim.weight_decay=0", not optim.weight_decay, "optim.decay"),
         ("no eval.tasks", not config.eval.tasks, "eval.task_examples"),
+        ("objective.name=text", config.objective.name == "text", "eval.answers"),
         ("no run.init_from", not config.run.init_from, "run.init_checkpoint"),
         ("log.wandb=false", not config.log.wandb, "log.wandb_entity log.wandb_tags"),
         ("no log.wandb or log.trackio", not named, "log.wandb_project log.wandb_name"),

@@ -111,6 +111,8 @@ class EvalConfig(Section):
     """evaluate on the first so many windows of val.bin; default: the whole file"""
     train_windows: Positive | None = None
     """evaluate on so many windows of train.bin, spread over it: train/eval_loss; default: none"""
+    answers: Whole = 16
+    """with conversations: how many held-out prompts are answered, for val/ended; 0: none"""
     sample_every: Whole = 0
     """updates between texts that the model writes, for samples.jsonl and the logs; 0: at the end"""
     sample_prompt: str = ""

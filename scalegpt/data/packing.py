@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from scalegpt.errors import Mistake
+from scalegpt.errors import Mistake, counted
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,13 +52,22 @@ class PackedRows:
         As `52,002 conversations in 9,120 rows, 98.7 % full; 31 shortened to ...`.
         """
         fill = self.lengths.sum() / (len(self) * self.width)
-        text = f"{len(self.starts) + self.left_out:,} conversations in {len(self):,} rows, "
-        text += f"{fill:.1%} full"
+        conversations = counted(len(self.starts) + self.left_out, "conversation")
+        text = f"{conversations} in {counted(len(self), 'row')}, {fill:.1%} full"
         if self.shortened:
             text += f"; {self.shortened:,} shortened to model.block_size={self.width - 1}"
         if self.left_out:
             text += f"; {self.left_out:,} left out, as no answer begins within it"
         return text
+
+
+def end_id(vocab_size: int) -> int:
+    """Return the id of the mark that ends a message, by the vocabulary of a tokenizer for chats.
+
+    The marks that follow a tokenizer's own ids are system, user, assistant, end, call, result and
+    back, in this order. So no tokenizer is loaded, which might need the network.
+    """
+    return vocab_size - 4
 
 
 def pack(name: str, tokens: np.ndarray, vocab_size: int, block_size: int) -> PackedRows:
@@ -74,15 +83,13 @@ def pack(name: str, tokens: np.ndarray, vocab_size: int, block_size: int) -> Pac
     begins = np.flatnonzero(tokens == tokens[0])
     lengths = np.diff(begins, append=len(tokens))
     long = np.flatnonzero(lengths > width)
-    # Answers end with a mark that is trained. It is the fourth from the last: the marks after a
-    # tokenizer's own ids are system, user, assistant, end, call, result and back.
-    ends = np.append(0, np.flatnonzero(tokens == vocab_size - 4) + 1)
+    ends = np.append(0, np.flatnonzero(tokens == end_id(vocab_size)) + 1)  # of trained answers
     kept = ends[np.searchsorted(ends, begins[long] + width, "right") - 1]
     lengths[long] = np.where(kept > begins[long], kept - begins[long], width)
     used = np.array([(tokens[b : b + n] >= 0).any() for b, n in zip(begins, lengths, strict=True)])
     if not used.any():
         raise Mistake(
-            f"{name}: no answer of its {len(begins):,} conversations begins within "
+            f"{name}: no answer of its {counted(len(begins), 'conversation')} begins within "
             f"model.block_size={block_size}; raise it, or prepare shorter conversations"
         )
     shortened = int(used[long].sum())

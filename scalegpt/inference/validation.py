@@ -1,4 +1,4 @@
-"""A run evaluates itself while it trains: the loss over its validation data, and eval.tasks."""
+"""A run evaluates itself while it trains: by its validation data and eval.tasks."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,6 +7,7 @@ from typing import Any
 from scalegpt.config import Config
 from scalegpt.data.token_files import Dataset, Split
 from scalegpt.inference import tasks
+from scalegpt.inference.answers import ended_share
 from scalegpt.inference.text_loss import text_evaluator
 from scalegpt.step.build import Steps
 
@@ -32,6 +33,10 @@ def validation(
         train_figures = text_evaluator(
             steps, trained_on, weights, config.eval.train_windows, False, check_stop, spread=True
         )[0]
+    ended = None
+    if config.objective.name == "sft" and config.eval.answers:
+        vocab_size = datasets[0].vocab_size
+        ended = ended_share(steps, [d.val for d in datasets], vocab_size, config.eval.answers)
     task_figures = tasks.in_training(config.eval, datasets[0].tokenizer, steps, check_stop)
 
     def evaluate(params: Any) -> dict[str, float]:
@@ -39,6 +44,9 @@ def validation(
         row = {f"val/{key}": value for key, (value, _) in figures.items()}
         if config.eval.train_windows:
             row["train/eval_loss"] = train_figures(params)["loss"][0]
+        if ended:
+            check_stop()
+            row["val/ended"] = ended(params)
         return {**row, "val/loss_stderr": figures["loss"][1], **task_figures(params)}
 
     return evaluate

@@ -65,6 +65,7 @@ EVAL_KEYS = (
     "val/perplexity",
     "val/bits_per_byte",
     "val/best_loss",
+    "val/ended",
     "train/eval_loss",
     "time",
 )
@@ -79,6 +80,7 @@ _SHOWN = {
     "val/loss_stderr": "± {:.4f}",
     "val/bits_per_byte": "{:.4f} bits/byte",
     "val/best_loss": "best {:.4f}",
+    "val/ended": "{:.0%} of answers end",
     "train/eval_loss": "train loss {:.4f}",
 }
 # What the live line leaves out, one after the other, where it would not fit.
