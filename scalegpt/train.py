@@ -30,11 +30,14 @@ import scalegpt
 from scalegpt.checkpoints.checkpoints import Checkpoints
 from scalegpt.config import Config, command_line
 from scalegpt.data import tokenizer
+from scalegpt.data.chat import encode_prompt
 from scalegpt.data.datasets import open_datasets, resolved
+from scalegpt.data.packing import PackedRows
 from scalegpt.data.token_files import Dataset
 from scalegpt.errors import Mistake
 from scalegpt.files import run_folder
 from scalegpt.files.cache import keep_compiled
+from scalegpt.inference.answers import held_out
 from scalegpt.inference.continuation import continuations, prompt_ids
 from scalegpt.inference.decode import Decoder, decoder
 from scalegpt.inference.sampling import Sampler
@@ -383,13 +386,19 @@ def write_sample(run: Training, state: State, step: int) -> None:
 def sample(run: Training, params: Any) -> str | None:
     """Return a text that the model writes after eval.sample_prompt; None where it says why not.
 
+    With conversations it is an answer, without a prompt that to the first held-out question.
     A tokenizer may need the network or a package that only some processes have. All processes
     write together, so either all of them do or none does.
     """
-    problem, prompt = None, run.config.eval.sample_prompt
+    problem, prompt, shown = None, run.config.eval.sample_prompt, ""
     try:
         codec = tokenizer.load(run.meta["tokenizer"])
-        if prompt:
+        if codec.marks and prompt:
+            start = encode_prompt(codec, [{"role": "user", "content": prompt}])
+        elif codec.marks and isinstance(val := run.datasets[0].val, PackedRows):
+            start = held_out(val, 1)[0][0]
+            shown = codec.decode(start, marks=True)
+        elif prompt:
             start = prompt_ids(codec, prompt)
         else:
             start = codec.encode("\n") if codec.eot is None else np.array([codec.eot])
@@ -407,7 +416,7 @@ def sample(run: Training, params: Any) -> str | None:
     # Between two samples there is no second copy of the parameters.
     run.decoders[:] = [decode.with_params(None)]
     longest = min(200, run.config.model.block_size)
-    return continuations(decode, codec, [start], max_new_tokens=longest)[0].text
+    return shown + continuations(decode, codec, [start], max_new_tokens=longest)[0].text
 
 
 if __name__ == "__main__":

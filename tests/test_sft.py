@@ -21,8 +21,10 @@ from scalegpt.config.command_line import parse
 from scalegpt.config.differences import curve_diff
 from scalegpt.config.recipe import ModelConfig
 from scalegpt.data.batches import EvalBatches, TrainBatches
+from scalegpt.data.chat import encode_conversation
 from scalegpt.data.datasets import open_datasets, resolved, windows_of
-from scalegpt.data.packing import pack
+from scalegpt.data.packing import end_id, pack
+from scalegpt.data.tokenizer import load
 from scalegpt.inference import answers
 from scalegpt.model.gpt import GPT, Cache, head_table, logits, separate_layers
 from scalegpt.run.reports import unread_line
@@ -41,6 +43,14 @@ def conversation(*turns):
     for question, answer in turns:
         ids += [~USER, *(~b for b in question.encode()), ~END, ~ASSISTANT, *answer.encode(), END]
     return np.array(ids, "<i4")
+
+
+def test_conversations_here_are_those_of_the_template():
+    codec, turns = load(CHAT), [("Why?", "So."), ("And?", "No.")]
+    roles = ("user", "assistant") * 2
+    messages = [{"role": r, "content": c} for r, c in zip(roles, sum(turns, ()), strict=True)]
+    np.testing.assert_array_equal(encode_conversation(codec, messages), conversation(*turns))
+    assert end_id(codec.vocab_size) == codec.marks["end"] == END and codec.vocab_size == VOCAB
 
 
 def write_chat(folder, train, val, **changes):
@@ -425,7 +435,7 @@ def test_the_share_of_answers_that_end_is_of_held_out_prompts(monkeypatch):
 
 
 @pytest.mark.slow
-def test_eight_conversations_are_learned_by_heart_and_end(tmp_path):
+def test_eight_conversations_are_learned_by_heart_and_end(tmp_path, with_sample):
     talks = [conversation((f"Say {word}", word)) for word in WORDS[:8]]
     data = write_chat(tmp_path / "eight", talks, talks)
     keys = {"objective.name": "sft", "model.block_size": 31, "model.dropout": 0}
@@ -433,6 +443,8 @@ def test_eight_conversations_are_learned_by_heart_and_end(tmp_path):
     assert train.main(tiny_run.arguments(data, tmp_path / "run", **keys)) == 0
     ended, loss = (tiny_run.rows(tmp_path / "run", f"val/{key}") for key in ("ended", "loss"))
     assert ended[0] == 0 and ended[120] == 1 and loss[120] < 0.02
+    (sample,) = (json.loads(line) for line in open(tmp_path / "run" / "samples.jsonl"))
+    assert sample["text"] == "<|bos|><|user|>Say sun<|end|><|assistant|>sun"
 
 
 @pytest.mark.slow

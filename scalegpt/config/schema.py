@@ -116,7 +116,8 @@ class EvalConfig(Section):
     sample_every: Whole = 0
     """updates between texts that the model writes, for samples.jsonl and the logs; 0: at the end"""
     sample_prompt: str = ""
-    """the text that samples continue; by default none, they begin anew"""
+    """the text that samples continue, with conversations the question that they answer; by default
+    none, they begin anew or answer a held-out question"""
     tasks: dict[Literal["hellaswag", "lambada", "multiple_choice"], Name] = {}
     """also score these tasks, {task: jsonl file}; see `python -m scalegpt.evaluate --help`"""
     task_examples: Positive | None = None

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from scalegpt.data.tokenizer import MARKS
 from scalegpt.errors import Mistake, counted
 
 
@@ -62,12 +63,11 @@ class PackedRows:
 
 
 def end_id(vocab_size: int) -> int:
-    """Return the id of the mark that ends a message, by the vocabulary of a tokenizer for chats.
+    """Return the id of <|end|>, by the vocabulary of a tokenizer for chats.
 
-    The marks that follow a tokenizer's own ids are system, user, assistant, end, call, result and
-    back, in this order. So no tokenizer is loaded, which might need the network.
+    MARKS are its last ids. So no tokenizer is loaded, which might need the network.
     """
-    return vocab_size - 4
+    return vocab_size - len(MARKS) + MARKS.index("end")
 
 
 def pack(name: str, tokens: np.ndarray, vocab_size: int, block_size: int) -> PackedRows:

@@ -14,27 +14,33 @@ from scalegpt.inference.sampling import Sampler
 from scalegpt.step.build import Steps
 
 
+def held_out(split: PackedRows, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return the first `count` conversations of a file, each as its first prompt and what follows.
+
+    A prompt ends with the mark of the answer, which is read; the answer's text is predicted.
+    """
+    places = sorted(zip(split.starts.tolist(), split.lengths.tolist(), strict=True))[:count]
+    talks = [split.tokens[start : start + length] for start, length in places]
+    begins = [int(np.argmax(ids >= 0)) for ids in talks]
+    return [(~ids[:begin], ids[begin:]) for ids, begin in zip(talks, begins, strict=True)]
+
+
 def ended_share(
     steps: Steps, splits: Sequence[PackedRows], vocab_size: int, count: int
 ) -> Callable[[Any], float] | None:
     """Return a function from parameters to the share of greedy answers that end; None for none.
 
-    The prompts are what comes before the first answer in the first `count` conversations of each
-    split, where that is at most half of block_size. An answer may have twice the tokens of their
-    longest. vocab_size: the tokenizer's. Every process of a run must call the function together.
+    The prompts are `held_out` ones of each split, where that leaves an answer half of block_size.
+    It may have twice the tokens of the longest of their answers. vocab_size: the tokenizer's. Every
+    process of a run must call the function together.
     """
     block, end = steps.model.config.block_size, end_id(vocab_size)
-    prompts, longest = list[np.ndarray](), 1
-    for split in splits:
-        places = sorted(zip(split.starts.tolist(), split.lengths.tolist(), strict=True))
-        talks = [split.tokens[start : start + length] for start, length in places[:count]]
-        for ids in talks:
-            begin = int(np.argmax(ids >= 0))  # the answer's mark is not predicted, its text is
-            if begin <= block // 2:
-                prompts.append(~ids[:begin])
-                longest = max(longest, int(np.argmax(ids[begin:] == end)) + 1)
-    if not prompts:
+    talks = [talk for split in splits for talk in held_out(split, count)]
+    talks = [(prompt, answer) for prompt, answer in talks if len(prompt) <= block // 2]
+    if not talks:
         return None
+    prompts, answers = zip(*talks, strict=True)
+    longest = max(int(np.argmax(answer == end)) + 1 for answer in answers)
     new_tokens = min(2 * longest, block + 1 - max(map(len, prompts)))
     kept = list[Decoder]()
 

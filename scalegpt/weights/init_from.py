@@ -122,7 +122,7 @@ def check(config: Config, tokenizer_spec: Any) -> None:
             ) from None
     # First, as the shapes of a model for another tokenizer would be of no use.
     both_known = spec is not None and tokenizer_spec is not None
-    grows = both_known and _is_chat_of(tokenizer_spec, spec)
+    grows = both_known and tokenizer.is_chat_of(tokenizer_spec, spec)
     if (
         both_known
         and not grows
@@ -146,14 +146,6 @@ def check(config: Config, tokenizer_spec: Any) -> None:
         raise Mistake(
             f"run.init_from={source} holds another model: {changes}\nto start from it set {keys}"
         )
-
-
-def _is_chat_of(spec: Any, base: Any) -> bool:
-    """Tell whether a tokenizer is another one with the marks of a chat."""
-    match spec:
-        case {"kind": "chat", "base": other}:
-            return tokenizer.same(other, base)
-    return False
 
 
 def _shown(value: Any) -> str:
