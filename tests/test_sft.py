@@ -188,7 +188,7 @@ def test_a_meta_file_of_another_kind_is_refused(chats, tmp_path, changes):
         open_datasets(given(data))
 
 
-def test_what_follows_from_conversations_is_stored(chats):
+def test_what_follows_from_conversations_is_stored(chats, capsys):
     asked = given(chats, **{"optim.steps": None, "optim.epochs": 2.5, "batch.sequences": 6})
     assert asked.optim.counts_epochs and "steps: null" in asked.to_yaml()
     datasets = open_datasets(asked)
@@ -212,8 +212,10 @@ def test_what_follows_from_conversations_is_stored(chats):
     assert both.optim.steps == tiny_run.STEPS
     assert "optim.epochs=2.0 (optim.steps=12)" in unread_line(both)
     late = given(chats, **{"optim.steps": None, "optim.epochs": 1, "optim.warmup_steps": 90})
-    with pytest.raises(ValueError, match="(?s)epochs=1.0 of .* rows.*warmup_steps=90 is beyond"):
-        resolved(late, datasets)
+    fitted = resolved(late, datasets)
+    assert fitted.optim.warmup_steps == fitted.optim.steps // 10
+    assert "warmup_steps=90 does not fit into" in capsys.readouterr().err
+    assert curve_diff(fitted, resolved(late, datasets)) == []
 
 
 def test_text_has_epochs_and_isolation_where_documents_have_a_mark(plays):

@@ -59,6 +59,11 @@ COUNTS = ("full", "causal")
 def main(argv: list[str]) -> int:
     config, flags = command_line.parse(argv, "tools/sizing.py", FLAGS, NO_RUN)
     check(flags)
+    if config.optim.counts_epochs:
+        raise Mistake(
+            f"optim.epochs={config.optim.epochs}: how many updates that is follows from the data, "
+            "which are not read here; give the updates: --optim.steps=1000"
+        )
     config, source = with_vocabulary(config)
     report = size(config, flags)
     report["model"]["vocabulary_from"] = source

@@ -103,7 +103,7 @@ def _bos(dataset: Dataset) -> int:
 
 
 def _with_updates(config: Config, datasets: list[Dataset]) -> Config:
-    """Return the run with optim.steps as optim.epochs sets them."""
+    """Return the run with optim.steps as optim.epochs sets them, to which a warm-up yields."""
     epochs = config.optim.epochs
     if len(datasets) > 1:
         raise Mistake(
@@ -117,8 +117,11 @@ def _with_updates(config: Config, datasets: list[Dataset]) -> Config:
         raise Mistake(f"optim.epochs={epochs} of {rows:,} rows are more than {LARGEST:,} updates")
     values = config.model_dump()
     values["optim"] |= {"steps": updates[index], "epochs": None}
-    what = f"optim.epochs={epochs} of {rows:,} rows, optim.steps={updates[index]}, which"
-    return validate(values, what)
+    what, notes = f"optim.epochs={epochs} of {rows:,} rows", list[str]()
+    config = validate(values, what, notes)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    return config
 
 
 def _prepare(folder: Path, alive: Callable[[], None]) -> None:

@@ -74,6 +74,8 @@ def read_plan(file: str, out: str, overrides: list[str]) -> Plan:
             raise Mistake(f"arm {arm}: {error}") from None
         if config.batch.growth:
             raise Mistake(f"arm {arm}: batch.growth: curves are over updates of one size")
+        if config.optim.counts_epochs:
+            raise Mistake(f"arm {arm}: optim.epochs: give the arms their optim.steps")
         return Run(arm, seed, argv, config)
 
     runs = [run(arm, seed) for seed in seeds for arm in arms]

@@ -136,6 +136,9 @@ def stored_config(run: Run) -> Config | None:
     stored, planned = loading.validate(loading.load(path), str(path)), run.config
     if planned.model.vocab_size is None:
         planned = planned.with_vocab(stored.model.vocab_size)
+    if planned.model.isolate is None:  # this, too, follows from the data
+        isolated = planned.model.model_copy(update={"isolate": stored.model.isolate})
+        planned = planned.model_copy(update={"model": isolated})
     changes = curve_diff(stored, planned)
     for key in _COMPARED:
         section, name = key.split(".")
