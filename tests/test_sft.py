@@ -265,7 +265,7 @@ def scores_of(kind, bos=0, attention="xla"):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("attention", ["xla", "flax"])
+@pytest.mark.parametrize("attention", ["xla", pytest.param("flax", marks=pytest.mark.slow)])
 def test_packed_conversations_have_the_logits_that_each_has_alone(kind, attention):
     packed = np.array(FIRST + SECOND + [0, 0])
     alone = np.array(SECOND + [0] * (len(packed) - len(SECOND)))
@@ -342,16 +342,13 @@ def test_signed_ids_are_read_and_not_predicted():
 # --- tables that grow
 
 
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("vocab_size", [24, 21])
+@pytest.mark.parametrize("kind, vocab_size", [("rope", 31), ("learned", 24)])
 def test_new_ids_begin_improbable_in_a_table_that_grows_or_had_padding(kind, vocab_size):
-    old, params = model_and_params(kind)  # 24 rows, of which 20 are ids
-    model = old.clone(config=old.config.model_copy(update={"vocab_size": vocab_size + 7}))
-    if vocab_size == 21:  # no more rows, and those of padding are rubbish
-        model = old.clone(config=old.config.model_copy(update={"vocab_size": 24}))
+    old, params = model_and_params(kind)  # 24 rows: 20 ids, and rubbish that may become 4 more
+    model = old.clone(config=old.config.model_copy(update={"vocab_size": vocab_size}))
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     rows = model.config.padded_vocab
-    tables = {path for path in ("wte", "head_kernel", "value_table")}
+    tables = {"wte", "head_kernel", "value_table"}
 
     def like(path, x):
         shape = (*x.shape[:-2], rows, x.shape[-1]) if path[-1].key in tables else x.shape
@@ -359,13 +356,12 @@ def test_new_ids_begin_improbable_in_a_table_that_grows_or_had_padding(kind, voc
 
     grown = init_from.grown(params, 20, 1, jax.tree_util.tree_map_with_path(like, params))
     tokens = np.array([FIRST])
-    hidden = model.apply({"params": grown}, tokens)
+    hidden = jax.jit(model.apply)({"params": grown}, tokens)
     new = jax.nn.softmax(logits(hidden, head_table(grown), model.config))[0]
     before = jax.nn.softmax(scores_of(kind)(tokens))[0]
-    assert (new[:, 20 : model.config.vocab_size] <= 1 / 20).all()
-    extra = model.config.vocab_size - 20
+    assert (new[:, 20:vocab_size] <= 1 / 20).all()
     drop = np.log(before[:, :20]) - np.log(new[:, :20])
-    assert (drop > 0).all() and (drop < math.log(1 + extra / 20)).all()
+    assert (drop > 0).all() and (drop < math.log(vocab_size / 20)).all()
     for name, table in jax.tree_util.tree_leaves_with_path(grown):
         if name[-1].key in tables:
             added = np.asarray(table[..., 20:rows, :])
