@@ -7,6 +7,7 @@ from functools import cache
 from itertools import pairwise
 from types import SimpleNamespace
 
+import convert_hf
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -499,6 +500,20 @@ def test_a_base_learns_to_answer(chats, tmp_path, capsys, monkeypatch):
 
     def argv(name):
         return tiny_run.arguments(chats, tmp_path / name, **source)
+
+    # The same weights in a folder of Hugging Face's kind grow to the same tables.
+    export = ["export", "--run", str(tmp_path / "base"), "--format", "scalegpt"]
+    assert convert_hf.main([*export, "--out", str(tmp_path / "exported")]) == 0
+    config = parse(argv("whole"), "test", {})[0]
+    config = resolved(config, open_datasets(config))
+    abstract = build_for_training(config, sharding.make_mesh(config.mesh)).abstract.params
+    loaded = []
+    for place in ("base", "exported"):
+        run = config.run.model_copy(update={"init_from": str(tmp_path / place)})
+        config = config.model_copy(update={"run": run})
+        init_from.check(config, CHAT)
+        loaded.append(init_from.weights(config, abstract)[0])
+    jax.tree.map(np.testing.assert_array_equal, *loaded)
 
     assert train.main(argv("whole")) == 0
     said = capsys.readouterr().out
