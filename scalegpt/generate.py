@@ -12,7 +12,6 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import fields
 from hashlib import sha256
 from pathlib import Path
 
@@ -23,20 +22,13 @@ from scalegpt.config import command_line
 from scalegpt.data.tokenizer import Tokenizer
 from scalegpt.errors import Mistake, counted
 from scalegpt.files.cache import keep_compiled
+from scalegpt.inference import sampling
 from scalegpt.inference.continuation import continued, prompt_ids
 from scalegpt.inference.decode import Decoder, decoder
 from scalegpt.inference.sampling import Sampler
 from scalegpt.processes import startup, streams
 from scalegpt.processes.command import run_command
 from scalegpt.weights import trained
-
-_HELP = {
-    "temperature": "0: always the likeliest token",
-    "top_k": "draw from the so many likeliest; 0: from all",
-    "top_p": "draw from the likeliest that have this probability together",
-    "min_p": "draw from those at least this likely, relative to the likeliest",
-    "repetition_penalty": "above 1: tokens of the text so far become less likely",
-}
 
 # Each sample is an entry of a list, and JAX counts tokens in an int32.
 _MOST = {"num_samples": 1 << 16, "max_new_tokens": 2**31 - 1}
@@ -45,7 +37,7 @@ _MOST = {"num_samples": 1 << 16, "max_new_tokens": 2**31 - 1}
 def main(argv: list[str]) -> int:
     flags = _parser().parse_args(argv)
     _check(flags)
-    sampler = Sampler(**{option.name: getattr(flags, option.name) for option in fields(Sampler)})
+    sampler = sampling.from_flags(flags)
     prompts, interactive = _prompts(flags)
     keep_compiled()
     with startup.start(trained.machine(flags).distributed) as group:
@@ -96,13 +88,7 @@ def _parser() -> command_line.Parser:
     source.add_argument("--prompt-file", type=Path, help="file with the text to continue")
     parser.add_argument("--num-samples", type=int, default=1, help="continuations of each prompt")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="of each, at most")
-    for option in fields(Sampler):
-        parser.add_argument(
-            f"--{option.name.replace('_', '-')}",
-            type=option.type,
-            default=option.default,
-            help=f"{_HELP[option.name]} (default {option.default})",
-        )
+    sampling.add_flags(parser)
     parser.add_argument(
         "--stop",
         action="append",
@@ -110,7 +96,6 @@ def _parser() -> command_line.Parser:
         metavar="TEXT",
         help="end before this text; can be repeated",
     )
-    parser.add_argument("--seed", type=int, default=1337, help="decides what is drawn")
     parser.add_argument(
         "--past-block",
         choices=("slide", "error"),
@@ -127,8 +112,6 @@ def _check(flags: argparse.Namespace) -> None:
         if not 1 <= (value := getattr(flags, name)) <= _MOST[name]:
             flag = name.replace("_", "-")
             raise Mistake(f"--{flag}={value} must be at least 1 and at most {_MOST[name]}")
-    if not 0 <= flags.seed < 2**32:
-        raise Mistake(f"--seed={flags.seed} must be from 0 to {2**32 - 1}")
     if "" in flags.stop:
         raise Mistake("--stop='' would end every text before it begins; give some text")
 

@@ -1,5 +1,6 @@
 """A sampler draws the next token: temperature, top-k, top-p, min-p, repetition penalty."""
 
+import argparse
 from dataclasses import dataclass, fields
 from math import inf
 
@@ -36,6 +37,34 @@ class Sampler:
             if not is_allowed:
                 name, value = field.name.replace("_", "-"), getattr(self, field.name)
                 raise Mistake(f"--{name}={value} must be {rule}")
+
+
+_HELP = {
+    "temperature": "0: always the likeliest token",
+    "top_k": "draw from the so many likeliest; 0: from all",
+    "top_p": "draw from the likeliest that have this probability together",
+    "min_p": "draw from those at least this likely, relative to the likeliest",
+    "repetition_penalty": "above 1: tokens of the text so far become less likely",
+}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for each option of a `Sampler`, as --top-k, and --seed."""
+    for option in fields(Sampler):
+        parser.add_argument(
+            f"--{option.name.replace('_', '-')}",
+            type=option.type,
+            default=option.default,
+            help=f"{_HELP[option.name]} (default {option.default})",
+        )
+    parser.add_argument("--seed", type=int, default=1337, help="decides what is drawn")
+
+
+def from_flags(flags: argparse.Namespace) -> Sampler:
+    """Return the sampler that the flags of `add_flags` ask for. Raises Mistake."""
+    if not 0 <= flags.seed < 2**32:
+        raise Mistake(f"--seed={flags.seed} must be from 0 to {2**32 - 1}")
+    return Sampler(**{option.name: getattr(flags, option.name) for option in fields(Sampler)})
 
 
 def sample_token(scores: Array, key: Array, sampler: Sampler, seen: Array | None = None) -> Array:
