@@ -11,6 +11,7 @@ COMMANDS = {
     "train": "train a model, or continue a run",
     "evaluate": "measure its loss over text and its scores in tasks",
     "generate": "write text with a model",
+    "chat": "talk with a model that has learned from conversations",
     "report": "show one run, or compare several, on a page",
 }
 
@@ -21,7 +22,7 @@ def start(name: str) -> None:
 
 
 # The scripts scalegpt-train and so on.
-train, evaluate, generate, report = (partial(start, name) for name in COMMANDS)
+train, evaluate, generate, chat, report = (partial(start, name) for name in COMMANDS)
 
 
 def main(argv: list[str]) -> int:

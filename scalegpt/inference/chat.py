@@ -1,0 +1,51 @@
+"""A conversation becomes a prompt that fits the model, and the model's answer."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from scalegpt.data.chat import encode_prompt
+from scalegpt.data.conversations import Message
+from scalegpt.data.tokenizer import Tokenizer
+from scalegpt.errors import Mistake
+from scalegpt.inference.continuation import Continuation, continued
+from scalegpt.inference.decode import Decoder
+
+ROOM = 16  # tokens that an answer has at least
+
+
+def prompt_that_fits(
+    codec: Tokenizer, messages: Sequence[Message], block_size: int
+) -> tuple[np.ndarray, int]:
+    """Return the ids of a conversation to be answered, and how many messages had to be left out.
+
+    The oldest turns are left out, each a question with its answer; a system message stays. Raises
+    Mistake where the last question alone leaves no room for an answer.
+    """
+    system = [m for m in messages[:1] if m["role"] == "system"]
+    rest = list(messages[len(system) :])
+    while True:
+        ids = encode_prompt(codec, [*system, *rest])
+        if len(ids) <= block_size - ROOM:
+            return ids, len(messages) - len(system) - len(rest)
+        later = [i for i, m in enumerate(rest) if m["role"] == "user" and i > 0]
+        if not later:
+            raise Mistake(
+                f"the message has {len(ids)} tokens with its marks"
+                f"{' and the system message' if system else ''}; the model reads "
+                f"block_size={block_size}, of which an answer needs {ROOM}: shorten it"
+            )
+        rest = rest[later[0] :]
+
+
+def answer(
+    write: Decoder, codec: Tokenizer, prompt: np.ndarray, max_new_tokens: int, seed: int
+) -> Iterator[Continuation]:
+    """Yield the answer after each of its tokens, one object that grows, until its end mark.
+
+    It ends at block_size at the latest: an answer does not push its own question out of sight.
+    """
+    room = write.steps.model.config.block_size - len(prompt)
+    texts = continued(write, codec, [prompt], max_new_tokens=min(max_new_tokens, room), seed=seed)
+    for (text,) in texts:
+        yield text
