@@ -200,10 +200,13 @@ def finish(config: Config, checkpoints: Checkpoints, best_loss: float, metrics: 
     project = shlex.quote(config.log.wandb_project)
     if metrics.on_terminal and (plot := text_plot(read_rows(metrics.folder))):
         metrics.say(plot)
+    use = f'generate --run {out_dir} --prompt "..."'
+    if config.objective.name == "sft":
+        use = f"chat --run {out_dir}"
     metrics.say(
         f"done: best val loss {best_loss:.4f} at step {best}; metrics in "
         f"{out_dir}/metrics.jsonl\nnext:\n"
-        f'  {python()} -m scalegpt.generate --run {out_dir} --prompt "..."\n'
+        f"  {python()} -m scalegpt.{use}\n"
         f"  {python()} -m scalegpt.evaluate --run {out_dir}\n"
         f"  {python()} -m scalegpt.report {out_dir}"
         + (f"\n  {python()} -m trackio.cli show --project {project}" if config.log.trackio else "")
