@@ -248,7 +248,7 @@ def _show_answer(chat: Chat) -> None:
     except Mistake:
         chat.undo()  # the question cannot be answered
         raise
-    print(" [cut at max_new_tokens]" if text and text.finish == "length" else "")
+    print(f" [cut at {len(text.ids)} tokens]" if text and text.finish == "length" else "")
     if chat.used > 0.8 * chat.block_size:
         filled = round(20 * chat.used / chat.block_size)
         bar = "#" * filled + "." * (20 - filled)
