@@ -1,0 +1,85 @@
+"""Make conversations about words and numbers, whose answers can be checked; needs no network.
+
+The words are made up. A tenth of them, by a hash, is for validation and tests alone:
+`python -m scalegpt.evaluate --task reverse` asks about others than a model was trained on.
+"""
+
+if __name__ == "__main__":
+    from scalegpt.processes.exits import leave_on_interrupt
+
+    leave_on_interrupt()
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from scalegpt.data import generated
+from scalegpt.data.chat import encode_conversation
+from scalegpt.data.prepare import check_disk, described, publish, script_parser, write_bins
+from scalegpt.data.tokenizer import Tokenizer
+from scalegpt.errors import Mistake
+from scalegpt.processes.command import run_command
+from scalegpt.weights.tokenizer_files import named
+
+VAL_SHARE = 0.05
+
+
+def encoded(
+    codec: Tokenizer, tasks: list[str], count: int, seed: int
+) -> Iterator[tuple[str, np.ndarray, dict[str, int]]]:
+    """Yield what `write_bins` takes of each conversation, those of all tasks in turn."""
+    for split, source, n in (("train", "train", count), ("val", "test", round(VAL_SHARE * count))):
+        for index in range(max(1, n)):
+            for task in tasks:
+                example = generated.example(task, seed, index, source)
+                answer = {"role": "assistant", "content": example["answer"]}
+                ids = encode_conversation(codec, [*example["messages"], answer])
+                size = len(example["answer"].encode())
+                added = {"bytes": size, "documents": 1, "trained": int((ids >= 0).sum())}
+                yield split, ids.astype("<i4"), added
+
+
+def main(argv: list[str]) -> int:
+    parser = script_parser(__doc__, __file__, workers=False)
+    more = parser.add_argument
+    more(
+        "--tasks",
+        default=",".join(generated.TASKS),
+        help="separated by commas (default: %(default)s)",
+    )
+    more("--count", type=int, default=8000, help="conversations of each task (default: 8000)")
+    more("--seed", type=int, default=1, help="decides which (default: 1)")
+    more(
+        "--tokenizer",
+        default="byte",
+        help="byte (default), gpt2, tokenizer.json or the folder of a run, data set or model",
+    )
+    args = parser.parse_args(argv)
+    if args.input:
+        raise Mistake("--input is not for this set; for your own see data/chat/prepare.py")
+    if args.count < 1:
+        raise Mistake(f"--count={args.count} must be at least 1")
+    tasks = args.tasks.split(",")
+    if unknown := [task for task in tasks if task not in generated.TASKS]:
+        raise Mistake(f"--tasks: no task {unknown[0]!r}: there are {', '.join(generated.TASKS)}")
+    if len(set(tasks)) < len(tasks):
+        raise Mistake(f"--tasks={args.tasks} names a task twice")
+
+    def write() -> dict[str, Any]:
+        codec = named(args.tokenizer).chat()
+        check_disk(args.out, args.count * len(tasks) * 4 * 60)  # an int32 for each byte
+        splits = write_bins(args.out, encoded(codec, tasks, args.count, args.seed), None)
+        return {**described(codec, np.dtype("<i4"), splits), "kind": "chat"}
+
+    names = {"tasks": args.tasks, "count": args.count, "tokenizer": args.tokenizer}
+    source = " ".join(f"{name}={value}" for name, value in (names | {"seed": args.seed}).items())
+    meta = publish(args.out, write, source, args.force)
+    for split in ("train", "val"):
+        facts = meta[split]
+        print(f"{split}: {facts['documents']:,} conversations, {facts['tokens']:,} tokens")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main, essential=False)
