@@ -22,13 +22,16 @@ import numpy as np
 from scalegpt.config import Config, DataConfig, command_line, loading
 from scalegpt.config.differences import NOT_SHAPING
 from scalegpt.data import tokenizer
+from scalegpt.data.generated import TASKS
 from scalegpt.data.packing import pack
 from scalegpt.data.token_files import Split, open_split
 from scalegpt.errors import Mistake
 from scalegpt.files.cache import keep_compiled
-from scalegpt.inference import tasks
+from scalegpt.inference import chat_tasks, tasks
+from scalegpt.inference.decode import decoder
 from scalegpt.inference.likelihood import scorer
 from scalegpt.inference.results import Figures
+from scalegpt.inference.sampling import Sampler
 from scalegpt.inference.text_loss import text_evaluator, text_split
 from scalegpt.processes import startup
 from scalegpt.processes.command import run_command
@@ -41,7 +44,7 @@ class _Inputs(NamedTuple):
     model: trained.Trained
     splits: list[Split]
     weights: list[float]
-    opened: list[tasks.Task]
+    opened: list[tasks.Task | chat_tasks.ChatTask]
 
 
 # Name of a text or task, its figures, and over how many samples of which unit they are.
@@ -65,7 +68,7 @@ def main(argv: list[str]) -> int:
         _refuse_not_finite(inputs.model, results)
         if group.index == 0:
             model, names = inputs.model, [split.name for split in inputs.splits]
-            names += [Path(file).name for file in task_files.values()]
+            names += [Path(file or task).name for task, file in task_files.items()]
             step = "" if model.step is None else f", step {model.step}"
             title = f"{model.name}{step}, on {', '.join(names)}"
             print(_json(model, results) if flags.json else f"{title}\n{_table(results)}")
@@ -82,9 +85,10 @@ def _read_config(file: str) -> Config:
     return config
 
 
-def _task_files(flags: argparse.Namespace, config: Config | None) -> dict[str, str]:
+def _task_files(flags: argparse.Namespace, config: Config | None) -> dict[str, str | None]:
     """Return each task's file by --task, or else by eval.tasks, together with its --limit."""
-    files = dict(zip(flags.task, flags.file, strict=True))
+    given = iter(flags.file)
+    files = {name: None if name in TASKS else next(given) for name in flags.task}
     if config and not (files or flags.text or flags.data):
         files, flags.limit = config.eval.tasks, flags.limit or config.eval.task_examples
     return files
@@ -93,7 +97,7 @@ def _task_files(flags: argparse.Namespace, config: Config | None) -> dict[str, s
 def _load(
     flags: argparse.Namespace,
     config: Config | None,
-    task_files: dict[str, str],
+    task_files: dict[str, str | None],
     splits: list[Split],
     weights: list[float],
 ) -> _Inputs:
@@ -109,7 +113,9 @@ def _load(
     codec = model.codec() if task_files or flags.text else None
     block_size = model.config.model.block_size
     opened = [
-        tasks.open_task(name, file, codec, block_size, flags.limit)
+        (chat_tasks if name in chat_tasks.NAMES else tasks).open_task(
+            name, file, codec, block_size, flags.limit
+        )
         for name, file in task_files.items()
     ]
     if flags.text:
@@ -121,7 +127,7 @@ def _facts(inputs: _Inputs) -> dict[str, str]:
     """Return what must be the same in all processes, each of which has read its own files."""
     model = inputs.model
     ids = {f"text of {split.name}": split.tokens for split in inputs.splits}
-    ids |= {f"task {t.name}": np.concatenate([row.ids for row in t.rows]) for t in inputs.opened}
+    ids |= {f"task {t.name}": np.concatenate(t.ids) for t in inputs.opened}
     return {
         "checkpoint": str(model.step),
         **{f"model.{key}": str(value) for key, value in model.config.model},
@@ -148,10 +154,15 @@ def _results(flags: argparse.Namespace, config: Config | None, inputs: _Inputs) 
         name = file.stem if file and file.is_file() else flags.split or "val"
         name = "text" if flags.text else name
         results.append((name, evaluate(model.params), count, "tokens"))
-    score = scorer(model.steps)
+    score, write = scorer(model.steps), None
     for task in opened:
-        figures = tasks.run(task, score, model.params, shown=True)
-        results.append((task.name, figures, len(task.gold), "examples"))
+        if isinstance(task, tasks.Task):
+            figures = tasks.run(task, score, model.params, shown=True)
+        else:
+            codec, sampler = model.codec(), Sampler(flags.temperature, top_k=0)
+            write = write or decoder(model.steps, model.params, sampler, codec.vocab_size)
+            figures = chat_tasks.run(task, write, codec, flags.samples, shown=True)
+        results.append((task.name, figures, task.count, "examples"))
     return results
 
 
@@ -190,7 +201,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Loss of a trained model over text, and its scores in tasks. Text is evaluated "
         "in\nwindows of block_size side by side, each without what came before it.",
-        epilog=tasks.__doc__,
+        epilog=f"{tasks.__doc__}\n{chat_tasks.__doc__}",
     )
     trained.add_flags(parser).add_argument(
         "--config",
@@ -216,12 +227,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--task",
         action="append",
-        choices=tasks.NAMES,
+        choices=(*tasks.NAMES, *chat_tasks.NAMES),
         default=[],
-        help="with its --file; several are possible",
+        help="with its --file, if it has one; several are possible",
     )
     parser.add_argument("--file", action="append", default=[], help="the task's examples")
-    parser.add_argument("--limit", type=int, help="first so many examples (default: all)")
+    parser.add_argument(
+        "--limit", type=int, help="first so many examples (default: all of a file, or 200)"
+    )
+    parser.add_argument(
+        "--samples", type=int, default=1, help="answers to each prompt of a chat (default 1)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="of answers in a chat (default 0: greedy)"
+    )
     parser.add_argument("--microbatch", type=int, help="rows a device works on (default 8)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
@@ -229,13 +248,24 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check(flags: argparse.Namespace) -> None:
     """Raise Mistake for what can be told before JAX starts and weights are read."""
-    for name in ("microbatch", "windows", "limit"):
+    for name in ("microbatch", "windows", "limit", "samples"):
         if getattr(flags, name) is not None and getattr(flags, name) < 1:
             raise Mistake(f"--{name}={getattr(flags, name)} must be at least 1")
     if (flags.microbatch or 1) > 1 << 16:  # every batch is padded to so many rows
         raise Mistake(f"--microbatch={flags.microbatch} must be at most {1 << 16}")
-    if len(flags.task) != len(flags.file) or len(set(flags.task)) != len(flags.task):
-        raise Mistake("each --task needs its --file, and each task can be given once")
+    with_files = [name for name in flags.task if name not in TASKS]
+    if len(with_files) != len(flags.file) or len(set(flags.task)) != len(flags.task):
+        raise Mistake(
+            "each --task needs its --file, and each task can be given once; those without a file "
+            f"are {', '.join(TASKS)}"
+        )
+    if (flags.samples > 1 or flags.temperature) and not set(flags.task) & {*chat_tasks.NAMES}:
+        raise Mistake(f"--samples and --temperature are of --task {', '.join(chat_tasks.NAMES)}")
+    Sampler(flags.temperature)  # raises Mistake
+    if flags.samples > 1 and not flags.temperature:
+        raise Mistake(
+            f"--samples={flags.samples} would all be the same greedy answer; give --temperature 1"
+        )
     for path in [*flags.file, *([flags.text] if flags.text else [])]:
         if not Path(path).is_file():
             raise Mistake(f"there is no file {path}")

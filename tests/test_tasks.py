@@ -159,8 +159,8 @@ TINY = {
 }
 
 
-def tiny_steps(mesh, microbatch, devices=None):
-    config = Config(model=TINY, data={"path": ""}, run={"out_dir": "none"}, batch=BatchConfig())
+def tiny_steps(mesh, microbatch, devices=None, model=TINY):
+    config = Config(model=model, data={"path": ""}, run={"out_dir": "none"}, batch=BatchConfig())
     return build.build_for_use(config, make_mesh(MeshConfig(**mesh), devices), microbatch)
 
 
@@ -432,8 +432,11 @@ def test_eval_tasks_are_scored_at_each_evaluation(data, tmp_path, capsys):
     ("value", "message"),
     [
         ({"lambada": "/nowhere/x.jsonl"}, "cannot read /nowhere/x.jsonl"),
-        ({"lambda": "x"}, "eval.tasks.lambda.*'hellaswag', 'lambada' or 'multiple_choice'"),
+        ({"lambda": "x"}, "eval.tasks.lambda.*'hellaswag', 'lambada', 'mul.* 'spell' or 'count'"),
         ({"lambada": 3}, "eval.tasks.lambada"),
+        ({"lambada": None}, "lambada needs a file, {lambada: FILE}"),
+        ({"sort": "x"}, "sort has no file; write {sort: null}, not x"),
+        ({"sort": None}, "task sort is asked in a conversation"),
         ("lambada", "eval.tasks"),
     ],
 )

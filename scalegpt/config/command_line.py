@@ -69,7 +69,8 @@ class _DataOnCommandLine(DataConfig):
 
 class _EvalOnCommandLine(EvalConfig):
     tasks: str = "{}"
-    """also score these, '{task: jsonl file}'; see `python -m scalegpt.evaluate --help`"""
+    """also score these, '{task: jsonl file}', or null for one without a file; see
+    `python -m scalegpt.evaluate --help`"""
 
 
 class _RunOnCommandLine(RunConfig):

@@ -2,10 +2,10 @@
 
 import re
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from scalegpt.config.depth import derived
 from scalegpt.config.recipe import ModelConfig, OptimConfig, muons
@@ -102,6 +102,20 @@ class ObjectiveConfig(Section):
     """text: every token; sft: the answers in conversations, as data/chat/prepare.py makes them"""
 
 
+FileTask = Literal["hellaswag", "lambada", "multiple_choice", "gsm8k"]
+GeneratedTask = Literal["reverse", "sort", "add", "spell", "count"]
+Task = Literal[FileTask, GeneratedTask]
+
+
+def _with_their_files(tasks: dict[Task, Name | None]) -> dict[Task, Name | None]:
+    for name, file in tasks.items():
+        if file is None and name in get_args(FileTask):
+            raise Mistake(f"eval.tasks: {name} needs a file, {{{name}: FILE}}")
+        if file is not None and name in get_args(GeneratedTask):
+            raise Mistake(f"eval.tasks: {name} has no file; write {{{name}: null}}, not {file}")
+    return tasks
+
+
 class EvalConfig(Section):
     """When and on what a run is evaluated."""
 
@@ -118,10 +132,12 @@ class EvalConfig(Section):
     sample_prompt: str = ""
     """the text that samples continue, with conversations the question that they answer; by default
     none, they begin anew or answer a held-out question"""
-    tasks: dict[Literal["hellaswag", "lambada", "multiple_choice"], Name] = {}
-    """also score these tasks, {task: jsonl file}; see `python -m scalegpt.evaluate --help`"""
+    tasks: Annotated[dict[Task, Name | None], AfterValidator(_with_their_files)] = {}
+    """also score these tasks, {task: jsonl file}, or null for one that has no file; see
+    `python -m scalegpt.evaluate --help`"""
     task_examples: Positive | None = None
-    """how many examples of each task are scored, from its first on; default: all"""
+    """how many examples of each task are scored, from its first on; default: all of its file, or
+    200"""
 
 
 class CheckpointConfig(Section):

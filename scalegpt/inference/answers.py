@@ -14,6 +14,22 @@ from scalegpt.inference.sampling import Sampler
 from scalegpt.step.build import Steps
 
 
+def for_any_parameters(steps: Steps, sampler: Sampler, vocab_size: int) -> Callable[[Any], Decoder]:
+    """Return a function from parameters to a decoder for them, which is compiled once."""
+    kept = list[Decoder]()
+
+    def decoder_for(params: Any) -> Decoder:
+        if kept:
+            decode = kept[0].with_params(params)
+        else:
+            decode = decoder(steps, params, sampler, vocab_size)
+        # Between two evaluations there is no second copy of the parameters.
+        kept[:] = [decode.with_params(None)]
+        return decode
+
+    return decoder_for
+
+
 def held_out(split: PackedRows, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return the first `count` conversations of a file, each as its first prompt and what follows.
 
@@ -42,15 +58,10 @@ def ended_share(
     prompts, answers = zip(*talks, strict=True)
     longest = max(int(np.argmax(answer == end)) + 1 for answer in answers)
     new_tokens = min(2 * longest, block + 1 - max(map(len, prompts)))
-    kept = list[Decoder]()
+    decoder_for = for_any_parameters(steps, Sampler(temperature=0), vocab_size)
 
     def share(params: Any) -> float:
-        if kept:  # so that nothing is compiled again
-            decode = kept[0].with_params(params)
-        else:
-            decode = decoder(steps, params, Sampler(temperature=0), vocab_size)
-        # Between two evaluations there is no second copy of the parameters.
-        kept[:] = [decode.with_params(None)]
+        decode = decoder_for(params)
         ended = np.zeros(len(prompts), bool)
         for ids in decode.ids(prompts, new_tokens):
             ended |= ids == end

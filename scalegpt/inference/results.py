@@ -1,6 +1,8 @@
 """Every evaluation fetches results from the device, shows progress and returns Figures."""
 
+import math
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,6 +25,13 @@ def fetch(results: Iterable[tuple[Array, ...]]) -> Iterator[list[np.ndarray]]:
         dispatched = result
     if dispatched:
         yield [np.asarray(x) for x in dispatched]
+
+
+def mean(samples: Any) -> tuple[float, float]:
+    """Return the mean and its standard error, which is 0 for a single sample."""
+    x = np.asarray(samples, np.float64)
+    spread = x.std(ddof=1) if len(x) > 1 else 0.0
+    return float(x.mean()), float(spread / math.sqrt(len(x)))
 
 
 def progress(what: str, total: int, unit: str) -> tqdm:

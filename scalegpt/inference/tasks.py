@@ -22,7 +22,7 @@ from scalegpt.errors import Mistake
 from scalegpt.files import json_files
 from scalegpt.files.text_files import read_text
 from scalegpt.inference.likelihood import Row, Scorer, scorer
-from scalegpt.inference.results import Figures
+from scalegpt.inference.results import Figures, mean
 from scalegpt.step.build import Steps
 
 
@@ -37,6 +37,14 @@ class Task:
     gold: list[int]
     lengths: list[list[int]]
     rows: list[Row]
+
+    @property
+    def ids(self) -> list[np.ndarray]:
+        return [row.ids for row in self.rows]
+
+    @property
+    def count(self) -> int:
+        return len(self.gold)
 
 
 def open_task(
@@ -100,23 +108,16 @@ def figures(task: Task, sums: np.ndarray, greedy: np.ndarray) -> Figures:
     delta method (the harness bootstraps).
     """
     if task.name == "lambada":
-        mean, error = _mean(sums)
-        perplexity = math.exp(min(-mean, 700))
-        return {"acc": _mean(greedy), "perplexity": (perplexity, perplexity * error)}
+        log_likelihood, error = mean(sums)
+        perplexity = math.exp(min(-log_likelihood, 700))
+        return {"acc": mean(greedy), "perplexity": (perplexity, perplexity * error)}
     correct, correct_norm = [], []
     ends = np.cumsum([len(lengths) for lengths in task.lengths])
     parts = np.split(sums, ends[:-1])
     for gold, lengths, scores in zip(task.gold, task.lengths, parts, strict=True):
         correct.append(np.argmax(scores) == gold)  # the first of equals, as the harness
         correct_norm.append(np.argmax(scores / np.array(lengths)) == gold)
-    return {"acc": _mean(correct), "acc_norm": _mean(correct_norm)}
-
-
-def _mean(samples: Any) -> tuple[float, float]:
-    """Return the mean and its standard error, which is 0 for a single sample."""
-    x = np.asarray(samples, np.float64)
-    spread = x.std(ddof=1) if len(x) > 1 else 0.0
-    return float(x.mean()), float(spread / math.sqrt(len(x)))
+    return {"acc": mean(correct), "acc_norm": mean(correct_norm)}
 
 
 def run(task: Task, score: Scorer, params: Any, shown: bool = False) -> Figures:
@@ -127,17 +128,18 @@ def run(task: Task, score: Scorer, params: Any, shown: bool = False) -> Figures:
 def in_training(
     config: EvalConfig, tokenizer_spec: Any, steps: Steps, check_stop: Callable[[], None]
 ) -> Callable[[Any], dict[str, float]]:
-    """Return a function from parameters to the figures of eval.tasks, such as hellaswag/acc.
+    """Return a function from parameters to the figures of eval.tasks here, such as hellaswag/acc.
 
     check_stop: called before each batch. The tasks are read at once, so that a Mistake in their
     files is raised before training begins.
     """
-    if not config.tasks:
+    files = {name: path for name, path in config.tasks.items() if name in NAMES}
+    if not files:
         return lambda params: {}
     codec, block_size = tokenizer.load(tokenizer_spec), steps.model.config.block_size
     opened = [
         open_task(name, path, codec, block_size, config.task_examples)
-        for name, path in config.tasks.items()
+        for name, path in files.items()
     ]
     score = scorer(steps, check_stop)
 

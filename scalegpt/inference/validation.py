@@ -6,7 +6,7 @@ from typing import Any
 
 from scalegpt.config import Config
 from scalegpt.data.token_files import Dataset, Split
-from scalegpt.inference import tasks
+from scalegpt.inference import chat_tasks, tasks
 from scalegpt.inference.answers import ended_share
 from scalegpt.inference.text_loss import text_evaluator
 from scalegpt.step.build import Steps
@@ -37,7 +37,10 @@ def validation(
     if config.objective.name == "sft" and config.eval.answers:
         vocab_size = datasets[0].vocab_size
         ended = ended_share(steps, [d.val for d in datasets], vocab_size, config.eval.answers)
-    task_figures = tasks.in_training(config.eval, datasets[0].tokenizer, steps, check_stop)
+    task_figures = [
+        kind.in_training(config.eval, datasets[0].tokenizer, steps, check_stop)
+        for kind in (tasks, chat_tasks)
+    ]
 
     def evaluate(params: Any) -> dict[str, float]:
         figures = text_figures(params)
@@ -47,6 +50,9 @@ def validation(
         if ended:
             check_stop()
             row["val/ended"] = ended(params)
-        return {**row, "val/loss_stderr": figures["loss"][1], **task_figures(params)}
+        row["val/loss_stderr"] = figures["loss"][1]
+        for scored in task_figures:
+            row |= scored(params)
+        return row
 
     return evaluate

@@ -69,7 +69,7 @@ EVAL_KEYS = (
     "train/eval_loss",
     "time",
 )
-TASK_KEYS = ("acc", "acc_norm", "perplexity")
+TASK_KEYS = ("acc", "acc_norm", "perplexity", "pass@1", "flexible_pass@1", "ended", "length")
 # What the console shows of a row, in this order.
 _SHOWN = {
     "train/loss": "loss {:.4f}",

@@ -52,7 +52,7 @@ class Job:
         self.config, parsed = command_line.parse(flags.arguments, "scalegpt.train", {})
         self.out = self.config.run.out_dir
         self.in_bucket = "://" in self.out
-        extra = [*self.config.eval.tasks.values()]
+        extra = [*filter(None, self.config.eval.tasks.values())]
         if parsed.config and Path(parsed.config).is_file():  # else one of scalegpt's own
             extra.append(parsed.config)
         self.files = [relative(file) for file in extra if file and "://" not in file]
