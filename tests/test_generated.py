@@ -137,12 +137,5 @@ def test_numbers_are_compared_by_value(answer, gold, strict, flexible):
 
 def test_texts_are_compared_as_they_are():
     example = {"answer": "tenalp"}
-    for answer, exact, contained in (
-        ("tenalp", 1, 1),
-        (" tenalp\n", 1, 1),
-        ("Tenalp", 0, 0),
-        ("It is tenalp.", 0, 1),
-        ("", 0, 0),
-    ):
-        assert rewards.exact(example, answer) == exact
-        assert rewards.contains(example, answer) == contained
+    for answer in ("tenalp", " tenalp\n", "Tenalp", "It is tenalp.", ""):
+        assert rewards.exact(example, answer) == (answer.strip() == "tenalp")

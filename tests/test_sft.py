@@ -215,7 +215,7 @@ def test_what_follows_from_conversations_is_stored(chats, capsys):
     late = given(chats, **{"optim.steps": None, "optim.epochs": 1, "optim.warmup_steps": 90})
     fitted = resolved(late, datasets)
     assert fitted.optim.warmup_steps == fitted.optim.steps // 10
-    assert "warmup_steps=90 does not fit into" in capsys.readouterr().err
+    assert "warmup_steps=90 is shortened to" in capsys.readouterr().err
     assert curve_diff(fitted, resolved(late, datasets)) == []
 
 

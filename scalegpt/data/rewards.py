@@ -19,11 +19,6 @@ def exact(example: Mapping[str, Any], answer: str) -> float:
     return float(answer.strip() == example["answer"].strip())
 
 
-def contains(example: Mapping[str, Any], answer: str) -> float:
-    """Return 1 for an answer in which the right one stands."""
-    return float(example["answer"].strip() in answer)
-
-
 def number(example: Mapping[str, Any], answer: str) -> float:
     """Return 1 if the first number after "####" is the last one of the right answer.
 
