@@ -542,6 +542,38 @@ def test_the_live_line_stays_below_all_that_is_printed(monkeypatch):
     assert (wide, rest, end) == ("x" * 80, "x" * 20, ""), "nothing of the live line is left"
 
 
+def test_standard_error_is_the_hosts_own_again_after_two_runs_at_once_or_when_it_changed_it(
+    monkeypatch,
+):
+    monkeypatch.setattr(sys, "stdout", Screen())
+    monkeypatch.setattr(sys, "stderr", errors := Screen())
+    consoles = [Console(10), Console(10)]
+    for console in consoles:
+        console.write(train_row(1))
+    print("a warning", file=sys.stderr)
+    assert not errors.getvalue() and "a warning" in sys.stdout.lines
+    for console in consoles:
+        console.close()
+    assert sys.stderr is errors
+    console = Console(10)
+    console.write(train_row(1))
+    monkeypatch.setattr(sys, "stderr", hosts := Screen())
+    console.close()
+    assert sys.stderr is hosts
+
+
+def test_a_host_program_may_have_no_standard_streams_or_such_as_only_write(monkeypatch):
+    said = []
+    for stream in (None, SimpleNamespace(write=said.append)):
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr(sys, "stderr", stream)
+        console = Console(10)
+        console.say("saved")
+        console.write(train_row(1))
+        console.close()
+    assert "".join(said) == "saved\nstep 1/10 | loss 5.0000 | lr 6.00e-04\n"
+
+
 @pytest.mark.slow
 def test_a_run_leaves_nothing_stale_on_a_terminal_of_80_columns(plays, tmp_path):
     live = []

@@ -90,18 +90,19 @@ _LEFT_OUT = ("train/lr", "perf/mfu", "perf/tokens_per_second")
 class Console:
     """A console shows progress to a person: a live line on a terminal, a bar in a notebook,
     elsewhere a line a row. All lines that stay come above the live one, also what Python's
-    warnings and logs write to standard error meanwhile."""
+    warnings and logs write to standard error meanwhile. Standard output is not replaced: what a
+    host program prints may join the live line, but its prompts do not wait for a line's end."""
 
     def __init__(self, total_steps: int, stream: TextIO | None = None) -> None:
         self._total, self._stream, self._bar = total_steps, stream or sys.stdout, None
-        self._stderr: TextIO | None = None  # Python's own, while lines go above the live one
-        self.on_terminal = self._stream.isatty()
+        self._stderr: tuple[TextIO, TextIO] | None = None  # ours above the live line, and Python's
+        self.on_terminal = _is_terminal(self._stream)
 
     def say(self, text: str) -> None:
         """Print a line that stays, from any thread."""
         with tqdm.external_write_mode(self._stream):
-            self._stream.write(f"{text}\n")  # at once, for `exits.say` does not wait
-            self._stream.flush()
+            # At once, for `exits.say` does not wait. A host without a standard output gets nothing.
+            print(f"{text}\n", end="", file=self._stream, flush=hasattr(self._stream, "flush"))
 
     def write(self, row: Row) -> None:
         if "time/step" in row:  # a row of the ledger, which `summary` prints once, at the end
@@ -127,8 +128,11 @@ class Console:
                 leave=not self.on_terminal,
                 bar_format="{desc} |{bar}| {percentage:3.0f}%",
             )
-            if self.on_terminal and sys.stderr.isatty():
-                self._stderr = streams.put("stderr", DummyTqdmFile(self._stream))
+            # Of two runs at once, the first one's serves both.
+            served = isinstance(sys.stderr, DummyTqdmFile)
+            if self.on_terminal and _is_terminal(sys.stderr) and not served:
+                ours = DummyTqdmFile(self._stream)
+                self._stderr = ours, streams.put("stderr", ours)
         if self.on_terminal:
             # Room for ^C, which would make it two lines; tqdm itself may find 0 columns.
             self._bar.ncols = shutil.get_terminal_size().columns - 5
@@ -142,8 +146,13 @@ class Console:
         """Take the live line away; a notebook keeps its bar."""
         if self._bar is not None:
             self._bar.close()
-        if self._stderr is not None:
-            streams.put("stderr", self._stderr)
+        if self._stderr and sys.stderr is self._stderr[0]:  # else a host has put its own there
+            streams.put("stderr", self._stderr[1])
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    """Return whether it is one; a host program may have no standard streams, or makeshift ones."""
+    return hasattr(stream, "isatty") and stream.isatty()
 
 
 def check_packages(log: Any) -> None:
