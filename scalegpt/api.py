@@ -110,7 +110,8 @@ class Run(History):
         rows: dict[int, dict[str, Any]] = {}
         for row in self.rows:  # those of training, evaluation and time have no key in common
             rows.setdefault(row["step"], {}).update(row)
-        return pandas.DataFrame(list(rows.values())).set_index("step").sort_index()
+        columns = list(rows.values()) or {"step": []}
+        return pandas.DataFrame(columns).set_index("step").sort_index()
 
     def plot(self) -> Any:
         """Return a matplotlib figure of the run's curves, which a notebook shows."""

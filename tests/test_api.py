@@ -1,5 +1,6 @@
 """A trained model used from Python says what the commands say."""
 
+import dataclasses
 import json
 import re
 
@@ -76,6 +77,12 @@ def test_the_lines_of_the_readme_run(run):
     names: dict = {}
     exec(code.replace("To be", "KING"), names)
     assert names["text"] and names["loss"] > 0 and names["logits"].shape[0] == len("KING")
+
+
+def test_the_metrics_of_a_run_without_any_are_an_empty_frame(run):
+    pytest.importorskip("pandas")
+    begun = dataclasses.replace(scalegpt.Run.read(run), rows=[])
+    assert begun.dataframe().empty and begun.dataframe().index.name == "step"
 
 
 def test_mistakes_are_named(run, model, tmp_path):
