@@ -12,6 +12,7 @@ if __name__ == "__main__":
 
 import argparse
 import shlex
+from contextlib import suppress
 from pathlib import Path
 
 from scalegpt.config import command_line
@@ -60,7 +61,7 @@ def listing(folder: str) -> str:
     if not runs:
         raise Mistake(f"name the run.out_dir of a training run: none is in {folder}/")
     lines, readable = [("run", "state", "best val loss")], []
-    runs.sort(key=lambda run: max(file.stat().st_mtime for file in run.iterdir()))
+    runs.sort(key=_written)
     for run in runs:
         try:
             known = facts(read_history(str(run)))
@@ -72,6 +73,16 @@ def listing(folder: str) -> str:
     table = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
     newest = " ".join(readable[-2:] or ["RUN"])
     return "\n".join([*table, "next:", f"  {python()} -m scalegpt.report {newest}"])
+
+
+def _written(run: Path) -> float:
+    """Return when the newest file of a run was written, where files may go at any moment."""
+    times = [0.0]
+    with suppress(OSError):
+        for file in run.iterdir():
+            with suppress(OSError):
+                times.append(file.lstat().st_mtime)
+    return max(times)
 
 
 def _parser() -> argparse.ArgumentParser:

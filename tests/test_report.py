@@ -175,6 +175,43 @@ def test_runs_whose_losses_do_not_compare_share_no_axis_but_that_of_bits_per_byt
     assert curves.NOT_COMPARABLE in page.page([here, new])
 
 
+def test_long_and_odd_names_of_runs_leave_the_curves_their_room(tmp_path):
+    names = [f"modern_124m_openwebtext_lr_6e-4_seed_00{i}" for i in range(4)]
+    names += ["$\\frac$", os.fsdecode(b"\xff")]
+    for name in names:
+        write_run(tmp_path / "new").rename(tmp_path / name)
+    runs = [read_history(str(tmp_path / name)) for name in names]
+    assert report.main([*(run.name for run in runs), "--out", str(tmp_path / "x.html")]) == 0
+    figure = curves.draw(runs)
+    figure.draw_without_rendering()  # a warning, as of axes without room, is an error
+    assert min(axes.get_position().height * figure.get_figheight() for axes in figure.axes) > 1.4
+    said = [text.get_text().replace(r"\$", "$") for text in figure.axes[-1].texts]
+    assert said == [*names[:-1], "\N{REPLACEMENT CHARACTER}"]
+    edges = [text.get_window_extent() for text in figure.axes[-1].texts]
+    assert all(figure.bbox.x0 < edge.x0 and edge.x1 < figure.bbox.x1 for edge in edges)
+
+
+def test_what_no_run_writes_is_one_line_and_what_ends_meanwhile_is_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = write_run(tmp_path / "out/a")
+    metrics, samples = folder / "metrics.jsonl", folder / "samples.jsonl"
+    (folder / "gone").symlink_to("nowhere")
+    huge = '{"step": 1' + "0" * 400 + '}\n{"step": ' + "[" * 100_000
+    metrics.write_text(metrics.read_text() + huge)
+    assert " done " in report.listing("out")
+    metrics.write_text('{"step": 1, "train/loss": 1e304, "val/loss": -1e304}\n')
+    samples.write_text(r'{"step": 3, "prompt": "", "text": "half \ud800"}')
+    assert report.main(["out/a"]) == 0
+    assert "half ?" in (folder / report.NAME).read_text()
+    for row in ('{"step": 3}', '{"step": 3, "text": 5}'):
+        samples.write_text(row)
+        with pytest.raises(Mistake, match="samples.jsonl: text=(None|5) at step 3 is no text"):
+            report.main(["out/a"])
+    metrics.write_text('{"step": 1, "train/loss": 1.7e308}')
+    with pytest.raises(Mistake, match="train/loss=1.7e.308 at step 1 is no number"):
+        report.main(["out/a"])
+
+
 def test_without_a_run_those_in_out_are_listed_with_what_to_type(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Mistake, match="none is in out/"):

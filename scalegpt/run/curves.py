@@ -44,10 +44,11 @@ def draw(histories: Sequence[History]) -> Any:
     rows = [[f"{axis} {i}" for axis in LABELS] for i in range(len(losses))]
     rows += [others, ["ledger"] if any(times) else []]
     heights = [2.8] * len(losses) + [2.4, 0.8 + 0.3 * len(histories)]
+    columns = 4 if max(map(len, names)) < 20 else 2  # of the legend, each of whose rows is 0.2 high
     # The panels of a row share its width, whatever their number: 12 columns are 1, 2, 3 or 4.
     grid = [[name for name in row for _ in range(12 // len(row))] for row in rows if row]
     heights = [height for height, row in zip(heights, rows, strict=True) if row]
-    figure = Figure(figsize=(10, sum(heights) + 0.4), **SIZE)
+    figure = Figure(figsize=(10, sum(heights) + 0.2 * (2 + len(names) // columns)), **SIZE)
     panels = figure.subplot_mosaic(grid, height_ratios=heights)
     longest = max((seconds[-1] for run in histories if len(seconds := _seconds(run))), default=0.0)
     scale, unit = next(x for x in UNITS if longest <= x[0] * 120 or x is UNITS[-1])
@@ -78,7 +79,6 @@ def draw(histories: Sequence[History]) -> Any:
     styles = {"validation": DOTTED, "training": THIN}
     lines += [Line2D([], [], color="black", label=name, **styles[name]) for name in styles]
     apart = NOT_COMPARABLE if len(comparable(histories)) > 1 else None
-    columns = 4 if max(map(len, names)) < 20 else 2
     place = {"loc": "outside upper center", "ncols": columns, "frameon": False}
     figure.legend(handles=lines, title=apart, **place)
     if any(times):
@@ -87,10 +87,15 @@ def draw(histories: Sequence[History]) -> Any:
 
 
 def short_names(histories: Sequence[History]) -> list[str]:
-    """Return the end of each run's name that the runs do not have in common, for a figure."""
-    parts = [run.name.rstrip("/").split("/") for run in histories]
+    """Return the end of each run's name that the runs do not have in common, for a figure.
+
+    A name may have bytes that are not UTF-8, and dollars, between which matplotlib reads formulas.
+    """
+    parts = [
+        os.fsencode(run.name).decode(errors="replace").rstrip("/").split("/") for run in histories
+    ]
     common = len(os.path.commonprefix([folders[:-1] for folders in parts]))
-    return ["/".join(folders[common:])[-40:] for folders in parts]
+    return ["/".join(folders[common:])[-40:].replace("$", r"\$") for folders in parts]
 
 
 def loss_rows(
@@ -133,14 +138,15 @@ def _draw_ledger(panel: Any, names: Sequence[str], times: Sequence[dict[str, flo
         if width.any():
             panel.barh(range(len(times)), width, 0.7, left, label=name, color=colormaps["Set3"](i))
         left += width
-    if len(names) > 1:
-        panel.set_yticks(range(len(times)), names)
-    else:  # the legend has it
-        panel.set_yticks([])
-    panel.invert_yaxis()
+    if len(names) > 1:  # of a single run, the legend has it
+        for i, name in enumerate(names):  # beside the bars, long ones would leave them no room
+            panel.annotate(name, (0, i), (4, 0), textcoords="offset points", va="center", size=9)
+    panel.set_yticks([])
+    panel.set_ylim(len(times) - 0.5, -0.5)
     panel.spines[["top", "right"]].set_visible(False)
     panel.set_title(f"{unit} of the whole run, by what they were spent on", fontsize=10)
-    panel.legend(ncols=len(TIMES), fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.25))
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 2.5}
+    panel.legend(ncols=len(TIMES), fontsize=9, **place)
 
 
 def ledger_of(run: History) -> dict[str, float]:

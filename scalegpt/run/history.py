@@ -4,9 +4,10 @@ A run that is going on, was interrupted or lies in a bucket is read like a finis
 is written. Its curves are arrays [N] over the rows of metrics.jsonl that have a key.
 """
 
-import sys
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -36,10 +37,17 @@ class History:
 
     def curve(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """Return the steps [N], ascending, and the values [N] of a key; not finite is NaN."""
-        values = {row["step"]: row[key] for row in self.rows if key in row}
-        steps = sorted(values)
-        found = [np.nan if values[step] is None else values[step] for step in steps]
-        return np.array(steps, float), np.array(found, float)
+        if key not in self._curves:
+            values = {row["step"]: row[key] for row in self.rows if key in row}
+            steps = sorted(values)
+            found = [values[step] for step in steps]  # None becomes NaN
+            self._curves[key] = np.array(steps, float), np.array(found, float)
+        return self._curves[key][0].copy(), self._curves[key][1].copy()
+
+    @cached_property
+    def _curves(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Curves that were asked for, as a figure does for each of its axes."""
+        return {}
 
     def cost(self, axis: str, steps: np.ndarray) -> np.ndarray:
         """Return what training up to each of `steps` [N] has cost, by one of AXES.
@@ -99,25 +107,30 @@ def read_rows(folder: Folder, name: str = "metrics.jsonl") -> list[Row]:
     if not folder.has(name):
         return []
     try:
-        text = folder.read(name).decode(errors="replace")
+        data = io.BytesIO(folder.read(name))
     except OSError as error:
         raise Mistake(f"cannot read {folder}/{name}: {error.strerror}; move it away") from None
-    rows = json_files.complete_rows(text.splitlines())
+    rows = json_files.complete_rows(io.TextIOWrapper(data, "utf-8", "replace"))
     for row in rows:
-        numbers = {key: value for key, value in row.items() if "/" in key}
-        bad = [key for key, value in numbers.items() if not _is_number(value)]
+        bad = [key for key, value in row.items() if "/" in key and not _is_number(value)]
+        if name == SAMPLES and type(row.get("text")) is not str:
+            bad.append("text")
         if type(row["step"]) is not int or bad:
             key = bad[0] if bad else "step"
+            kind = "text" if key == "text" else "number"
             raise Mistake(
-                f"{folder}/{name}: {key}={row[key]!r} at step {row['step']} is no number that "
+                f"{folder}/{name}: {key}={row.get(key)!r} at step {row['step']} is no {kind} that "
                 "a run writes; mend that line, or move the folder away"
             )
     return rows
 
 
 def _is_number(value: Any) -> bool:
-    """Return whether a value is finite or None; math.isfinite raises for huge integers."""
-    return value is None or type(value) in (int, float) and abs(value) <= sys.float_info.max
+    """Return whether a value is None or a number that a run may write: a perplexity is <= e^700.
+
+    Sums of larger ones, as of matplotlib, overflow; math.isfinite raises for huge integers.
+    """
+    return value is None or type(value) in (int, float) and abs(value) <= 1e305
 
 
 def state(rows: list[Row], steps: int) -> str:

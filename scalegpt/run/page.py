@@ -38,6 +38,7 @@ _UNIMPORTANT = ("run.out_dir", "log.", "distributed.", "run.deadline_")
 def page(histories: Sequence[History]) -> str:
     """Return the page's text: a table of the runs, their curves, settings, checkpoints, samples."""
     names = ", ".join(run.name for run in histories)
+    heading = _text(names) if len(histories) == 1 else f"{len(histories)} runs"
     sections = [
         ("", _runs(histories)),
         ("", f'<div class="wide">{_svg(histories)}</div>'),
@@ -58,7 +59,7 @@ def page(histories: Sequence[History]) -> str:
         # The browser itself refuses whatever would leave the page; without an icon it asks for one.
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         f'<link rel="icon" href="data:,">\n<style>{_STYLE}</style></head>\n<body>\n'
-        f"<h1>{_text(names)}</h1>\n<p>As of {_date(time.time())}, by scalegpt.report.</p>\n"
+        f"<h1>{heading}</h1>\n<p>As of {_date(time.time())}, by scalegpt.report.</p>\n"
         f"{body}\n</body></html>\n"
     )
 
@@ -72,7 +73,8 @@ def write_page(out: str, histories: Sequence[History]) -> None:
     try:
         if folder.has(name) and MARK.encode() not in folder.read(name)[:1000]:
             raise Mistake(f"{out} exists and is no report of scalegpt; give another --out")
-        folder.write(name, text.encode())
+        # A folder's name that is not UTF-8 and a sample may have halves of characters.
+        folder.write(name, text.encode(errors="replace"))
     except OSError as error:
         raise Mistake(f"cannot write {out}: {error.strerror or error}") from None
 
