@@ -2,18 +2,19 @@
 
     python tools/parity.py --config configs/demo.yaml [--steps 5] [--section.key=value ...]
 
-Every row runs the first updates of the run that the configuration describes, in float32, with the
-same data, seed and dropout masks, and is compared with plain jit on one device:
+The first row, plain jit on one device, makes the first updates of the run that the configuration
+describes, in float32. Every other row makes the same updates with the same data, seed and dropout
+masks, and begins each from the first row's state before it: from update to update, rounding grows
+as the run's own instability makes it grow, and no bound would hold for every run. Compared are:
 
-loss       the largest |difference| of train/loss, over the number of the update
-norm       the same of train/grad_norm, relative; AdamW hides its scale from params
-params     the largest |difference| of a parameter after the updates, over what rounding explains
+loss       the largest difference of train/loss, relative, as rounding of a sum is
+norm       the same of train/grad_norm and of the norms of each parameter's gradient
+state      the largest |difference| in parameters and optimizer state, over what rounding explains
 moved      bytes of all collectives of an update on one device, read from the compiled program
 step       median time of an update but the first; all rows share this machine, so it is noisy
 
-A row FAILs when loss or norm exceeds the tolerance (1e-5), or params exceeds 1, and the exit code
-is 1. Losses and norms are over the number of the update because each update adds rounding of its
-own. What rounding explains of a parameter depends on gradients and learning rates: `rounding`.
+A row FAILs when loss or norm exceeds the tolerance (1e-5), or state exceeds 1, and the exit code is
+1. What rounding explains of a norm is in `norm_differences`, and of the state in `rounding`.
 """
 # ruff: noqa: E402
 
@@ -32,16 +33,13 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict
 from hlo_traffic import collectives, table
-from optax import ScaleByAdamState
 
 from scalegpt.config import Config, command_line
 from scalegpt.data.datasets import open_datasets, resolved
@@ -100,10 +98,11 @@ WIDTH = max(len(row.name) for row in ROWS)
 
 @dataclass
 class Result:
-    losses: list[float]  # of each update
-    norms: list[float]
-    params: dict[str, np.ndarray]  # after the last
-    bounds: dict[str, np.ndarray]  # what `rounding` explains of a difference, over all updates
+    """These are the largest differences from the first row over all updates."""
+
+    loss: float
+    norms: dict[str, float]  # train/grad_norm, and norms/NAME of each parameter's gradient
+    state: dict[str, float]  # of each array, over what `rounding` explains
     seconds: float  # of an update
     moved: int | None  # bytes
 
@@ -139,7 +138,7 @@ def compare(
     config: Config, datasets: list[Dataset], devices: list[Any], flags: Any, folder: Path
 ) -> list[dict[str, Any]]:
     """Run every row, and print its name when it begins and its result when it ends."""
-    reference, moved, rows = None, {}, []
+    moved, rows = {}, []
     for row in ROWS:
         say = partial(print, end="", flush=True, file=sys.stderr if flags.json else sys.stdout)
         say(f"{row.name:{WIDTH}}  ")
@@ -152,17 +151,16 @@ def compare(
                     result = in_processes(row, row_config, flags, folder)
                 else:
                     row_devices = devices[: prod(row.mesh.values())]
-                    result = updates(row_config, datasets, row_devices, flags)
+                    result = updates(row_config, datasets, row_devices, flags, folder)
             except Exception as error:  # the other rows can still be compared
-                if reference is None:
+                if not rows:
                     raise
                 report |= {"verdict": "FAIL", "reason": str(error)}
             else:
                 # Several processes run the program of one, and cannot read the bytes off it.
                 program = (row.backend, str(row.mesh), row.accumulation)
                 result.moved = moved.setdefault(program, result.moved)
-                reference = reference or result
-                report |= difference(result, reference, flags.tolerance)
+                report |= verdict(result, flags.tolerance)
         say(f"{line(report)}\n")
         rows.append(report)
     return rows
@@ -180,89 +178,162 @@ def obstacle(row: Row, config: Config, devices: list[Any]) -> str | None:
     return None
 
 
-def updates(config: Config, datasets: list[Dataset], devices: list[Any], flags: Any) -> Result:
-    """Make the first updates of a run on these devices."""
+def updates(
+    config: Config, datasets: list[Dataset], devices: list[Any], flags: Any, folder: Path
+) -> Result:
+    """Make the first updates of a run on these devices, and compare each with the first row's.
+
+    folder: where the first row, which finds none, leaves state and metrics after each update.
+    """
     steps = build_for_training(config, sharding.make_mesh(config.mesh, devices))
     moved = None
     if jax.process_count() == 1:
         program = steps.lower().compile().as_text()
         moved = sum(table(collectives(program, steps.mesh)).values())
-    state, rows, seconds = steps.init(), [], []
-    bounds = {path: np.zeros(x.shape, np.float32) for path, x in arrays(state.params).items()}
-    for batch in islice(batches_from(config, datasets, steps, 0), flags.steps):
-        began = time.perf_counter()
-        state, metrics = steps.train(state, batch)
-        rows.append({k: float(v) for k, v in metrics.items() if k.startswith("train/")})
-        seconds.append(time.perf_counter() - began)
-        for path, bound in rounding(config, state, rows[-1]["train/lr"], flags.tolerance).items():
-            bounds[path] += bound
-    losses, norms = ([row[key] for row in rows] for key in ("train/loss", "train/grad_norm"))
-    median = statistics.median(seconds[1:] or seconds)
-    return Result(losses, norms, arrays(state.params), bounds, median, moved)
+    is_first = not (folder / "0.npz").exists()
+    batches = batches_from(config, datasets, steps, 0)
+    before, losses, norms, states, seconds = {}, [], [], [], []
+    for i in range(flags.steps + 1):
+        if i == 0:
+            state, metrics = steps.init(), {}
+        else:
+            state, batch = placed(before, steps.abstract), next(batches)
+            began = time.perf_counter()
+            state, metrics = jax.block_until_ready(steps.train(state, batch))
+            seconds.append(time.perf_counter() - began)
+        after = arrays(state) | arrays(metrics)
+        if is_first:
+            np.savez(folder / f"{i}.npz", **after)
+        with np.load(folder / f"{i}.npz") as file:
+            expected = dict(file)
+        bounds = rounding(config, before, expected, flags.tolerance)
+        states.append({path: share(after[path], expected[path], b) for path, b in bounds.items()})
+        if i > 0:
+            losses.append(share(*(x["train/loss"] for x in (after, expected, expected))))
+            norms.append(norm_differences(after, expected))
+        before = expected
+    return Result(
+        np.max(losses).item(),
+        *(
+            {key: np.max([row[key] for row in rows]).item() for key in rows[0]}
+            for rows in (norms, states)
+        ),
+        statistics.median(seconds[1:] or seconds),
+        moved,
+    )
 
 
 def arrays(tree: Any) -> dict[str, np.ndarray]:
-    return {path: np.asarray(x) for path, x in flatten_dict(tree, sep="/").items()}
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): np.asarray(x) for p, x in leaves}
 
 
-def rounding(config: Config, state: Any, lr: float, tolerance: float) -> dict[str, np.ndarray]:
-    """Bound how much rounding can have changed each parameter in the last update.
+def placed(values: dict[str, np.ndarray], abstract: Any) -> Any:
+    """Put what `arrays` returned on the devices, as a tree like `abstract`."""
+    paths, structure = jax.tree_util.tree_flatten_with_path(abstract)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
+    leaves = [
+        jax.make_array_from_callback(like.shape, like.sharding, values[name].__getitem__)
+        for name, (_, like) in zip(names, paths, strict=True)
+    ]
+    return jax.tree.unflatten(structure, leaves)
+
+
+def share(value: np.ndarray, expected: np.ndarray, bound: Any) -> float:
+    """Return the largest |difference| over its bound."""
+    gap = np.abs(value - expected)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(gap == 0, 0, gap / bound).max()
+
+
+def norm_differences(
+    values: dict[str, np.ndarray], expected: dict[str, np.ndarray]
+) -> dict[str, float]:
+    """Return how much the gradient's norm, and each parameter's and layer's, differ relatively.
+
+    AdamW hides a gradient's scale from the state, and the whole norm that of a small parameter.
+    Rounding changes a norm in proportion to it. But where the terms of a gradient cancel, or a
+    parameter hardly matters, what is left of the gradient is rounding of the signals that pass the
+    layers, which are of the size of the whole gradient; so float32's step at the whole norm, 1.2e-7
+    of it, is taken off a difference first. A parameter's scale of 1.001 shows if its norm is more
+    than 1.2e-4 of the whole.
+    """
+    whole = expected["train/grad_norm"]
+    found = {}
+    for path in ("train/grad_norm", *(path for path in expected if path.startswith("norms/"))):
+        gap = np.abs(values[path] - expected[path]) - np.finfo(np.float32).eps * whole
+        found[path] = share(np.maximum(gap, 0), 0, expected[path])
+    return found
+
+
+def rounding(
+    config: Config,
+    before: dict[str, np.ndarray],
+    after: dict[str, np.ndarray],
+    tolerance: float,
+) -> dict[str, np.ndarray]:
+    """Bound how much rounding can change each array of the state in one update.
 
     Rounding changes an entry of a layer's gradient by up to `tolerance` of the largest entry, and
-    not in proportion to itself, for it is the rest of a sum; e is the tolerance times the number
-    of updates, as each adds its own. AdamW's step is lr m / r, with m the mean of an entry's
-    gradients and r the root of their mean square. To first order it changes by 2 lr e (largest r)
-    / r, for m and r both do, and hardly by more than 2 lr, for |m| is about r at most. So where the
-    gradient is large, the bound is a small part of a step; a parameter whose gradient is mere
-    rounding may take any step. Muon divides by the norm of the momentum, and each of its Newton-
-    Schulz steps multiplies what is small by up to 3.4445. If decay is cautious, rounding may decide
-    whether an entry decays. At last, the sum of parameter and step is rounded.
-    state: after the update. lr: train/lr of the update.
+    not in proportion to itself, for it is the rest of a sum; and by its part of what rounding of
+    the whole gradient leaves in the layer's norm (`norm_differences`). A mean of gradients, or of
+    their squares, takes no more from one than the mean before and the mean after together.
+
+    AdamW's step is lr m / r, with m the mean of an entry's gradients and r the root of their mean
+    square. To first order it changes by 2 lr e / r, with e the change of the gradient, for m and r
+    both do, and hardly by more than 2 lr, for |m| is about r at most. So where the gradient is
+    large, the bound is a small part of a step; a parameter whose gradient is mere rounding may take
+    any step. Muon divides by the norm of the momentum, and each of its Newton-Schulz steps
+    multiplies what is small by up to 3.4445. If decay is cautious, rounding may decide whether an
+    entry decays. At last, the sum of parameter and step is rounded. An average of weights changes
+    by no more than they do; initial weights may by `tolerance` of the largest, and counts not.
+    before, after: state and metrics of the first row, as `arrays` returns them. Before the first
+    update `before` is empty, and the bounds are those of the initial state.
     """
-    optim, count, bounds = config.optim, int(state.step), {}
+    bounds = {path: 0.0 for path in after if path.startswith(("params/", "opt_state/"))}
+    if not before:
+        return {path: tolerance * abs(after[path]).max() for path in bounds}
+    optim, epsilon = config.optim, np.finfo(np.float32).eps
     peaks = {"embeddings": optim.embedding_lr, "head": optim.head_lr, "scalars": optim.scalar_lr}
-    states = jax.tree.leaves(state.opt_state, is_leaf=lambda x: isinstance(x, ScaleByAdamState))
-    adams = [x for x in states if isinstance(x, ScaleByAdamState)]
-    squares = {path: x for adam in adams for path, x in arrays(adam.nu).items()}
-    for path, parameter in arrays(state.params).items():
-        kind = parameters(config.model)[path].kind
-        if path in squares:
-            root = np.sqrt(squares[path] / (1 - optim.beta2**count))
-            axes = tuple(range(1, root.ndim)) if path.startswith("h/") else None
-            share = tolerance * count * root.max(axes, keepdims=True) / (root + optim.eps)
-        else:
-            share = tolerance * count * COEFFICIENTS[0] ** optim.ns_steps
-        step = 2 * np.minimum(1, share) + optim.cautious_decay * optim.weight_decay * abs(parameter)
-        rate = lr * (peaks.get(kind) or optim.lr) / optim.lr
-        bounds[path] = rate * step + np.finfo(np.float32).eps * abs(parameter)
+    for name, parameter in parameters(config.model).items():
+        x = after[f"params/{name}"]
+        axes = tuple(range(name.startswith("h/"), x.ndim))  # of one layer
+        entries = prod(x.shape[axis] for axis in axes)
+        noise = epsilon * after["train/grad_norm"] / np.sqrt(entries)
+        relative = tolerance * COEFFICIENTS[0] ** optim.ns_steps
+        for path in bounds:
+            if path.endswith((f"/mu/{name}", f"/momentum/{name}")):
+                bounds[path] = tolerance * (abs(before[path]) + abs(after[path])).max() + noise
+            elif path.endswith(f"/nu/{name}"):
+                largest = np.sqrt((before[path] + after[path]).max())
+                gap = tolerance * largest + noise
+                bounds[path] = (2 * largest + gap) * gap
+                root = np.sqrt(after[path] / (1 - optim.beta2 ** int(after["step"])))
+                gap = tolerance * root.max(axes, keepdims=True) + noise
+                relative = gap / (root + optim.eps)
+        step = 2 * np.minimum(1, relative) + optim.cautious_decay * optim.weight_decay * abs(x)
+        rate = after["train/lr"] * (peaks.get(parameter.kind) or optim.lr) / optim.lr
+        bound = rate * step + epsilon * abs(x)
+        weights = (f"params/{name}", f"/average/{name}")
+        bounds |= {path: bound for path in bounds if path.endswith(weights)}
     return bounds
 
 
-def difference(result: Result, reference: Result, tolerance: float) -> dict[str, Any]:
-    """Return the largest differences of a row's result from the reference's, and the verdict."""
-    shares = {}
-    for path, x in result.params.items():
-        gap = np.abs(x - reference.params[path])
-        # The lesser bound, so that neither run excuses what the other one shows to be wrong.
-        bound = np.minimum(result.bounds[path], reference.bounds[path])
-        with np.errstate(divide="ignore", invalid="ignore"):
-            shares[path] = float(np.where(gap == 0, 0, gap / bound).max())
-    update = 1 + np.arange(len(result.norms))
-    losses = np.abs(np.subtract(result.losses, reference.losses))
-    norms = np.abs(np.divide(result.norms, reference.norms) - 1)
+def verdict(result: Result, tolerance: float) -> dict[str, Any]:
+    """Return the largest differences of a row, and whether they are within their bounds."""
+    # "not <=", so that a NaN fails too.
+    failed = [] if result.loss <= tolerance else ["loss"]
+    failed += [path for path, gap in result.norms.items() if not gap <= tolerance]
+    failed += [path for path, part in result.state.items() if not part <= 1]
     report = {
-        "loss_difference": float((losses / update).max()),
-        "norm_difference": float((norms / update).max()),
-        "parameter_difference": max(shares.values()),
+        "loss_difference": result.loss,
+        "norm_difference": np.max([*result.norms.values()]).item(),
+        "state_difference": np.max([*result.state.values()]).item(),
         "bytes_moved": result.moved,
         "step_seconds": result.seconds,
-        "verdict": "ok",
+        "verdict": "FAIL" if failed else "ok",
     }
-    # "not <=", so that a NaN fails too.
-    failed = [x for x in ("loss", "norm") if not report[f"{x}_difference"] <= tolerance]
-    if failed := [*failed, *(path for path, share in shares.items() if not share <= 1)]:
-        report |= {"verdict": "FAIL", "reason": ", ".join(failed[:3])}
-    return report
+    return report | ({"reason": ", ".join(failed[:3])} if failed else {})
 
 
 def in_processes(row: Row, config: Config, flags: Any, folder: Path) -> Result:
@@ -295,21 +366,15 @@ def in_processes(row: Row, config: Config, flags: Any, folder: Path) -> Result:
             worker.kill()
     if any(worker.returncode for worker in workers):
         raise RuntimeError(f"the processes of {row.name} failed:\n" + "\n".join(outputs))
-    result = Result(**json.loads((folder / "result.json").read_text()))
-    for name in ("params", "bounds"):
-        setattr(result, name, dict(np.load(folder / f"{name}.npz")))
-    return result
+    return Result(**json.loads((folder / "result.json").read_text()))
 
 
 def work(config: Config, folder: Path, flags: Any) -> int:
     """Make the updates as one process of several; the first writes the result to `folder`."""
     with startup.start(config.distributed) as group:
-        result = updates(config, open_datasets(config), jax.devices(), flags)
+        result = updates(config, open_datasets(config), jax.devices(), flags, folder)
         if group.index == 0:
-            numbers = {**vars(result), "params": {}, "bounds": {}}
-            (folder / "result.json").write_text(json.dumps(numbers))
-            np.savez(folder / "params.npz", **result.params)
-            np.savez(folder / "bounds.npz", **result.bounds)
+            (folder / "result.json").write_text(json.dumps(vars(result)))
         return group.farewell(0)
 
 
@@ -353,7 +418,7 @@ def header(given: Config, config: Config, devices: list[Any], flags: Any) -> str
         f"{flags.steps} updates of {new} x {config.model.block_size} tokens in float32 on "
         f"{len(devices)} x {devices[0].device_kind}; tolerance {flags.tolerance:g}"
     )
-    columns = f"{'':{WIDTH}}     loss     norm   params       moved      step  verdict"
+    columns = f"{'':{WIDTH}}     loss     norm    state       moved      step  verdict"
     return "\n".join([title, *(note for note, holds in notes.items() if holds), columns])
 
 
@@ -364,7 +429,7 @@ def line(report: dict[str, Any]) -> str:
     moved = "-" if (n := report["bytes_moved"]) is None else f"{n / 1e6:,.1f}"
     return (
         f"{report['loss_difference']:7.1e}  {report['norm_difference']:7.1e}  "
-        f"{report['parameter_difference']:7.1e}  {moved:>7} MB  "
+        f"{report['state_difference']:7.1e}  {moved:>7} MB  "
         f"{report['step_seconds'] * 1e3:5,.0f} ms  {verdict}"
     )
 
