@@ -229,7 +229,7 @@ class OptimConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("steps", 0) is None:
+        if isinstance(values, dict) and values.get("steps", 0) is None and values.get("epochs"):
             values = {k: v for k, v in values.items() if k != "steps"}
         if isinstance(values, dict) and values.get("name") == "muon":
             # AdamW's runs store the rates that only Muon has as null, which means not given.
