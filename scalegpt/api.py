@@ -10,7 +10,6 @@ from typing import Any, Self
 import numpy as np
 
 from scalegpt import train as command
-from scalegpt.checkpoints import manifest
 from scalegpt.config import Config, loading
 from scalegpt.data.tokenizer import Tokenizer
 from scalegpt.errors import Mistake
@@ -87,19 +86,12 @@ class Run(History):
 
     def curve(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """Return steps [N] and values [N] of a key of metrics.jsonl. Raises Mistake for no key."""
-        known = {*TRAIN_KEYS, *EVAL_KEYS, *(key for row in self.rows for key in row)}
-        if key not in known:
+        if key not in (*TRAIN_KEYS, *EVAL_KEYS) and not any(key in row for row in self.rows):
+            known = {*TRAIN_KEYS, *EVAL_KEYS, *(key for row in self.rows for key in row)}
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(known))}"
             raise Mistake(f"no metric {key!r}; {hint}")
         return super().curve(key)
-
-    @property
-    def best(self) -> int | None:
-        """The step of the checkpoint with the lowest validation loss; None before there is one."""
-        whole = {step: m for step, m in self.checkpoints.items() if not isinstance(m, str)}
-        losses = {step: m["val_loss"] for step, m in whole.items() if m["val_loss"] is not None}
-        return manifest.best(losses) if losses else None
 
     def dataframe(self) -> Any:
         """Return the metrics as a pandas DataFrame, a row for each step. Raises Mistake."""

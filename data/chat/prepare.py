@@ -40,6 +40,7 @@ from scalegpt.data.tokenizer import Tokenizer, char_tokenizer
 from scalegpt.errors import Mistake, counted
 from scalegpt.files.text_files import find_files
 from scalegpt.processes.command import run_command
+from scalegpt.processes.streams import visible
 from scalegpt.weights.tokenizer_files import named
 
 _NOT_SHAPING = ("out", "force", "preview")
@@ -217,9 +218,7 @@ def example(codec: Tokenizer, ids: np.ndarray, color: bool) -> str:
     before, after = ("\x1b[32m", "\x1b[0m") if color else ("[[", "]]")
     text, room = "", SHOWN
     for learned, part in groupby(ids.tolist(), lambda i: i >= 0):
-        part = codec.decode([i if learned else ~i for i in part], marks=True)
-        # What else a terminal obeys is in the text as little as it is in the ids' meaning.
-        part = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in part)
+        part = visible(codec.decode([i if learned else ~i for i in part], marks=True))
         shown = part[:room] + "..." * (len(part) > room)
         text += f"{before}{shown}{after}" if learned else shown
         room -= len(part)

@@ -49,6 +49,13 @@ class History:
         """Curves that were asked for, as a figure does for each of its axes."""
         return {}
 
+    @property
+    def best(self) -> int | None:
+        """The step of the checkpoint with the lowest validation loss; None before there is one."""
+        whole = {step: m for step, m in self.checkpoints.items() if not isinstance(m, str)}
+        losses = {step: m["val_loss"] for step, m in whole.items() if m["val_loss"] is not None}
+        return manifest.best(losses) if losses else None
+
     def cost(self, axis: str, steps: np.ndarray) -> np.ndarray:
         """Return what training up to each of `steps` [N] has cost, by one of AXES.
 

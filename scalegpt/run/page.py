@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from scalegpt.checkpoints import manifest
 from scalegpt.errors import Mistake
 from scalegpt.files.folder import open_folder
 from scalegpt.run.curves import NOT_COMPARABLE, draw, ledger_of
@@ -165,14 +164,13 @@ def _samples(run: History) -> str:
 
 def _checkpoints(run: History) -> str:
     whole = {step: m for step, m in run.checkpoints.items() if not isinstance(m, str)}
-    losses = {step: m["val_loss"] for step, m in whole.items() if m["val_loss"] is not None}
-    best, latest = manifest.best(losses) if losses else None, max(whole, default=None)
+    latest = max(whole, default=None)
     rows = []
     for step, content in run.checkpoints.items():
         if isinstance(content, str):
             rows.append([f"{step:,}", "", "", "", content])
             continue
-        tags = [tag for tag, s in (("best", best), ("latest", latest)) if s == step]
+        tags = [tag for tag, s in (("best", run.best), ("latest", latest)) if s == step]
         size = sum(size for size, _ in content["files"].values())
         loss = "" if content["val_loss"] is None else f"{content['val_loss']:.4f}"
         saved = _date(content["time"])
