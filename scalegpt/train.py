@@ -37,9 +37,9 @@ from scalegpt.data.token_files import Dataset
 from scalegpt.errors import Mistake
 from scalegpt.files import run_folder
 from scalegpt.files.cache import keep_compiled
-from scalegpt.inference.answers import held_out
+from scalegpt.inference.answers import for_any_parameters, held_out
 from scalegpt.inference.continuation import continuations, prompt_ids
-from scalegpt.inference.decode import Decoder, decoder
+from scalegpt.inference.decode import Decoder
 from scalegpt.inference.sampling import Sampler
 from scalegpt.inference.validation import validation
 from scalegpt.model.flops import mfu_meter
@@ -152,7 +152,7 @@ class Training:
     progress: Progress
     phases: Phases
     stop: StopRequest
-    decoders: list[Decoder] = field(default_factory=list)  # that of earlier samples
+    decoders: list[Callable[[Any], Decoder]] = field(default_factory=list)  # that of samples
 
 
 def train(
@@ -409,12 +409,9 @@ def sample(run: Training, params: Any) -> str | None:
     if first := next(filter(None, problems), None):
         run.metrics.say(f"no sample: {first}")
         return None
-    if run.decoders:  # of an earlier sample, so that nothing is compiled again
-        decode = run.decoders[0].with_params(params)
-    else:
-        decode = decoder(run.steps, params, Sampler(), codec.vocab_size)
-    # Between two samples there is no second copy of the parameters.
-    run.decoders[:] = [decode.with_params(None)]
+    if not run.decoders:
+        run.decoders.append(for_any_parameters(run.steps, Sampler(), codec.vocab_size))
+    decode = run.decoders[0](params)
     longest = min(200, run.config.model.block_size)
     return shown + continuations(decode, codec, [start], max_new_tokens=longest)[0].text
 
