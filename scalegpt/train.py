@@ -52,7 +52,7 @@ from scalegpt.processes.group import Alone, Group, Guest
 from scalegpt.processes.phases import Phases
 from scalegpt.processes.stop_request import GuestStopRequest, Interrupted, StopRequest
 from scalegpt.run import reports
-from scalegpt.run.feed import batches_from
+from scalegpt.run.feed import source
 from scalegpt.run.metrics import Metrics, check_packages
 from scalegpt.run.progress import Ended, NotFinite, NotSaved, Progress, Stopped
 from scalegpt.run.replay import replay
@@ -274,7 +274,7 @@ def loop(run: Training, state: State, start: int) -> State:
     Returns the state after the last one. Raises Stopped, NotFinite or NotSaved to end before it.
     """
     config, total = run.config, run.config.optim.steps
-    batches = batches_from(config, run.datasets, run.steps, start)
+    batch_of = source(config, run.datasets, run.steps, start)
     began = time.perf_counter()
     for step in range(start + 1, total + 1):
         compiling = step == start + 1 or step in config.batch.growth
@@ -282,9 +282,9 @@ def loop(run: Training, state: State, start: int) -> State:
             run.phases.begin("compile", step - 1)
         # Meanwhile the device computes the update before, so that it need not wait for this batch.
         with run.phases("wait for data"):
-            batch = next(batches)
+            batch, figures = batch_of(state, step)
         state, values = run.steps.train(state, batch)  # dispatched, not waited for
-        run.progress.dispatched(step, values)
+        run.progress.dispatched(step, values | figures)
         if (failure := run.checkpoints.failing) and failure.over:
             run.progress.read()
             raise NotSaved(step)

@@ -533,7 +533,7 @@ NEUTRAL = {
     # Of RoPE, of wsd and of an untied head, which the defaults are not.
     *("model.rope_base", "optim.cooldown", "optim.head_lr"),
     # What isolate and the data, and steps say.
-    *("model.bos", "optim.epochs"),
+    *("model.bos", "optim.epochs", "objective.width"),
 }
 OTHER = {  # a value that differs from the default, where adding one will not do
     "model.preset": "gpt2",
@@ -549,6 +549,7 @@ OTHER = {  # a value that differs from the default, where adding one will not do
     "model.vocab_size": 300,
     "model.isolate": True,
     "model.bos": 3,
+    "objective.width": 8,
     "objective.name": "sft",
     "optim.epochs": 2.0,
     "batch.microbatch": 2,

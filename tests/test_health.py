@@ -30,7 +30,8 @@ def poison(monkeypatch, at: int, by: float) -> None:
     def poisoned(config, dtype, state, total, grads, count):
         factor = jnp.where(state.step == at - 1, by, 1.0)
         grads = jax.tree.map(lambda g: g * factor, grads)
-        return apply_gradients(config, dtype, state, total * factor, grads, count)
+        total = jax.tree.map(lambda x: x * factor, total)
+        return apply_gradients(config, dtype, state, total, grads, count)
 
     monkeypatch.setattr(update, "apply_gradients", poisoned)
 

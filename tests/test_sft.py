@@ -31,6 +31,7 @@ from scalegpt.model.gpt import GPT, Cache, head_table, logits, separate_layers
 from scalegpt.run.reports import unread_line
 from scalegpt.step import build_for_training, sharding, update
 from scalegpt.step.loss import row_losses
+from scalegpt.step.objective import target_count
 from scalegpt.weights import init_from
 
 # Ids of bytes with the marks of a chat.
@@ -320,12 +321,12 @@ def test_signed_ids_are_read_and_not_predicted():
     expected = np.where(signed[:, 1:] >= 0, picked, 0).sum(-1)
 
     def loss(params, tokens, rows):
-        return row_losses(model, params, tokens, None).sum()
+        return row_losses(model, params, tokens, None).sum(), {}
 
     @jax.jit
     def sums(tokens):
-        total, grads = update.accumulate(loss, params, tokens, jnp.zeros(tokens.shape[:2]))
-        return total, grads, update.target_count(tokens)
+        (total, _), grads = update.accumulate(loss, params, tokens, jnp.zeros(tokens.shape[:2]))
+        return total, grads, target_count(tokens)
 
     one, grads, count = sums(signed.reshape(1, 4, 17))
     np.testing.assert_allclose(one, expected.sum(), rtol=1e-6)

@@ -5,7 +5,7 @@ from scalegpt.config import Config
 # These keys of the compared sections change speed or memory, never the loss curve.
 _NEUTRAL = {
     *("model.preset", "model.depth", "model.attention", "model.scan_layers", "model.remat"),
-    *("model.loss_chunk", "model.bos", "optim.epochs"),
+    *("model.loss_chunk", "model.bos", "optim.epochs", "objective.width"),
     *("batch.microbatch", "data.path", "data.prepare", "data.prefetch", "data.cache_dir"),
 }
 

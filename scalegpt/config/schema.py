@@ -100,6 +100,8 @@ class ObjectiveConfig(Section):
 
     name: Literal["text", "sft"] = "text"
     """text: every token; sft: the answers in conversations, as data/chat/prepare.py makes them"""
+    width: Positive | None = None
+    """tokens of a sequence, where these are shorter than block_size; follows from the data"""
 
 
 FileTask = Literal["hellaswag", "lambada", "multiple_choice", "gsm8k"]
@@ -284,6 +286,11 @@ class Config(Section):
         if optim.get("name") == "muon" and optim.get("embedding_lr") is None:
             given["optim"] = {**optim, "embedding_lr": muons(model)["embedding_lr"]}
         return {**values, **given}
+
+    @property
+    def row_width(self) -> int:
+        """The number of targets in a sequence of a batch."""
+        return self.objective.width or self.model.block_size
 
     def to_yaml(self) -> str:
         """Return the text of a YAML file that `loading.load` reads as this run."""

@@ -85,7 +85,7 @@ class Progress:
             return
         (step, values), self._unread = self._unread, None
         config, total = self._config, self._config.optim.steps
-        row = {"step": step} | {k: float(v) for k, v in values.items() if k.startswith("train/")}
+        row = {"step": step} | {k: float(v) for k, v in values.items() if "/" in k}
         row["train/skipped"] = int(row["train/skipped"])
         finite = math.isfinite(row["train/loss"]) and math.isfinite(row["train/grad_norm"])
         bad = not finite or row["train/spike"] > config.run.spike
@@ -98,7 +98,7 @@ class Progress:
             norms = reports.by_layer(values["norms"])
             row |= {f"norm/{name}": norm for name, norm in norms.items()}
         if bad or with_norms or step % config.log.every == 0 or step in (self._first, total):
-            length = config.model.block_size
+            length = config.row_width
             row["train/tokens"] = config.batch.rows_after(step) * length
             if len(self._datasets) == 1:
                 (row["train/epoch"],) = reports.epochs(config, self._datasets, step).values()

@@ -22,11 +22,12 @@ from scalegpt.data.datasets import train_batches, windows_of
 from scalegpt.data.token_files import Dataset
 from scalegpt.errors import Mistake
 from scalegpt.processes.phases import Phases
-from scalegpt.run.feed import batches_from
+from scalegpt.run.feed import source
 from scalegpt.run.resume import carry_over, differences, fingerprints, initial_state
 from scalegpt.step import sharding
 from scalegpt.step.build import Steps
 from scalegpt.step.loss import row_losses
+from scalegpt.step.objective import tokens_of
 from scalegpt.step.update import State, dropout_key, row_keys
 
 SHOWN = 10  # examples that are printed
@@ -44,16 +45,16 @@ def replay(
     say = print if jax.process_index() == 0 else lambda *text: None
     if changes:
         say("\n  ".join(["this is not the run's own update, for these settings differ:", *changes]))
-    batches = batches_from(config, datasets, steps, start)
+    batch_of = source(config, datasets, steps, start)
     phases.begin("compile", start)
     earlier = range(start + 1, update)
     bar = jax.process_index() == 0 and len(earlier) > 1
     for step in tqdm(earlier, desc="updates before it", leave=False, disable=not bar or None):
-        state, values = steps.train(state, next(batches))
+        state, values = steps.train(state, batch_of(state, step)[0])
         float(values["train/loss"])
         phases.begin("step", step)
-    batch = next(batches)
-    losses = example_losses(config, steps, state, batch)
+    batch, _ = batch_of(state, update)
+    losses = example_losses(config, steps, state, tokens_of(batch))
     _, values = steps.train(state, batch)
     norms = {name: np.asarray(x) for name, x in values["norms"].items()}
     codec = tokenizer.load(datasets[0].tokenizer)
@@ -80,8 +81,8 @@ def replay(
 
 
 def example_losses(config: Config, steps: Steps, state: State, batch: Array) -> np.ndarray:
-    """Compute the mean cross-entropy of each row of an update's batch [A, M, T+1]: [A * M], in nats
-    a token, with the dropout that the update had."""
+    """Compute the mean cross-entropy of each row of an update's tokens [A, M, T+1]: [A * M], in
+    nats a token, with the dropout that the update had."""
 
     def losses(params: Any, tokens: Array, rows: Array, key: Array) -> Array:
         keys = row_keys(steps.model, key, rows)

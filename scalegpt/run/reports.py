@@ -41,7 +41,7 @@ def describe(config: Config, datasets: list[Dataset], steps: Steps) -> str:
     if axes := " x ".join(f"{a} {n}" for a, n in steps.mesh.shape.items() if n > 1):
         where.append(f"mesh {axes}")
     where += [config.run.backend] if config.run.backend != "jit" else []
-    tokens = counted(config.batch.sequences * config.model.block_size, "token")
+    tokens = counted(config.batch.sequences * config.row_width, "token")
     sizes = ", ".join(
         f"{d.name} ({d.train if d.kind == 'chat' else counted(len(d.train), 'token')})"
         for d in datasets
@@ -49,7 +49,7 @@ def describe(config: Config, datasets: list[Dataset], steps: Steps) -> str:
     parts = f", {microbatch} at a time" if accumulation > 1 else ""
     growth = sorted(config.batch.growth.items())
     later = "".join(f"; from update {update:,} on {counted(n, 'sequence')}" for update, n in growth)
-    total = config.batch.rows_after(config.optim.steps) * config.model.block_size
+    total = config.batch.rows_after(config.optim.steps) * config.row_width
     passes = epochs(config, datasets, config.optim.steps)
     recipe = depth_line(config), muon_line(config), unread_line(config)
     return "\n".join(
@@ -63,7 +63,7 @@ def describe(config: Config, datasets: list[Dataset], steps: Steps) -> str:
             f"devices  {', '.join(where)}",
             f"decay    weight decay {config.optim.weight_decay:g} on {_decaying(config, steps)}",
             f"update   {tokens}: {counted(config.batch.sequences, 'sequence')} of "
-            f"{config.model.block_size}{parts}{later}",
+            f"{config.row_width}{parts}{later}",
             f"run      {counted(config.optim.steps, 'update')}, {counted(total, 'token')}, "
             + ", ".join(f"{_times(n)} epochs of {name}" for name, n in passes.items()),
             f"folder   {config.run.out_dir}",
@@ -74,7 +74,7 @@ def describe(config: Config, datasets: list[Dataset], steps: Steps) -> str:
 
 def epochs(config: Config, datasets: list[Dataset], step: int) -> dict[str, float]:
     """Return how often the updates 1 to `step` read each data set, by its name."""
-    rows, length = config.batch.rows_after(step), config.model.block_size
+    rows, length = config.batch.rows_after(step), config.row_width
     return {
         d.name: rows * weight / train_order(d.train, length, 0).n_windows
         for d, weight in zip(datasets, config.data.weights.values(), strict=True)
@@ -87,7 +87,7 @@ def least_seconds(config: Config) -> tuple[float, str]:
     They are 0 on a device whose peak is not known.
     """
     devices, tokens = jax.devices(), config.batch.rows_after(config.optim.steps)
-    flops = tokens * config.model.block_size * flops_per_token(config.model)
+    flops = tokens * config.row_width * flops_per_token(config.model)
     rate, whose = 1e12, "about what a fast CPU does"
     if devices[0].platform != "cpu":
         rate = len(devices) * (peak_flops(devices[0].device_kind) or math.inf)
@@ -159,7 +159,7 @@ def depth_line(config: Config) -> str:
         for key in ("lr", "embedding_lr", "head_lr", "scalar_lr")
         if (value := getattr(o, key)) is not None
     ]
-    tokens = config.batch.rows_after(o.steps) * c.block_size
+    tokens = config.batch.rows_after(o.steps) * config.row_width
     return (
         f"depth {c.depth}: {c.n_layer} layers, {c.n_embd} wide, {c.n_head} heads; {o.name}, "
         f"{', '.join(rates)}, weight_decay {o.weight_decay:g}, {o.steps:,} updates of "

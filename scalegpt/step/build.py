@@ -2,7 +2,7 @@
 
 Shapes: A microbatches, M sequences of a microbatch over all devices, T positions, D embed, V vocab.
 Token arrays are [A, M, T+1] int32: inputs are [..., :-1], targets [..., 1:]; `row_losses` says what
-is below 0.
+is below 0. A batch is that, or what objective.py says.
 """
 
 from collections.abc import Callable
@@ -25,6 +25,7 @@ from scalegpt.model.gpt import GPT
 from scalegpt.model.parameters import parameters
 from scalegpt.step import health, sharding, update
 from scalegpt.step.loss import row_losses
+from scalegpt.step.objective import Batch, Objective, objective_of
 from scalegpt.step.optimizer import optimizer
 from scalegpt.step.update import State
 
@@ -36,13 +37,14 @@ CPU_TOKENS = 1024
 class Steps:
     """Steps are the compiled functions of a run on a mesh, and the shardings of their arguments.
 
-    init() -> State; train(state, tokens [A, M, T+1]) -> (State, metrics), which reuses the buffers
+    init() -> State; train(state, batch [A, M, ...]) -> (State, metrics), which reuses the buffers
     of the old state; evaluate(params, tokens [M, T+1]) -> ([M] sums of cross-entropy, [M] counts).
     metrics: keys of metrics.jsonl, `nonfinite`, and `norms`, the gradient's by `layer_norms`.
     """
 
     mesh: Mesh
     model: GPT
+    objective: Objective
     layout: tuple[int, int]
     abstract: State
     batch_sharding: NamedSharding
@@ -60,24 +62,29 @@ class Steps:
         with jax.set_mesh(self.mesh):
             return self.jit_init()
 
-    def train(self, state: State, tokens: Array) -> tuple[State, dict[str, Array]]:
+    def train(self, state: State, batch: Batch) -> tuple[State, dict[str, Array]]:
         # jax.set_mesh, not `with mesh`: under the latter sharding constraints silently do nothing.
         with jax.set_mesh(self.mesh):
-            return self.jit_train(state, tokens)
+            return self.jit_train(state, batch)
 
     def evaluate(self, params: Any, tokens: Array) -> tuple[Array, Array]:
         with jax.set_mesh(self.mesh):
             return self.jit_evaluate(params, tokens)
 
     @property
-    def abstract_tokens(self) -> jax.ShapeDtypeStruct:
-        shape = (*self.layout, self.model.config.block_size + 1)
-        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.batch_sharding)
+    def abstract_batch(self) -> Any:
+        """The shapes of a batch [A, M, ...] and how they are split."""
+
+        def rows(one: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            shape = (*self.layout, *one.shape)
+            return jax.ShapeDtypeStruct(shape, one.dtype, sharding=self.batch_sharding)
+
+        return jax.tree.map(rows, self.objective.row)
 
     def lower(self) -> Any:
         """Lower the training step for the mesh's devices; returns jax.stages.Lowered."""
         with jax.set_mesh(self.mesh):
-            return self.jit_train.lower(self.abstract, self.abstract_tokens)
+            return self.jit_train.lower(self.abstract, self.abstract_batch)
 
 
 def build_steps(config: Config, mesh: Mesh, dtype: str, implementation: str) -> Steps:
@@ -88,7 +95,7 @@ def build_steps(config: Config, mesh: Mesh, dtype: str, implementation: str) -> 
     """
     sharding.check_divisible(config.model, mesh)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    most = max(1, CPU_TOKENS // config.model.block_size) if on_cpu else None
+    most = max(1, CPU_TOKENS // config.row_width) if on_cpu else None
     layout = sharding.batch_layout(config.batch, mesh, most)
     model = GPT(config.model, jnp.dtype(dtype), implementation)
     init = partial(initial_state, config, model)
@@ -99,12 +106,14 @@ def build_steps(config: Config, mesh: Mesh, dtype: str, implementation: str) -> 
         nn.unbox(boxed),
         shardings,
     )
-    sums = gradient_sums_on(mesh, model)
+    objective = objective_of(config)
+    sums = gradient_sums_on(mesh, objective, model)
     replicated = NamedSharding(mesh, P())
     batches, windows = (sharding.batch_sharding(mesh, accumulated) for accumulated in (True, False))
     return Steps(
         mesh,
         model,
+        objective,
         layout,
         abstract,
         batches,
@@ -133,7 +142,7 @@ def initial_state(config: Config, model: GPT) -> State:
     return State(jnp.zeros((), jnp.int32), params, opt_state, health.initial())
 
 
-def gradient_sums_on(mesh: Mesh, model: GPT) -> Callable:
+def gradient_sums_on(mesh: Mesh, objective: Objective, model: GPT) -> Callable:
     """Run `update.reduced_sums` on a mesh: each part along replica and data sums its own rows.
 
     Plain jit would reduce every layer's gradient in every microbatch, over the slow links too. With
@@ -141,7 +150,7 @@ def gradient_sums_on(mesh: Mesh, model: GPT) -> Callable:
     """
     # Axes of size 1 stay out: XLA fails on a manual reduction over nothing beside automatic axes.
     manual = tuple(axis for axis in sharding.REDUCED if mesh.shape[axis] > 1)
-    sums = partial(_sums_of_part, model, manual)
+    sums = partial(_sums_of_part, objective, model, manual)
     if not manual:
         return sums
     rows = P(None, manual)
@@ -151,13 +160,19 @@ def gradient_sums_on(mesh: Mesh, model: GPT) -> Callable:
 
 
 def _sums_of_part(
-    model: GPT, manual: tuple, params: Any, tokens: Array, rows: Array, key: Array
-) -> tuple[Array, Any, Array]:
+    objective: Objective,
+    model: GPT,
+    manual: tuple,
+    params: Any,
+    batch: Batch,
+    rows: Array,
+    key: Array,
+) -> tuple:
     # shard_map itself would reduce the gradient of a parameter that is the same in all parts, in
     # each microbatch. It does not for a parameter that is marked as varying between them.
     params, key = jax.lax.pcast((params, key), manual, to="varying")
     with nn.logical_axis_rules(tuple(sharding.rules_within(manual).items())):
-        return update.reduced_sums(model, manual, params, tokens, rows, key)
+        return update.reduced_sums(objective, model, manual, params, batch, rows, key)
 
 
 def train_step(
@@ -165,12 +180,12 @@ def train_step(
     model: GPT,
     sums: Callable,
     state: State,
-    tokens: Array,
+    batch: Batch,
 ) -> tuple[State, dict[str, Array]]:
-    """Do one update from tokens [A, M, T+1]; sums: what `gradient_sums_on` returned."""
-    layout = tokens.shape[:2]
+    """Do one update from a batch [A, M, ...]; sums: what `gradient_sums_on` returned."""
+    layout = jax.tree.leaves(batch)[0].shape[:2]
     rows = jnp.arange(layout[0] * layout[1], dtype=jnp.uint32).reshape(layout)
-    return update.train_step(config, model, sums, rows, state, tokens)
+    return update.train_step(config, model, sums, rows, state, batch)
 
 
 def evaluate_step(model: GPT, params: Any, tokens: Array) -> tuple[Array, Array]:
@@ -191,7 +206,7 @@ def resolve(config: Config, mesh: Mesh) -> tuple[str, str]:
     return dtype, attention.resolve(
         c.attention,
         device.platform,
-        c.block_size,
+        config.row_width,
         c.dropout,
         dtype,
         c.head_dim,

@@ -19,6 +19,7 @@ from scalegpt.config import Config
 from scalegpt.errors import Mistake
 from scalegpt.step import build, update
 from scalegpt.step.build import Steps
+from scalegpt.step.objective import Batch
 from scalegpt.step.update import State
 
 AXIS = "device"  # pmap's only axis: all devices of the mesh in a row
@@ -30,14 +31,14 @@ class PmapSteps(Steps):
 
     jit_split: Any
 
-    def train(self, state: State, tokens: Array) -> tuple[State, dict[str, Array]]:
+    def train(self, state: State, batch: Batch) -> tuple[State, dict[str, Array]]:
         # Outside of jax.set_mesh: pmap has a mesh of its own and refuses another one around it.
-        state, metrics = self.jit_train(state, self.jit_split(tokens))
+        state, metrics = self.jit_train(state, self.jit_split(batch))
         # pmap returns the copies of this process only; making global arrays of them moves nothing.
         return jax.tree.map(_as_global, state, self.abstract), metrics
 
     def lower(self) -> Any:
-        return self.jit_train.lower(self.abstract, self.jit_split.eval_shape(self.abstract_tokens))
+        return self.jit_train.lower(self.abstract, self.jit_split.eval_shape(self.abstract_batch))
 
 
 def build_steps(config: Config, mesh: Mesh, dtype: str, implementation: str) -> PmapSteps:
@@ -57,16 +58,17 @@ def build_steps(config: Config, mesh: Mesh, dtype: str, implementation: str) -> 
     microbatch = steps.layout[1]
     per_device = microbatch // mesh.size  # sequences of a microbatch on one device
 
-    def train(state: State, tokens: Array) -> tuple[State, dict[str, Array]]:
-        """Do one device's part of an update, with tokens [A, per_device, T+1]."""
+    def train(state: State, batch: Batch) -> tuple[State, dict[str, Array]]:
+        """Do one device's part of an update, with a batch [A, per_device, ...]."""
         first = jax.lax.axis_index(AXIS) * per_device
-        rows = jnp.arange(len(tokens))[:, None] * microbatch + first + jnp.arange(per_device)
-        sums = partial(update.reduced_sums, steps.model, AXIS)
-        return update.train_step(config, steps.model, sums, rows.astype(jnp.uint32), state, tokens)
+        accumulation = len(jax.tree.leaves(batch)[0])
+        rows = jnp.arange(accumulation)[:, None] * microbatch + first + jnp.arange(per_device)
+        sums = partial(update.reduced_sums, steps.objective, steps.model, AXIS)
+        return update.train_step(config, steps.model, sums, rows.astype(jnp.uint32), state, batch)
 
-    def split(tokens: Array) -> Array:
-        """Reshape [A, M, T+1] to [A, devices, per_device, T+1]: pmap maps over the devices."""
-        return tokens.reshape(len(tokens), mesh.size, per_device, -1)
+    def split(batch: Batch) -> Batch:
+        """Reshape [A, M, ...] to [A, devices, per_device, ...]: pmap maps over the devices."""
+        return jax.tree.map(lambda x: x.reshape(len(x), mesh.size, per_device, *x.shape[2:]), batch)
 
     mapped = jax.pmap(
         train, AXIS, in_axes=(None, 1), out_axes=None, devices=devices, donate_argnums=0

@@ -13,7 +13,7 @@ from scalegpt.config import Config
 from scalegpt.model.gpt import GPT
 from scalegpt.model.parameters import parameters
 from scalegpt.step import health
-from scalegpt.step.loss import row_losses
+from scalegpt.step.objective import Batch, Objective, Sums
 from scalegpt.step.optimizer import optimizer, schedule, swap_average
 
 
@@ -36,14 +36,17 @@ class State:
         return self.replace(params=params, opt_state=opt_state)
 
 
-def accumulate(loss: Callable, params: Any, tokens: Array, rows: Array) -> tuple[Array, Any]:
-    """Sum loss and gradient over the microbatches of tokens [A, M, T+1]; nothing is divided.
+def accumulate(
+    loss: Callable, params: Any, batch: Batch, rows: Array
+) -> tuple[tuple[Array, Sums], Any]:
+    """Sum loss and gradient over the microbatches of a batch; nothing is divided.
 
-    loss: (params, tokens [M, T+1], rows [M]) -> scalar. rows: [A, M] global row numbers.
+    loss: (params, microbatch, rows [M]) -> scalar and sums. rows: [A, M] global row numbers.
     """
-    gradient = jax.value_and_grad(loss)
-    if tokens.shape[0] == 1:
-        return gradient(params, tokens[0], rows[0])
+    gradient = jax.value_and_grad(loss, has_aux=True)
+    first = jax.tree.map(lambda x: x[0], (batch, rows))
+    if len(rows) == 1:
+        return gradient(params, *first)
 
     def add(total: Any, microbatch: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, gradient(params, *microbatch)), None
@@ -51,44 +54,44 @@ def accumulate(loss: Callable, params: Any, tokens: Array, rows: Array) -> tuple
     # scan wants its carry typed as varying over the manual mesh axes, as the gradients that it sums
     # are. A plain 0.0 is not; `rows` are. A zero made from a parameter would all-gather it.
     zero = jnp.float32(0) * rows[0, 0]
-    return jax.lax.scan(add, (zero, jax.tree.map(jnp.zeros_like, params)), (tokens, rows))[0]
+    figures = jax.eval_shape(loss, params, *first)[1]
+    zeros = (zero, jax.tree.map(lambda x: zero, figures)), jax.tree.map(jnp.zeros_like, params)
+    return jax.lax.scan(add, zeros, (batch, rows))[0]
 
 
 def reduced_sums(
-    model: GPT, axes: Any, params: Any, tokens: Array, rows: Array, key: Array
-) -> tuple[Array, Any, Array]:
-    """Sum loss, gradient and targets over tokens [A, m, T+1] here, then over all parts of a batch.
+    objective: Objective,
+    model: GPT,
+    axes: Any,
+    params: Any,
+    batch: Batch,
+    rows: Array,
+    key: Array,
+) -> tuple[tuple[Array, Sums], Any, Array]:
+    """Sum loss, gradient and count over a batch [A, m, ...] here, then over all parts of a batch.
 
     axes: the manual mesh axes, or pmap's, which split the batch into parts. The sums over them are
     the one reduction of an update. Sums, not means: masked tokens may make their counts differ.
     rows: [A, m], the numbers of the rows in the global batch. key: the update's `dropout_key`.
     """
 
-    def loss(params: Any, tokens: Array, rows: Array) -> Array:
-        return row_losses(model, params, tokens, row_keys(model, key, rows)).sum()
+    def loss(params: Any, microbatch: Batch, rows: Array) -> tuple[Array, Sums]:
+        return objective.loss(model, params, microbatch, row_keys(model, key, rows))
 
-    total, grads = accumulate(loss, params, tokens, rows)
-    return jax.lax.psum((total, grads, target_count(tokens)), axes)
+    total, grads = accumulate(loss, params, batch, rows)
+    return jax.lax.psum((total, grads, objective.count(batch)), axes)
 
 
 def train_step(
-    config: Config, model: GPT, sums: Callable, rows: Array, state: State, tokens: Array
+    config: Config, model: GPT, sums: Callable, rows: Array, state: State, batch: Batch
 ) -> tuple[State, dict[str, Array]]:
     """Do one update, under jit or pmap: sum the gradients, then let the optimizer act.
 
-    sums: (params, tokens, rows, key) -> what `reduced_sums` returns. rows: [A, M], the numbers of
-    the rows of `tokens` in the global batch.
+    sums: (params, batch, rows, key) -> what `reduced_sums` returns. rows: [A, M], the numbers of
+    the rows of `batch` in the global batch.
     """
     key = dropout_key(config.run.seed, state.step)
-    return apply_gradients(config, model.dtype, state, *sums(state.params, tokens, rows, key))
-
-
-def target_count(tokens: Array) -> Array:
-    """Count the targets of tokens [..., T+1] that are not masked, as float32 like the gradients.
-
-    One dtype lets XLA reduce the count together with them.
-    """
-    return (tokens[..., 1:] >= 0).sum(dtype=jnp.float32)
+    return apply_gradients(config, model.dtype, state, *sums(state.params, batch, rows, key))
 
 
 def dropout_key(seed: int, step: Array) -> Array:
@@ -107,13 +110,14 @@ def row_keys(model: GPT, key: Array, rows: Array) -> Array | None:
 
 
 def apply_gradients(
-    config: Config, dtype: Any, state: State, total: Array, grads: Any, count: Array
+    config: Config, dtype: Any, state: State, total: tuple[Array, Sums], grads: Any, count: Array
 ) -> tuple[State, dict[str, Array]]:
-    """Let the optimizer act on the sums of loss and gradient over `count` tokens.
+    """Let the optimizer act on the sums of loss and gradient, divided by the objective's count.
 
     dtype: of the matrix products within the optimizer (Muon's). An update that `health.judge` finds
     bad is not applied, but its step counts.
     """
+    total, sums = total
     scale = 1 / jnp.maximum(count, 1)  # XLA fuses a product into its uses, but not a division
     grads = jax.tree.map(lambda g: g * scale, grads)
     tx = optimizer(config.optim, parameters(config.model), dtype)
@@ -128,6 +132,7 @@ def apply_gradients(
         "train/skipped": after.nonfinite + after.spikes,
         "nonfinite": after.nonfinite,
         "norms": health.layer_norms(grads),
+        **{name: x / jnp.maximum(n, 1) for name, (x, n) in sums.items()},
     }
     new = optax.apply_updates(state.params, updates), opt_state
     params, opt_state = health.choose(apply, new, (state.params, state.opt_state))
