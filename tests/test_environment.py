@@ -45,15 +45,28 @@ def test_processes_are_compared_without_their_devices(monkeypatch):
         startup.same_everywhere({})
 
 
+OTHER = {
+    "jax_numpy_rank_promotion": "raise",
+    "jax_numpy_dtype_promotion": "strict",
+    "jax_transfer_guard": "disallow",
+    "jax_default_matmul_precision": "high",
+    "jax_default_prng_impl": "rbg",
+    "jax_random_seed_offset": 1,
+}
+
+
 @pytest.mark.parametrize("name", sharding._SETTINGS)
 def test_jaxs_settings_neither_end_a_healthy_run_nor_change_it(name, capsys):
-    strict, harmless = sharding._SETTINGS[name]
     before = getattr(jax.config, name)
+    assert before == sharding._SETTINGS[name]  # JAX's own default, in this version too
     try:
-        jax.config.update(name, strict)
+        other = OTHER[name] if name in OTHER else not before
+        jax.config.update(name, other)
         sharding.make_mesh(MeshConfig())
-        assert getattr(jax.config, name) == harmless
-        assert capsys.readouterr().err.startswith(f"note: {name.upper()} does not apply")
+        assert getattr(jax.config, name) == sharding._SETTINGS[name]
+        assert capsys.readouterr().err.startswith(f"note: {name.upper()}={other} does not apply")
+        sharding.make_mesh(MeshConfig())
+        assert capsys.readouterr().err == ""
     finally:
         jax.config.update(name, before)
 

@@ -42,15 +42,21 @@ RULES = {
     "act_vocab": "tensor",
 }
 
-# Settings of JAX that some have for all of their programs: name -> (what ends a healthy run, or
-# changes its numbers, and what does not). A state holds NaN on purpose (health.Health), and arrays
-# are made on the host.
+# Settings of JAX that some have for all of their programs, with the values that scalegpt needs:
+# others end a healthy run, or change its numbers, so that it could not be continued elsewhere. A
+# state holds NaN on purpose (health.Health), and arrays are made on the host.
 _SETTINGS = {
-    "jax_enable_x64": (True, False),
-    "jax_debug_nans": (True, False),
-    "jax_numpy_rank_promotion": ("raise", "allow"),
-    "jax_numpy_dtype_promotion": ("strict", "standard"),
-    "jax_transfer_guard": ("disallow", "allow"),
+    "jax_enable_x64": False,
+    "jax_debug_nans": False,
+    "jax_debug_infs": False,
+    "jax_disable_jit": False,
+    "jax_numpy_rank_promotion": "allow",
+    "jax_numpy_dtype_promotion": "standard",
+    "jax_transfer_guard": None,
+    "jax_default_matmul_precision": None,  # model.dtype says it
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_threefry_partitionable": True,
+    "jax_random_seed_offset": 0,
 }
 
 
@@ -82,10 +88,13 @@ def all_devices() -> list[Any]:
     First it turns off, with a note, what ends a healthy run, or changes its numbers, where the
     environment asks for it.
     """
-    for name, (value, harmless) in _SETTINGS.items():
-        if getattr(jax.config, name) == value:
-            jax.config.update(name, harmless)
-            print(f"note: {name.upper()} does not apply to scalegpt, and is off", file=sys.stderr)
+    for name, needed in _SETTINGS.items():
+        if (value := getattr(jax.config, name)) != needed:
+            jax.config.update(name, needed)
+            print(
+                f"note: {name.upper()}={value} does not apply to scalegpt, which sets {needed}",
+                file=sys.stderr,
+            )
     try:
         return jax.devices()
     except (RuntimeError, AssertionError) as error:
