@@ -62,9 +62,10 @@ def test_the_figures_are_numpys_of_the_rows(finished, capsys):
         timed = [[r["perf/step_seconds"] for r in run if "perf/step_seconds" in r] for run in found]
         assert [len(x) for x in timed] == [11, 11]
         seconds[arm] = np.mean([sum(x) + x[0] for x in timed])
-        ledger = [next(r for r in reversed(run) if "time/step" in r) for run in found]
-        spent = np.mean([r["time/step"] + r["time/data"] for r in ledger])
-        assert np.mean([sum(x) for x in timed]) == pytest.approx(spent, rel=0.1, abs=0.02)
+        # A part of the time of training, which the ledger rounds to milliseconds.
+        for run, readings in zip(found, timed, strict=True):
+            ledger = next(r for r in reversed(run) if "time/step" in r)
+            assert 0 < sum(readings) <= ledger["time/step"] + ledger["time/data"] + 0.001
         figures = summary["arms"][arm]
         assert figures["val_loss"] == pytest.approx(curves[arm][:, -1].mean(), abs=2e-6)
         assert figures["val_loss_std"] == pytest.approx(curves[arm][:, -1].std(ddof=1), abs=2e-6)

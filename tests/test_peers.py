@@ -426,16 +426,17 @@ def test_an_abort_within_c_has_the_exit_code_of_a_failure():
 def test_the_end_waits_for_all():
     then = """
 join()
-time.sleep(index)
+time.sleep(index / 2)
+came = time.monotonic()
 group.farewell(3)
-print("at", time.monotonic(), flush=True)
+print("at", came, time.monotonic(), flush=True)
 sys.exit(3)
 """
     running = start(3, then)
     outputs = processes.finish(running, 60)
     assert [p.returncode for p in running] == [3] * 3, outputs
-    times = [float(out.split()[-1]) for out, _ in outputs]
-    assert max(times) - min(times) < 1
+    came, left = zip(*(map(float, out.split()[-2:]) for out, _ in outputs), strict=True)
+    assert max(came) <= min(left)
 
 
 # --- the watch ---
@@ -502,17 +503,21 @@ def test_what_takes_long_is_announced_and_its_deadline_when_that_is_near(capfd):
     since = time.monotonic() - 6
     phases = [
         SimpleNamespace(current=Phase(name, 0, since, deadline))
-        for name, deadline in (("restore", 3600.0), ("compile", 10.0))
+        for name, deadline in (("restore", 3600.0), ("compile", 20.0))
     ]
     watching = [Watch(p, Alone()) for p in phases]
+    said, until = "", time.monotonic() + 10
     try:
-        time.sleep(1.3)
+        while said.count("\n") < 2 and time.monotonic() < until:
+            time.sleep(0.05)
+            said += capfd.readouterr().err
     finally:
         for watch in watching:
             watch.close()
-    first, second = sorted(capfd.readouterr().err.splitlines())
-    assert re.fullmatch("compile: [67] s so far; run.deadline_compile=10 ends the run", first)
-    assert re.fullmatch("restore: [67] s so far", second)
+    first, second = sorted(said.splitlines())
+    seconds = "([6-9]|1[0-9]) s so far"
+    assert re.fullmatch(f"compile: {seconds}; run.deadline_compile=20 ends the run", first)
+    assert re.fullmatch(f"restore: {seconds}", second)
 
 
 def test_every_phase_has_a_deadline(tmp_path):
