@@ -1099,8 +1099,14 @@ def real(argv: list[str], cwd: Path, **more: Any) -> tuple[int, str, str]:
     ("argv", "word"),
     [
         (["-m", "scalegpt.train", *NEW, "--optim.lrr=1"], "--optim.lr?"),
-        (["-m", "scalegpt.evaluate", "--run=nowhere"], "nowhere is not the folder of a run"),
-        ([str(ROOT / "tools/sizing.py"), "--devices=0"], "--devices=0"),
+        pytest.param(
+            ["-m", "scalegpt.evaluate", "--run=nowhere"],
+            "nowhere is not the folder of a run",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            [str(ROOT / "tools/sizing.py"), "--devices=0"], "--devices=0", marks=pytest.mark.slow
+        ),
         ([str(ROOT / "data/text/prepare.py"), "--input=nowhere"], "'nowhere'"),
     ],
 )
@@ -1110,6 +1116,7 @@ def test_a_real_command_says_the_same(argv, word, tmp_path):
     assert "Traceback" not in err and tree(tmp_path) == {}
 
 
+@pytest.mark.slow
 def test_a_real_prompt_of_broken_utf8_and_a_terminal_without_it(world, tmp_path):
     argv = ["-m", "scalegpt.generate", f"--run={world}/run", "--max-new-tokens=2"]
     env = {"PYTHONIOENCODING": "utf-8"}

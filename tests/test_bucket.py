@@ -63,6 +63,7 @@ def lines(text: bytes, key: str) -> list[int]:
     return [row["step"] for row in rows if key in row]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("signals_as_they_were")
 def test_a_recreated_machine_continues_a_run_in_a_bucket(bottles, bucket, monkeypatch, capsys):
     """Its disk is empty: checkpoints and the rows up to them come from the bucket."""

@@ -440,8 +440,8 @@ def command(tmp_path, *argv, **environment):
     "arguments, said",
     [
         (["--optim.lrr=1"], "did you mean --optim.lr?"),
-        (["--mesh.data=0"], "mesh.data=0"),
-        (["--config=NOT_UTF8"], "is not UTF-8"),
+        pytest.param(["--mesh.data=0"], "mesh.data=0", marks=pytest.mark.slow),
+        pytest.param(["--config=NOT_UTF8"], "is not UTF-8", marks=pytest.mark.slow),
     ],
 )
 def test_mistake_exits_2_with_one_message_and_makes_nothing(tmp_path, arguments, said):

@@ -937,6 +937,7 @@ def test_importing_touches_no_device_and_no_file_system():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 def test_fault_15_the_input_pipeline_throughput(tmp_path):
     """64 x 1024 tokens a batch from 100M: at least 20M tokens/s, or a NumPy gather's rate.
 

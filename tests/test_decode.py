@@ -86,7 +86,9 @@ def naive(steps, params, prompt, new):
         {"preset": "modern", "residual_scalars": True, "value_embeddings": True},
     ],
 )
-@pytest.mark.parametrize("chunks", [[20], [1] * 20, [7, 1, 1, 4, 1, 6]])
+@pytest.mark.parametrize(
+    "chunks", [[20], pytest.param([1] * 20, marks=pytest.mark.slow), [7, 1, 1, 4, 1, 6]]
+)
 def test_cached_logits_are_the_uncached_ones_at_every_position(kind, chunks):
     """Also of texts that begin later: left padding is never seen, whatever stands there."""
     steps = steps_of(kind)

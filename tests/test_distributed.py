@@ -243,9 +243,8 @@ def test_four_processes_with_their_own_copies_of_the_data_are_the_run_of_one(
     assert read == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
 
 
-@pytest.mark.parametrize(
-    ("victim", "when"), [(0, "12"), pytest.param(1, "check", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("victim", "when"), [(0, "12"), (1, "check")])
 def test_a_killed_process_ends_the_other_in_seconds(bottles, tmp_path, victim, when):
     """Process 0 is the coordinator, whose end JAX itself answers with SIGABRT."""
     each = [[f"fault=SIGKILL:{when}"] if i == victim else [] for i in range(2)]

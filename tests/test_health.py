@@ -36,7 +36,8 @@ def poison(monkeypatch, at: int, by: float) -> None:
     monkeypatch.setattr(update, "apply_gradients", poisoned)
 
 
-@pytest.mark.parametrize("by", [math.nan, pytest.param(math.inf, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("by", [math.nan, math.inf])
 def test_the_run_ends_with_4_and_names_step_windows_norms_and_checkpoint(
     plays, tmp_path, monkeypatch, capsys, by
 ):

@@ -63,6 +63,7 @@ def test_every_row_agrees_on_a_tiny_model(argv, tmp_path):
     assert moved["pmap 8, two processes"] == moved["pmap 8"] == moved["data 8"] < moved["fsdp 8"]
 
 
+@pytest.mark.slow
 def test_rows_agree_on_a_tiny_model(argv, monkeypatch, capsys):
     names = ("jit, 1 device", "data 2 x fsdp 2 x tensor 2")
     code, found = in_this_process(monkeypatch, capsys, argv, *names)

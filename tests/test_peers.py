@@ -442,7 +442,8 @@ sys.exit(3)
 # --- the watch ---
 
 
-@pytest.mark.parametrize("stopped", [pytest.param(1, marks=pytest.mark.slow), 0])
+@pytest.mark.slow
+@pytest.mark.parametrize("stopped", [1, 0])
 def test_a_deadline_names_the_phase_its_key_and_who_is_late(stopped):
     then = f"""
 join()

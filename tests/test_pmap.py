@@ -170,10 +170,8 @@ def close(ours: dict, theirs: dict) -> None:
     np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("first", "then"),
-    [("jit", "pmap"), ("pmap", "jit"), pytest.param("pmap", "pmap", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "then"), [("jit", "pmap"), ("pmap", "jit"), ("pmap", "pmap")])
 def test_a_run_of_one_backend_continues_under_the_other(
     data, unbroken, tmp_path, monkeypatch, capsys, first, then
 ):

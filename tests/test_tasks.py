@@ -383,6 +383,7 @@ def all_rows(out_dir):
     return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_eval_tasks_are_scored_at_each_evaluation(data, tmp_path, capsys):
     """With the figures of the command, and without being part of what must stay as it was."""
     choices = [

@@ -173,6 +173,7 @@ def longer_run(data, tmp_path_factory) -> Path:
     return out_dir
 
 
+@pytest.mark.slow
 def test_a_real_signal_saves_and_the_same_command_continues(data, longer_run, tmp_path):
     argv = arguments(data, tmp_path / "run", **LONGER)
     code, output = run_with_signal(argv, "SIGINT", 16)
@@ -206,6 +207,7 @@ def test_a_terminal_that_goes_away_is_a_request_to_stop_and_a_full_disk_of_the_l
     assert len(rows(out_dir)) == 150 and (out_dir / "checkpoints" / "150").is_dir()
 
 
+@pytest.mark.slow
 def test_after_kill_9_between_checkpoints_no_row_is_missing_or_twice(data, longer_run, tmp_path):
     argv = arguments(data, tmp_path / "run", **LONGER)
     code, output = run_with_signal(argv, "SIGKILL", 31)
