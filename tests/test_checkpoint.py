@@ -79,7 +79,7 @@ def test_weights_alone_are_read_without_the_optimizer(saved, state):
 LOSSES = {2: 3.0, 4: 2.0, 6: 2.5, 8: None, 10: 2.7, 12: 1.9, 14: 2.9, 16: None}
 
 
-@pytest.mark.parametrize("keep", [1, 2])
+@pytest.mark.parametrize("keep", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("reopen", [False, True])
 def test_fault_07_best_and_latest_are_kept_separately(tmp_path, state, keep, reopen):
     """A worse loss never replaces the best, and the latest is never dropped for being worse."""

@@ -208,6 +208,7 @@ def test_replay_shows_the_batch_as_the_run_saw_it_and_writes_nothing(plays, tmp_
         train.main(arguments(plays, tmp_path / "none", run__replay=3))
 
 
+@pytest.mark.slow
 def test_the_examples_losses_are_the_updates(plays, tmp_path):
     assert train.main(arguments(plays, tmp_path / "run", checkpoint__keep=9)) == 0
     config = parse([f"--config={tmp_path}/run/config.yaml"], "test", {})[0]

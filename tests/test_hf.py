@@ -160,6 +160,7 @@ def test_fault_10_logits_are_transformers_own_both_ways(size, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_trained_model_gives_its_stored_activations_and_sorts(shared_data, tmp_path):
     """minGPT's sorter: nn.Linear kernels [out, in], and a head of its own."""
     stored, partials = (
@@ -259,10 +260,15 @@ def make_run(tmp_path):
     ("form", "changes"),
     [
         ("hf", {"bias": True, "dropout": 0.1}),
-        ("hf", {"bias": True, "tie_word_embeddings": False, "activation": "gelu"}),
         ("scalegpt", {"bias": False, "position": "rope", "rope_base": 500.0, "vocab_multiple": 16}),
-        ("scalegpt", {"bias": True, "tie_word_embeddings": False}),
-        ("scalegpt", {"value_embeddings": True, "vocab_multiple": 16}),
+        *(
+            pytest.param(form, changes, marks=pytest.mark.slow)
+            for form, changes in (
+                ("hf", {"bias": True, "tie_word_embeddings": False, "activation": "gelu"}),
+                ("scalegpt", {"bias": True, "tie_word_embeddings": False}),
+                ("scalegpt", {"value_embeddings": True, "vocab_multiple": 16}),
+            )
+        ),
     ],
 )
 def test_a_run_exported_and_imported_again_is_bitwise(make_run, tmp_path, form, changes):

@@ -113,6 +113,7 @@ def assert_sums_to_the_time_since(out_dir, earliest, latest):
     assert total >= written[place - 1]["time"] - latest - rounding
 
 
+@pytest.mark.slow
 def test_the_ledger_of_a_run_sums_to_the_life_of_its_process(plays, tmp_path):
     began = time.time() - phases._age()
     assert train.main(arguments(plays, tmp_path / "run", optim__steps=2, eval__every=0)) == 0

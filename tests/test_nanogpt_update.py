@@ -149,7 +149,9 @@ def theirs(first: dict[str, np.ndarray]) -> list[SimpleNamespace]:
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize(("bias", "backend"), [(False, "jit"), (True, "pmap")])
+@pytest.mark.parametrize(
+    ("bias", "backend"), [(False, "jit"), pytest.param(True, "pmap", marks=pytest.mark.slow)]
+)
 def test_updates_are_those_of_nanogpts_definition(bias, backend):
     mine = ours(bias, backend)
     reference = theirs(as_torch_names(mine.first))

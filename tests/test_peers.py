@@ -81,6 +81,7 @@ def until_joined(running: list[subprocess.Popen]) -> None:
 # --- start ---
 
 
+@pytest.mark.slow
 def test_those_that_do_not_come_are_named():
     ended, said = codes(start(4, "join()", seconds=2, indices=(0, 2)))
     assert ended == [5, 5]

@@ -157,7 +157,13 @@ def test_parameters_on_a_device_are_those_of_the_sharding_rules(mesh, kind):
 
 @pytest.mark.parametrize(
     "mesh, accumulation, remat",
-    [(ONE, 1, "none"), (ONE, 2, "dots"), (ONE, 1, "full"), (FSDP, 1, "none"), (ALL, 1, "full")],
+    [
+        (ONE, 2, "dots"),
+        (ALL, 1, "full"),
+        pytest.param(ONE, 1, "none", marks=pytest.mark.slow),
+        pytest.param(ONE, 1, "full", marks=pytest.mark.slow),
+        pytest.param(FSDP, 1, "none", marks=pytest.mark.slow),
+    ],
 )
 def test_memory_is_what_xla_says_within_a_factor_of_0_6_on_a_cpu(mesh, accumulation, remat):
     c = config(mesh, accumulation=accumulation, remat=remat)

@@ -424,6 +424,7 @@ def test_without_a_tokenizer_that_can_begin_a_text_a_run_ends_without_a_sample(
     )
 
 
+@pytest.mark.slow
 def test_fault_21_the_default_run_saves_and_the_commands_it_names_work(
     data, tmp_path, capsys, with_sample
 ):
