@@ -863,7 +863,7 @@ for name, argv, content, *words in [
     ("one question", "", f"{json.dumps(turns(Q, A))}\n" * 3, "all of 3 conversations", "more"),
     ("plain texts", "", '{"text": "a"}', "line 1: text is no conversation", "data/text/prepare.py"),
     ("preferences", "", '{"chosen": "a", "rejected": "b"}', "line 1: chosen and rejected"),
-    ("prompts", "", '{"prompt": "a"}', "line 1: a prompt without completion", "nothing to learn"),
+    ("prompts", "", '{"prompt": "a"}', "line 1: a prompt without completion", "--prompts makes"),
     ("unknown keys", "", '{"q": "a", "a": "b"}', "line 1: its keys q, a are of no known format",
      "question"),
     ("numbers", "", "5\n6", "line 1: 5 is neither an object nor a list"),

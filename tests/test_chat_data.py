@@ -6,12 +6,14 @@ import json
 import lzma
 from collections import Counter
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from test_prepare import bins, module
 
-from scalegpt.data import chat, conversations
+from scalegpt.data import chat, conversations, datasets
+from scalegpt.data.token_files import open_dataset, open_split
 from scalegpt.data.tokenizer import load
 
 MESSAGES = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
@@ -209,11 +211,11 @@ def test_an_example_marks_what_is_learned_and_obeys_no_terminal():
         BYTES, [MESSAGES[0], {"role": "assistant", "content": "a\x1b[2J\n" + "b" * 3000}]
     )
     script = module("chat")
-    shown = script.example(BYTES, ids, False)
+    shown = script.example_text(BYTES, ids, False)
     start = "<|bos|><|user|>Why?<|end|><|assistant|>"
     assert shown.startswith(f"{start}[[a\\x1b[2J\nbbb") and shown.endswith("b...]]")
     assert len(shown) == script.SHOWN + len("[[...]]")
-    green = script.example(BYTES, ids[:-2990], True)
+    green = script.example_text(BYTES, ids[:-2990], True)
     assert green == f"{start}\x1b[32ma\\x1b[2J\n{'b' * 11}\x1b[0m"
 
 
@@ -260,3 +262,104 @@ def test_real_data_of_three_formats(shared_data, tmp_path, capsys):
         for conversation in split_up(ids[split]):
             text = BYTES.decode([i for i in conversation if i >= 0], marks=True)
             assert text.endswith("<|end|>") and "endoftext" not in text
+
+
+# --- prompts
+
+
+def prompts(tmp_path, rows, *argv, out="prompts"):
+    """What `open_dataset` and a reader of lines find in the prompts of rows."""
+    (tmp_path / "p.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    files = [f"--input={tmp_path / 'p.jsonl'}", f"--out={tmp_path / out}", "--tokenizer=byte"]
+    assert module("chat").main([*files, "--prompts", *argv]) == 0
+    lines = {
+        split: [json.loads(line) for line in (tmp_path / out / f"{split}.jsonl").open()]
+        for split in ("train", "val")
+    }
+    return open_dataset(tmp_path / out), lines
+
+
+def test_prompts_keep_what_a_reward_needs_and_are_split_by_their_questions(tmp_path, capsys):
+    asked = [{"role": "user", "content": f"n {i % 30}\u2028é"} for i in range(40)]
+    rows = [{"prompt": m["content"], "answer": str(i), "of": [i]} for i, m in enumerate(asked)]
+    data, lines = prompts(tmp_path, rows, "--val-fraction=.2")
+    assert data.kind == "prompts" and data.vocab_size == 263
+    assert [*data.train] == lines["train"] and [*data.val] == lines["val"]
+    expected = [{"messages": [m], "answer": str(i), "of": [i]} for i, m in enumerate(asked)]
+    assert sorted(lines["train"] + lines["val"], key=lambda x: int(x["answer"])) == expected
+    questions = [{x["messages"][0]["content"] for x in part} for part in lines.values()]
+    assert not questions[0] & questions[1] and len(questions[1]) >= 2
+    for split in (data.train, data.val):
+        ids = [split.ids(i) for i in range(len(split))]
+        for example, prompt in zip(split, ids, strict=True):
+            text = example["messages"][0]["content"].encode()
+            assert prompt.tolist() == [0, 257, *text, 259, 258] and prompt.dtype == np.int32
+        assert split.longest == max(map(len, ids))
+        facts = json.loads((tmp_path / "prompts/meta.json").read_text())
+        facts = facts["train" if split is data.train else "val"]
+        assert facts["tokens"] == sum(map(len, ids)) and facts["documents"] == len(ids)
+    out = capsys.readouterr().out
+    assert "format prompts: 40 prompts with 40 answers" in out and "<|assistant|>\n" in out
+    # The same questions in a conversation's data go to the same side.
+    ids, _ = prepare(tmp_path, [{"prompt": m["content"], "completion": "x"} for m in asked],
+                     "--val-fraction=.2")  # fmt: skip
+    assert len(split_up(ids["val"])) == len(lines["val"])
+
+
+@pytest.mark.parametrize(
+    ("row", "messages", "more"),
+    [
+        ({"question": "Why?", "answer": "<<1=1>>1"}, MESSAGES[:1], {"answer": "<<1=1>>1"}),
+        ({"prompt": MESSAGES[:1], "level": None}, MESSAGES[:1], {"level": None}),
+        ({"messages": [*MESSAGES, *MESSAGES[:1]]}, [*MESSAGES, *MESSAGES[:1]], {}),
+        (
+            {"prompt": "Why?", "chosen": "a", "system": "S"},
+            [{"role": "system", "content": "S"}, *MESSAGES[:1]],
+            {"chosen": "a"},
+        ),
+    ],
+)
+def test_what_becomes_a_prompt(row, messages, more):
+    row = conversations.parse(json.dumps(row))
+    example = conversations.prompt_of(row, conversations.format_of(row, prompts=True))
+    assert example == {"messages": messages, **more} and [*example][0] == "messages"
+
+
+def test_prompts_are_whole_and_take_the_place_of_other_data_only_by_force(tmp_path, capsys):
+    rows = [{"prompt": f"{i}"} for i in range(9)]
+    before = prompts(tmp_path, rows)[0].fingerprint
+    assert prompts(tmp_path, rows)[0].fingerprint == before
+    assert "already prepared" in capsys.readouterr().out
+    assert prompts(tmp_path, rows[:8], out="fewer")[0].fingerprint != before
+    file = tmp_path / "prompts/train.jsonl"
+    file.write_text(file.read_text().replace('"1"', '"2"'))
+    with pytest.raises(ValueError, match="not the file that meta.json beside it describes"):
+        open_dataset(tmp_path / "prompts")
+    with pytest.raises(ValueError, match="holds prompts, .* give --task"):
+        open_split(tmp_path / "prompts", "val")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/val.jsonl").write_text("mine")
+    with pytest.raises(ValueError, match="holds a val.jsonl of another origin"):
+        prompts(tmp_path, rows, "--force", out="own")
+    assert [*(tmp_path / "own").iterdir()] == [tmp_path / "own/val.jsonl"]
+    with pytest.raises(ValueError, match="see --force"):
+        prompts(tmp_path, rows[:8], "--skip-bad=1")
+    prompts(tmp_path, rows[:8], "--force")
+    pairs = [{"prompt": f"{i}", "completion": "x"} for i in range(9)]
+    prepare(tmp_path, pairs, "--force", out="prompts")
+    assert {p.name for p in (tmp_path / "prompts").iterdir()} == {
+        "meta.json", "train.bin", "val.bin"
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="--format alpaca goes without --prompts"):
+        prompts(tmp_path, rows, "--format=alpaca", out="no")
+    with pytest.raises(ValueError, match="--format prompts goes with --prompts"):
+        prepare(tmp_path, rows, "--format=prompts", out="no")
+
+
+def test_an_objective_learns_from_its_own_kind_of_data(tmp_path):
+    data, _ = prompts(tmp_path, [{"prompt": f"{i}"} for i in range(9)])
+    for name, fitting in (("text", "data/text/prepare.py"), ("sft", "data/chat/prepare.py ")):
+        config = SimpleNamespace(objective=SimpleNamespace(name=name))
+        with pytest.raises(ValueError, match=f"={name}, but .* holds prompts: .*=grpo.*{fitting}"):
+            datasets._check_kind(config, data)
+    datasets._check_kind(SimpleNamespace(objective=SimpleNamespace(name="grpo")), data)

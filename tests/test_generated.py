@@ -9,6 +9,7 @@ from test_prepare import bins, module
 
 from scalegpt.data import generated, rewards, tokenizer
 from scalegpt.data.prepare import stable_fraction
+from scalegpt.data.token_files import open_dataset
 
 BYTES = tokenizer.load("byte").chat()
 END = BYTES.end
@@ -102,6 +103,18 @@ def test_prepare_writes_conversations_with_tests_held_out(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             module("tasks").main([wrong, argv[-1]])
+
+
+def test_prepare_writes_prompts_alone(tmp_path):
+    argv = ["--prompts", "--tasks=spell,add", "--count=60", f"--out={tmp_path / 'x'}"]
+    assert module("tasks").main(argv) == 0
+    data = open_dataset(tmp_path / "x")
+    for split, source in ((data.train, "train"), (data.val, "test")):
+        made = [generated.examples(task, 1, len(split) // 2, source) for task in ("spell", "add")]
+        assert [*split] == [x for both in zip(*made, strict=True) for x in both]
+    assert (len(data.train), len(data.val)) == (120, 6)
+    with pytest.raises(ValueError, match="prompts=True"):
+        module("tasks").main(argv[1:])
 
 
 # --- what counts as right

@@ -3,7 +3,8 @@
 The rows are JSON lines or arrays, packed or not, in the formats of OpenAI, ShareGPT and Alpaca, or
 pairs of prompt and completion or of question and answer; the first row's keys tell which, and all
 rows must be of that format. A hash of its first question decides whether a conversation goes to
-validation. An example is shown in which what is learned is marked.
+validation. An example is shown in which what is learned is marked. With --prompts only questions
+are kept, for a run that writes the answers itself, with what its reward needs.
 """
 
 if __name__ == "__main__":
@@ -35,6 +36,7 @@ from scalegpt.data.prepare import (
     script_parser,
     stable_fraction,
     write_bins,
+    write_prompts,
 )
 from scalegpt.data.tokenizer import Tokenizer, char_tokenizer
 from scalegpt.errors import Mistake, counted
@@ -65,8 +67,10 @@ class Tally:
 
 def read(
     files: list[Path], tally: Tally, args: argparse.Namespace
-) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Yield place and messages of each row; what is wrong with a row goes to tally.faults.
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield place and example of each row; what is wrong with a row goes to tally.faults.
+
+    An example is {"messages": ...}, for a reward with more.
 
     Who takes a place may add faults, too. Raises Mistake for a first row of no known format, and
     at the end for more faults than --skip-bad.
@@ -83,18 +87,22 @@ def read(
                 faults.append(f"{place}: {error}")
                 continue
             try:
-                tally.format = tally.format or conversations.format_of(row)
+                tally.format = tally.format or conversations.format_of(row, args.prompts)
             except Mistake as error:
                 raise Mistake(f"{place}: {error}") from None
             try:
-                messages = conversations.messages_of(row, tally.format, args.tools == "keep")
-                messages, lost = conversations.without_end_marks(messages)
+                if args.prompts:
+                    example = conversations.prompt_of(row, tally.format)
+                else:
+                    messages = conversations.messages_of(row, tally.format, args.tools == "keep")
+                    messages, lost = conversations.without_end_marks(messages)
+                    example = {"messages": messages}
+                    tally.counts["lost"] += lost
             except Mistake as error:
                 faults.append(f"{place}: {error}")
                 continue
-            tally.counts["lost"] += lost
-            tally.unread.update(conversations.unread(row, tally.format))
-            yield place, messages
+            tally.unread.update(conversations.unread(row, tally.format, args.prompts))
+            yield place, example
     if len(faults) > skip:
         more = (
             f"\n{len(faults) - 1:,} more rows are bad, the next {faults[1]}" if faults[1:] else ""
@@ -132,7 +140,8 @@ def encoded(
     codec: Tokenizer, args: argparse.Namespace, files: list[Path], limit: float, tally: Tally
 ) -> Iterator[tuple[str, np.ndarray, dict[str, int]]]:
     """Yield what `write_bins` takes of each conversation. Raises Mistake as `read`."""
-    for place, messages in read(files, tally, args):
+    for place, example in read(files, tally, args):
+        messages = example["messages"]
         try:
             ids = chat.encode_conversation(codec, messages, args.train)
             if (ids < 0).all():
@@ -143,46 +152,64 @@ def encoded(
         pieces = [piece for piece in chat.pieces(messages, args.train) if piece[1]]
         split = "val" if stable_fraction(question(messages)) < limit else "train"
         learned = sum(len(text.encode()) for _, text, is_learned in pieces if is_learned)
-        count(tally, place, messages, pieces, ids)
+        count(tally, place, pieces, ids)
+        answers = [m["content"] for m in messages if m["role"] == "assistant"]
+        spaced = [a for a in answers if isinstance(a, str) and a != a.strip()]
+        tally.counts.update(answers=len(answers), outer_space=len(spaced))
         if split == "train" and len(tally.examples) < args.preview:
             tally.examples.append(ids)
         added = {"bytes": learned, "documents": 1, "trained": int((ids >= 0).sum())}
         yield split, ids.astype("<i4"), added
 
 
-def count(tally: Tally, place: str, messages: list, pieces: list, ids: np.ndarray) -> None:
+def prompts(
+    codec: Tokenizer, args: argparse.Namespace, files: list[Path], limit: float, tally: Tally
+) -> Iterator[tuple[str, dict[str, Any], int]]:
+    """Yield what `write_prompts` takes of each example. Raises Mistake as `read`."""
+    for place, example in read(files, tally, args):
+        messages = example["messages"]
+        try:
+            ids = chat.encode_prompt(codec, messages)
+        except Mistake as error:
+            tally.faults.append(f"{place}: {error}")
+            continue
+        split = "val" if stable_fraction(question(messages)) < limit else "train"
+        count(tally, place, [*chat.pieces(messages)], ids)
+        tally.counts["answers"] += "answer" in example
+        if split == "train" and len(tally.examples) < args.preview:
+            tally.examples.append(~ids)
+        yield split, example, len(ids)
+
+
+def count(tally: Tally, place: str, pieces: list, ids: np.ndarray) -> None:
     """Add a conversation to the tally."""
-    answers = [m["content"] for m in messages if m["role"] == "assistant"]
     tally.lengths[len(ids)] += 1
     digest = hashlib.blake2b(ids.tobytes(), digest_size=8).digest()
     spelt = any(conversations.SPELT.search(text) for _, text, _ in pieces)
     tally.first_spelt = tally.first_spelt or place * spelt
-    tally.counts.update(
-        answers=len(answers),
-        outer_space=sum(a != a.strip() for a in answers if isinstance(a, str)),
-        spelt=spelt,
-        duplicates=digest in tally.digests,
-    )
+    tally.counts.update(spelt=spelt, duplicates=digest in tally.digests)
     tally.digests.add(digest)
 
 
-def summary(tally: Tally, splits: dict[str, Any]) -> Iterator[str]:
+def summary(tally: Tally, splits: dict[str, Any], what: str) -> Iterator[str]:
     """Yield lines that say what the data are, and what a user may want to mend."""
     counts, lengths = tally.counts, tally.lengths
     n = lengths.total()
     answers = counted(counts["answers"], "answer")
-    yield f"format {tally.format}: {counted(n, 'conversation')} with {answers}"
+    yield f"format {tally.format}: {counted(n, what)} with {answers}"
     for split in SPLITS:
         facts = splits[split]
-        yield (
-            f"{split}: {counted(facts['documents'], 'conversation')}, {facts['tokens']:,} tokens, "
-            f"of which {facts['trained']:,} ({facts['trained'] / facts['tokens']:.1%}) are learned"
+        yield f"{split}: {counted(facts['documents'], what)}, {facts['tokens']:,} tokens" + (
+            f", of which {trained:,} ({trained / facts['tokens']:.1%}) are learned"
+            if (trained := facts.get("trained"))
+            else ""
         )
-    # A row of block_size inputs has one token more, for its last target.
-    shares = {size: sum(k for x, k in lengths.items() if x <= size + 1) / n for size in SIZES}
-    fits = ", ".join(f"{share:.1%} in {size}" for size, share in shares.items())
     yield f"longest {max(lengths):,} tokens, {_percentile(lengths):,} at the 99th percentile"
-    yield f"whole in a row of block_size: {fits}"
+    if what == "conversation":
+        # A row of block_size inputs has one token more, for its last target.
+        shares = {size: sum(k for x, k in lengths.items() if x <= size + 1) / n for size in SIZES}
+        fits = ", ".join(f"{share:.1%} in {size}" for size, share in shares.items())
+        yield f"whole in a row of block_size: {fits}"
     if tally.faults:
         first = tally.faults[:3]
         yield f"left out {counted(len(tally.faults), 'bad row')}, the first {len(first)}:"
@@ -192,13 +219,13 @@ def summary(tally: Tally, splits: dict[str, Any]) -> Iterator[str]:
         yield f"of {answers} a mark at the end, as <|endoftext|>, is left out"
     if counts["spelt"]:
         yield (
-            f"warning: the text of {counted(counts['spelt'], 'conversation')} spells a mark, as "
+            f"warning: the text of {counted(counts['spelt'], what)} spells a mark, as "
             f"<|im_end|>, first {tally.first_spelt}: it is read as text"
         )
     if counts["outer_space"] > 0.01 * counts["answers"]:
         yield f"warning: space around {counted(counts['outer_space'], 'answer')} is learned"
     if counts["duplicates"]:
-        yield f"{counted(counts['duplicates'], 'conversation')} repeated from before, and kept"
+        yield f"{counted(counts['duplicates'], what)} repeated from before, and kept"
     if tally.unread:
         keys = ", ".join(f"{key} ({counted(k, 'row')})" for key, k in tally.unread.most_common(10))
         yield f"keys that are not read: {keys}"
@@ -213,7 +240,7 @@ def _percentile(lengths: Counter) -> int:
     raise AssertionError(lengths)
 
 
-def example(codec: Tokenizer, ids: np.ndarray, color: bool) -> str:
+def example_text(codec: Tokenizer, ids: np.ndarray, color: bool) -> str:
     """Return a conversation as text with its marks; what is learned is green, or within [[ ]]."""
     before, after = ("\x1b[32m", "\x1b[0m") if color else ("[[", "]]")
     text, room = "", SHOWN
@@ -228,12 +255,12 @@ def example(codec: Tokenizer, ids: np.ndarray, color: bool) -> str:
 
 
 def write(args: argparse.Namespace, files: list[Path]) -> dict[str, Any]:
-    """Write the token files, and print what is in them; return meta.json's content."""
+    """Write the data's files, and print what is in them; return meta.json's content."""
     codec = None if args.tokenizer == "char" else named(args.tokenizer).chat()
     fractions, characters, n_characters = [], set(), 0
-    for _, messages in read(files, Tally(args.format), args):
-        fractions.append(stable_fraction(question(messages)))
-        texts = [text for _, text, _ in chat.pieces(messages)]
+    for _, example in read(files, Tally(args.format), args):
+        fractions.append(stable_fraction(question(example["messages"])))
+        texts = [text for _, text, _ in chat.pieces(example["messages"])]
         n_characters += sum(map(len, texts))
         if codec is None:
             characters.update(*texts)
@@ -241,15 +268,19 @@ def write(args: argparse.Namespace, files: list[Path]) -> dict[str, Any]:
     codec = codec or char_tokenizer(characters).chat()
     bpe = codec.name not in ("byte", "char")  # English: 4.4 bytes a token of gpt2's
     check_disk(args.out, n_characters * 4 / (4 if bpe else 1))
-    tally = Tally(args.format)
-    splits = write_bins(args.out, encoded(codec, args, files, limit, tally), None)
+    tally, kind = Tally(args.format), "prompts" if args.prompts else "chat"
+    if args.prompts:
+        splits = write_prompts(args.out, prompts(codec, args, files, limit, tally))
+    else:
+        splits = write_bins(args.out, encoded(codec, args, files, limit, tally), None)
     for ids in tally.examples:
         color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-        print(f"an example, learned where it is {'green' if color else 'within [[ ]]'}:")
-        print(f"{example(codec, ids, color)}\n")
-    for line in summary(tally, splits):
+        learned = f", learned where it is {'green' if color else 'within [[ ]]'}"
+        print(f"an example{'' if args.prompts else learned}:")
+        print(f"{example_text(codec, ids, color)}\n")
+    for line in summary(tally, splits, "prompt" if args.prompts else "conversation"):
         print(line)
-    return {**described(codec, np.dtype("<i4"), splits), "kind": "chat"}
+    return {**described(codec, np.dtype("<i4"), splits), "kind": kind}
 
 
 def main(argv: list[str]) -> int:
@@ -260,7 +291,13 @@ def main(argv: list[str]) -> int:
         default="gpt2",
         help="gpt2 (default), byte, char, tokenizer.json or the folder of a run, data set or model",
     )
-    more("--format", choices=conversations.READ, help="of the rows (default: by the first one)")
+    formats = dict.fromkeys((*conversations.READ, *conversations.PROMPTS))
+    more("--format", choices=[*formats], help="of the rows (default: by the first one)")
+    more(
+        "--prompts",
+        action="store_true",
+        help="keep the questions, and what a reward needs, for a run that writes the answers",
+    )
     more(
         "--train",
         choices=("all", "last"),
@@ -279,6 +316,12 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.input is None:
         raise Mistake("--input is missing: a file, a folder or a pattern of files of conversations")
+    allowed = (*conversations.PROMPTS,) if args.prompts else conversations.READ
+    if args.format not in (None, *allowed):
+        raise Mistake(
+            f"--format {args.format} goes with{'out' if args.prompts else ''} --prompts; those "
+            f"that go here are {', '.join(allowed)}"
+        )
     if not 0 < args.val_fraction < 1:
         raise Mistake(f"--val-fraction must be between 0 and 1, got {args.val_fraction}")
     for name in ("skip_bad", "preview"):

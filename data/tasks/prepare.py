@@ -15,8 +15,16 @@ from typing import Any
 import numpy as np
 
 from scalegpt.data import generated
-from scalegpt.data.chat import encode_conversation
-from scalegpt.data.prepare import check_disk, described, publish, script_parser, write_bins
+from scalegpt.data.chat import encode_conversation, encode_prompt
+from scalegpt.data.prepare import (
+    check_disk,
+    described,
+    publish,
+    script_parser,
+    write_bins,
+    write_prompts,
+)
+from scalegpt.data.prompts import Example
 from scalegpt.data.tokenizer import Tokenizer
 from scalegpt.errors import Mistake
 from scalegpt.processes.command import run_command
@@ -25,19 +33,24 @@ from scalegpt.weights.tokenizer_files import named
 VAL_SHARE = 0.05
 
 
-def encoded(
-    codec: Tokenizer, tasks: list[str], count: int, seed: int
-) -> Iterator[tuple[str, np.ndarray, dict[str, int]]]:
-    """Yield what `write_bins` takes of each conversation, those of all tasks in turn."""
+def examples(tasks: list[str], count: int, seed: int) -> Iterator[tuple[str, Example]]:
+    """Yield split and example, those of all tasks in turn."""
     for split, source, n in (("train", "train", count), ("val", "test", round(VAL_SHARE * count))):
         for index in range(max(1, n)):
             for task in tasks:
-                example = generated.example(task, seed, index, source)
-                answer = {"role": "assistant", "content": example["answer"]}
-                ids = encode_conversation(codec, [*example["messages"], answer])
-                size = len(example["answer"].encode())
-                added = {"bytes": size, "documents": 1, "trained": int((ids >= 0).sum())}
-                yield split, ids.astype("<i4"), added
+                yield split, generated.example(task, seed, index, source)
+
+
+def encoded(
+    codec: Tokenizer, made: Iterator[tuple[str, Example]]
+) -> Iterator[tuple[str, np.ndarray, dict[str, int]]]:
+    """Yield what `write_bins` takes of each example, a conversation."""
+    for split, example in made:
+        answer = {"role": "assistant", "content": example["answer"]}
+        ids = encode_conversation(codec, [*example["messages"], answer])
+        size = len(example["answer"].encode())
+        added = {"bytes": size, "documents": 1, "trained": int((ids >= 0).sum())}
+        yield split, ids.astype("<i4"), added
 
 
 def main(argv: list[str]) -> int:
@@ -55,6 +68,7 @@ def main(argv: list[str]) -> int:
         default="byte",
         help="byte (default), gpt2, tokenizer.json or the folder of a run, data set or model",
     )
+    more("--prompts", action="store_true", help="the questions, for a run that writes the answers")
     args = parser.parse_args(argv)
     if args.input:
         raise Mistake("--input is not for this set; for your own see data/chat/prepare.py")
@@ -69,15 +83,23 @@ def main(argv: list[str]) -> int:
     def write() -> dict[str, Any]:
         codec = named(args.tokenizer).chat()
         check_disk(args.out, args.count * len(tasks) * 4 * 60)  # an int32 for each byte
-        splits = write_bins(args.out, encoded(codec, tasks, args.count, args.seed), None)
-        return {**described(codec, np.dtype("<i4"), splits), "kind": "chat"}
+        made = examples(tasks, args.count, args.seed)
+        if args.prompts:
+            prompts = ((s, x, len(encode_prompt(codec, x["messages"]))) for s, x in made)
+            splits = write_prompts(args.out, prompts)
+        else:
+            splits = write_bins(args.out, encoded(codec, made), None)
+        kind = "prompts" if args.prompts else "chat"
+        return {**described(codec, np.dtype("<i4"), splits), "kind": kind}
 
     names = {"tasks": args.tasks, "count": args.count, "tokenizer": args.tokenizer}
-    source = " ".join(f"{name}={value}" for name, value in (names | {"seed": args.seed}).items())
+    names |= {"seed": args.seed} | ({"prompts": True} if args.prompts else {})
+    source = " ".join(f"{name}={value}" for name, value in names.items())
     meta = publish(args.out, write, source, args.force)
+    what = "prompts" if args.prompts else "conversations"
     for split in ("train", "val"):
         facts = meta[split]
-        print(f"{split}: {facts['documents']:,} conversations, {facts['tokens']:,} tokens")
+        print(f"{split}: {facts['documents']:,} {what}, {facts['tokens']:,} tokens")
     return 0
 
 

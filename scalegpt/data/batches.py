@@ -16,6 +16,7 @@ from grain.experimental import index_shuffle
 
 from scalegpt.config import BatchConfig
 from scalegpt.data.packing import PackedRows
+from scalegpt.data.prompts import Prompts
 from scalegpt.data.token_files import Dataset, check_tokens, open_dataset
 from scalegpt.errors import Mistake, counted
 
@@ -75,10 +76,11 @@ class TrainOrder:
 
 
 def train_order(
-    tokens: np.ndarray | PackedRows, block_size: int, seed: int, stream: int = 0
+    tokens: np.ndarray | PackedRows | Prompts, block_size: int, seed: int, stream: int = 0
 ) -> TrainOrder:
-    """Return the order of a file's windows, or of the rows of conversations, as `TrainOrder`."""
-    if isinstance(tokens, PackedRows):  # a row is one step wide, so that no phase shifts it
+    """Return the order of a file's windows, rows of conversations or prompts, as `TrainOrder`."""
+    if isinstance(tokens, PackedRows | Prompts):
+        # A row is one step wide, so that no phase shifts it.
         return TrainOrder(len(tokens) + 1, 1, seed, stream)
     return TrainOrder(len(tokens), block_size, seed, stream)
 

@@ -34,10 +34,13 @@ FORMATS: dict[str, frozenset[str]] = {
 _REFUSED = {
     "preferences": "chosen and rejected are a pair of preferences, which nothing learns from yet; "
     "--format messages or completion reads other keys of the rows",
-    "prompts": "a prompt without completion or response holds nothing to learn",
+    "prompts": "a prompt without completion or response holds no answer to learn; --prompts makes "
+    "data of it for a run that writes the answers itself",
     "text": "text is no conversation: data/text/prepare.py makes data of plain text",
 }
 READ = (*(name for name in FORMATS if name not in _REFUSED),)
+# Where prompts alone are asked for: formats, and the key under which a row has its prompt.
+PROMPTS = {"messages": "messages", "question": "question", "prompts": "prompt"}
 _ALSO_READ = {"alpaca": {"input"}}
 _OF_A_MESSAGE = {"role", "content", "weight", "tool_calls", "tool_call_id", "from", "value"}
 _SHAREGPT = {
@@ -147,27 +150,36 @@ def parse(text: str) -> Any:
     return value
 
 
-def format_of(row: Any) -> str:
-    """Return the format of a row, one of READ. Raises Mistake for a row of no such format."""
-    if isinstance(row, list):
+def format_of(row: Any, prompts: bool = False) -> str:
+    """Return the format of a row, one of READ, or for prompts alone one of PROMPTS.
+
+    Raises Mistake for a row of no such format.
+    """
+    if isinstance(row, list) and not prompts:
         return "list"
     if not isinstance(row, dict):
         raise Mistake(f"{_shown(row)} is neither an object nor a list of messages")
-    name = next((name for name, keys in FORMATS.items() if keys and keys <= row.keys()), None)
-    if name in _REFUSED:
+    names = [*PROMPTS] if prompts else [name for name in FORMATS if FORMATS[name]]
+    name = next((name for name in names if FORMATS[name] <= row.keys()), None)
+    if not prompts and name in _REFUSED:
         raise Mistake(_REFUSED[name])
     if name is None:
-        known = ", ".join("+".join(sorted(FORMATS[name])) for name in READ if FORMATS[name])
+        names = [name for name in names if prompts or name not in _REFUSED]
+        known = ", ".join("+".join(sorted(FORMATS[name])) for name in names)
         raise Mistake(f"its keys {_keys(row)} are of no known format; there are {known}")
     return name
 
 
-def unread(row: Any, name: str) -> set[str]:
-    """Return the keys of a row, and those of its messages as "message.name", that are not read."""
+def unread(row: Any, name: str, prompts: bool = False) -> set[str]:
+    """Return the keys of a row, and those of its messages as "message.name", that are not read.
+
+    prompts: as for a row of `prompt_of`, which keeps all keys of the row itself.
+    """
     read = {SYSTEM, *FORMATS[name], *_ALSO_READ.get(name, ())}
     values = row if isinstance(row, dict) else {}
-    keys = {key for key, value in values.items() if key not in read and value is not None}
-    for messages in [row] if name == "list" else [row[key] for key in FORMATS[name]]:
+    more = () if prompts else values.keys() - read
+    keys = {key for key in more if values[key] is not None}
+    for messages in [row] if name == "list" else [values.get(key) for key in read]:
         for message in messages if isinstance(messages, list) else ():
             more = message.keys() - _OF_A_MESSAGE if isinstance(message, dict) else ()
             keys |= {f"message.{key}" for key in more if message[key] is not None}
@@ -180,6 +192,28 @@ def messages_of(row: Any, name: str, tools: bool = True) -> list[Message]:
     tools: whether calls of tools stay in answers. Raises Mistake for a row that is no conversation
     to learn from.
     """
+    messages = _checked(_messages(row, name))
+    if not tools:
+        messages = [m | {"content": _joined(m["content"], calls=False)} for m in messages]
+    return messages
+
+
+def prompt_of(row: Any, name: str) -> dict[str, Any]:
+    """Return a row of this format, one of PROMPTS, as {"messages": ..., ...}.
+
+    The messages end with the user's; other keys are kept for a reward, the answer to a question
+    among them. Raises Mistake for a row that is no prompt.
+    """
+    messages = _messages(row, name)
+    asked = _checked(messages[:-1] if name == "question" else messages, answered=False)
+    kept = {key: row[key] for key in row if key not in (SYSTEM, "messages", PROMPTS[name])}
+    if not isinstance(answer := kept.get("answer", ""), str):
+        raise Mistake(f"its answer is {_shown(answer)}, not text: write a text, or rename the key")
+    return {"messages": asked, **kept}
+
+
+def _messages(row: Any, name: str) -> list[Any]:
+    """Return what a row of this format has for messages. Raises Mistake for another row."""
     if not isinstance(row, list if name == "list" else dict):
         what = _keys(row) if isinstance(row, dict) else _shown(row)
         raise Mistake(
@@ -195,9 +229,6 @@ def messages_of(row: Any, name: str, tools: bool = True) -> list[Message]:
         raise Mistake(f"{_shown(messages)} where the list of messages should be")
     if isinstance(row, dict) and (system := row.get(SYSTEM)) not in (None, ""):
         messages = [{"role": "system", "content": system}, *messages]
-    messages = _checked(messages)
-    if not tools:
-        messages = [m | {"content": _joined(m["content"], calls=False)} for m in messages]
     return messages
 
 
@@ -273,6 +304,11 @@ def _completion(key: str, row: dict[str, Any]) -> Any:
     ]
 
 
+def _prompt(row: dict[str, Any]) -> Any:
+    prompt = row["prompt"]
+    return prompt if isinstance(prompt, list) else _pair(prompt, "")[:1]
+
+
 def _pair(question: Any, answer: Any) -> list[Message]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
@@ -285,11 +321,15 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "completion": lambda row: _completion("completion", row),
     "response": lambda row: _completion("response", row),
     "list": lambda row: row,
+    "prompts": _prompt,
 }
 
 
-def _checked(messages: list[Any]) -> list[Message]:
-    """Return messages in the form that `chat` takes; each is checked. Raises Mistake."""
+def _checked(messages: list[Any], answered: bool = True) -> list[Message]:
+    """Return messages in the form that `chat` takes; each is checked. Raises Mistake.
+
+    answered: whether the last of them is an answer, or else the user's.
+    """
     if not messages:
         raise Mistake("it has no messages: leave the row out")
     checked: list[Message] = []
@@ -338,7 +378,12 @@ def _checked(messages: list[Any]) -> list[Message]:
         if weight == 0:
             checked[-1]["weight"] = 0
         before = role
-    if before != "assistant" or calls:
+    if not answered and before != "user":
+        raise Mistake(
+            f"its last message, of {before}, is not the user's, which the run shall answer: leave "
+            "it out"
+        )
+    if answered and (before != "assistant" or calls):
         raise Mistake(f"its last message, of {before}, is no answer: add one, or leave the row out")
     return [m | {"content": _joined(m["content"])} for m in checked]
 

@@ -17,9 +17,16 @@ from scalegpt.config.types import LARGEST
 from scalegpt.data import tokenizer
 from scalegpt.data.batches import TrainBatches, train_order
 from scalegpt.data.packing import PackedRows, pack
-from scalegpt.data.token_files import Dataset, check_tokens, open_dataset
+from scalegpt.data.token_files import Dataset, check_tokens, file_of, open_dataset
 from scalegpt.errors import Mistake
 from scalegpt.files.folder import expanded
+
+# Kind of a data set -> the objective that learns from it, what it holds, and what makes it.
+_KINDS = {
+    "text": ("text", "plain text", "data/text/prepare.py"),
+    "chat": ("sft", "conversations", "data/chat/prepare.py"),
+    "prompts": ("grpo", "prompts", "data/chat/prepare.py --prompts"),
+}
 
 
 def open_datasets(config: Config, alive: Callable[[], None] = lambda: None) -> list[Dataset]:
@@ -38,7 +45,7 @@ def open_datasets(config: Config, alive: Callable[[], None] = lambda: None) -> l
         _check_kind(config, dataset)
         if dataset.kind == "chat":
             dataset = _packed(dataset, config.model.block_size)
-        else:
+        elif dataset.kind == "text":
             check_tokens(dataset, config.model.block_size)
         if datasets and not tokenizer.same(dataset.tokenizer, datasets[0].tokenizer):
             raise Mistake(
@@ -56,14 +63,12 @@ def open_datasets(config: Config, alive: Callable[[], None] = lambda: None) -> l
 
 def _check_kind(config: Config, dataset: Dataset) -> None:
     """Raise Mistake unless a data set holds what objective.name learns from."""
-    kinds = {"text": "plain text", "chat": "conversations"}
-    objectives = {"text": "text", "chat": "sft"}
-    name, fitting = config.objective.name, objectives[dataset.kind]
+    name, (fitting, what, _) = config.objective.name, _KINDS[dataset.kind]
     if name != fitting:
-        other = "data/chat/prepare.py" if name == "sft" else "data/text/prepare.py"
+        script = next(script for other, _, script in _KINDS.values() if other == name)
         raise Mistake(
-            f"objective.name={name}, but the data set {dataset.name} holds {kinds[dataset.kind]}: "
-            f"set --objective.name={fitting}, or give data that {other} has made"
+            f"objective.name={name}, but the data set {dataset.name} holds {what}: set "
+            f"--objective.name={fitting}, or give data that {script} has made"
         )
 
 
@@ -131,7 +136,8 @@ def _prepare(folder: Path, alive: Callable[[], None]) -> None:
     """
     script = recipe(folder.name)
     interrupted = (folder / "meta.json.partial").exists()
-    whole = all((folder / name).is_file() for name in ("train.bin", "val.bin")) and not interrupted
+    made = [{(folder / file_of(s, kind)).is_file() for s in ("train", "val")} for kind in _KINDS]
+    whole = {True} in made and not interrupted
     if script is None or whole:
         return
     if _run([sys.executable, str(script), "--out", str(folder)], alive):

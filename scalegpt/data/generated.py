@@ -8,13 +8,12 @@ so no word of a test was seen in training, in whatever task.
 import random
 import string
 from collections.abc import Callable
-from typing import Any
 
 from scalegpt.data.prepare import stable_fraction
+from scalegpt.data.prompts import Example
 from scalegpt.errors import Mistake
 
 TEST_SHARE = 0.1  # of all words, digits and sums
-Example = dict[str, Any]  # messages: those of a prompt; answer: the text that is right
 # Parts of syllables, which make words that can be pronounced.
 _ONSETS = (
     *("b", "c", "d", "f", "g", "h", "j", "k", "l", "m", "n", "p", "qu", "r", "s", "t", "v", "w"),

@@ -1,8 +1,8 @@
 """Documents become token files, for data/*/prepare.py: train.bin, val.bin and meta.json.
 
 A token file is nanoGPT's: headerless little-endian uint16 (uint32 above 65,536 ids). Text streams
-through in constant memory, or is refused by its size. Files get their names when they are whole, so
-that a killed process leaves no half of one.
+through in constant memory, or is refused by its size. Prompts become JSON lines instead.
+Files get their names when they are whole, so that a killed process leaves no half of one.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from scalegpt.config import command_line
 from scalegpt.config.presets import data_folder
-from scalegpt.data.token_files import narrowest
+from scalegpt.data.token_files import file_of, narrowest
 from scalegpt.data.tokenizer import Tokenizer, kind, load
 from scalegpt.errors import Mistake, counted
 from scalegpt.files.folder import local_path
@@ -40,6 +40,7 @@ Document = str | Iterable[str]  # a text, or its consecutive chunks where it is 
 MOST_WHOLE = 1 << 22  # characters encoded in one piece: tokenizers take up to 180 bytes for each
 _ANYWHERE = re.compile(r"(?s).*")  # these match a text up to the last place where it may be cut
 _BEFORE_A_SPACE = re.compile(r"(?s).*\S(?=[ \n])")
+_MOST = {"max_id", "longest"}  # facts of which a split has the largest, not the sum
 _worker_tokenizer: Tokenizer | None = None  # set in a worker when it starts
 
 
@@ -146,15 +147,19 @@ def _only_writer(out: Path) -> Iterator[None]:
     """Wait for other processes that prepare `out`: those of one job may start together."""
     with FileLock(out / "prepare.tmp"):
         try:
-            for path in out.glob("*.bin.partial"):  # of a killed run; they would count as used
-                path.unlink()
+            _remove_partial(out)  # of a killed run; they would count as used
             yield
         finally:
             # meta.json.partial stays where publishing failed: it says that the others are no set.
-            for path in out.glob("*.bin.partial"):
-                path.unlink()
+            _remove_partial(out)
             with suppress(PermissionError):  # Windows keeps a file that is open
                 (out / "prepare.tmp").unlink(missing_ok=True)
+
+
+def _remove_partial(out: Path) -> None:
+    for split in SPLITS:
+        for of_kind in ("text", "prompts"):
+            (out / f"{file_of(split, of_kind)}.partial").unlink(missing_ok=True)
 
 
 def _prepared(out: Path, source: str) -> dict[str, Any] | None:
@@ -162,9 +167,12 @@ def _prepared(out: Path, source: str) -> dict[str, Any] | None:
     if not os.path.lexists(out / "meta.json"):
         return None
     meta = read_object(out / "meta.json", "; see --force and --out")
-    paths = {split: out / f"{split}.bin" for split in SPLITS}
+    paths = {split: out / file_of(split, meta.get("kind")) for split in SPLITS}
     sizes = {s: path.stat().st_size for s, path in paths.items() if path.is_file()}
     match meta:
+        case {"kind": "prompts", "train": {"bytes": int(train)}, "val": {"bytes": int(val)}}:
+            if sizes != {"train": train, "val": val}:
+                return None
         case {
             "dtype": "uint16" | "uint32" | "int32" as dtype,
             "train": {"tokens": int(train)},
@@ -178,6 +186,14 @@ def _prepared(out: Path, source: str) -> dict[str, Any] | None:
     return meta
 
 
+def _kind(out: Path) -> str:
+    """Return of which kind the data in a folder are, by its meta.json, or one half published."""
+    for name in ("meta.json.partial", "meta.json"):
+        with suppress(Mistake):  # for one that is broken or not there
+            return read_object(out / name).get("kind", "text")
+    return "text"
+
+
 def write_bins(
     out: Path, encoded: Iterable[tuple[str, np.ndarray, dict[str, int]]], text_bytes: int | None
 ) -> dict[str, Any]:
@@ -187,18 +203,51 @@ def write_bins(
     below 0 is ~id. text_bytes: the end of the progress bar, or None for one without end. Raises
     Mistake for an empty split.
     """
-    counts = {s: Counter(tokens=0, bytes=0, documents=0, max_id=0) for s in SPLITS}
+
+    def largest(ids: np.ndarray) -> int:
+        return max(int(ids.max(initial=0)), ~int(ids.min(initial=0)))
+
+    rows = (
+        (split, ids, {**added, "tokens": ids.size, "max_id": largest(ids)})
+        for split, ids, added in encoded
+    )
+    return _write_rows(out, "text", rows, text_bytes)
+
+
+def write_prompts(out: Path, prompts: Iterable[tuple[str, dict[str, Any], int]]) -> dict[str, Any]:
+    """Write train.jsonl.partial and val.jsonl.partial; return their entries for meta.json.
+
+    prompts: split, example and the number of its prompt's tokens. Raises Mistake for an empty
+    split, and for files of other origin in the folder.
+    """
+    for name in (file_of(split, "prompts") for split in SPLITS):
+        if (out / name).exists() and _kind(out) != "prompts":
+            raise Mistake(f"--out {out} holds a {name} of another origin: choose another folder")
+    rows = (
+        (split, line, {"tokens": n, "longest": n, "documents": 1, "bytes": len(line)})
+        for split, example, n in prompts
+        for line in [f"{json.dumps(example, ensure_ascii=False)}\n".encode()]
+    )
+    return _write_rows(out, "prompts", rows, None)
+
+
+def _write_rows(
+    out: Path, kind: str, rows: Iterable[tuple[str, Any, dict[str, int]]], text_bytes: int | None
+) -> dict[str, Any]:
+    """Write the files of a kind of data from split, content and facts of each row, which add up."""
+    counts = {s: Counter(tokens=0, bytes=0, documents=0) for s in SPLITS}
     digests = {split: hashlib.sha256() for split in SPLITS}
     bar = tqdm(total=text_bytes, unit="B", unit_scale=True, disable=None)
     with bar, ExitStack() as stack:
-        files = {s: stack.enter_context(open(out / f"{s}.bin.partial", "wb")) for s in SPLITS}
-        for split, ids, added in encoded:
-            files[split].write(ids)
-            digests[split].update(ids)
-            counts[split].update(added, tokens=ids.size)
-            largest = max(int(ids.max(initial=0)), ~int(ids.min(initial=0)))
-            counts[split]["max_id"] = max(counts[split]["max_id"], largest)
-            bar.update(added["bytes"])
+        paths = {split: out / f"{file_of(split, kind)}.partial" for split in SPLITS}
+        files = {s: stack.enter_context(open(path, "wb")) for s, path in paths.items()}
+        for split, content, facts in rows:
+            files[split].write(content)
+            digests[split].update(content)
+            for key, value in facts.items():
+                before = counts[split][key]
+                counts[split][key] = max(before, value) if key in _MOST else before + value
+            bar.update(facts["bytes"])
     for split in SPLITS:
         if not counts[split]["tokens"]:
             raise Mistake(f"no document is in the {split} split: give more text")
@@ -207,10 +256,12 @@ def write_bins(
 
 def _publish(out: Path, meta: dict[str, Any]) -> None:
     """Give the files their names, in an order that never shows an old beside a new file."""
+    old, new = ([file_of(s, kind) for s in SPLITS] for kind in (_kind(out), meta.get("kind")))
     (out / "meta.json.partial").write_text(json.dumps(meta, indent=1))
     (out / "meta.json").unlink(missing_ok=True)
-    (out / "val.bin").unlink(missing_ok=True)
-    for name in ("train.bin", "val.bin", "meta.json"):
+    for name in {*old} - {new[0]}:
+        (out / name).unlink(missing_ok=True)
+    for name in (*new, "meta.json"):
         with open(out / f"{name}.partial", "rb+") as file:
             os.fsync(file.fileno())
         os.replace(file.name, out / name)

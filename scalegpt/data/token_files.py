@@ -4,7 +4,7 @@ A dataset is a folder, or a URL of one, with `train.bin` and `val.bin`: headerle
 uint16 or uint32 ids. `meta.json` (written by `data/*/prepare.py`) or nanoGPT's `meta.pkl` says what
 the ids mean; without either they are taken for nanoGPT's GPT-2 ids in uint16. Conversations,
 by meta.json of the kind "chat", are int32: ~id, below 0, is read but not predicted, and each begins
-with ~bos, which is nowhere else.
+with ~bos, which is nowhere else. Those of kind "prompts" are JSON lines, train.jsonl and val.jsonl.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ import pickle
 import posixpath
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -22,16 +23,23 @@ from scalegpt.config.presets import recipe
 from scalegpt.config.types import LARGEST
 from scalegpt.data import tokenizer
 from scalegpt.data.packing import PackedRows
+from scalegpt.data.prompts import Prompts
 from scalegpt.errors import Mistake, counted
 from scalegpt.files.folder import expanded
 from scalegpt.files.formats import HEAD, known_format
 from scalegpt.files.json_files import read_object
 from scalegpt.files.staging import stage
 
+KINDS = ("text", "chat", "prompts")
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4"), "int32": np.dtype("<i4")}
 META = ("meta.json", "meta.pkl")
 CHUNK = 1 << 24  # ids per check: large enough to run at disk speed, small in memory
 SLOW = 1 << 28  # files above this many bytes get a progress bar
+
+
+def file_of(split: str, kind: str) -> str:
+    """Return the name of a split's file in a data set of this kind."""
+    return f"{split}.jsonl" if kind == "prompts" else f"{split}.bin"
 
 
 def narrowest(vocab_size: int) -> np.dtype:
@@ -49,11 +57,11 @@ class Dataset:
     name: str
     tokenizer: dict | str
     vocab_size: int
-    train: np.memmap | PackedRows
-    val: np.memmap | PackedRows
+    train: np.memmap | PackedRows | Prompts
+    val: np.memmap | PackedRows | Prompts
     val_bytes_per_token: float | None  # UTF-8 bytes of the text a predicted token stands for
     fingerprint: str  # changes with the tokens; a run continued on other data can be refused
-    kind: str = "text"  # or "chat"
+    kind: str = "text"  # one of KINDS
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,14 +83,19 @@ def open_dataset(path: str | Path, cache_dir: str | None = None) -> Dataset:
     for a folder or file that is missing, empty, truncated, of unknown format, or that holds an id
     outside its vocabulary.
     """
-    name, folder = _locate(str(path), ("train.bin", "val.bin"), cache_dir)
-    meta = read_meta(folder)[0]
+    name, folder, meta = _locate(str(path), ("train", "val"), cache_dir)
+    kind = meta.get("kind", "text")
     splits, hashed = {}, [meta["dtype"], meta["vocab_size"]]
     for split in ("train", "val"):
-        tokens = splits[split] = _open_tokens(folder / f"{split}.bin", meta)
+        file, stated_hash = folder / file_of(split, kind), meta.get(split, {}).get("sha256")
+        if kind == "prompts":
+            _check_hash(file, stated_hash)
+            splits[split] = Prompts.read(file, meta["tokenizer"], meta[split]["longest"])
+            hashed += [len(splits[split]), stated_hash]
+            continue
+        tokens = splits[split] = _open_tokens(file, meta)
         # Both ends tell other data of equal size apart, whatever meta.json says of it.
         ends = tokens[: 1 << 16].tobytes() + tokens[-(1 << 16) :].tobytes()
-        stated_hash = meta.get(split, {}).get("sha256")
         hashed += [len(tokens), stated_hash, hashlib.sha256(ends).hexdigest()]
     return Dataset(
         name=name,
@@ -92,7 +105,7 @@ def open_dataset(path: str | Path, cache_dir: str | None = None) -> Dataset:
         val=splits["val"],
         val_bytes_per_token=_bytes_per_token(meta, "val", splits["val"]),
         fingerprint=hashlib.sha256(json.dumps(hashed).encode()).hexdigest()[:16],
-        kind=meta.get("kind", "text"),
+        kind=kind,
     )
 
 
@@ -104,24 +117,31 @@ def open_split(path: str | Path, split: str, cache_dir: str | None = None) -> Sp
     file = expanded(path).resolve()
     if file.is_file():
         name, folder, split = file.name, file.parent, file.stem
+        meta = read_meta(folder)[0]
     else:
-        name, folder = _locate(str(path), (f"{split}.bin",), cache_dir)
+        name, folder, meta = _locate(str(path), (split,), cache_dir)
         file = folder / f"{split}.bin"
-    meta = read_meta(folder)[0]
+    if (kind := meta.get("kind", "text")) == "prompts":
+        raise Mistake(
+            f"{name} holds prompts, of whose text no model learns or is measured: give --task, or "
+            "--data with text or conversations"
+        )
     tokens = _open_tokens(file, meta)
     rate = _bytes_per_token(meta, split, tokens)
-    kind = meta.get("kind", "text")
     return Split(name, meta["tokenizer"], meta["vocab_size"], tokens, rate, kind)
 
 
-def _locate(path: str, needed: tuple[str, ...], cache_dir: str | None) -> tuple[str, Path]:
-    """Return the dataset's name and its folder on this machine, which has the needed files."""
+def _locate(
+    path: str, splits: tuple[str, ...], cache_dir: str | None
+) -> tuple[str, Path, dict[str, Any]]:
+    """Return the dataset's name, its folder on this machine, which has the splits, and its meta."""
     if not path:
         raise Mistake("data.path is empty; name a folder with train.bin and val.bin")
     remote = "://" in path
     folder = expanded(path).resolve()
     if remote:
-        folder = stage(path, (*META, *needed), cache_dir)
+        files = [file_of(split, kind) for kind in ("text", "prompts") for split in splits]
+        folder = stage(path, (*META, *files), cache_dir)
     if folder.is_file():
         raise Mistake(
             f"data.path: {folder} is a file; point data.path at its folder {folder.parent}, or, if "
@@ -129,10 +149,11 @@ def _locate(path: str, needed: tuple[str, ...], cache_dir: str | None) -> tuple[
         )
     if not folder.is_dir():
         raise Mistake(f"data.path: there is no folder {folder}; {_how_to_make(folder)}")
-    for file in needed:
+    meta = read_meta(folder)[0]
+    for file in (file_of(split, meta.get("kind")) for split in splits):
         if not (folder / file).is_file():
             raise Mistake(f"{path} has no {file}; {_how_to_make(folder)}")
-    return posixpath.basename(path.rstrip("/")) if remote else folder.name, folder
+    return posixpath.basename(path.rstrip("/")) if remote else folder.name, folder, meta
 
 
 def _how_to_make(folder: Path) -> str:
@@ -160,7 +181,7 @@ def _open_tokens(file: Path, meta: dict) -> np.memmap:
 
 def _bytes_per_token(meta: dict, split: str, tokens: np.memmap) -> float | None:
     facts = meta.get(split, {})
-    count = facts.get("trained") if meta.get("kind") == "chat" else len(tokens)
+    count = len(tokens) if meta.get("kind", "text") == "text" else facts.get("trained")
     return facts["bytes"] / count if facts.get("bytes") and count else None
 
 
@@ -194,19 +215,21 @@ def _read_meta_json(file: Path) -> dict:
         raise Mistake(f"{file}: format {meta['format']!r} is unknown, only 1; update scalegpt")
     parts = {"": meta, "train.": meta.get("train"), "val.": meta.get("val")}
     needed = {"": ("format", "tokenizer", "vocab_size", "dtype", "train", "val")}
+    if meta.get("kind") == "prompts":
+        needed |= dict.fromkeys(("train.", "val."), ("documents", "tokens", "longest", "sha256"))
     for prefix, part in parts.items():
         keys = needed.get(prefix, ("tokens",))
         missing = [prefix + k for k in keys if not isinstance(part, dict) or k not in part]
         if missing:
             raise Mistake(f"{file} lacks {', '.join(missing)}; {again}")
-        for key in {"vocab_size", "tokens", "max_id", "bytes"} & part.keys():
+        for key in {"vocab_size", "tokens", "max_id", "bytes", "longest"} & part.keys():
             most = LARGEST if key == "vocab_size" else 2**63 - 1
             if type(part[key]) is not int or not 0 <= part[key] <= most:
                 raise Mistake(f"{file}: {prefix}{key} is {part[key]!r}, not a count; {again}")
     if meta["dtype"] not in (*DTYPES,):
         raise Mistake(f"{file}: dtype {meta['dtype']!r} is not one of {', '.join(DTYPES)}")
     kind, dtype = meta.get("kind", "text"), meta["dtype"]
-    if kind not in ("text", "chat") or (kind == "chat") != (dtype == "int32"):
+    if kind not in KINDS or (kind != "text") != (dtype == "int32"):
         raise Mistake(f"{file}: no data are of kind {kind!r} in {dtype}; update scalegpt")
     try:
         tokenizer.check(meta["tokenizer"])
@@ -285,8 +308,8 @@ def _check_hash(file: Path, expected: str) -> None:
     if digest != expected:
         raise Mistake(
             f"{file} is not the file that meta.json beside it describes (sha256 {digest[:8]}..., "
-            f"not {expected[:8]}...); run its prepare.py again, or remove meta.json if the ids are "
-            "nanoGPT's"
+            f"not {expected[:8]}...); run its prepare.py again"
+            + (", or remove meta.json if the ids are nanoGPT's" if file.suffix == ".bin" else "")
         )
 
 

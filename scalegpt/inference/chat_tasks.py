@@ -18,7 +18,7 @@ import numpy as np
 from scalegpt.config import EvalConfig
 from scalegpt.data import conversations, generated, rewards, tokenizer
 from scalegpt.data.chat import encode_conversation, encode_prompt
-from scalegpt.data.generated import Example
+from scalegpt.data.prompts import Example
 from scalegpt.data.tokenizer import Tokenizer
 from scalegpt.errors import Mistake
 from scalegpt.inference.answers import for_any_parameters

@@ -43,7 +43,7 @@ def describe(config: Config, datasets: list[Dataset], steps: Steps) -> str:
     where += [config.run.backend] if config.run.backend != "jit" else []
     tokens = counted(config.batch.sequences * config.row_width, "token")
     sizes = ", ".join(
-        f"{d.name} ({d.train if d.kind == 'chat' else counted(len(d.train), 'token')})"
+        f"{d.name} ({counted(len(d.train), 'token') if d.kind == 'text' else d.train})"
         for d in datasets
     )
     parts = f", {microbatch} at a time" if accumulation > 1 else ""
