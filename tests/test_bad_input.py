@@ -862,7 +862,7 @@ for name, argv, content, *words in [
     ("one conversation", "", json.dumps(turns(Q, A)), "all of 1 conversations go to validation"),
     ("one question", "", f"{json.dumps(turns(Q, A))}\n" * 3, "all of 3 conversations", "more"),
     ("plain texts", "", '{"text": "a"}', "line 1: text is no conversation", "data/text/prepare.py"),
-    ("preferences", "", '{"chosen": "a", "rejected": "b"}', "line 1: chosen and rejected"),
+    ("preferences", "", '{"chosen": "a", "rejected": "b"}', 'line 1: chosen is "a", and no'),
     ("prompts", "", '{"prompt": "a"}', "line 1: a prompt without completion", "--prompts makes"),
     ("unknown keys", "", '{"q": "a", "a": "b"}', "line 1: its keys q, a are of no known format",
      "question"),

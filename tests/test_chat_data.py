@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from test_prepare import bins, module
 
+from scalegpt.config import BatchConfig
 from scalegpt.data import chat, conversations, datasets
+from scalegpt.data.batches import TrainBatches
 from scalegpt.data.token_files import open_dataset, open_split
 from scalegpt.data.tokenizer import load
 
@@ -262,6 +264,104 @@ def test_real_data_of_three_formats(shared_data, tmp_path, capsys):
         for conversation in split_up(ids[split]):
             text = BYTES.decode([i for i in conversation if i >= 0], marks=True)
             assert text.endswith("<|end|>") and "endoftext" not in text
+
+
+# --- pairs
+
+ASKED = MESSAGES[:1]
+NO = {"role": "assistant", "content": "No."}
+TALK = "\n\nHuman: Hi\n\nAssistant: Ho?\n\nHuman: Why?\n\nAssistant:"
+HI = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho?"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "before"),
+    [
+        ({"prompt": "Why?", "chosen": "So.", "rejected": "No."}, []),
+        ({"question": "Why?", "chosen": "So.</s>", "rejected": "No.<|im_end|>"}, []),
+        ({"messages": ASKED, "chosen": "So.", "rejected": "No."}, []),
+        ({"prompt": ASKED, "chosen": MESSAGES[1:], "rejected": [NO]}, []),
+        ({"prompt": "Why?", "chosen": MESSAGES, "rejected": [*ASKED, NO]}, []),
+        ({"chosen": MESSAGES, "rejected": [*ASKED, NO]}, []),
+        ({"chosen": [*HI, *MESSAGES], "rejected": [*HI, *ASKED, NO]}, HI),
+        ({"prompt": [*HI, *ASKED], "chosen": "So.", "rejected": [NO]}, HI),
+        ({"chosen": f"{TALK} So.", "rejected": f"{TALK} No.\n"}, HI),
+        ({"prompt": TALK, "chosen": "So.", "rejected": "No."}, HI),
+    ],
+)
+def test_every_form_of_a_pair_says_the_same(row, before):
+    for more in ({}, {"system": "S"}):
+        first = [{"role": "system", "content": "S"}] if more else []
+        found = conversations.pair_of(conversations.parse(json.dumps(row | more)))
+        chosen, rejected = (conversations.without_end_marks(messages)[0] for messages in found)
+        conversations.check_pair(chosen, rejected)
+        assert chosen == [*first, *before, *MESSAGES]
+        assert rejected == [*first, *before, *ASKED, NO]
+    assert conversations.format_of(row) == "preferences"
+    assert not conversations.unread(row, "preferences")
+
+
+def pairs(n):
+    """Rows of pairs, some of one question."""
+    return [{"prompt": f"n {i % 20}", "chosen": f"{i}é", "rejected": "x" * (i % 7 + 1)}
+            for i in range(n)]  # fmt: skip
+
+
+def test_prepared_pairs_are_neighbours_of_which_the_last_answer_is_learned(tmp_path, capsys):
+    rows = [{"prompt": [*HI, *ASKED], "chosen": "So.", "rejected": "No."}, *pairs(40)]
+    ids, meta = prepare(tmp_path, rows, "--val-fraction=.2")
+    assert meta["kind"] == "pairs" and meta["dtype"] == "int32"
+
+    def by_hand(row):
+        talks = []
+        for side in ("chosen", "rejected"):
+            hi = [257, *b"Hi", 259, 258, *b"Ho?", 259] if row["prompt"][0] != "n" else []
+            question = b"Why?" if hi else row["prompt"].encode()
+            read = [0, *hi, 257, *question, 259, 258]
+            talks.append([*(~i for i in read), *row[side].encode(), 259])
+        return talks
+
+    n_pairs = 0
+    for split, facts in ((s, meta[s]) for s in ids):
+        talks = split_up(ids[split])
+        found = [talks[i : i + 2] for i in range(0, len(talks), 2)]
+        assert facts["pairs"] == len(found) and facts["documents"] == len(talks)
+        assert all(pair in map(by_hand, rows) for pair in found)
+        assert facts["trained"] == (ids[split] >= 0).sum()
+        n_pairs += len(found)
+    assert n_pairs == 41
+    out = capsys.readouterr().out
+    assert (
+        "<|bos|><|user|>Hi<|end|><|assistant|>Ho?<|end|><|user|>Why?<|end|><|assistant|>[[" in out
+    )
+    assert "[[So.<|end|>]]\n" in out and "[[No.<|end|>]]\n" in out
+    assert "format preferences: 41 pairs with 84 answers" in out
+    chosen = [len(row["chosen"].encode()) + 1 for row in rows]
+    assert f"a chosen answer has {np.mean(chosen):.1f} tokens on average" in out
+
+
+def test_pairs_are_read_a_conversation_a_row_and_drawn_together(tmp_path):
+    prepare(tmp_path, [*pairs(40), {"prompt": "long", "chosen": "y" * 99, "rejected": "n"}])
+    data = datasets._in_rows(open_dataset(tmp_path / "out"), 60)
+    rows = {len(split): split for split in (data.train, data.val)}
+    assert sum(rows) == 80 and sum(split.left_out for split in rows.values()) == 1
+    (wide,) = datasets._as_wide([data])
+    assert wide.train.width == wide.val.width == 17 and "pairs in rows of 16" in str(wide.train)
+    n = len(wide.train)
+    texts = [BYTES.decode([~i for i in wide.train[i] if i < -1]) for i in range(n)]
+    assert texts[::2] == texts[1::2]
+    batches = TrainBatches([wide.train], [1], 16, 3, BatchConfig(sequences=8), 4, np.arange(4))
+    found = np.concatenate([batches[step].reshape(-1, 17) for step in range(-(-n // 8))])[:n]
+    order = [next(i for i in range(n) if (wide.train[i] == row).all()) for row in found]
+    assert order[::2] != sorted(order[::2]) and len({*order[::2]}) == n // 2
+    assert all((found[i + 1] == wide.train[order[i] + 1]).all() for i in range(0, n, 2))
+    mixed = TrainBatches([wide.val, wide.train], [1, 3], 16, 3, BatchConfig(sequences=8), 8,
+                         np.arange(8))  # fmt: skip
+    chosen, index = mixed.windows(0)
+    assert chosen.tolist().count(0) == 2 and (chosen[::2] == chosen[1::2]).all()
+    assert (index[::2] % 2 == 0).all() and (index[1::2] == index[::2] + 1).all()
+    with pytest.raises(ValueError, match="none of its .* pairs fits within model.block_size=9"):
+        datasets._in_rows(open_dataset(tmp_path / "out"), 9)
 
 
 # --- prompts

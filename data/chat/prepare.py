@@ -3,8 +3,9 @@
 The rows are JSON lines or arrays, packed or not, in the formats of OpenAI, ShareGPT and Alpaca, or
 pairs of prompt and completion or of question and answer; the first row's keys tell which, and all
 rows must be of that format. A hash of its first question decides whether a conversation goes to
-validation. An example is shown in which what is learned is marked. With --prompts only questions
-are kept, for a run that writes the answers itself, with what its reward needs.
+validation. An example is shown in which what is learned is marked. Rows of a chosen and a rejected
+answer become pairs of conversations. With --prompts only questions are kept, for a run that writes
+the answers itself, with what its reward needs.
 """
 
 if __name__ == "__main__":
@@ -56,13 +57,31 @@ class Tally:
     """What has been seen in one reading of all rows, for the messages at the end."""
 
     format: str | None
+    prompts: bool
     faults: list[str] = field(default_factory=list)
     unread: Counter = field(default_factory=Counter)  # rows by a key that is not read
     counts: Counter = field(default_factory=Counter)
     first_spelt: str = ""  # the place of the first text that spells a mark
     lengths: Counter = field(default_factory=Counter)  # conversations by their number of tokens
     digests: set[bytes] = field(default_factory=set)
-    examples: list[np.ndarray] = field(default_factory=list)
+    examples: list[list[np.ndarray]] = field(default_factory=list)  # a pair has two
+
+    @property
+    def kind(self) -> str:
+        """The kind of data that rows of this format are."""
+        if self.prompts:
+            return "prompts"
+        return "pairs" if self.format == "preferences" else "chat"
+
+    @property
+    def what(self) -> str:
+        """What one of these data is, for messages."""
+        return {"prompts": "prompt", "pairs": "pair", "chat": "conversation"}[self.kind]
+
+    def talks(self, example: dict[str, Any]) -> list[list[dict[str, Any]]]:
+        """Return the messages of an example, of a pair those with either answer."""
+        both = self.kind == "pairs"
+        return [example[key] for key in ("messages", "rejected")[: 1 + both]]
 
 
 def read(
@@ -70,7 +89,7 @@ def read(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield place and example of each row; what is wrong with a row goes to tally.faults.
 
-    An example is {"messages": ...}, for a reward with more.
+    An example is {"messages": ...}, of a pair also "rejected", and for a reward more.
 
     Who takes a place may add faults, too. Raises Mistake for a first row of no known format, and
     at the end for more faults than --skip-bad.
@@ -91,13 +110,7 @@ def read(
             except Mistake as error:
                 raise Mistake(f"{place}: {error}") from None
             try:
-                if args.prompts:
-                    example = conversations.prompt_of(row, tally.format)
-                else:
-                    messages = conversations.messages_of(row, tally.format, args.tools == "keep")
-                    messages, lost = conversations.without_end_marks(messages)
-                    example = {"messages": messages}
-                    tally.counts["lost"] += lost
+                example = example_of(row, tally, args.tools == "keep")
             except Mistake as error:
                 faults.append(f"{place}: {error}")
                 continue
@@ -112,6 +125,21 @@ def read(
             f"{faults[0]}{more}\nmend the rows, or leave {at_least}{len(faults):,} out by "
             f"--skip-bad {len(faults)}"
         )
+
+
+def example_of(row: Any, tally: Tally, tools: bool) -> dict[str, Any]:
+    """Return the example that a row is. Raises Mistake."""
+    if tally.kind == "prompts":
+        return conversations.prompt_of(row, tally.format)
+    if tally.kind == "pairs":
+        found = conversations.pair_of(row, tools)
+    else:
+        found = (conversations.messages_of(row, tally.format, tools),)
+    found, lost = zip(*map(conversations.without_end_marks, found), strict=True)
+    if tally.kind == "pairs":
+        conversations.check_pair(*found)
+    tally.counts["lost"] += sum(lost)
+    return dict(zip(("messages", "rejected"), found, strict=False))
 
 
 def split_at(fractions: list[float], val_fraction: float, source: str) -> float:
@@ -140,26 +168,31 @@ def encoded(
     codec: Tokenizer, args: argparse.Namespace, files: list[Path], limit: float, tally: Tally
 ) -> Iterator[tuple[str, np.ndarray, dict[str, int]]]:
     """Yield what `write_bins` takes of each conversation. Raises Mistake as `read`."""
+    pairs = {"pairs": 1} if tally.kind == "pairs" else {}
+    train = "last" if pairs else args.train
     for place, example in read(files, tally, args):
-        messages = example["messages"]
+        talks = tally.talks(example)
         try:
-            ids = chat.encode_conversation(codec, messages, args.train)
-            if (ids < 0).all():
+            ids = [chat.encode_conversation(codec, messages, train) for messages in talks]
+            if any((part < 0).all() for part in ids):
                 raise Mistake("answers of weight 0 leave nothing to learn: leave the row out")
         except Mistake as error:
             tally.faults.append(f"{place}: {error}")
             continue
-        pieces = [piece for piece in chat.pieces(messages, args.train) if piece[1]]
-        split = "val" if stable_fraction(question(messages)) < limit else "train"
-        learned = sum(len(text.encode()) for _, text, is_learned in pieces if is_learned)
-        count(tally, place, pieces, ids)
-        answers = [m["content"] for m in messages if m["role"] == "assistant"]
+        pieces = [[p for p in chat.pieces(messages, train) if p[1]] for messages in talks]
+        split = "val" if stable_fraction(question(talks[0])) < limit else "train"
+        count(tally, place, sum(pieces, []), ids)
+        answers = [m["content"] for messages in talks for m in messages if m["role"] == "assistant"]
         spaced = [a for a in answers if isinstance(a, str) and a != a.strip()]
         tally.counts.update(answers=len(answers), outer_space=len(spaced))
         if split == "train" and len(tally.examples) < args.preview:
             tally.examples.append(ids)
-        added = {"bytes": learned, "documents": 1, "trained": int((ids >= 0).sum())}
-        yield split, ids.astype("<i4"), added
+        for part, texts, side in zip(ids, pieces, ("chosen", "rejected"), strict=False):
+            learned = sum(len(text.encode()) for _, text, is_learned in texts if is_learned)
+            trained = int((part >= 0).sum())
+            tally.counts[side] += trained
+            added = {"bytes": learned, "documents": 1, "trained": trained}
+            yield split, part.astype("<i4"), added | (pairs if side == "chosen" else {})
 
 
 def prompts(
@@ -174,39 +207,44 @@ def prompts(
             tally.faults.append(f"{place}: {error}")
             continue
         split = "val" if stable_fraction(question(messages)) < limit else "train"
-        count(tally, place, [*chat.pieces(messages)], ids)
+        count(tally, place, [*chat.pieces(messages)], [ids])
         tally.counts["answers"] += "answer" in example
         if split == "train" and len(tally.examples) < args.preview:
-            tally.examples.append(~ids)
+            tally.examples.append([~ids])
         yield split, example, len(ids)
 
 
-def count(tally: Tally, place: str, pieces: list, ids: np.ndarray) -> None:
-    """Add a conversation to the tally."""
-    tally.lengths[len(ids)] += 1
-    digest = hashlib.blake2b(ids.tobytes(), digest_size=8).digest()
+def count(tally: Tally, place: str, pieces: list, ids: list[np.ndarray]) -> None:
+    """Add an example to the tally."""
+    tally.lengths.update(map(len, ids))
+    digest = hashlib.blake2b(np.concatenate(ids).tobytes(), digest_size=8).digest()
     spelt = any(conversations.SPELT.search(text) for _, text, _ in pieces)
     tally.first_spelt = tally.first_spelt or place * spelt
     tally.counts.update(spelt=spelt, duplicates=digest in tally.digests)
     tally.digests.add(digest)
 
 
-def summary(tally: Tally, splits: dict[str, Any], what: str) -> Iterator[str]:
+def summary(tally: Tally, splits: dict[str, Any]) -> Iterator[str]:
     """Yield lines that say what the data are, and what a user may want to mend."""
-    counts, lengths = tally.counts, tally.lengths
-    n = lengths.total()
-    answers = counted(counts["answers"], "answer")
-    yield f"format {tally.format}: {counted(n, what)} with {answers}"
+    counts, lengths, what = tally.counts, tally.lengths, tally.what
+    answers, sizes = counted(counts["answers"], "answer"), {}
+    for split in SPLITS:
+        sizes[split] = splits[split].get("pairs", splits[split]["documents"])
+    yield f"format {tally.format}: {counted(sum(sizes.values()), what)} with {answers}"
     for split in SPLITS:
         facts = splits[split]
-        yield f"{split}: {counted(facts['documents'], what)}, {facts['tokens']:,} tokens" + (
+        yield f"{split}: {counted(sizes[split], what)}, {facts['tokens']:,} tokens" + (
             f", of which {trained:,} ({trained / facts['tokens']:.1%}) are learned"
             if (trained := facts.get("trained"))
             else ""
         )
     yield f"longest {max(lengths):,} tokens, {_percentile(lengths):,} at the 99th percentile"
-    if what == "conversation":
+    if what == "pair":
+        means = [f"{counts[side] / sum(sizes.values()):,.1f}" for side in ("chosen", "rejected")]
+        yield f"a chosen answer has {means[0]} tokens on average, a rejected one {means[1]}"
+    if what != "prompt":
         # A row of block_size inputs has one token more, for its last target.
+        n = lengths.total()
         shares = {size: sum(k for x, k in lengths.items() if x <= size + 1) / n for size in SIZES}
         fits = ", ".join(f"{share:.1%} in {size}" for size, share in shares.items())
         yield f"whole in a row of block_size: {fits}"
@@ -258,9 +296,10 @@ def write(args: argparse.Namespace, files: list[Path]) -> dict[str, Any]:
     """Write the data's files, and print what is in them; return meta.json's content."""
     codec = None if args.tokenizer == "char" else named(args.tokenizer).chat()
     fractions, characters, n_characters = [], set(), 0
-    for _, example in read(files, Tally(args.format), args):
+    tally = Tally(args.format, args.prompts)
+    for _, example in read(files, tally, args):
         fractions.append(stable_fraction(question(example["messages"])))
-        texts = [text for _, text, _ in chat.pieces(example["messages"])]
+        texts = [text for m in tally.talks(example) for _, text, _ in chat.pieces(m)]
         n_characters += sum(map(len, texts))
         if codec is None:
             characters.update(*texts)
@@ -268,19 +307,19 @@ def write(args: argparse.Namespace, files: list[Path]) -> dict[str, Any]:
     codec = codec or char_tokenizer(characters).chat()
     bpe = codec.name not in ("byte", "char")  # English: 4.4 bytes a token of gpt2's
     check_disk(args.out, n_characters * 4 / (4 if bpe else 1))
-    tally, kind = Tally(args.format), "prompts" if args.prompts else "chat"
+    tally = Tally(tally.format, args.prompts)
     if args.prompts:
         splits = write_prompts(args.out, prompts(codec, args, files, limit, tally))
     else:
         splits = write_bins(args.out, encoded(codec, args, files, limit, tally), None)
+    color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     for ids in tally.examples:
-        color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         learned = f", learned where it is {'green' if color else 'within [[ ]]'}"
         print(f"an example{'' if args.prompts else learned}:")
-        print(f"{example_text(codec, ids, color)}\n")
-    for line in summary(tally, splits, "prompt" if args.prompts else "conversation"):
+        print(*(example_text(codec, part, color) for part in ids), "", sep="\n")
+    for line in summary(tally, splits):
         print(line)
-    return {**described(codec, np.dtype("<i4"), splits), "kind": kind}
+    return {**described(codec, np.dtype("<i4"), splits), "kind": tally.kind}
 
 
 def main(argv: list[str]) -> int:

@@ -78,11 +78,16 @@ class TrainOrder:
 def train_order(
     tokens: np.ndarray | PackedRows | Prompts, block_size: int, seed: int, stream: int = 0
 ) -> TrainOrder:
-    """Return the order of a file's windows, rows of conversations or prompts, as `TrainOrder`."""
+    """Return the order of a file's windows, rows, pairs of rows or prompts, as `TrainOrder`."""
     if isinstance(tokens, PackedRows | Prompts):
         # A row is one step wide, so that no phase shifts it.
-        return TrainOrder(len(tokens) + 1, 1, seed, stream)
+        return TrainOrder(len(tokens) // rows_together(tokens) + 1, 1, seed, stream)
     return TrainOrder(len(tokens), block_size, seed, stream)
+
+
+def rows_together(tokens: np.ndarray | PackedRows | Prompts) -> int:
+    """Return how many rows that follow each other in a file do so in a batch, 2 of pairs."""
+    return tokens.together if isinstance(tokens, PackedRows) else 1
 
 
 def _shuffle(index: np.ndarray, n: int, seed: int) -> np.ndarray:
@@ -175,7 +180,7 @@ class TrainBatches:
         # Plain array views: slicing a memmap object costs more than copying the row.
         self.tokens = [t if isinstance(t, PackedRows) else np.asarray(t) for t in datasets]
         self.orders = [train_order(t, block_size, seed, i) for i, t in enumerate(datasets)]
-        self.parts = _whole_parts(weights)
+        self.parts, self.together = _whole_parts(weights), rows_together(datasets[0])
         self.block_size, self.batch, self.microbatch, self.rows = (
             block_size,
             batch,
@@ -203,18 +208,19 @@ class TrainBatches:
     def windows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Return (dataset, first token), both int64 [A * R], of this host's rows of `step`.
 
-        Of packed conversations it is the number of the row.
+        Of conversations it is the number of the row.
         """
         first, size = self.batch.rows_after(step), self.batch.sequences_at(step + 1)
         rows = first + (np.arange(0, size, self.microbatch)[:, None] + self.rows).reshape(-1)
+        pairs, side = np.divmod(rows, self.together)  # of other data than pairs, rows and 0
         if len(self.tokens) == 1:
-            return np.zeros_like(rows), self.orders[0].window(rows)
-        dataset, within = mixture_index(rows, self.parts)
+            return np.zeros_like(rows), self.orders[0].window(pairs) * self.together + side
+        dataset, within = mixture_index(pairs, self.parts)
         starts = np.empty_like(rows)
         for d in np.unique(dataset).tolist():
             in_dataset = dataset == d
             starts[in_dataset] = self.orders[d].window(within[in_dataset])
-        return dataset, starts
+        return dataset, starts * self.together + side
 
 
 def _read(

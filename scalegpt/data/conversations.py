@@ -7,6 +7,7 @@ of all. Every fault is a Mistake that says what is wrong with a row; who reads i
 import json
 import re
 from collections.abc import Callable, Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,6 @@ FORMATS: dict[str, frozenset[str]] = {
     "list": frozenset(),  # a row that is no object, but the list of messages itself
 }
 _REFUSED = {
-    "preferences": "chosen and rejected are a pair of preferences, which nothing learns from yet; "
-    "--format messages or completion reads other keys of the rows",
     "prompts": "a prompt without completion or response holds no answer to learn; --prompts makes "
     "data of it for a run that writes the answers itself",
     "text": "text is no conversation: data/text/prepare.py makes data of plain text",
@@ -41,7 +40,8 @@ _REFUSED = {
 READ = (*(name for name in FORMATS if name not in _REFUSED),)
 # Where prompts alone are asked for: formats, and the key under which a row has its prompt.
 PROMPTS = {"messages": "messages", "question": "question", "prompts": "prompt"}
-_ALSO_READ = {"alpaca": {"input"}}
+_PROMPT_OF_PAIR = ("prompt", "messages", "question")  # the first that a row has
+_ALSO_READ = {"alpaca": {"input"}, "preferences": {*_PROMPT_OF_PAIR}}
 _OF_A_MESSAGE = {"role", "content", "weight", "tool_calls", "tool_call_id", "from", "value"}
 _SHAREGPT = {
     **{name: "user" for name in ("human", "user")},
@@ -53,6 +53,7 @@ _SHAREGPT = {
 _FOREIGN = r"<\|endoftext\|>|</s>|<\|im_end\|>|<\|eot_id\|>|<\|end\|>"
 _END = re.compile(rf"(?:(?:{_FOREIGN})\s*)+\Z")
 SPELT = re.compile(rf"{_FOREIGN}|<\|(?:im_start|{'|'.join(MARKS)})\|>")
+_SPEAKER = re.compile(r"\n\n(Human|Assistant):")  # of hh-rlhf
 _CALCULATED = re.compile(r"<<([^<>=]+)=([^<>=]+)>>")  # GSM8K's
 _SPACE = re.compile(r"\s*")
 
@@ -198,6 +199,41 @@ def messages_of(row: Any, name: str, tools: bool = True) -> list[Message]:
     return messages
 
 
+def pair_of(row: Any, tools: bool = True) -> tuple[list[Message], list[Message]]:
+    """Return the conversations with the chosen and the rejected answer of a row of preferences.
+
+    tools: as for `messages_of`. Raises Mistake for a row that is no such pair.
+    """
+    prompt = _prompt_of_pair(_of_format(row, "preferences"))
+    both = []
+    for side in ("chosen", "rejected"):
+        whole = {"messages": _with_answer(row, side, prompt), SYSTEM: row.get(SYSTEM)}
+        try:
+            both.append(messages_of(whole, "messages", tools))
+        except Mistake as error:
+            raise Mistake(f"{side}: {error}") from None
+    return both[0], both[1]
+
+
+def check_pair(chosen: list[Message], rejected: list[Message]) -> None:
+    """Raise Mistake unless two conversations differ in their last answer, and only there."""
+    pairs = enumerate(zip_longest(chosen, rejected), 1)
+    number = next((number for number, (a, b) in pairs if a != b), None)
+    if number is None:
+        raise Mistake("chosen and rejected are the same: leave the row out")
+    if number == len(chosen) == len(rejected):
+        return
+    if chosen[-1] == rejected[-1]:
+        raise Mistake(
+            f"chosen and rejected have one answer, only what is before it differs, from message "
+            f"{number} on: an answer is compared with another to the same prompt"
+        )
+    raise Mistake(
+        f"chosen and rejected differ from message {number} on, before their last answers: give "
+        "both the same prompt, or leave the row out"
+    )
+
+
 def prompt_of(row: Any, name: str) -> dict[str, Any]:
     """Return a row of this format, one of PROMPTS, as {"messages": ..., ...}.
 
@@ -214,6 +250,16 @@ def prompt_of(row: Any, name: str) -> dict[str, Any]:
 
 def _messages(row: Any, name: str) -> list[Any]:
     """Return what a row of this format has for messages. Raises Mistake for another row."""
+    messages = _READERS[name](_of_format(row, name))
+    if not isinstance(messages, list):
+        raise Mistake(f"{_shown(messages)} where the list of messages should be")
+    if isinstance(row, dict) and (system := row.get(SYSTEM)) not in (None, ""):
+        messages = [{"role": "system", "content": system}, *messages]
+    return messages
+
+
+def _of_format(row: Any, name: str) -> Any:
+    """Return a row. Raises Mistake if it is not of this format."""
     if not isinstance(row, list if name == "list" else dict):
         what = _keys(row) if isinstance(row, dict) else _shown(row)
         raise Mistake(
@@ -224,12 +270,7 @@ def _messages(row: Any, name: str) -> list[Any]:
             f"no {' and no '.join(missing)} among its keys {_keys(row)}, which rows of "
             f"format {name} have, as the first: rows of one format go together"
         )
-    messages = _READERS[name](row)
-    if not isinstance(messages, list):
-        raise Mistake(f"{_shown(messages)} where the list of messages should be")
-    if isinstance(row, dict) and (system := row.get(SYSTEM)) not in (None, ""):
-        messages = [{"role": "system", "content": system}, *messages]
-    return messages
+    return row
 
 
 def without_end_marks(messages: list[Message]) -> tuple[list[Message], int]:
@@ -301,6 +342,46 @@ def _completion(key: str, row: dict[str, Any]) -> Any:
     return [
         *(question if isinstance(question, list) else texts[:1]),
         *(answer if isinstance(answer, list) else texts[1:]),
+    ]
+
+
+def _prompt_of_pair(row: dict[str, Any]) -> list[Any]:
+    """Return the messages before the answers that a row compares, or [] where these have them."""
+    prompt = next((row[key] for key in _PROMPT_OF_PAIR if row.get(key)), None)
+    if prompt is None:
+        return []
+    if isinstance(prompt, str) and _SPEAKER.match(prompt):
+        messages = _transcript(prompt)
+        return messages[:-1] if not messages[-1]["content"] else messages
+    return prompt if isinstance(prompt, list) else _pair(prompt, "")[:1]
+
+
+def _with_answer(row: dict[str, Any], side: str, prompt: list[Any]) -> list[Any]:
+    """Return the messages up to the answer that is chosen or rejected. Raises Mistake."""
+    answer = row[side]
+    if isinstance(answer, str) and _SPEAKER.match(answer):
+        answer = _transcript(answer)
+    if not isinstance(answer, list):
+        if not prompt:
+            raise Mistake(
+                f"{side} is {_shown(answer)}, and no prompt is beside: add it as prompt, or begin "
+                'both texts with it, as "\\n\\nHuman: Why?\\n\\nAssistant: So."'
+            )
+        return [*prompt, *_pair("", answer)[1:]]
+    if not prompt or answer[: len(prompt)] == prompt or len(prompt) == 1 and prompt[0] in answer:
+        return answer
+    if any(isinstance(m, dict) and m.get("role") in ("system", "user") for m in answer):
+        raise Mistake(f"{side} does not begin with the row's prompt: leave one of them out")
+    return [*prompt, *answer]
+
+
+def _transcript(text: str) -> list[Message]:
+    """Return the messages of hh-rlhf's text."""
+    parts = _SPEAKER.split(text)[1:]
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [
+        {"role": roles[speaker], "content": said.strip()}
+        for speaker, said in zip(parts[::2], parts[1::2], strict=True)
     ]
 
 

@@ -15,8 +15,8 @@ from scalegpt.config.loading import validate
 from scalegpt.config.presets import recipe
 from scalegpt.config.types import LARGEST
 from scalegpt.data import tokenizer
-from scalegpt.data.batches import TrainBatches, train_order
-from scalegpt.data.packing import PackedRows, pack
+from scalegpt.data.batches import TrainBatches, rows_together, train_order
+from scalegpt.data.packing import PackedRows, one_in_each_row, pack
 from scalegpt.data.token_files import Dataset, check_tokens, file_of, open_dataset
 from scalegpt.errors import Mistake
 from scalegpt.files.folder import expanded
@@ -25,6 +25,7 @@ from scalegpt.files.folder import expanded
 _KINDS = {
     "text": ("text", "plain text", "data/text/prepare.py"),
     "chat": ("sft", "conversations", "data/chat/prepare.py"),
+    "pairs": ("dpo", "pairs of preferences", "data/chat/prepare.py, of pairs,"),
     "prompts": ("grpo", "prompts", "data/chat/prepare.py --prompts"),
 }
 
@@ -32,7 +33,7 @@ _KINDS = {
 def open_datasets(config: Config, alive: Callable[[], None] = lambda: None) -> list[Dataset]:
     """Open and check every data set, preparing those that are missing if data.prepare says so.
 
-    Conversations are packed into rows.
+    Conversations are put into rows.
 
     alive: called every ten seconds while data are prepared, which can take hours; it keeps the
     deadline of this phase away. Raises Mistake.
@@ -43,8 +44,8 @@ def open_datasets(config: Config, alive: Callable[[], None] = lambda: None) -> l
             _prepare(expanded(path), alive)
         dataset = open_dataset(path, config.data.cache_dir)
         _check_kind(config, dataset)
-        if dataset.kind == "chat":
-            dataset = _packed(dataset, config.model.block_size)
+        if dataset.kind in ("chat", "pairs"):
+            dataset = _in_rows(dataset, config.model.block_size)
         elif dataset.kind == "text":
             check_tokens(dataset, config.model.block_size)
         if datasets and not tokenizer.same(dataset.tokenizer, datasets[0].tokenizer):
@@ -58,7 +59,7 @@ def open_datasets(config: Config, alive: Callable[[], None] = lambda: None) -> l
                 f"are; rename one, for val/{dataset.name}/loss is of one"
             )
         datasets.append(dataset)
-    return datasets
+    return _as_wide(datasets) if datasets[0].kind == "pairs" else datasets
 
 
 def _check_kind(config: Config, dataset: Dataset) -> None:
@@ -72,16 +73,32 @@ def _check_kind(config: Config, dataset: Dataset) -> None:
         )
 
 
-def _packed(dataset: Dataset, block_size: int) -> Dataset:
-    rows = {
-        split: pack(f"{dataset.name}/{split}.bin", tokens, dataset.vocab_size, block_size)
-        for split, tokens in (("train", dataset.train), ("val", dataset.val))
-    }
+def _in_rows(dataset: Dataset, block_size: int) -> Dataset:
+    """Return a data set of conversations in rows."""
+    rows = {}
+    for split, tokens in (("train", dataset.train), ("val", dataset.val)):
+        name = f"{dataset.name}/{split}.bin"
+        if dataset.kind == "pairs":
+            rows[split] = one_in_each_row(name, tokens, block_size)
+        else:
+            rows[split] = pack(name, tokens, dataset.vocab_size, block_size)
     return replace(dataset, **rows)
 
 
+def _as_wide(datasets: list[Dataset]) -> list[Dataset]:
+    """Return data sets with rows of one width, that of the widest."""
+    width = max(rows.width for d in datasets for rows in (d.train, d.val))
+    return [
+        replace(d, train=replace(d.train, width=width), val=replace(d.val, width=width))
+        for d in datasets
+    ]
+
+
 def resolved(config: Config, datasets: list[Dataset]) -> Config:
-    """Return the run with what follows from its data: vocab_size, bos and isolate, and updates.
+    """Return the run with what follows from its data.
+
+    These are vocab_size, bos and isolate, the width of rows that are narrower than block_size, and
+    the number of updates.
 
     Raises Mistake where the keys do not go together.
     """
@@ -92,6 +109,10 @@ def resolved(config: Config, datasets: list[Dataset]) -> Config:
     # Of plain text null stays null, as earlier runs have it.
     model = {"isolate": True if isolate else asked, "bos": bos}
     config = config.model_copy(update={"model": config.model.model_copy(update=model)})
+    if datasets[0].kind == "pairs":
+        objective = {"width": datasets[0].train.width - 1}
+        objective = config.objective.model_copy(update=objective)
+        config = config.model_copy(update={"objective": objective})
     return _with_updates(config, datasets) if config.optim.counts_epochs else config
 
 
@@ -115,7 +136,8 @@ def _with_updates(config: Config, datasets: list[Dataset]) -> Config:
             f"optim.epochs={epochs}: a mixture has no epochs, as its data sets are of different "
             "lengths; give optim.steps"
         )
-    rows = train_order(datasets[0].train, config.model.block_size, 0).n_windows
+    train = datasets[0].train
+    rows = train_order(train, config.model.block_size, 0).n_windows * rows_together(train)
     updates = range(1, LARGEST + 1)
     index = bisect_left(updates, math.ceil(epochs * rows), key=config.batch.rows_after)
     if index == len(updates):
@@ -164,7 +186,7 @@ def train_batches(
     return TrainBatches(
         [d.train for d in datasets],
         list(config.data.weights.values()),
-        config.model.block_size,
+        config.row_width,
         config.run.seed,
         config.batch,
         microbatch,

@@ -1,4 +1,4 @@
-"""Whole conversations are packed into the rows of a batch, by their lengths alone.
+"""Whole conversations are packed into the rows of a batch, by their lengths alone; pairs are not.
 
 A conversation begins with the mark bos, written as ~bos because nothing predicts it; no other value
 of a file is that. Which conversations share a row follows from the file and the width of a row, so
@@ -16,11 +16,11 @@ from scalegpt.errors import Mistake, counted
 
 @dataclass(frozen=True, eq=False)
 class PackedRows:
-    """The rows of a file of conversations: self[i] is int32 [T + 1], padded with -1.
+    """The rows of a file of conversations: self[i] is int32 [width], padded with -1.
 
     tokens: the file's signed ids. starts, lengths: of the conversations' parts that are used, row
     after row, of which row i has firsts[i] to firsts[i + 1]. shortened, left_out: counts of
-    conversations that are too long.
+    conversations, or pairs, that are too long. together: rows that no batch parts, 2 of pairs.
     """
 
     name: str
@@ -31,6 +31,7 @@ class PackedRows:
     firsts: np.ndarray
     shortened: int
     left_out: int
+    together: int = 1
 
     def __len__(self) -> int:
         return len(self.firsts) - 1
@@ -52,6 +53,10 @@ class PackedRows:
 
         As `52,002 conversations in 9,120 rows, 98.7 % full; 31 shortened to ...`.
         """
+        if self.together > 1:
+            n = len(self) // self.together
+            text = f"{counted(n, 'pair')} in rows of {self.width - 1:,} tokens"
+            return f"{text}; {self.left_out:,} are too long" if self.left_out else text
         fill = self.lengths.sum() / (len(self) * self.width)
         conversations = counted(len(self.starts) + self.left_out, "conversation")
         text = f"{conversations} in {counted(len(self), 'row')}, {fill:.1%} full"
@@ -104,6 +109,40 @@ def pack(name: str, tokens: np.ndarray, vocab_size: int, block_size: int) -> Pac
         firsts,
         shortened,
         len(used) - len(begins),
+    )
+
+
+def one_in_each_row(name: str, tokens: np.ndarray, block_size: int) -> PackedRows:
+    """Return rows of one conversation: of pair i that with the chosen answer is 2i, the other next.
+
+    A pair of which one is longer than block_size is left out. Rows are as wide as the longest that
+    is left, rounded up for kernels of attention. name: of the file, for messages. Raises Mistake if
+    none is left.
+    """
+    tokens = np.asarray(tokens)
+    begins = np.flatnonzero(tokens == tokens[0])
+    if tokens[0] >= 0 or len(begins) % 2:
+        raise Mistake(f"{name} does not hold pairs of conversations; prepare it again")
+    lengths = np.diff(begins, append=len(tokens))
+    fits = (lengths.reshape(-1, 2) <= block_size + 1).all(1)
+    if not fits.any():
+        raise Mistake(
+            f"{name}: none of its {counted(len(fits), 'pair')} fits within model.block_size="
+            f"{block_size}; raise it, or prepare shorter conversations"
+        )
+    kept = np.repeat(fits, 2)
+    longest = int(lengths[kept].max()) - 1
+    step = 16 if longest <= 128 else 128
+    return PackedRows(
+        name,
+        min(block_size, -(-longest // step) * step) + 1,
+        tokens,
+        begins[kept],
+        lengths[kept],
+        np.arange(kept.sum() + 1),
+        0,
+        int((~fits).sum()),
+        together=2,
     )
 
 

@@ -4,7 +4,8 @@ A dataset is a folder, or a URL of one, with `train.bin` and `val.bin`: headerle
 uint16 or uint32 ids. `meta.json` (written by `data/*/prepare.py`) or nanoGPT's `meta.pkl` says what
 the ids mean; without either they are taken for nanoGPT's GPT-2 ids in uint16. Conversations,
 by meta.json of the kind "chat", are int32: ~id, below 0, is read but not predicted, and each begins
-with ~bos, which is nowhere else. Those of kind "prompts" are JSON lines, train.jsonl and val.jsonl.
+with ~bos, which is nowhere else. Of kind "pairs" every second has the rejected answer to the prompt
+of the one before. Data of kind "prompts" are JSON lines, train.jsonl and val.jsonl.
 """
 
 import hashlib
@@ -30,7 +31,7 @@ from scalegpt.files.formats import HEAD, known_format
 from scalegpt.files.json_files import read_object
 from scalegpt.files.staging import stage
 
-KINDS = ("text", "chat", "prompts")
+KINDS = ("text", "chat", "pairs", "prompts")
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4"), "int32": np.dtype("<i4")}
 META = ("meta.json", "meta.pkl")
 CHUNK = 1 << 24  # ids per check: large enough to run at disk speed, small in memory
@@ -51,7 +52,7 @@ def narrowest(vocab_size: int) -> np.dtype:
 class Dataset:
     """An opened dataset, whose `train` and `val` are read-only memory maps of ids [tokens].
 
-    `open_datasets` packs those of conversations into rows.
+    `open_datasets` puts those of conversations into rows.
     """
 
     name: str
@@ -121,10 +122,10 @@ def open_split(path: str | Path, split: str, cache_dir: str | None = None) -> Sp
     else:
         name, folder, meta = _locate(str(path), (split,), cache_dir)
         file = folder / f"{split}.bin"
-    if (kind := meta.get("kind", "text")) == "prompts":
+    if (kind := meta.get("kind", "text")) in ("pairs", "prompts"):
         raise Mistake(
-            f"{name} holds prompts, of whose text no model learns or is measured: give --task, or "
-            "--data with text or conversations"
+            f"{name} holds {kind}, which no loss over text is measured on: give --task, or --data "
+            "with text or conversations"
         )
     tokens = _open_tokens(file, meta)
     rate = _bytes_per_token(meta, split, tokens)
