@@ -47,11 +47,17 @@ def main(argv: list[str]) -> int:
     sampler = sampling.from_flags(flags)
     if flags.max_new_tokens < 1:
         raise Mistake(f"--max-new-tokens={flags.max_new_tokens} must be at least 1")
+    serving, prepared = _server(flags)
     keep_compiled()
     with startup.start(trained.machine(flags).distributed) as group:
         if group.count > 1:
             raise Mistake("chat is of one process: start it once, on one machine")
         trained.self_check(flags, group)
+        if serving:
+            model = trained.load(flags, microbatch=1)
+            write = decoder(model.steps, model.params, sampler, model.codec().vocab_size)
+            serving.serve(flags, prepared, model, write)
+            return group.farewell(0)
         chat = Chat.load(flags, sampler)
         if flags.prompt is not None:
             chat.messages.append({"role": "user", "content": flags.prompt})
@@ -78,7 +84,36 @@ def _parser() -> command_line.Parser:
     parser.add_argument("--max-new-tokens", type=int, default=512, help="of an answer, at most")
     sampling.add_flags(parser)
     parser.add_argument("--json", action="store_true", help="print conversations, as /save does")
+    parser.add_argument("--serve", action="store_true", help="serve a page, and OpenAI's API")
+    server = parser.add_argument_group("with --serve")
+    server.add_argument(
+        "--host", default="127.0.0.1", help="where to listen (default: %(default)s)"
+    )
+    server.add_argument("--port", type=int, default=8000, help="default: 8000; 0: any that is free")
+    server.add_argument("--parallel", type=int, default=4, help="texts written at once (default 4)")
+    server.add_argument("--api-key-file", metavar="FILE", help="holds the key that requests need")
+    server.add_argument("--no-api-key", action="store_true", help="other machines need no key")
+    server.add_argument("--open", action="store_true", help="open the page in a browser")
+    server.add_argument(
+        "--collect", action="store_true", help="the page's preferences go to RUN/feedback.jsonl"
+    )
     return parser
+
+
+def _server(flags: argparse.Namespace) -> tuple[Any, Any]:
+    """Return the module that serves, and what it has prepared; (None, None) without --serve."""
+    of_the_server = ("api_key_file", "no_api_key", "open", "collect")
+    unread = ("prompt", "system", "json") if flags.serve else of_the_server
+    if given := [name for name in unread if getattr(flags, name)]:
+        option = given[0].replace("_", "-")
+        raise Mistake(f"--{option} is of a chat {'without' if flags.serve else 'with'} --serve")
+    if not flags.serve:
+        return None, None
+    try:
+        serving = importlib.import_module("scalegpt.server.serving")
+    except ImportError as error:
+        raise Mistake(f"--serve needs {error.name}: pip install 'scalegpt[chat]'") from None
+    return serving, serving.prepare(flags)
 
 
 @dataclass

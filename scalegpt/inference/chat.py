@@ -15,25 +15,27 @@ ROOM = 16  # tokens that an answer has at least
 
 
 def prompt_that_fits(
-    codec: Tokenizer, messages: Sequence[Message], block_size: int
+    codec: Tokenizer, messages: Sequence[Message], block_size: int, answered: int = 0
 ) -> tuple[np.ndarray, int]:
     """Return the ids of a conversation to be answered, and how many messages had to be left out.
 
-    The oldest turns are left out, each a question with its answer; a system message stays. Raises
+    The oldest turns are left out, each a question with its answer; a system message stays.
+    answered: tokens that there are of the answer, beside which there must be room for more. Raises
     Mistake where the last question alone leaves no room for an answer.
     """
+    need = ROOM + answered
     system = [m for m in messages[:1] if m["role"] == "system"]
     rest = list(messages[len(system) :])
     while True:
         ids = encode_prompt(codec, [*system, *rest])
-        if len(ids) <= block_size - ROOM:
+        if len(ids) <= block_size - need:
             return ids, len(messages) - len(system) - len(rest)
         later = [i for i, m in enumerate(rest) if m["role"] == "user" and i > 0]
         if not later:
             raise Mistake(
                 f"the message has {len(ids)} tokens with its marks"
                 f"{' and the system message' if system else ''}; the model reads "
-                f"block_size={block_size}, of which an answer needs {ROOM}: shorten it"
+                f"block_size={block_size}, of which an answer needs {need}: shorten it"
             )
         rest = rest[later[0] :]
 

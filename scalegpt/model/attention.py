@@ -145,18 +145,21 @@ def cached_attention(
     """Attend from new tokens to themselves and those in the cache; return also the cache with both.
 
     q, k, v: of the new tokens, [B,T,H,K]. past: the cached keys and values, [B,H,S,K], of which
-    the slots before `used` are filled; the new tokens take the next T. Row b begins at slot
-    first[b]; nothing attends to the slots before that.
+    the slots before `used` are filled; the new tokens take the next T. used: one number, or [B].
+    Row b begins at slot first[b]; nothing attends to the slots before that.
     """
-    past = tuple(
-        jax.lax.dynamic_update_slice_in_dim(old, new.swapaxes(1, 2), used, axis=2)
-        for old, new in zip(past, (k, v), strict=True)
-    )
-    query_slots = used + jnp.arange(q.shape[1])
+
+    def appended(old: Array, new: Array) -> Array:
+        if used.ndim == 0:
+            return jax.lax.dynamic_update_slice_in_dim(old, new, used, axis=2)
+        return jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=1))(old, new, used)
+
+    past = tuple(appended(old, new.swapaxes(1, 2)) for old, new in zip(past, (k, v), strict=True))
+    query_slots = used[..., None] + jnp.arange(q.shape[1])
 
     def attend(slots: int, q: Array, k: Array, v: Array) -> Array:
         slot = jnp.arange(slots)
-        visible = (slot <= query_slots[:, None]) & (slot >= first[:, None, None])
+        visible = (slot <= query_slots[..., None]) & (slot >= first[:, None, None])
         k, v = k[:, :, :slots], v[:, :, :slots]
         scores = jnp.einsum("bthk,bhsk->bhts", q, k, preferred_element_type=jnp.float32)
         scores = scores * q.shape[-1] ** -0.5
@@ -167,7 +170,7 @@ def cached_attention(
     # The cache is mostly empty, and reading all of it would cost as much as reading the weights.
     size = past[0].shape[2]
     sizes = [2**i for i in range(7, size.bit_length()) if 2**i < size] + [size]
-    smallest = jnp.searchsorted(jnp.array(sizes), used + q.shape[1])
+    smallest = jnp.searchsorted(jnp.array(sizes), used.max() + q.shape[1])
     return jax.lax.switch(smallest, [partial(attend, n) for n in sizes], q, *past), past
 
 

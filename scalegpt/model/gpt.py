@@ -35,8 +35,9 @@ from scalegpt.model.layers import (
 class Cache:
     """A cache holds the keys and values of the tokens so far, for decoding.
 
-    layers: (keys, values) of each layer, both [B, H, S, K]. All rows write to the same slots of S,
-    so shorter texts are padded on the left: first [B] is where each one begins. used: slots filled.
+    layers: (keys, values) of each layer, both [B, H, S, K]. first [B]: where each text begins.
+    used: how many slots are filled, of all rows, or [B] of each. Where it is of all, shorter texts
+    are padded on the left.
     """
 
     layers: tuple[tuple[Array, Array], ...]
@@ -250,7 +251,8 @@ class GPT(_Layer):
         """
         c, length = self.config, tokens.shape[1]
         # Positions of padding would be negative; no token attends to what is computed there.
-        positions = jnp.maximum(cache.used + jnp.arange(length) - cache.first[:, None], 0)
+        begin = jnp.asarray(cache.used - cache.first)[:, None]
+        positions = jnp.maximum(begin + jnp.arange(length), 0)
         x = self._embed(self._token_table()[tokens], positions)
         rotary = None
         if c.position == "rope":

@@ -17,13 +17,12 @@ from safetensors.numpy import save_file
 from scalegpt.config.recipe import ModelConfig
 from scalegpt.data import tokenizer
 from scalegpt.errors import Mistake
-from scalegpt.files.json_files import complete_rows
 from scalegpt.model.flops import parameter_count
 from scalegpt.model.layers import LAYER_NORM_EPS
 from scalegpt.weights.huggingface import ACTIVATIONS, OWN_TYPE, gpt2_places
 from scalegpt.weights.tensor_files import SAFE
 from scalegpt.weights.tokenizer_files import tokenizer_files
-from scalegpt.weights.trained import Trained
+from scalegpt.weights.trained import Trained, evaluation
 
 # GPT-2's format has no key for these, so a model must have GPT-2's own values.
 _ONLY = {
@@ -207,12 +206,9 @@ def _figures(model: Trained) -> dict[str, str]:
     figures = {"data": ", ".join(Path(path).name for path in model.config.data.weights if path)}
     if model.step:
         figures["updates"] = f"{model.step:,}"
-    path = Path(model.name) / "metrics.jsonl"
-    # Complete rows only: a run that goes on may have written half of the last one.
-    rows = complete_rows(path.read_text(errors="replace").splitlines()) if path.is_file() else ()
-    for row in rows:
-        if row["step"] == model.step and "val/loss" in row:
-            figures["validation loss"] = f"{row['val/loss']:.4f} nats a token"
-            if "val/bits_per_byte" in row:
-                figures["bits per byte"] = f"{row['val/bits_per_byte']:.4f}"
+    row = evaluation(model)
+    if "val/loss" in row:
+        figures["validation loss"] = f"{row['val/loss']:.4f} nats a token"
+    if "val/bits_per_byte" in row:
+        figures["bits per byte"] = f"{row['val/bits_per_byte']:.4f}"
     return {key: value for key, value in figures.items() if value}

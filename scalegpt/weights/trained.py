@@ -13,6 +13,8 @@ from scalegpt.config.recipe import ModelConfig
 from scalegpt.data import tokenizer
 from scalegpt.data.tokenizer import Tokenizer
 from scalegpt.errors import Mistake
+from scalegpt.files import run_folder
+from scalegpt.files.json_files import complete_rows
 from scalegpt.files.run_folder import is_run
 from scalegpt.processes import startup
 from scalegpt.processes.group import Alone, Group
@@ -177,6 +179,15 @@ def from_hugging_face(
 def config_of(model: ModelConfig) -> Config:
     """Return a Config for a model that belongs to no run: it names no data and no folder."""
     return Config.model_validate({"model": model, **NO_RUN})
+
+
+def evaluation(model: Trained) -> dict[str, Any]:
+    """Return the row of metrics.jsonl of the last evaluation at the model's step, {} for none."""
+    path = run_folder.local(model.name) / "metrics.jsonl"
+    # Complete rows only: a run that goes on may have written half of the last one.
+    rows = complete_rows(path.read_text(errors="replace").splitlines()) if path.is_file() else []
+    evaluations = [row for row in rows if row["step"] == model.step and "val/loss" in row]
+    return evaluations[-1] if evaluations else {}
 
 
 def _with_dtype(config: Config, dtype: str | None) -> Config:
