@@ -63,6 +63,9 @@ class Tokenizer:
     _decode: Callable[[np.ndarray], str]
     _spec: dict[str, Any]
     marks: dict[str, int] = field(default_factory=dict)
+    _part: Callable[[int], bytes | None] = lambda id_: (
+        None
+    )  # of an id whose text is half a character
 
     def encode(self, text: str) -> np.ndarray:
         """Return ids, int32; special tokens and marks count as plain text.
@@ -97,6 +100,13 @@ class Tokenizer:
             self._decode(np.array(part)) if name is None else name * len(part)
             for name, part in parts
         )
+
+    def bytes_of(self, id_: int) -> bytes | None:
+        """Return the bytes of an id's text, none for a mark; None where they are not known."""
+        if id_ in (self.eot, *self.marks.values()):
+            return b""
+        text = self.decode([id_])
+        return self._part(id_) if "\ufffd" in text else text.encode()
 
     def within(self, vocab_size: int) -> "Tokenizer":
         """Return this tokenizer limited to a model's ids; text that needs others is a Mistake."""
@@ -290,7 +300,8 @@ def _byte() -> Tokenizer:
     def decode(ids: np.ndarray) -> str:
         return ids.astype(np.uint8).tobytes().decode(errors="replace")
 
-    return Tokenizer("byte", 256, 0, True, encode, decode, {"kind": "byte"})
+    spec = {"kind": "byte"}
+    return Tokenizer("byte", 256, 0, True, encode, decode, spec, _part=lambda i: bytes([i]))
 
 
 def _gpt2() -> Tokenizer:
@@ -304,7 +315,8 @@ def _gpt2() -> Tokenizer:
             "TIKTOKEN_CACHE_DIR to a cache filled on a machine with one, or use --tokenizer byte"
         ) from error
     encode, decode = bpe.encode_ordinary, lambda ids: bpe.decode(ids.tolist())
-    return Tokenizer("gpt2", bpe.n_vocab, bpe.eot_token, True, encode, decode, {"kind": "gpt2"})
+    part, spec = bpe.decode_single_token_bytes, {"kind": "gpt2"}
+    return Tokenizer("gpt2", bpe.n_vocab, bpe.eot_token, True, encode, decode, spec, _part=part)
 
 
 def _ids(size: int, spec: dict[str, Any]) -> Tokenizer:
@@ -369,7 +381,13 @@ def _hugging_face(spec: dict[str, Any]) -> Tokenizer:
             whole += part
         return bpe.decode(whole, skip_special_tokens=False)
 
-    return Tokenizer(name, size, eot, piecewise, encode, decode, spec)
+    def part(id_: int) -> bytes | None:
+        if id_ in bytes_of:
+            return bytes([bytes_of[id_]])
+        token = bpe.id_to_token(id_) or ""  # of BPE over bytes, if all of its characters are
+        return bytes(map(BYTES.index, token)) if {*token} <= {*BYTES} else None
+
+    return Tokenizer(name, size, eot, piecewise, encode, decode, spec, _part=part)
 
 
 def _chat(base: Tokenizer, spec: dict[str, Any]) -> Tokenizer:

@@ -198,10 +198,9 @@ class Service:
 
     def _entry(self, id_: int, logprob: float) -> dict[str, Any]:
         codec = self.reader.codec
-        is_mark = id_ in (codec.eot, *codec.marks.values())
-        text = codec.decode([id_], marks=True)
-        whole = None if "\ufffd" in text else [*text.encode()]
-        return {"id": id_, "token": text, "bytes": [] if is_mark else whole, "logprob": logprob}
+        text, raw = codec.decode([id_], marks=True), codec.bytes_of(id_)
+        shown = {"token": text, "bytes": None if raw is None else [*raw]}
+        return {"id": id_, **shown, "logprob": logprob}
 
 
 class Tokens:
