@@ -71,9 +71,11 @@ function load() {
 
 function save(root) {
   if (root.deleted) return;
-  if (!talks.includes(root)) talks.unshift(root);
   root.changed = Date.now();
   keep(KEPT + root.id, JSON.stringify(root));
+  if (talks.includes(root)) return;
+  talks.unshift(root);
+  showTalks();
 }
 
 function keep(key, value) {
@@ -386,10 +388,13 @@ function fillTokens(body, message, from, tokens) {
     line.onmouseover = ({ target }) => { if (target !== line) showOthers(message, target); };
     line.onclick = ({ target }) => { if (target !== line) showOthers(message, target, true); };
     line.onmouseleave = hideSoon;
-    line.onkeydown = ({ key, target }) => {
+    line.onkeydown = (event) => {
+      const { key, target } = event;
       if (key === "ArrowRight") target.nextElementSibling?.focus();
       if (key === "ArrowLeft") target.previousElementSibling?.focus();
-      if (key === "Enter") showOthers(message, target, true);
+      if (key !== "Enter") return;
+      event.preventDefault(); // it would click what gets the focus now
+      showOthers(message, target, true);
     };
     body.replaceChildren(line);
   }
