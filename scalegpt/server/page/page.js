@@ -409,8 +409,10 @@ function fillTokens(body, message, from, tokens) {
   }
 }
 
-function visible(text) {
-  return text.replace(/ /g, "␣").replace(/\n/g, "↵").replace(/\t/g, "⇥");
+function visible({ token, bytes }) {
+  const isHalf = bytes && token.includes("\ufffd"); // a part of a character
+  if (isHalf) return bytes.map((byte) => byte.toString(16)).join(" ");
+  return token.replace(/ /g, "␣").replace(/\n/g, "↵").replace(/\t/g, "⇥");
 }
 
 function showOthers(message, span, focused = false) {
@@ -420,15 +422,14 @@ function showOthers(message, span, focused = false) {
   const choices = token.top_logprobs.filter(({ id }) => id !== token.id);
   choices.push(token);
   choices.sort((a, b) => b.logprob - a.logprob);
-  const isHalf = drawn.get(message).tokens[index - 1]?.text === "";
   const rows = choices.map((choice) => {
     const p = Math.exp(choice.logprob);
     const made = button("", "", () => fork(message, index, choice));
-    made.append(element("code", { textContent: visible(choice.token) }));
+    made.append(element("code", { textContent: visible(choice) }));
     made.append(`${(100 * p).toFixed(p < 0.01 ? 2 : 1)} %`);
     made.style.setProperty("--p", p);
     made.classList.toggle("drawn", choice === token);
-    made.disabled = isMark(choice) ? choice.id !== server?.marks.end : isHalf && !choice.bytes;
+    made.disabled = !choice.bytes || (isMark(choice) && choice.id !== server?.marks.end);
     return made;
   });
   const others = $("others");
@@ -455,9 +456,10 @@ function fork(message, index, choice) {
   const { from, tokens } = drawn.get(message);
   const parent = before(talk, message).at(-1) ?? talk;
   const kept = tokens.slice(0, index);
-  const text = choice.bytes ? choice.token : ""; // half a character shows with its other half
-  const { top_logprobs } = tokens[index];
-  kept.push({ ...choice, top_logprobs, text: isMark(choice) ? "" : text });
+  const halves = kept.slice(kept.findLastIndex((token) => token.text) + 1); // of a character
+  const bytes = Uint8Array.from([...halves, choice].flatMap((token) => token.bytes));
+  const text = new TextDecoder("utf-8", { ignoreBOM: true }).decode(bytes).replace(/\ufffd+$/, "");
+  kept.push({ ...choice, text, top_logprobs: tokens[index].top_logprobs });
   const content = message.content.slice(0, from) + kept.map((token) => token.text).join("");
   const made = add(parent, { role: "assistant", content });
   drawn.set(made, { from, tokens: kept });
