@@ -250,6 +250,11 @@ def test_branches_conversations_and_what_a_reload_keeps(page):
     page.press("Regenerate")
     page.answered()
     assert page.texts(".assistant .bar span")[0] == "2/2"
+    page.press("Copy")
+    page.until(lambda: "Copied" in page.words())
+    page.type("\ue009v\ue000")
+    assert page.draft() == "one"
+    page.one("#draft").clear()
     page.press("Edit", "article")
     area = page.one("article textarea")
     area.clear()
@@ -422,8 +427,8 @@ def test_tokens_show_what_else_was_likely_and_the_answer_goes_on_from_it(page, s
     assert colours != "rgba(0, 0, 0, 0)"
     assert "perplexity 1.67" in page.texts(".facts")[-1]
     page.hover(page.all(".tokens span")[4])
-    shown = page.until(lambda: page.one("#others").text.split("\n"))
-    assert shown == [
+    page.until(lambda: page.one("#others").is_displayed())
+    assert page.one("#others").text.split("\n") == [
         *("o", "60.0 %", "!", "20.0 %", "<|end|>", "10.0 %", "c3", "6.0 %", "␣", "4.0 %"),
         "Click one to continue from it.",
     ]

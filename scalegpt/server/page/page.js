@@ -385,9 +385,9 @@ function fillTokens(body, message, from, tokens) {
   let line = body.querySelector(".tokens");
   if (!line) {
     line = element("p", { className: "tokens" }, message.content.slice(0, from));
-    line.onmouseover = ({ target }) => { if (target !== line) showOthers(message, target); };
+    line.onmouseover = ({ target }) => soon(() => target !== line && showOthers(message, target));
     line.onclick = ({ target }) => { if (target !== line) showOthers(message, target, true); };
-    line.onmouseleave = hideSoon;
+    line.onmouseleave = () => soon(hideOthers);
     line.onkeydown = (event) => {
       const { key, target } = event;
       if (key === "ArrowRight") target.nextElementSibling?.focus();
@@ -416,7 +416,8 @@ function visible({ token, bytes }) {
 }
 
 function showOthers(message, span, focused = false) {
-  clearTimeout(hideSoon.timer);
+  clearTimeout(timer);
+  if (!span.isConnected) return;
   const index = [...span.parentNode.children].indexOf(span);
   const token = drawn.get(message).tokens[index];
   const choices = token.top_logprobs.filter(({ id }) => id !== token.id);
@@ -444,8 +445,10 @@ function showOthers(message, span, focused = false) {
   if (focused) others.firstChild.focus();
 }
 
-function hideSoon() {
-  hideSoon.timer = setTimeout(hideOthers, 250);
+let timer = 0;
+function soon(change) { // unless the mouse has gone on by then
+  clearTimeout(timer);
+  timer = setTimeout(change, 150);
 }
 
 function hideOthers() {
@@ -657,8 +660,8 @@ $("send").onclick = () => { if (running.has(talk)) stop(); else send(); };
 $("draft").onkeydown = (event) => { if (entered(event)) send(); };
 $("draft").oninput = () => { talk.draft = $("draft").value; save(talk); };
 $("log").onscroll = hideOthers;
-$("others").onmouseenter = () => clearTimeout(hideSoon.timer);
-$("others").onmouseleave = hideSoon;
+$("others").onmouseenter = () => clearTimeout(timer);
+$("others").onmouseleave = () => soon(hideOthers);
 $("look").onclick = () => { keep("scalegpt/looking", (looking = !looking)); show(); };
 $("set").onclick = () => {
   $("settings").hidden = !$("settings").hidden;
