@@ -2,6 +2,7 @@
 what counts as right."""
 
 import string
+import textwrap
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from test_prepare import bins, module
 from scalegpt.data import generated, rewards, tokenizer
 from scalegpt.data.prepare import stable_fraction
 from scalegpt.data.token_files import open_dataset
+from scalegpt.errors import Mistake
 
 BYTES = tokenizer.load("byte").chat()
 END = BYTES.end
@@ -152,3 +154,61 @@ def test_texts_are_compared_as_they_are():
     example = {"answer": "tenalp"}
     for answer in ("tenalp", " tenalp\n", "Tenalp", "It is tenalp.", ""):
         assert rewards.exact(example, answer) == (answer.strip() == "tenalp")
+
+
+@pytest.mark.parametrize(
+    ("answer", "share"),
+    [
+        ("0123", 1),
+        (" 0123\n", 1),
+        ("012", 3 / 4),
+        ("0132", 2 / 4),
+        ("01234", 4 / 5),
+        ("123", 0),
+        ("", 0),
+    ],
+)
+def test_characters_in_place_are_a_share(answer, share):
+    assert rewards.in_place({"answer": "0123"}, answer) == share
+    assert rewards.in_place({"answer": ""}, "") == 0
+
+
+def test_rewards_are_loaded_by_name_or_from_a_users_module(tmp_path, monkeypatch):
+    assert rewards.load("in_place")({"answer": "ab"}, "ac") == 0.5
+    code = """
+    import numpy as np
+
+    def brevity(example, answer):
+        return np.float32(1 / len(answer))
+
+    def lost(example, answer):
+        return float("nan") if answer else None
+
+    constant = 5
+    """
+    (tmp_path / "my_rewards.py").write_text(textwrap.dedent(code))
+    (tmp_path / "my_broken.py").write_text("x = 1\n\ny = x.z")
+    monkeypatch.syspath_prepend(tmp_path)
+    asked = {"messages": [{"role": "user", "content": "Why?"}], "answer": "many"}
+    assert rewards.load("my_rewards:brevity")(asked, "four") == 0.25
+    for name, answer, *words in (
+        ("my_rewards:brevity", "", "ZeroDivisionError", "my_rewards.py, line 5", "Why?"),
+        ("my_rewards:lost", "five", "is nan, of the answer 'five'", "Why?", "a finite number"),
+        ("my_rewards:lost", "", "TypeError", "Why?"),
+        ("number", "5", 'no number in its "answer"', "Why?"),
+    ):
+        with pytest.raises(Mistake) as error:
+            rewards.load(name)(asked, answer)
+        assert all(word in str(error.value) for word in (f"reward {name}", *words)), error.value
+    with pytest.raises(Mistake, match='no text under "answer"'):
+        rewards.load("exact")({"messages": []}, "5")
+    for name, message in (
+        ("exakt", "no reward 'exakt': there are exact, in_place, number, last_number, and your"),
+        ("my_rewards:length", "my_rewards has no function 'length'"),
+        ("my_rewards:constant", "my_rewards has no function 'constant'"),
+        ("my_reward:brevity", "cannot import 'my_reward'.*current folder"),
+        ("my_broken:f", "cannot import 'my_broken'.*AttributeError.*my_broken.py, line 3"),
+        (":f", "cannot import ''"),
+    ):
+        with pytest.raises(Mistake, match=message):
+            rewards.load(name)
