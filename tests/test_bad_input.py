@@ -855,6 +855,78 @@ for name, second, *words in [
     bad(f"chat: {name}", "data/chat/prepare.py", "--input=c.jsonl --tokenizer=byte --out=prepared",
         "c.jsonl, line 2: ", "--skip-bad 1", *words, files=files)
 
+
+
+def pair(chosen: Any, rejected: Any, prompt: Any = "Why?", **more: Any) -> dict[str, Any]:
+    """A row of preferences; without its prompt where that is None."""
+    asked = {} if prompt is None else {"prompt": prompt}
+    return {**asked, "chosen": chosen, "rejected": rejected, **more}
+
+
+HH = "\n\nHuman: Why?\n\nAssistant:"
+WHY, SO, NO = [{"role": role, "content": content} for role, content in (Q, A, ("assistant", "No."))]
+for flag, first, rows in [
+    ("", pair("So.", "No."), [
+        ("the same answers", pair("So.", "So."), "chosen and rejected are the same: leave the row"),
+        ("the same but for a mark", pair("So.", "So.</s>"), "chosen and rejected are the same"),
+        ("the same conversations", pair([WHY, SO], [WHY, SO], None), "are the same"),
+        ("other prompts alone", pair([{**WHY, "content": "Who?"}, SO], [WHY, SO], None),
+         "have one answer, only what is before it differs, from message 1 on"),
+        ("other prompts, too", pair([{**WHY, "content": "Who?"}, SO], [WHY, NO], None),
+         "differ from message 1 on, before their last answers", "the same prompt"),
+        ("an answer more", pair([WHY, SO, WHY, SO], [WHY, NO], None), "differ from message 2 on"),
+        ("a text with another prompt", pair(f"{HH} So.", f"{HH} No.".replace("Why", "Who"), None),
+         "differ from message 1 on"),
+        ("no prompt", pair("So.", "No.", None), 'chosen is "So.", and no prompt is beside',
+         "Human: Why?"),
+        ("an empty prompt", pair("So.", "No.", ""), "no prompt is beside: add it as prompt"),
+        ("no rejected answer", {"prompt": "Why?", "chosen": "So."}, "no rejected among its keys"),
+        ("no question", pair([SO], [NO], None), "chosen: message 1 (assistant) answers before any"),
+        ("a question alone", pair([WHY], [WHY], None), "chosen: its last message, of user, is no"),
+        ("a text of one speaker", pair("\n\nHuman: Why?", "\n\nHuman: Who?", None),
+         "chosen: its last message, of user, is no answer"),
+        ("a speaker twice", pair(f"{HH} a\n\nAssistant: b", f"{HH} c", None),
+         "chosen: message 3 (assistant) follows another answer"),
+        ("a text without an answer", pair(f"{HH} So.", HH, None), "rejected: message 2 (assistant)",
+         "is empty"),
+        ("an answer that is a number", pair("So.", 5), "rejected: message 2 (assistant) has the",
+         "content 5"),
+        ("an answer that is null", pair(None, "No."), "chosen: message 2 (assistant)", "null"),
+        ("an answer of spaces", pair("So.", " "), "rejected: message 2 (assistant) is empty"),
+        ("an answer that is a mark", pair("So.", "</s>"), "is empty but for </s>"),
+        ("another prompt within", pair([WHY, SO], [WHY, NO], [SO]), "chosen does not begin with"),
+        ("a prompt that is a number", pair("So.", "No.", 5), "chosen: message 1 (user)", "5"),
+        ("a prompt that is answered", pair("So.", "No.", [WHY, SO]), "follows another answer"),
+        ("a prompt of no role", pair("So.", "No.", [{"from": "x"}]), "chosen: message 1 is"),
+        ("messages alone", turns(Q, A), "no chosen and no rejected among its keys messages"),
+        ("a NUL for bytes", pair("So.", "a\0b", "Who?"), "'a\\x00b' holds", "take it out"),
+        ("an answer of weight 0", pair([{**SO, "weight": 0}], [NO], [{**WHY, "content": "Who?"}]),
+         "nothing to learn"),
+    ]),
+    ("--prompts", {"prompt": "Why?", "answer": "So."}, [
+        ("a prompt that is null", {"prompt": None}, "message 1 (user) has the content null"),
+        ("a prompt of spaces", {"prompt": " "}, "message 1 (user) is empty: write a text"),
+        ("a prompt of no messages", {"prompt": []}, "it has no messages"),
+        ("a prompt that is answered", {"prompt": [WHY, SO]}, "its last message, of assistant, is",
+         "not the user's, which the run shall answer: leave it out"),
+        ("a prompt of the system alone", {"prompt": [{"role": "system", "content": "S"}]},
+         "its last message, of system, is not the user's"),
+        ("an answer that is a number", {"prompt": "a", "answer": 5}, "its answer is 5, not text"),
+        ("another format", {"question": "Why?", "answer": "So."}, "no prompt among its keys quest"),
+        ("a list of messages", [WHY], "is not of format prompts, as the first row is"),
+        ("a NUL for bytes", {"prompt": "a\0b"}, "'a\\x00b' holds", "take it out"),
+        ("half a character", '{"prompt": "\\ud800"}', "\\ud800 is half a character"),
+        ("no JSON", '{"prompt": "', "not JSON: Unterminated string"),
+        ("not UTF-8", b'{"prompt": "\xe9"}', "byte 0xe9 at column 13 is not UTF-8"),
+    ]),
+]:
+    for name, second, *words in rows:
+        content = second if isinstance(second, bytes | str) else json.dumps(second)
+        content = content if isinstance(content, bytes) else content.encode()
+        argv = f"--input=c.jsonl --tokenizer=byte --out=prepared {flag}"
+        bad(f"{flag[2:] or 'pairs'}: {name}", "data/chat/prepare.py", argv, "c.jsonl, line 2: ",
+            "--skip-bad 1", *words, **{"c.jsonl": json.dumps(first).encode() + b"\n" + content})
+
 SHAREGPT = {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]}
 for name, argv, content, *words in [
     ("an empty file", "", "", "no conversation in c.jsonl"),
@@ -873,6 +945,11 @@ for name, argv, content, *words in [
     ("an array with more", "", '[\n]\n{}', "line 3: this array is not JSON: more after its end"),
     ("an array that breaks", "", '[{"instruction": "a", "output": "b"},\n{"a" 1}]',
      "line 2: this array is not JSON: Expecting ':' delimiter at column 6"),
+    ("a format that is not of prompts", "--prompts --format=alpaca", "",
+     "--format alpaca goes without --prompts", "messages, question, prompts"),
+    ("texts for prompts", "--prompts", '{"text": "a"}', "line 1: its keys text are of no known"),
+    ("one prompt", "--prompts", '{"prompt": "a"}', "all of 1 conversations go to validation"),
+    ("one pair", "", json.dumps(pair("So.", "No.")), "all of 1 conversations go to validation"),
     ("a format that it has not", "--format=alpaca", json.dumps(turns(Q, A)), "no instruction"),
     ("an unknown format", "--format=vicuna", json.dumps(turns(Q, A)), "--format", "'vicuna'"),
     ("a sender that is unknown", "", json.dumps(SHAREGPT).replace("gpt", "claude"),

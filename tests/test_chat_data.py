@@ -283,6 +283,7 @@ HI = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho?"}
         ({"prompt": ASKED, "chosen": MESSAGES[1:], "rejected": [NO]}, []),
         ({"prompt": "Why?", "chosen": MESSAGES, "rejected": [*ASKED, NO]}, []),
         ({"chosen": MESSAGES, "rejected": [*ASKED, NO]}, []),
+        ({"prompt": "Why?", "chosen": [*HI, *MESSAGES], "rejected": [*HI, *ASKED, NO]}, HI),
         ({"chosen": [*HI, *MESSAGES], "rejected": [*HI, *ASKED, NO]}, HI),
         ({"prompt": [*HI, *ASKED], "chosen": "So.", "rejected": [NO]}, HI),
         ({"chosen": f"{TALK} So.", "rejected": f"{TALK} No.\n"}, HI),

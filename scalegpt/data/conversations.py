@@ -368,7 +368,8 @@ def _with_answer(row: dict[str, Any], side: str, prompt: list[Any]) -> list[Any]
                 'both texts with it, as "\\n\\nHuman: Why?\\n\\nAssistant: So."'
             )
         return [*prompt, *_pair("", answer)[1:]]
-    if not prompt or answer[: len(prompt)] == prompt or len(prompt) == 1 and prompt[0] in answer:
+    # A system message may stand before the question that a row has beside.
+    if not prompt or prompt in (answer[: len(prompt)], answer[-2:-1]):
         return answer
     if any(isinstance(m, dict) and m.get("role") in ("system", "user") for m in answer):
         raise Mistake(f"{side} does not begin with the row's prompt: leave one of them out")
