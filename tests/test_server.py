@@ -1,10 +1,13 @@
 """The server without a model: what it answers and refuses, and that nobody keeps a slot."""
 
 import asyncio
+import contextlib
 import gc
 import json
 import os
 import random
+import socket
+import threading
 import time
 
 import pytest
@@ -18,7 +21,7 @@ from scalegpt.data import tokenizer  # noqa: E402
 from scalegpt.data.chat import encode_prompt  # noqa: E402
 from scalegpt.inference.sampling import Sampler  # noqa: E402
 from scalegpt.server import app as server  # noqa: E402
-from scalegpt.server import guard  # noqa: E402
+from scalegpt.server import guard, serving  # noqa: E402
 from scalegpt.server.bodies import Reader  # noqa: E402
 from scalegpt.server.generation import MOST_WAITING, Generation, Order  # noqa: E402
 from scalegpt.server.slots import ALTERNATIVES, Drawn  # noqa: E402
@@ -96,7 +99,7 @@ class Server:
 
 
 @pytest.fixture
-def start(request):
+def start():
     """Returns a function that starts a server, which ends with the test."""
     started = []
 
@@ -476,3 +479,67 @@ def test_a_stream_that_waits_says_that_it_goes_on(start, monkeypatch):
     monkeypatch.setattr(server, "KEEP_ALIVE", 0.02)
     text = start(Echo(seconds=0.05)).chat(user("a"), stream=True).text
     assert ": keep-alive\n\n" in text and text.endswith("data: [DONE]\n\n")
+
+
+@pytest.fixture
+def listening(start):
+    """A server at a port of this machine, with a key, and its address."""
+    echo = start(Echo(), key=KEY)
+    listener = socket.create_server(("127.0.0.1", 0))
+    running = serving._Server(echo.app, echo.generation)
+    thread = threading.Thread(target=lambda: asyncio.run(running.serve(sockets=[listener])))
+    thread.start()
+    yield listener.getsockname()
+    running.should_exit = True
+    thread.join()
+
+
+def test_a_connection_that_asks_for_nothing_ends_and_an_address_has_so_many(listening, monkeypatch):
+    monkeypatch.setattr(serving, "FOR_HEADERS", 0.2)
+    monkeypatch.setattr(serving, "MOST_CONNECTIONS", 4)
+
+    def ended(connection: socket.socket) -> bool:
+        try:
+            return connection.recv(1000) == b""
+        except ConnectionResetError:
+            return True
+
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(socket.create_connection(listening, 5)) for _ in range(5)]
+        assert ended(opened[4])
+        # One says nothing, one does not go on, and one neither after it has had an answer.
+        opened[1].sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n")
+        opened[2].sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        assert b'"ok"' in opened[2].recv(10_000)
+        opened[2].sendall(b"GET /hea")
+        began = time.monotonic()
+        assert all(ended(connection) for connection in opened[:3])
+        assert time.monotonic() - began < 4
+        again = stack.enter_context(socket.create_connection(listening, 5))
+        again.sendall(b"\x16\x03\x01 this is no HTTP\r\n\r\n")
+        assert again.recv(1000).startswith(b"HTTP/1.1 400")
+
+
+@pytest.mark.oracle
+def test_the_openai_client_understands_answers_streams_and_errors(listening):
+    openai = pytest.importorskip("openai")
+    url = "http://{}:{}/v1".format(*listening)
+    client = openai.OpenAI(base_url=url, api_key=KEY.decode(), max_retries=0)
+    create, talk = client.chat.completions.create, {"model": "any", "messages": [user("Héllo")]}
+    whole = create(**talk, seed=1, temperature=0.5, logprobs=True, top_logprobs=2)
+    assert whole.choices[0].message.content == "Héllo" and whole.usage.completion_tokens == 7
+    assert whole.choices[0].finish_reason == "stop"
+    entry = whole.choices[0].logprobs.content[0]
+    assert (entry.token, entry.bytes, len(entry.top_logprobs)) == ("H", [72], 2)
+    parts = [*create(**talk, stream=True, stream_options={"include_usage": True})]
+    assert "".join(p.choices[0].delta.content or "" for p in parts[:-1]) == "Héllo"
+    assert parts[0].choices[0].delta.role == "assistant"
+    assert parts[-2].choices[0].finish_reason == "stop" and parts[-1].usage.completion_tokens == 7
+    text = client.completions.create(model="any", prompt="Hello", max_tokens=3)
+    assert text.choices[0].text == "Hel" and text.choices[0].finish_reason == "length"
+    assert [model.id for model in client.models.list()] == ["echo"]
+    with pytest.raises(openai.BadRequestError, match="n is not supported") as refusal:
+        create(**talk, n=2)
+    assert (refusal.value.code, refusal.value.param) == ("unsupported", "n")
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=url, api_key="wrong", max_retries=0).models.list()

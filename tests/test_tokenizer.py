@@ -109,6 +109,18 @@ def test_decode_of_partial_utf8_is_the_replacement_character(bpe):
     assert load("gpt2").decode(half) == bpe.decode(half.tolist()) == "\ufffd"
 
 
+def test_the_bytes_of_ids_are_those_of_the_text_and_a_mark_has_none(bpe, tokenizer_json):
+    for codec in all_kinds(tokenizer_json):
+        ids = codec.encode(UNICODE).tolist()
+        assert b"".join(map(codec.bytes_of, ids)) == UNICODE.encode()
+        assert {codec.chat().bytes_of(id_) for id_ in codec.chat().marks.values()} == {b""}
+    falls_back = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    model = {"type": "BPE", "vocab": falls_back, "merges": [], "byte_fallback": True}
+    spec = {"kind": "tokenizer.json", "name": "x", "json": {"model": model}}
+    spec["json"] |= {"added_tokens": [], "decoder": {"type": "ByteFallback"}}
+    assert load(spec).bytes_of(0xC3) == b"\xc3"
+
+
 def test_char_is_a_dictionary(shared_data):
     text = (shared_data / "tinyshakespeare/input.txt").read_text("utf-8")
     tokenizer = char_tokenizer(text[i : i + 1000] for i in range(0, len(text), 1000))

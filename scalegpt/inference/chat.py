@@ -14,6 +14,10 @@ from scalegpt.inference.decode import Decoder
 ROOM = 16  # tokens that an answer has at least
 
 
+class TooLong(Mistake):
+    """A question leaves no room for an answer."""
+
+
 def prompt_that_fits(
     codec: Tokenizer, messages: Sequence[Message], block_size: int, answered: int = 0
 ) -> tuple[np.ndarray, int]:
@@ -21,7 +25,7 @@ def prompt_that_fits(
 
     The oldest turns are left out, each a question with its answer; a system message stays.
     answered: tokens that there are of the answer, beside which there must be room for more. Raises
-    Mistake where the last question alone leaves no room for an answer.
+    TooLong where the last question alone leaves no room for an answer.
     """
     need = ROOM + answered
     system = [m for m in messages[:1] if m["role"] == "system"]
@@ -32,7 +36,7 @@ def prompt_that_fits(
             return ids, len(messages) - len(system) - len(rest)
         later = [i for i, m in enumerate(rest) if m["role"] == "user" and i > 0]
         if not later:
-            raise Mistake(
+            raise TooLong(
                 f"the message has {len(ids)} tokens with its marks"
                 f"{' and the system message' if system else ''}; the model reads "
                 f"block_size={block_size}, of which an answer needs {need}: shorten it"

@@ -262,7 +262,7 @@ class Stream(StreamingResponse):
     """A stream of events. However it ends, also before it has begun, its slot becomes free."""
 
     def __init__(self, tokens: Tokens, events: AsyncIterator[str]) -> None:
-        super().__init__(events, media_type="text/event-stream")
+        super().__init__(events, 200, {"cache-control": "no-cache"}, "text/event-stream")
         self._tokens = tokens
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

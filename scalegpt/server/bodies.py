@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from scalegpt.data import conversations
 from scalegpt.data.tokenizer import Tokenizer
 from scalegpt.errors import Mistake
-from scalegpt.inference.chat import ROOM, prompt_that_fits
+from scalegpt.inference.chat import ROOM, TooLong, prompt_that_fits
 from scalegpt.inference.continuation import Continuation, prompt_ids
 from scalegpt.inference.sampling import Sampler
 from scalegpt.server.slots import ALTERNATIVES
@@ -105,7 +105,7 @@ class Reader:
         answer = self._ids_so_far(body, begun)
         try:
             prompt, dropped = prompt_that_fits(self.codec, messages, self.block_size, len(answer))
-        except Mistake as error:
+        except TooLong as error:
             raise Refusal(400, str(error), "context_length_exceeded", "messages") from None
         return self._asked(body, prompt, answer, dropped_messages=dropped)
 
@@ -127,8 +127,7 @@ class Reader:
 
     def _messages(self, messages: list[Any]) -> tuple[list[conversations.Message], str]:
         """Return checked messages that end with a question, and the beginning of its answer."""
-        if len(messages) > MOST_MESSAGES:
-            raise Refusal(400, f"{len(messages)} messages, of {MOST_MESSAGES}", param="messages")
+        _few_enough(messages)
         last, begun = messages[-1] if messages else None, ""
         if isinstance(last, dict) and last.get("role") == "assistant":
             messages = messages[:-1]
@@ -156,11 +155,12 @@ class Reader:
         if len(stops) > MOST_STOPS or any(not 0 < len(s) <= LONGEST_STOP for s in stops):
             what = f"at most {MOST_STOPS} texts of 1 to {LONGEST_STOP} characters"
             raise Refusal(400, f"stop: {what}", param="stop")
-        text = Continuation(self.codec, stops, prompt)
-        for token in answer:
+        text = Continuation(self.codec, stops, prompt, answer[:-1])
+        for token in answer[-1:]:
             text.add(token)
-        if text.finish:
-            raise Refusal(400, f"the answer so far has ended ({text.finish})", param="answer_ids")
+        if text.finish or {self.codec.eot, self.codec.end} & {*answer}:
+            what = "the answer so far has ended: it holds an end mark or a stop string"
+            raise Refusal(400, what, param="answer_ids")
         most = _given(body.max_completion_tokens, body.max_tokens)
         if most is not None and not 1 <= most <= self.block_size:
             what = f"max_tokens={most} must be from 1 to block_size={self.block_size}"
@@ -200,8 +200,7 @@ def feedback(raw: bytes) -> dict[str, Any]:
     """Return the pair of preferences in a request's body. Raises Mistake or Refusal."""
     body = _valid(parse(raw), FeedbackBody)
     texts = [body.chosen, body.rejected]
-    if len(body.messages) > MOST_MESSAGES:
-        raise Refusal(400, f"{len(body.messages)} messages, of {MOST_MESSAGES}", param="messages")
+    _few_enough(body.messages)
     for text in texts:  # each answers the messages
         row = {"messages": [*body.messages, {"role": "assistant", "content": text}]}
         messages = conversations.messages_of(row, "messages")[:-1]
@@ -250,7 +249,12 @@ def _texts(message: conversations.Message) -> list[str]:
     return [t for p in parts for t in ([p] if isinstance(p, str) else p.values())]
 
 
+def _few_enough(messages: list[Any]) -> None:
+    if (n := len(messages)) > MOST_MESSAGES:
+        raise Refusal(400, f"{n} messages are more than {MOST_MESSAGES}", param="messages")
+
+
 def _short_enough(texts: Sequence[str], param: str) -> None:
     if (n := sum(map(len, texts))) > MOST_CHARACTERS:
-        what = f"{n:,} characters, of {MOST_CHARACTERS:,}"
+        what = f"{n:,} characters are more than {MOST_CHARACTERS:,}"
         raise Refusal(400, what, "context_length_exceeded", param)

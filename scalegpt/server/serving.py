@@ -37,6 +37,8 @@ def prepare(flags: argparse.Namespace) -> tuple[socket.socket, bytes | None, Pat
     """
     if not 1 <= flags.parallel <= 256:
         raise Mistake(f"--parallel={flags.parallel} must be from 1 to 256")
+    if not 0 <= flags.port < 65536:  # the system would take it modulo that
+        raise Mistake(f"--port={flags.port} must be from 0, which is any, to 65535")
     key = None
     if flags.api_key_file:
         key = read_text(flags.api_key_file).strip().encode()
@@ -57,8 +59,9 @@ def prepare(flags: argparse.Namespace) -> tuple[socket.socket, bytes | None, Pat
     try:
         family, *_, address = socket.getaddrinfo(flags.host, flags.port, type=socket.SOCK_STREAM)[0]
         listener = socket.create_server(address[:2], family=family, backlog=128)
-    except (OSError, OverflowError, UnicodeError) as error:
-        reason = os.strerror(error.errno) if getattr(error, "errno", 0) else error
+    except (OSError, UnicodeError) as error:
+        known = getattr(error, "errno", None) or 0
+        reason = os.strerror(known) if known > 0 else getattr(error, "strerror", error)
         raise Mistake(
             f"cannot listen on {flags.host}, port {flags.port}: {reason}; --port names another, 0 "
             "takes any that is free"
@@ -114,6 +117,7 @@ class _Server(uvicorn.Server):
                 ws="none",
                 lifespan="off",
                 log_config=None,
+                log_level="error",
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
