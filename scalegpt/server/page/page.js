@@ -427,7 +427,7 @@ function showOthers(message, span, focused = false) {
     const p = Math.exp(choice.logprob);
     const made = button("", "", () => fork(message, index, choice));
     made.append(element("code", { textContent: visible(choice) }));
-    made.append(`${(100 * p).toFixed(p < 0.01 ? 2 : 1)} %`);
+    made.append(p < 1e-4 ? "< 0.01 %" : `${(100 * p).toFixed(p < 0.01 ? 2 : 1)} %`);
     made.style.setProperty("--p", p);
     made.classList.toggle("drawn", choice === token);
     made.disabled = !choice.bytes || (isMark(choice) && choice.id !== server?.marks.end);
