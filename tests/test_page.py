@@ -66,7 +66,7 @@ class Echo:
 
 
 @contextmanager
-def serving(echo, feedback=None):
+def serving(echo, feedback=None, key=None):
     """A server; yields its URL."""
     uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is of the extra chat")
     from scalegpt.server.app import Card, Service, application
@@ -77,16 +77,18 @@ def serving(echo, feedback=None):
     generation = Generation(echo)
     reader = Reader(echo.codec, 512, Sampler(), 400)
     service = Service(Card("echo", 7, 1.25, feedback), reader, generation)
-    app = Guard(application(service), "127.0.0.1", None)
+    app = Guard(application(service), "127.0.0.1", key)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical"))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
-    server.should_exit = True
-    generation.stop()
-    thread.join()
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
+    finally:
+        server.should_exit = True
+        generation.stop()
+        thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -335,6 +337,18 @@ def test_an_answer_that_breaks_off_is_kept_and_is_no_success(driver):
         page.until(lambda: page.texts(".error"))
         assert "before the end" in page.texts(".error")[0] and page.words()[0] == "Continue"
         assert page.texts(".assistant .body")[0].startswith("Th")
+
+
+@pytest.mark.slow
+def test_a_server_with_a_key_asks_for_it(driver):
+    with serving(Echo(CODEC), key=b"secret") as url:
+        driver.get(url)
+        page = Page(driver, url)
+        field = page.until(lambda: page.all("input[name=key]"))[0]
+        assert "key" in page.one("#notice").text and page.one("#model").text == "scalegpt"
+        field.send_keys("secret" + page.ENTER)
+        page.ready()
+        assert page.ask("Hello") == "Hello" and not page.all("input[name=key]")
 
 
 @pytest.mark.slow
