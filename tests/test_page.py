@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from scalegpt.data import tokenizer
+from scalegpt.data import conversations, tokenizer
 from scalegpt.inference.sampling import Sampler
 from scalegpt.server.slots import Drawn
 
@@ -480,13 +480,12 @@ def test_a_good_and_a_bad_answer_become_a_pair(page, server):
     assert page.texts(".assistant .body") == ["left and right"] and page.words()[0] == "<"
     page.press("Bad")
     page.until(server[2].exists)
-    assert [json.loads(line) for line in server[2].read_text().splitlines()] == [
-        {
-            "messages": [{"role": "user", "content": "left"}],
-            "chosen": "left",
-            "rejected": "left and right",
-        }
-    ]
+    (line,) = server[2].read_text().splitlines()
+    user, good, bad = (
+        {"role": role, "content": text}
+        for role, text in (("user", "left"), ("assistant", "left"), ("assistant", "left and right"))
+    )
+    assert conversations.pair_of(conversations.parse(line)) == ([user, good], [user, bad])
     page.until(lambda: page.all(".assistant button[aria-pressed=true]:disabled"))
 
 
