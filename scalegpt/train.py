@@ -65,6 +65,7 @@ from scalegpt.run.resume import (
     open_to_save,
     rows_to_keep,
     stored_config,
+    with_model,
     write_config,
 )
 from scalegpt.step import build_for_training, cpu_devices, sharding
@@ -91,6 +92,7 @@ def main(argv: list[str]) -> int:
         return Exit.DONE
     if flags.compile_only:
         cpu_devices.choose(config)
+        config = with_model(config)
         if (
             config.model.vocab_size is None
             or config.objective.name == "sft"
@@ -168,6 +170,8 @@ def train(
     cleanup: what is to be closed when the run has ended, in any way; the caller does it.
     """
     is_main = group.index == 0
+    with phases("weights"):
+        config = with_model(config)
     with phases("data"):
         datasets = open_datasets(config, phases.progress)
     config = resolved(config, datasets)

@@ -41,6 +41,7 @@ from scalegpt.processes import stop_request
 from scalegpt.processes.command import python
 from scalegpt.processes.phases import Phases
 from scalegpt.run import resume
+from scalegpt.run.history import read_history
 from scalegpt.run.metrics import Metrics
 from scalegpt.step import build as step
 from scalegpt.step.sharding import make_mesh
@@ -597,6 +598,23 @@ def test_init_from_starts_from_the_best_weights_of_another_run(data, unbroken, t
     assert train.main([*argv, "--optim.warmup_steps=0"]) == 0
     best = min(list(rows(unbroken, "val/loss").values())[1:])
     assert abs(rows(tmp_path / "run", "val/loss")[0] - best) < 1e-6
+
+
+def test_a_model_that_is_not_given_has_the_shape_of_the_weights(data, unbroken, tmp_path):
+    """Also when the run continues, and its source is gone."""
+    source = shutil.copytree(unbroken, tmp_path / "source")
+    changes = {f"model.{key}": None for key in ("n_layer", "n_head", "n_embd", "block_size")}
+    changes |= {"model.dropout": None, "run.init_from": source, "optim.schedule": "constant"}
+    changes |= {"optim.warmup_steps": 0}
+    argv = arguments(data, tmp_path / "run", **changes, optim__steps=1)
+    assert train.main(argv) == 0
+    best = min(list(rows(unbroken, "val/loss").values())[1:])
+    assert abs(rows(tmp_path / "run", "val/loss")[0] - best) < 1e-6
+    model, theirs = (read_history(str(x)).config.model for x in (tmp_path / "run", unbroken))
+    assert model == theirs.model_copy(update={"dropout": 0.0})
+    shutil.rmtree(source)
+    assert train.main(arguments(data, tmp_path / "run", **changes, optim__steps=2)) == 0
+    assert list(rows(tmp_path / "run")) == [1, 2]
 
 
 def test_init_from_another_architecture_is_refused_and_nothing_is_written(data, unbroken, tmp_path):

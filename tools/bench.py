@@ -49,6 +49,7 @@ from scalegpt.errors import Mistake
 from scalegpt.model import flops
 from scalegpt.processes.command import run_command
 from scalegpt.run.feed import batches_from
+from scalegpt.run.resume import with_model
 from scalegpt.step import build_for_training, cpu_devices, sharding
 from scalegpt.step.build import Steps, build_for_use
 
@@ -77,6 +78,7 @@ def main(argv: list[str]) -> int:
     config, flags = command_line.parse(argv, "tools/bench.py", FLAGS, NO_RUN)
     flags.steps = (128 if flags.decode else 10) if flags.steps is None else flags.steps
     check(config, flags)
+    config = with_model(config)
     jax.config.update("jax_enable_compilation_cache", False)
     # Otherwise JAX takes most of a GPU's memory at once, and leaves none to torch.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

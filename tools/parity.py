@@ -49,6 +49,7 @@ from scalegpt.model.parameters import parameters
 from scalegpt.processes import startup
 from scalegpt.processes.command import run_command
 from scalegpt.run.feed import batches_from
+from scalegpt.run.resume import with_model
 from scalegpt.step import build_for_training, sharding
 from scalegpt.step.muon import COEFFICIENTS
 
@@ -114,6 +115,7 @@ def main(argv: list[str]) -> int:
             raise Mistake(f"--{name}={value} must be at least {lowest}, and finite")
     if flags.worker:
         return work(config, Path(flags.worker), flags)
+    config = with_model(config)
     datasets = open_datasets(config)
     given, devices = config, choose_devices()
     config = resolved(config, datasets)

@@ -25,6 +25,7 @@ from scalegpt.errors import Mistake
 from scalegpt.files.folder import expanded
 from scalegpt.model import attention, flops
 from scalegpt.processes.command import run_command
+from scalegpt.run.resume import with_model
 from scalegpt.step import memory, sharding
 
 GPT2_VOCABULARY = 50257
@@ -64,7 +65,7 @@ def main(argv: list[str]) -> int:
             f"optim.epochs={config.optim.epochs}: how many updates that is follows from the data, "
             "which are not read here; give the updates: --optim.steps=1000"
         )
-    config, source = with_vocabulary(config)
+    config, source = with_vocabulary(with_model(config))
     report = size(config, flags)
     report["model"]["vocabulary_from"] = source
     if flags.plot:

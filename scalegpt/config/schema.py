@@ -1,6 +1,7 @@
 """`Config` describes a run: frozen, typed keys in sections; no JAX here."""
 
 import re
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Annotated, Any, Literal, get_args
 
@@ -202,7 +203,8 @@ class RunConfig(Section):
     backend: Literal["jit", "pmap"] = "jit"
     """what compiles the update; pmap: a copy of the whole model on each device, for comparison"""
     init_from: Place | None = None
-    """start from the weights of another run (its out_dir), or of Hugging Face: gpt2-xl, a folder"""
+    """start from the weights of another run (its out_dir), or of Hugging Face: gpt2-xl, a folder;
+    keys of model that are not given are then those of these weights"""
     init_checkpoint: Which = "best"
     """which checkpoint of init_from's run: best, latest or a step"""
     allow_config_change: bool | list[Name] = False
@@ -270,22 +272,26 @@ class Config(Section):
     run: RunConfig
     distributed: DistributedConfig = DistributedConfig()
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _fill(cls, values: Any) -> Any:
+    def _fill(cls, values: Any, make: Callable[[Any], "Config"]) -> "Config":
         """Fill in keys that follow from other sections: model.depth's, and a rate of Muon's."""
         if not isinstance(values, dict):
-            return values
+            return make(values)
         given = {s: values.get(s) for s in ("model", "batch", "optim") if s in values}
         if not all(isinstance(keys, dict) for keys in given.values()):
-            return values  # validation of that section will report it
+            return make(values)  # validation of that section will report it
         model = given.get("model", {})
         if model.get("depth") is not None:
             given = {s: {**given.get(s, {}), **keys} for s, keys in derived(given).items()}
         optim = given.get("optim", {})
-        if optim.get("name") == "muon" and optim.get("embedding_lr") is None:
+        follows = optim.get("name") == "muon" and optim.get("embedding_lr") is None
+        if follows:
             given["optim"] = {**optim, "embedding_lr": muons(model)["embedding_lr"]}
-        return {**values, **given}
+        config = make({**values, **given})
+        if follows:
+            config.optim.model_fields_set.discard("embedding_lr")
+        return config
 
     @property
     def row_width(self) -> int:

@@ -41,6 +41,22 @@ def lock(config: Config) -> AcquireReturnProxy:
         raise Mistake(f"cannot write to run.out_dir={folder}: {error}") from None
 
 
+def with_model(config: Config) -> Config:
+    """Return the run with its model's shape, where that follows from the weights it begins with.
+
+    A run that continues asks its own checkpoint, as run.init_from may be gone. Raises Mistake.
+    """
+    if not config.run.init_from:
+        return config
+    good = _good_checkpoints(config.run.out_dir)
+    model = (
+        validate(good[-1]["config"], config.run.out_dir).model
+        if good
+        else init_from.source_model(config)[0]
+    )
+    return init_from.shaped_as(model, config)
+
+
 def stored_config(
     config: Config, datasets: Sequence[Dataset] = (), say: Callable[[str], Any] = print
 ) -> Config | None:

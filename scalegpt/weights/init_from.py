@@ -12,7 +12,7 @@ from scalegpt.checkpoints.checkpoints import PARAMS, Checkpoints, open_checkpoin
 from scalegpt.config import Config
 from scalegpt.config.differences import NOT_SHAPING
 from scalegpt.config.loading import validate
-from scalegpt.config.recipe import ModelConfig
+from scalegpt.config.recipe import ModelConfig, muons
 from scalegpt.data import tokenizer
 from scalegpt.errors import Mistake
 from scalegpt.files.run_folder import FOLDER, is_run
@@ -98,6 +98,41 @@ def grown(params: Any, vocab_size: int, seed: int, abstract: Any) -> Any:
     return jax.tree_util.tree_map_with_path(leaf, params, abstract)
 
 
+def source_model(config: Config) -> tuple[ModelConfig, Any]:
+    """Return the model that run.init_from names and its tokenizer's spec, which may be None.
+
+    Raises Mistake where it names none.
+    """
+    source = config.run.init_from
+    if is_run(source):
+        checkpoints = open_checkpoints(source)
+        meta = checkpoints.meta(checkpoints.find(config.run.init_checkpoint))
+        checkpoints.close()
+        return validate(meta["config"], source).model, meta["tokenizer"]
+    try:
+        return huggingface.describe(huggingface.locate(source))
+    except ValueError as error:
+        raise Mistake(
+            f"{source} is not the folder of a run: it has no {FOLDER}/; nor can it be read as "
+            f"a model of Hugging Face: {error}"
+        ) from None
+
+
+def shaped_as(model: ModelConfig, config: Config) -> Config:
+    """Return a run whose model has the shape of `model` in all keys that the run does not give.
+
+    The number of ids is the data's. Muon's rate for embeddings follows, where it is not given.
+    """
+    shape = ModelConfig.model_fields.keys() - NOT_SHAPING | {"block_size", "vocab_multiple"}
+    keys = shape - {"vocab_size"} - config.model.model_fields_set
+    same = config.model.model_copy(update={key: getattr(model, key) for key in keys})
+    optim = config.optim
+    if optim.name == "muon" and "embedding_lr" not in optim.model_fields_set:
+        rate = muons(same.model_dump())["embedding_lr"]
+        optim = optim.model_copy(update={"embedding_lr": rate})
+    return config.model_copy(update={"model": same, "optim": optim})
+
+
 def check(config: Config, tokenizer_spec: Any) -> None:
     """Raise Mistake unless run.init_from holds a model of this shape, for the same tokens.
 
@@ -106,20 +141,9 @@ def check(config: Config, tokenizer_spec: Any) -> None:
     """
     source = config.run.init_from
     shaping = [key for key in type(config.model).model_fields if key not in NOT_SHAPING]
+    model, spec = source_model(config)
     if is_run(source):
-        checkpoints = open_checkpoints(source)
-        meta = checkpoints.meta(checkpoints.find(config.run.init_checkpoint))
-        checkpoints.close()
-        source_model, spec = validate(meta["config"], source).model, meta["tokenizer"]
         shaping += ["vocab_multiple"]
-    else:
-        try:
-            source_model, spec = huggingface.describe(huggingface.locate(source))
-        except ValueError as error:
-            raise Mistake(
-                f"{source} is not the folder of a run: it has no {FOLDER}/; nor can it be read as "
-                f"a model of Hugging Face: {error}"
-            ) from None
     # First, as the shapes of a model for another tokenizer would be of no use.
     both_known = spec is not None and tokenizer_spec is not None
     grows = both_known and tokenizer.is_chat_of(tokenizer_spec, spec)
@@ -135,11 +159,11 @@ def check(config: Config, tokenizer_spec: Any) -> None:
             f"with --tokenizer {source}, or start all the same with "
             "--run.allow_config_change=data.path"
         )
-    if source_model.block_size < config.model.block_size:
+    if model.block_size < config.model.block_size:
         shaping += ["block_size"]
-    if grows and source_model.vocab_size < config.model.vocab_size:
+    if grows and model.vocab_size < config.model.vocab_size:
         shaping.remove("vocab_size")
-    stored, wanted = source_model.model_dump(), config.model.model_dump()
+    stored, wanted = model.model_dump(), config.model.model_dump()
     if differ := [key for key in shaping if stored[key] != wanted[key]]:
         changes = "; ".join(f"model.{key}: {stored[key]} -> {wanted[key]}" for key in differ)
         keys = " ".join(f"--model.{key}={_shown(stored[key])}" for key in differ)
