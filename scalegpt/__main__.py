@@ -13,6 +13,7 @@ COMMANDS = {
     "generate": "write text with a model",
     "chat": "talk with a model that has learned from conversations",
     "report": "show one run, or compare several, on a page",
+    "stages": "train a model from text to chat, one run after the other",
 }
 
 
@@ -22,7 +23,7 @@ def start(name: str) -> None:
 
 
 # The scripts scalegpt-train and so on.
-train, evaluate, generate, chat, report = (partial(start, name) for name in COMMANDS)
+train, evaluate, generate, chat, report, stages = (partial(start, name) for name in COMMANDS)
 
 
 def main(argv: list[str]) -> int:

@@ -29,8 +29,6 @@ import argparse
 import json
 import os
 import shlex
-import signal
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -46,6 +44,7 @@ from scalegpt.config import command_line
 from scalegpt.errors import Mistake
 from scalegpt.files.folder import replacing
 from scalegpt.processes import streams
+from scalegpt.processes.children import Children
 from scalegpt.processes.command import run_command
 from scalegpt.processes.exits import Exit
 
@@ -154,41 +153,6 @@ def check_files(flags: argparse.Namespace) -> None:
         if not os.access(path if path.exists() else path.parent, os.W_OK):
             raise Mistake(f"--{name}={file} may not be written; give another file")
         taken[str(path)] = f"--{name}"
-
-
-class Children:
-    """Runs are child processes, one at a time, which get each Ctrl-C and SIGTERM exactly once."""
-
-    def __init__(self) -> None:
-        self.stopped = False
-        self._process: subprocess.Popen | None = None
-        self._early_signal: int | None = None  # one that came while the process was being started
-        stopping = signal.SIGINT, signal.SIGTERM
-        self._handlers = {number: signal.signal(number, self._pass_on) for number in stopping}
-
-    def _pass_on(self, number: int, frame: Any) -> None:
-        self.stopped = True
-        if self._process:
-            self._process.send_signal(number)
-        else:
-            self._early_signal = number
-
-    def run(self, command: list[str], output: Any) -> int:
-        """Run a command and return its exit code; after a signal, begin nothing: Exit.STOPPED."""
-        if self.stopped:
-            return Exit.STOPPED
-        # A group of its own: else it would have Ctrl-C from the terminal and from here, and of two
-        # signals the second ends a run without saving.
-        self._process = subprocess.Popen(command, stdout=output, process_group=0)
-        if self._early_signal:
-            self._process.send_signal(self._early_signal)
-        code = self._process.wait()
-        self._process = None
-        return code
-
-    def close(self) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
 
 
 def train(runs: list[Run], plan: Plan, output: Any) -> int:

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import json
 import os
 import shlex
 import sys
@@ -55,6 +56,11 @@ def parse(
     if flag_values.config:
         source = f"{flag_values.config} with {source}" if overrides else flag_values.config
     return with_overrides(values, overrides, source), flag_values
+
+
+def text_of(value: Any) -> str:
+    """Write a value for a command line, where `parse` reads JSON's true, null and {...}."""
+    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
 
 
 class _BatchOnCommandLine(BatchConfig):

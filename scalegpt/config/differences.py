@@ -43,6 +43,16 @@ def curve_diff(stored: Config, requested: Config) -> list[str]:
     return lines
 
 
+def resolved_as(stored: Config, config: Config) -> Config:
+    """Return a run in which what follows from its data is as in the stored one."""
+    model, optim = config.model, config.optim
+    unknown = [key for key in ("vocab_size", "isolate", "bos") if getattr(model, key) is None]
+    model = model.model_copy(update={key: getattr(stored.model, key) for key in unknown})
+    if optim.counts_epochs and optim.epochs == stored.optim.epochs:
+        optim = optim.model_copy(update={"steps": stored.optim.steps})
+    return config.model_copy(update={"model": model, "optim": optim})
+
+
 def unread(config: Config) -> dict[str, str]:
     """Return the keys that nothing reads with this run's other keys, each with the key to blame."""
     model, optim = config.model, config.optim

@@ -78,6 +78,8 @@ def validate(values: dict[str, Any], source: str, notes: list[str] | None = None
         raise Mistake(
             f"{source} has several arms, each a run: python tools/ablation.py FILE --out DIR"
         )
+    if "stages" in values:
+        raise Mistake(f"{source} has several stages, each a run: python -m scalegpt.stages FILE")
     for name in ("data", "run"):  # a missing section is reported as its key data.path is
         values = {**values, name: values.get(name, {})}
     try:

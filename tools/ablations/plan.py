@@ -1,6 +1,5 @@
 """A plan turns an ablation's YAML file, with its arms and seeds, into the command of each run."""
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any, NamedTuple
 
 from scalegpt.config import Config, command_line, loading
 from scalegpt.errors import Mistake
+from scalegpt.run.resume import with_model
 
 KEYS = ("config", "arms", "seeds", "reference")
 SET_HERE = {"run.seed": "seeds", "run.out_dir": "--out"}  # key -> where its value comes from
@@ -65,7 +65,9 @@ def read_plan(file: str, out: str, overrides: list[str]) -> Plan:
 
     def run(arm: str, seed: int) -> Run:
         argv = ["--config", base] if base else []
-        argv += [f"--{key}={_text(value)}" for key, value in (common | keys[arm]).items()]
+        argv += [
+            f"--{key}={command_line.text_of(value)}" for key, value in (common | keys[arm]).items()
+        ]
         folder = Path(out, arm, f"seed-{seed}")
         argv += [*overrides, f"--run.seed={seed}", f"--run.out_dir={folder}"]
         try:
@@ -76,7 +78,7 @@ def read_plan(file: str, out: str, overrides: list[str]) -> Plan:
             raise Mistake(f"arm {arm}: batch.growth: curves are over updates of one size")
         if config.optim.counts_epochs:
             raise Mistake(f"arm {arm}: optim.epochs: give the arms their optim.steps")
-        return Run(arm, seed, argv, config)
+        return Run(arm, seed, argv, with_model(config))
 
     runs = [run(arm, seed) for seed in seeds for arm in arms]
     return Plan(Path(file).stem, reference, list(arms), seeds, runs)
@@ -128,8 +130,3 @@ def _check_overrides(overrides: list[str], arms: dict[str, dict[str, Any]]) -> N
                 f"--{both[0]} is for all arms, but arm {arm} is about it: change the "
                 "file, or leave it out"
             )
-
-
-def _text(value: Any) -> str:
-    """Write a value for a command line, where scalegpt reads JSON's true, null and {...}."""
-    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from scalegpt.checkpoints import manifest
 from scalegpt.config import Config, loading
-from scalegpt.config.differences import curve_diff
+from scalegpt.config.differences import curve_diff, resolved_as
 from scalegpt.errors import Mistake
 from scalegpt.files import json_files
 from scalegpt.files.folder import open_folder
@@ -133,12 +133,8 @@ def stored_config(run: Run) -> Config | None:
     path = run.folder / "config.yaml"
     if not path.exists():
         return None
-    stored, planned = loading.validate(loading.load(path), str(path)), run.config
-    if planned.model.vocab_size is None:
-        planned = planned.with_vocab(stored.model.vocab_size)
-    if planned.model.isolate is None:  # this, too, follows from the data
-        isolated = planned.model.model_copy(update={"isolate": stored.model.isolate})
-        planned = planned.model_copy(update={"model": isolated})
+    stored = loading.validate(loading.load(path), str(path))
+    planned = resolved_as(stored, run.config)
     changes = curve_diff(stored, planned)
     for key in _COMPARED:
         section, name = key.split(".")
