@@ -1,5 +1,5 @@
 """This command talks with a model that was trained on conversations:
-`python -m scalegpt.chat --run out/sft`.
+`python -m scalegpt.chat --run out/sft`. With --serve others do, on a page or by programs.
 """
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import socket
+import sys
 import threading
 import time
 
@@ -17,6 +18,8 @@ pytest.importorskip("httpx", reason="the tests of the server speak to it through
 
 import httpx  # noqa: E402
 
+import scalegpt  # noqa: E402
+from scalegpt import chat  # noqa: E402
 from scalegpt.data import tokenizer  # noqa: E402
 from scalegpt.data.chat import encode_prompt  # noqa: E402
 from scalegpt.inference.sampling import Sampler  # noqa: E402
@@ -224,15 +227,10 @@ def test_it_says_what_it_is(start, tmp_path):
     assert echo.request("GET", "/v1/models").json()["data"][0]["id"] == "echo"
     health = {"status": "ok", "slots": 4, "busy": 0, "waiting": 0}
     assert echo.request("GET", "/health").json() == health
-    for path, kind in (
-        ("/", "text/html"),
-        ("/page.js", "text/javascript"),
-        ("/page.css", "text/css"),
-    ):
+    for path, kind in (("/", "html"), ("/page.js", "javascript"), ("/page.css", "css")):
         response = echo.request("GET", path)
-        assert response.status_code == 200 and response.headers["content-type"].startswith(
-            f"text/{kind}"
-        )
+        assert response.status_code == 200
+        assert response.headers["content-type"].startswith(f"text/{kind}")
         assert "default-src 'none'" in response.headers["content-security-policy"]
         assert response.headers["x-content-type-options"] == "nosniff"
 
@@ -479,6 +477,13 @@ def test_a_stream_that_waits_says_that_it_goes_on(start, monkeypatch):
     monkeypatch.setattr(server, "KEEP_ALIVE", 0.02)
     text = start(Echo(seconds=0.05)).chat(user("a"), stream=True).text
     assert ": keep-alive\n\n" in text and text.endswith("data: [DONE]\n\n")
+
+
+def test_a_missing_package_names_the_extra(monkeypatch):
+    monkeypatch.delitem(sys.modules, "scalegpt.server.serving")
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(scalegpt.Mistake, match="uvicorn: pip install 'scalegpt.chat.'"):
+        chat.main(["--run", "none", "--serve"])
 
 
 @pytest.fixture

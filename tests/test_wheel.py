@@ -43,6 +43,7 @@ def python(wheel, tmp_path_factory) -> Path:
 def test_it_holds_every_module_config_and_recipe_and_nothing_else(wheel):
     names = {name for name in ZipFile(wheel).namelist() if ".dist-info/" not in name}
     code = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("scalegpt/**/*.py")}
+    code |= {f"scalegpt/server/page/{name}" for name in ("index.html", "page.js", "page.css")}
     code.add("scalegpt/py.typed")
     shipped = [*ROOT.glob("configs/**/*.yaml"), *ROOT.glob("data/*/prepare.py")]
     assert names == code | {f"scalegpt/presets/{p.relative_to(ROOT).as_posix()}" for p in shipped}

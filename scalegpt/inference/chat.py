@@ -28,20 +28,18 @@ def prompt_that_fits(
     TooLong where the last question alone leaves no room for an answer.
     """
     need = ROOM + answered
-    system = [m for m in messages[:1] if m["role"] == "system"]
-    rest = list(messages[len(system) :])
-    while True:
-        ids = encode_prompt(codec, [*system, *rest])
-        if len(ids) <= block_size - need:
-            return ids, len(messages) - len(system) - len(rest)
-        later = [i for i, m in enumerate(rest) if m["role"] == "user" and i > 0]
-        if not later:
-            raise TooLong(
-                f"the message has {len(ids)} tokens with its marks"
-                f"{' and the system message' if system else ''}; the model reads "
-                f"block_size={block_size}, of which an answer needs {need}: shorten it"
-            )
-        rest = rest[later[0] :]
+    sizes = [len(encode_prompt(codec, [message])) - 2 for message in messages]
+    n_system = sum(message["role"] == "system" for message in messages[:1])
+    questions = [i for i, m in enumerate(messages) if m["role"] == "user" and i > n_system]
+    for begin in [n_system, *questions]:
+        size = 2 + sum(sizes[:n_system]) + sum(sizes[begin:])  # with <|bos|> and <|assistant|>
+        if size <= block_size - need:
+            kept = [*messages[:n_system], *messages[begin:]]
+            return encode_prompt(codec, kept), begin - n_system
+    raise TooLong(
+        f"the message has {size} tokens with its marks{' and the system message' * n_system}; the "
+        f"model reads block_size={block_size}, of which an answer needs {need}: shorten it"
+    )
 
 
 def answer(
