@@ -538,3 +538,9 @@ def test_a_base_model_gets_a_page_that_continues_text(driver):
         prompt = echo.orders[-1][0]
         assert prompt == f"Once {longer}And "
         assert page.run("return row(talk)")["text"].startswith(prompt)
+        page.run("server.block_size = 2")  # what was written is now too long to be kept whole
+        page.press("Continue")
+        page.until(lambda: len(echo.orders) == 4)
+        page.type(page.ESCAPE)
+        page.answered()
+        assert echo.orders[-1][0].startswith(prompt) and echo.orders[-1][3] == 0

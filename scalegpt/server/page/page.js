@@ -138,7 +138,9 @@ function request(root, message) {
   Object.assign(body, { top_logprobs: 5 }, settings);
   // An answer is written anew with another seed, and again the same in the same place.
   if ("seed" in settings) body.seed += (parents.at(-1) ?? root).children.indexOf(message);
-  if (tokens.length && !from) body.answer_ids = tokens.map(({ id }) => id);
+  // Of a text that fills the model, the server drops the beginning, but never of what is written.
+  const isShort = isChat() || tokens.length < server.block_size / 2;
+  if (tokens.length && !from && isShort) body.answer_ids = tokens.map(({ id }) => id);
   if (isChat()) return { ...body, messages: said(root, [...parents, message]) };
   const text = [...parents, ...(body.answer_ids ? [] : [message])].map(({ content }) => content);
   return { ...body, prompt: text.join("") };
