@@ -1,10 +1,12 @@
 """The step compiles for TPUs that are not here; skipped where TPU's compiler is not installed."""
 
+import importlib.util
 import re
 
 import pytest
+from conftest import ROOT
 
-from scalegpt import train
+from scalegpt import stages, train
 
 V3_8 = ["--config", "configs/v3_8.yaml"]
 # As narrow as its compiler likes: it takes most of its time for the arithmetic of wide layers.
@@ -45,6 +47,25 @@ def test_the_step_of_the_modern_recipe_compiles_for_v5e_8(libtpu, capsys):
     assert train.main(["--config", "v5e_8", *small, "--compile-only", "v5e:2x4"]) == 0
     printed = capsys.readouterr().out
     assert "8 x TPU v5 lite" in printed and "accumulation 2" in printed
+
+
+@pytest.mark.oracle
+def test_the_stages_of_v3_8_compile(libtpu, tmp_path, capsys):
+    """With the model of the base, whose run would be there by then; the base is the test above."""
+    base, *later = stages.plan(stages.read_file("stages/v3_8"), "v3_8", str(tmp_path), None)
+    shape = base.config.model.model_dump(include={"bias", "block_size", "position"})
+    given = [*(f"--model.{key}={value}" for key, value in shape.items()), *SMALL[:3]]
+    for stage in later:
+        script = stage.prepare[1]
+        spec = importlib.util.spec_from_file_location("prepare_tasks", script)
+        spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+        flags = [word for word in stage.prepare[2:-2] if not word.startswith("--count")]
+        assert script == str(ROOT / "data/tasks/prepare.py")
+        assert module.main([*flags, "--count=50"]) == 0  # of bytes, as no tokenizer is given
+        argv = [word for word in stage.argv if not word.startswith("--run.init_from")]
+        argv += [*given, "--run.init_from=null"]
+        assert train.main([*argv, "--compile-only", "v3-8"]) == 0
+        assert "8 x TPU v3" in capsys.readouterr().out
 
 
 @pytest.mark.oracle
