@@ -532,8 +532,9 @@ def test_texts_that_go_on_when_the_server_ends_end_with_an_error(start, monkeypa
     assert json.loads(last.removeprefix("data: "))["error"]["type"] == "server_error"
 
 
+@pytest.mark.slow
 def test_a_connection_that_asks_for_nothing_ends_and_an_address_has_so_many(listening, monkeypatch):
-    monkeypatch.setattr(serving, "FOR_HEADERS", 0.2)
+    monkeypatch.setattr(serving, "FOR_HEADERS", 1.0)
     monkeypatch.setattr(serving, "MOST_CONNECTIONS", 4)
 
     def ended(connection: socket.socket) -> bool:
@@ -543,17 +544,18 @@ def test_a_connection_that_asks_for_nothing_ends_and_an_address_has_so_many(list
             return True
 
     with contextlib.ExitStack() as stack:
-        opened = [stack.enter_context(socket.create_connection(listening, 5)) for _ in range(5)]
+        opened = [stack.enter_context(socket.create_connection(listening, 30)) for _ in range(5)]
         assert ended(opened[4])
         # One says nothing, one does not go on, and one neither after it has had an answer.
         opened[1].sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n")
         opened[2].sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
-        assert b'"ok"' in opened[2].recv(10_000)
+        received = b""
+        while b"}" not in received:
+            received += opened[2].recv(10_000)
+        assert received.startswith(b"HTTP/1.1 200") and b'"ok"' in received
         opened[2].sendall(b"GET /hea")
-        began = time.monotonic()
         assert all(ended(connection) for connection in opened[:3])
-        assert time.monotonic() - began < 4
-        again = stack.enter_context(socket.create_connection(listening, 5))
+        again = stack.enter_context(socket.create_connection(listening, 30))
         again.sendall(b"\x16\x03\x01 this is no HTTP\r\n\r\n")
         assert again.recv(1000).startswith(b"HTTP/1.1 400")
 
