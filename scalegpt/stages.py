@@ -99,7 +99,8 @@ def main(argv: list[str]) -> int:
     last = flags.stop_after or names[-1]
     if code := train(stages[: names.index(last) + 1]):
         return code
-    print(f"\n{table([stage for stage in stages if stage.folder.is_dir()])}\n")
+    begun = [stage for stage in stages if (stage.folder / "config.yaml").is_file()]
+    print(f"\n{table(begun)}\n", flush=True)
     if flags.stop_after and last != names[-1]:
         print(f"stopped after {last}; the same command without --stop-after goes on")
         return Exit.DONE
@@ -266,19 +267,18 @@ def table(stages: Sequence[Stage]) -> str:
 
 
 def figures(run: History) -> str:
-    """Return how a run's figures have changed, as "val/loss 5.55 -> 1.83"."""
+    """Return the first and the last value of a run's figures, as "val/loss 5.55 -> 1.83"."""
     parts = []
     keys = {key: None for row in run.rows for key in row if _is_shown(key)}
     for key in keys:
         _, values = run.curve(key)
-        parts.append(f"{key} {values[0]:.2f} -> {values[-1]:.2f}")
+        parts.append(f"{key} {values[0]:.3g} -> {values[-1]:.3g}")
     return ", ".join(parts)
 
 
 def _is_shown(key: str) -> bool:
-    return key in ("val/loss", "val/bits_per_byte", "val/ended") or key.endswith(
-        ("/acc", "/pass@1")
-    )
+    shown = ("val/loss", "val/bits_per_byte", "val/ended", "rl/reward")
+    return key in shown or key.endswith(("/acc", "/pass@1"))
 
 
 def talk(run: Path) -> int:
