@@ -19,6 +19,7 @@ from typing import Any
 
 from scalegpt.config import command_line
 from scalegpt.data import conversations
+from scalegpt.data.chat import content_of
 from scalegpt.data.conversations import Message
 from scalegpt.data.tokenizer import Tokenizer
 from scalegpt.errors import Mistake
@@ -166,7 +167,9 @@ class Chat:
             for text in answer(self.write, self.codec, prompt, self.max_new_tokens, seed):
                 yield text
         finally:
-            content = text.text if text else ""
+            content = content_of(self.codec, text.ids) if text else ""
+            if isinstance(content, str):  # a text that was stopped may end in half a character
+                content = text.text if text else ""
             self.messages.append({"role": "assistant", "content": content})
             self.used = len(prompt) + (len(text.ids) if text else 0)
 

@@ -98,7 +98,7 @@ def test_prompts_of_about_one_length_are_answered_together():
     """Each gets its own answer, up to its end, to new_tokens or to the end of the block."""
     batches = []
 
-    def ids(prompts, most, seed):
+    def ids(prompts, most, seed, codec):
         batches.append([len(p) for p in prompts])
         lengths = np.array(
             [int(p[0]) for p in prompts]

@@ -63,3 +63,36 @@ def _encoded(codec: Tokenizer, parts: Iterable[Piece]) -> Iterator[tuple[np.ndar
     for mark, text, learned in parts:
         ids = np.array([codec.marks[mark]], np.int32) if mark else codec.encode(text)
         yield ids, learned
+
+
+def content_of(codec: Tokenizer, ids: Sequence[int] | np.ndarray) -> Any:
+    """Return the content of an answer that a model has written as these ids, up to <|end|>.
+
+    `pieces` gives the same ids for it, unless a call was cut short: that is left out.
+    """
+    names, texts = {i: name for name, i in codec.marks.items()}, [("", list[int]())]
+    for token in np.asarray(ids).tolist():
+        if token in names:
+            texts.append((names[token], []))
+        else:
+            texts[-1][1].append(token)
+    content, call = [""], dict[str, str]()
+    for mark, part in texts:
+        text = codec.decode(part)
+        if mark == "end":
+            break
+        if mark in ("call", "result"):
+            call |= {mark: text}
+            continue
+        if mark == "back" and len(call) == 2:
+            content += [call, ""]
+        call = {}
+        content[-1] += text
+    content = [part for part in content if part]
+    return content if any(isinstance(part, dict) for part in content) else "".join(content)
+
+
+def spoken(content: Any) -> str:
+    """Return the text of a message's content, without calls and their results."""
+    parts = [content] if isinstance(content, str) else content
+    return "".join(part for part in parts if isinstance(part, str))

@@ -17,7 +17,7 @@ import numpy as np
 
 from scalegpt.config import EvalConfig
 from scalegpt.data import conversations, generated, rewards, tokenizer
-from scalegpt.data.chat import encode_conversation, encode_prompt
+from scalegpt.data.chat import content_of, encode_conversation, encode_prompt, spoken
 from scalegpt.data.prompts import Example
 from scalegpt.data.tokenizer import Tokenizer
 from scalegpt.errors import Mistake
@@ -136,7 +136,7 @@ def answers(
             rows += [rows[0]] * (batch - len(rows))  # so that all batches are of one size
             most = min(new_tokens, block + 1 - min(map(len, rows)))
             ids, ended = [], np.zeros(len(rows), bool)
-            for new in write.ids(rows, most, seed=number):
+            for new in write.ids(rows, most, number, codec):
                 ids.append(new)
                 ended |= new == codec.end
                 if ended.all():
@@ -164,7 +164,7 @@ def figures(task: ChatTask, codec: Tokenizer, found: list[np.ndarray], samples: 
     """
     ended = np.array([codec.end in ids for ids in found]).reshape(-1, samples)
     size = np.array([len(ids) for ids in found]).reshape(-1, samples) - ended
-    texts = [codec.decode(ids) for ids in found]
+    texts = [spoken(content_of(codec, ids)) for ids in found]
     asked = [example for example in task.examples for _ in range(samples)]
     row: Figures = {}
     for prefix, reward in _REWARDS.get(task.name, _EXACT).items():

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from scalegpt.data.chat import content_of, spoken
 from scalegpt.data.tokenizer import Tokenizer
 from scalegpt.errors import Mistake
 from scalegpt.inference.decode import Decoder
@@ -15,9 +16,9 @@ from scalegpt.inference.decode import Decoder
 class Continuation:
     """A continuation holds what has been written after a prompt, whose ids are `prompt`.
 
-    text: the part that no later token can change. finish: why the text ended, which is end_of_text
-    (or the end of an answer), stop (a stop string, which is not part of the text) or length; None
-    while it goes on.
+    text: the part that no later token can change, without calls of tools. finish: why the text
+    ended, which is end_of_text (or the end of an answer), stop (a stop string, which is not part of
+    the text) or length; None while it goes on.
     """
 
     codec: Tokenizer
@@ -31,8 +32,9 @@ class Continuation:
         # A SentencePiece-like tokenizer drops the space before a text's first word. So the text is
         # decoded after some tokens of prompt, less what these are by themselves.
         self._before = list(self.prompt[-16:])
-        if self.codec.eot in self._before:  # a new text begins after the mark
-            del self._before[: len(self._before) - self._before[::-1].index(self.codec.eot)]
+        marks = {self.codec.eot, *self.codec.marks.values()}
+        for i in [i for i, token in enumerate(self._before) if token in marks][-1:]:
+            del self._before[: i + 1]  # a new text begins after a mark
         self._known = len(self.codec.decode(self._before))
 
     def add(self, token: int) -> None:
@@ -58,7 +60,7 @@ class Continuation:
             self.text, self.finish = self._decoded(), finish
 
     def _decoded(self) -> str:
-        return self.codec.decode([*self._before, *self.ids])[self._known :]
+        return spoken(content_of(self.codec, [*self._before, *self.ids]))[self._known :]
 
 
 def continued(
@@ -76,7 +78,7 @@ def continued(
     call this together.
     """
     texts = [Continuation(codec, stops, prompt) for prompt in prompts]
-    for ids in write.ids(prompts, max_new_tokens, seed):
+    for ids in write.ids(prompts, max_new_tokens, seed, codec):
         for text, token in zip(texts, ids.tolist(), strict=True):
             text.add(token)
         yield texts

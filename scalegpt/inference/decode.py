@@ -17,6 +17,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
+from scalegpt.data.calculator import Results
+from scalegpt.data.tokenizer import Tokenizer
 from scalegpt.inference.sampling import Sampler, sample_token
 from scalegpt.model.gpt import GPT, Cache, head_table, logits, separate_layers
 from scalegpt.model.layers import constrain
@@ -52,13 +54,18 @@ class Decoder:
         return replace(self, params=params)
 
     def ids(
-        self, prompts: Sequence[np.ndarray], max_new_tokens: int, seed: int = 1337
+        self,
+        prompts: Sequence[np.ndarray],
+        max_new_tokens: int,
+        seed: int = 1337,
+        codec: Tokenizer | None = None,
     ) -> Iterator[np.ndarray]:
         """Yield the next id of each of N prompts, int32 [N], max_new_tokens times.
 
         prompts: ids, at least one each, of any lengths. Past block_size a text is continued from
         its last block_size tokens; all positions then shift, so the cache is of no use and each
-        token costs a whole forward pass. Every process of a run must call this together.
+        token costs a whole forward pass. codec: of a chat, so that a calculator writes the results
+        of calls, which count as new tokens. Every process of a run must call this together.
         """
         block, shards = self.steps.model.config.block_size, sharding.row_shards(self.steps.mesh)
         texts = [np.asarray(prompt, np.int32).tolist() for prompt in prompts]
@@ -66,6 +73,7 @@ class Decoder:
         longest = min(block, max(map(len, texts)))
         from_cache = min(max_new_tokens, 1 + block - longest)
         key = jax.random.key(seed)
+        results = [Results(codec) for _ in texts] if codec and codec.marks else []
         new, state = self._read(texts, key, 0, from_cache)
         for i in range(1, max_new_tokens):
             if i < from_cache:
@@ -77,6 +85,11 @@ class Decoder:
                 text.append(token)
             if i >= from_cache:
                 following, state = self._read(texts, key, i, 1)
+            must = [row.add(text[-1]) for row, text in zip(results, texts, strict=False)]
+            if any(token is not None for token in must):
+                forced = np.array([-1 if token is None else token for token in must])
+                with jax.set_mesh(self.steps.mesh):
+                    following = _replaced(following, forced)
             new = following
         yield np.asarray(new)[: len(prompts)]
 
@@ -138,6 +151,12 @@ def decoder(
         jax.jit(prefill, static_argnums=6),
         jax.jit(step, donate_argnums=2),
     )
+
+
+@jax.jit
+def _replaced(ids: Array, forced: np.ndarray) -> Array:
+    """Return ids [N] with those of `forced` [N] that are not below 0 in their place."""
+    return constrain(jnp.where(forced >= 0, forced, ids).astype(ids.dtype), None)
 
 
 def _draw(
