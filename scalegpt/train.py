@@ -52,7 +52,7 @@ from scalegpt.processes.group import Alone, Group, Guest
 from scalegpt.processes.phases import Phases
 from scalegpt.processes.stop_request import GuestStopRequest, Interrupted, StopRequest
 from scalegpt.run import reports
-from scalegpt.run.feed import source
+from scalegpt.run.feed import Source, source
 from scalegpt.run.metrics import Metrics, check_packages
 from scalegpt.run.progress import Ended, NotFinite, NotSaved, Progress, Stopped
 from scalegpt.run.replay import replay
@@ -68,9 +68,11 @@ from scalegpt.run.resume import (
     with_model,
     write_config,
 )
+from scalegpt.run.rewarded import reference_weights
 from scalegpt.step import build_for_training, cpu_devices, sharding
 from scalegpt.step.build import Steps
 from scalegpt.step.compile_only import compile_only, memory_advice
+from scalegpt.step.objective import Batch
 from scalegpt.step.update import State
 
 FLAGS = {
@@ -95,7 +97,7 @@ def main(argv: list[str]) -> int:
         config = with_model(config)
         if (
             config.model.vocab_size is None
-            or config.objective.name == "sft"
+            or config.objective.name != "text"
             or config.model.isolate
         ):
             config = resolved(config, open_datasets(config))
@@ -154,6 +156,7 @@ class Training:
     progress: Progress
     phases: Phases
     stop: StopRequest
+    reference: Any = None  # with grpo.kl: the weights that the run began with
     decoders: list[Callable[[Any], Decoder]] = field(default_factory=list)  # that of samples
 
 
@@ -207,6 +210,11 @@ def train(
         changes = carry_over(config, meta, checkpoints.meta(start), start, notes.append)
     with phases("restore" if start else "weights"):
         state = initial_state(config, steps, checkpoints, start, notes.append, changes)
+    reference = None
+    if config.grpo.kl:
+        with phases("weights"):
+            mark = checkpoints.meta(start)["reference"] if start else None
+            reference, meta["reference"] = reference_weights(config, steps, state, start, mark)
     metrics = Metrics(
         config.run.out_dir,
         config.log,
@@ -214,6 +222,7 @@ def train(
         phases=phases,
         resume_step=rows_to_keep(start, config.optim.steps, begun_before=stored is not None),
         is_main=is_main,
+        ends_with_sample=config.goal == "loss",
         config={
             **meta["config"],
             "parameters": steps.parameters,
@@ -229,7 +238,17 @@ def train(
     mfu = mfu_meter(config.model, devices[0].device_kind, len(devices), metrics.say, precision)
     progress = Progress(config, datasets, metrics, phases, start, mfu)
     run = Training(
-        config, datasets, steps, validate, checkpoints, meta, metrics, progress, phases, stop
+        config,
+        datasets,
+        steps,
+        validate,
+        checkpoints,
+        meta,
+        metrics,
+        progress,
+        phases,
+        stop,
+        reference,
     )
     try:
         # config.yaml marks a run that may be continued; all that can refuse a start comes before.
@@ -278,21 +297,22 @@ def loop(run: Training, state: State, start: int) -> State:
     Returns the state after the last one. Raises Stopped, NotFinite or NotSaved to end before it.
     """
     config, total = run.config, run.config.optim.steps
-    batch_of = source(config, run.datasets, run.steps, start)
+    batch_of = source(
+        config, run.datasets, run.steps, start, run.phases, run.stop.check, run.reference
+    )
     began = time.perf_counter()
     for step in range(start + 1, total + 1):
         compiling = step == start + 1 or step in config.batch.growth
         if compiling:
             run.phases.begin("compile", step - 1)
-        # Meanwhile the device computes the update before, so that it need not wait for this batch.
-        with run.phases("wait for data"):
-            batch, figures = batch_of(state, step)
+        batch, figures = next_batch(run, batch_of, state, step)
         state, values = run.steps.train(state, batch)  # dispatched, not waited for
         run.progress.dispatched(step, values | figures)
         if (failure := run.checkpoints.failing) and failure.over:
             run.progress.read()
             raise NotSaved(step)
-        stopping = run.stop.reached()
+        # Between two updates from the same answers a run could not continue.
+        stopping = run.stop.reached() and step % config.grpo.updates == 0
         evaluating = step == total or due(step, config.eval.every)
         saving = stopping or step == total or due(step, config.checkpoint.every)
         sampling = step < total and due(step, config.eval.sample_every)
@@ -320,13 +340,30 @@ def loop(run: Training, state: State, start: int) -> State:
     return state
 
 
+def next_batch(
+    run: Training, batch_of: Source, state: State, step: int
+) -> tuple[Batch, dict[str, Any]]:
+    """Return the batch of update `step` and its figures.
+
+    Raises Stopped, with the update before it saved, where the run is asked to stop while the model
+    writes its answers; the next process writes them again.
+    """
+    if run.config.goal == "reward":
+        run.progress.read()  # answers wait for the update before anyway, and that is its own time
+    try:
+        return batch_of(state, step)
+    except Interrupted:
+        save(run, state, step - 1, None)
+        raise Stopped(step - 1) from None
+
+
 def due(step: int, every: int) -> bool:
     """Tell whether what happens every `every` updates happens after `step`; 0 means never."""
     return every > 0 and step % every == 0
 
 
 def evaluate(run: Training, state: State, step: int) -> float:
-    """Write the evaluation row of `step` and return its loss.
+    """Write the evaluation row of `step` and return its loss, of a reward its negative.
 
     The row is written before any checkpoint of that step, so that the best one's loss is known.
     Raises Stopped when the run is asked to stop meanwhile; the next process evaluates again.
@@ -338,10 +375,13 @@ def evaluate(run: Training, state: State, step: int) -> float:
         run.meta["evaluation_due"] = True
         save(run, state, step, None)
         raise Stopped(step) from None
-    run.meta["best_loss"] = min(run.meta["best_loss"], row["val/loss"])
+    goal, answers = run.config.goal, row.pop("answers", [])
+    loss = run.config.as_goal(row[f"val/{goal}"])
+    best = run.meta["best_loss"] = min(run.meta["best_loss"], loss)
     run.meta["evaluation_due"] = False
-    run.metrics.evaluation({"step": step, **row, "val/best_loss": run.meta["best_loss"]})
-    return row["val/loss"]
+    run.metrics.evaluation({"step": step, **row, f"val/best_{goal}": run.config.as_goal(best)})
+    run.metrics.answers(step, answers)
+    return loss
 
 
 def save(run: Training, state: State, step: int, loss: float | None) -> None:
@@ -381,7 +421,12 @@ def finish(run: Training, state: State, start: int, end: Ended | None) -> Exit:
 
 
 def write_sample(run: Training, state: State, step: int) -> None:
-    """Show and keep what the model writes after update `step`, if it can."""
+    """Show and keep what the model writes after update `step`, if it can.
+
+    With rewards, evaluations show answers.
+    """
+    if run.config.goal == "reward":
+        return
     with run.phases("sample"):
         if (text := sample(run, state.swapped().params)) is not None:
             run.metrics.sample(step, run.config.eval.sample_prompt, text)

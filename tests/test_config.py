@@ -534,6 +534,8 @@ NEUTRAL = {
     *("model.rope_base", "optim.cooldown", "optim.head_lr"),
     # What isolate and the data, and steps say.
     *("model.bos", "optim.epochs", "objective.width"),
+    # Of several updates from the same answers, and of grpo.kl.
+    *("grpo.clip_low", "grpo.clip_high", "grpo.kl_estimator"),
 }
 OTHER = {  # a value that differs from the default, where adding one will not do
     "model.preset": "gpt2",
@@ -551,6 +553,11 @@ OTHER = {  # a value that differs from the default, where adding one will not do
     "model.bos": 3,
     "objective.width": 8,
     "objective.name": "sft",
+    "grpo.reward": "exact",
+    "grpo.divide": "tokens",
+    "grpo.scale": "group",
+    "grpo.clip_low": 0.3,
+    "grpo.kl_estimator": "k2",
     "optim.epochs": 2.0,
     "batch.microbatch": 2,
     "batch.growth": {7: 960},
@@ -638,7 +645,8 @@ def test_curve_diff_names_each_key_that_changes_the_curve_and_no_other():
         section, name = key.split(".")
         part = getattr(base, section).model_copy(update={name: value})
         lines = curve_diff(base, base.model_copy(update={section: part}))
-        compared = section in ("model", "batch", "data", "objective", "optim") or key == "run.seed"
+        sections = ("model", "batch", "data", "objective", "grpo", "optim")
+        compared = section in sections or key == "run.seed"
         expected = [f"{key}: {default} -> {value}"] if compared and key not in NEUTRAL else []
         assert lines == expected, key
         seen.add(key)

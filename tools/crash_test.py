@@ -5,6 +5,7 @@
 
 First the run is made without a fault, in run.out_dir/unbroken. Then it is made again, in
 run.out_dir/killed, while SIGKILL ends it during start-up, steps, evaluations and saves, in turn.
+With objective.name=grpo a step begins with the answers that are written for it.
 After each kill the same command continues the run; a finished run begins anew until all kills are
 spent. In the end every row of metrics.jsonl must be there once, with the same losses, digit for
 digit: exit code 0, otherwise 1. With --processes N one process is killed, and the others must leave
@@ -53,6 +54,11 @@ COMPARED = (
     "train/spike",
     "val/loss",
     "val/best_loss",
+    "rl/reward",
+    "rl/length",
+    "rl/entropy",
+    "val/reward",
+    "val/best_reward",
 )
 PATIENCE = 60  # seconds in which the other processes must leave
 STILL_THERE = 999  # the exit code of a process that did not leave
@@ -240,7 +246,7 @@ def wait_for(
     while processes[0].poll() is None:
         if time.monotonic() > began + STUCK:
             raise RuntimeError(f"nothing has happened for {STUCK} s in {out_dir}")
-        step, val = last_step(out_dir), last_step(out_dir, "val/loss")
+        step, val = last_step(out_dir), last_step(out_dir, f"val/{config.goal}")
         if first is None and step != old_step:
             first = step
         ready = first is not None and step >= first + updates

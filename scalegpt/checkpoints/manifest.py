@@ -189,7 +189,10 @@ def measure(meta: dict[str, Any]) -> str:
     weights = list(path.values()) if isinstance(path, dict) else [1]
     shares = [weight / sum(weights) for weight in weights]
     windows = config.get("eval", {}).get("windows"), config.get("model", {}).get("block_size")
-    return json.dumps([list(meta.get("data", {}).values()), shares, windows])
+    parts = [list(meta.get("data", {}).values()), shares, windows]
+    if reward := config.get("grpo", {}).get("reward"):  # val_loss is the negative of a reward
+        parts += [reward, config["grpo"]["max_new_tokens"]]
+    return json.dumps(parts)
 
 
 def losses(contents: dict[int, Manifest]) -> list[dict[int, float]]:

@@ -31,7 +31,7 @@ def curve_diff(stored: Config, requested: Config) -> list[str]:
         neutral |= {"optim.steps"}
     lines = [
         f"{section}.{key}: {old[section][key]} -> {value}"
-        for section in ("model", "batch", "data", "objective", "optim")
+        for section in ("model", "batch", "data", "objective", "grpo", "optim")
         for key, value in new[section].items()
         if f"{section}.{key}" not in neutral and old[section][key] != value
     ]
@@ -58,7 +58,7 @@ def unread(config: Config) -> dict[str, str]:
     model, optim = config.model, config.optim
     scalars = model.bias, model.residual_scalars, model.value_embeddings
     no_scalars = model.norm == "rmsnorm" and not any(scalars)
-    named = config.log.wandb or config.log.trackio
+    name, named = config.objective.name, config.log.wandb or config.log.trackio
     local = not any("://" in path for path in config.data.weights)
     cases = (
         ("model.position=learned", model.position == "learned", "model.rope_base"),
@@ -69,7 +69,11 @@ def unread(config: Config) -> dict[str, str]:
         (f"optim.steps={optim.steps}", not optim.counts_epochs, "optim.epochs"),
         ("optim.weight_decay=0", not optim.weight_decay, "optim.decay"),
         ("no eval.tasks", not config.eval.tasks, "eval.task_examples"),
-        ("objective.name=text", config.objective.name == "text", "eval.answers"),
+        (f"objective.name={name}", name != "sft", "eval.answers"),
+        ("objective.name=grpo", name == "grpo", "eval.train_windows eval.sample_every"),
+        ("objective.name=grpo", name == "grpo", "eval.sample_prompt run.spike"),
+        ("grpo.updates=1", config.grpo.updates == 1, "grpo.clip_low grpo.clip_high"),
+        ("grpo.kl=0", not config.grpo.kl, "grpo.kl_estimator"),
         ("no run.init_from", not config.run.init_from, "run.init_checkpoint"),
         ("log.wandb=false", not config.log.wandb, "log.wandb_entity log.wandb_tags"),
         ("no log.wandb or log.trackio", not named, "log.wandb_project log.wandb_name"),

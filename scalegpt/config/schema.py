@@ -1,16 +1,18 @@
 """`Config` describes a run: frozen, typed keys in sections; no JAX here."""
 
+import contextlib
 import re
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from scalegpt.config.depth import derived
 from scalegpt.config.recipe import ModelConfig, OptimConfig, muons
 from scalegpt.config.types import (
+    Amount,
     Integer,
     MeshAxis,
     Name,
@@ -99,10 +101,44 @@ class DataConfig(Section):
 class ObjectiveConfig(Section):
     """What a run learns from its data."""
 
-    name: Literal["text", "sft"] = "text"
-    """text: every token; sft: the answers in conversations, as data/chat/prepare.py makes them"""
+    name: Literal["text", "sft", "grpo"] = "text"
+    """text: every token; sft: the answers in conversations, as data/chat/prepare.py makes them;
+    grpo: answers that the model writes to prompts, by a reward"""
     width: Positive | None = None
     """tokens of a sequence, where these are shorter than block_size; follows from the data"""
+
+
+class GrpoConfig(Section):
+    """Learning from rewards for the model's own answers, as objective.name=grpo has it."""
+
+    reward: Name | None = None
+    """what says how good an answer is: exact, in_place, number, last_number, or module:function of
+    your own Python, f(example, answer) -> float"""
+    prompts: Positive = 16
+    """prompts of an update"""
+    samples: Annotated[Integer, Field(ge=2, le=100_000)] = 8
+    """answers to each prompt, which are compared with each other"""
+    max_new_tokens: Positive = 64
+    """tokens that an answer may have, with the mark that ends it"""
+    temperature: Share = 1.0
+    """of the distribution that answers are drawn from and that is learned"""
+    divide: Literal["constant", "tokens", "sequences"] = "constant"
+    """by what the sum over tokens is divided: answers x max_new_tokens (Dr. GRPO), the update's
+    tokens (DAPO), or each answer's own, then the answers (GRPO, which favours long wrong ones)"""
+    scale: Literal["none", "group"] = "none"
+    """group: rewards are also divided by their deviation within the group (GRPO)"""
+    updates: Positive = 1
+    """updates from the same answers; with several, the ratio of probabilities is clipped"""
+    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """with updates: a token counts no more once its probability has fallen by this share"""
+    clip_high: Share = 0.2
+    """with updates: or has risen by this share (DAPO: 0.28)"""
+    kl: Amount = 0.0
+    """weight of the distance from the weights of run.init_from, which then stay in memory"""
+    kl_estimator: Literal["k2", "k3"] = "k3"
+    """with kl: how the distance is estimated; k2 has the gradient of the reverse KL divergence"""
+    mask_truncated: bool = False
+    """leave answers that did not end out of what is learned"""
 
 
 FileTask = Literal["hellaswag", "lambada", "multiple_choice", "gsm8k"]
@@ -227,6 +263,8 @@ class RunConfig(Section):
     """seconds for the first update, which is compiled"""
     deadline_step: Seconds = 1800.0
     """seconds for any other update, with reading its data"""
+    deadline_rollout: Seconds = 1800.0
+    """with grpo: seconds for an update's answers to be written"""
     deadline_evaluation: Seconds = 7200.0
     """seconds for an evaluation, or for the sample at the end"""
     deadline_save: Seconds = 1800.0
@@ -265,6 +303,7 @@ class Config(Section):
     batch: BatchConfig = BatchConfig()
     data: DataConfig
     objective: ObjectiveConfig = ObjectiveConfig()
+    grpo: GrpoConfig = GrpoConfig()
     optim: OptimConfig = OptimConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -275,10 +314,12 @@ class Config(Section):
     @model_validator(mode="wrap")
     @classmethod
     def _fill(cls, values: Any, make: Callable[[Any], "Config"]) -> "Config":
-        """Fill in keys that follow from other sections: model.depth's, and a rate of Muon's."""
+        """Fill in keys that follow from other sections: model.depth's, a rate of Muon's, and the
+        batch of rollouts."""
         if not isinstance(values, dict):
             return make(values)
-        given = {s: values.get(s) for s in ("model", "batch", "optim") if s in values}
+        sections = ("model", "batch", "optim", "objective", "grpo")
+        given = {s: values.get(s) for s in sections if s in values}
         if not all(isinstance(keys, dict) for keys in given.values()):
             return make(values)  # validation of that section will report it
         model = given.get("model", {})
@@ -288,15 +329,92 @@ class Config(Section):
         follows = optim.get("name") == "muon" and optim.get("embedding_lr") is None
         if follows:
             given["optim"] = {**optim, "embedding_lr": muons(model)["embedding_lr"]}
+        objective, batch = values.get("objective", {}), given.get("batch", {})
+        rolls = objective.get("name") == "grpo" and batch.get("sequences") is None
+        if rolls:
+            with contextlib.suppress(ValidationError):  # which that section will report
+                sizes = GrpoConfig.model_validate(values.get("grpo", {}))
+                given["batch"] = {**batch, "sequences": sizes.prompts * sizes.samples}
         config = make({**values, **given})
         if follows:
             config.optim.model_fields_set.discard("embedding_lr")
+        if rolls:
+            config.batch.model_fields_set.discard("sequences")
         return config
+
+    @model_validator(mode="after")
+    def _check_objective(self) -> "Config":
+        name = self.objective.name
+        for key, value in self.grpo:
+            if name != "grpo" and value != GrpoConfig.model_fields[key].default:
+                raise Mistake(
+                    f"grpo.{key}={value} is read with objective.name=grpo, and this run has "
+                    f"{name}; leave it out, or set --objective.name=grpo"
+                )
+        if name == "grpo":
+            self._check_grpo()
+        return self
+
+    def _check_grpo(self) -> None:
+        grpo, sequences = self.grpo, self.grpo.prompts * self.grpo.samples
+        if grpo.reward is None:
+            raise Mistake(
+                "grpo.reward is missing: it says how good an answer is, as --grpo.reward=exact, "
+                "in_place, number, last_number, or module:function of your own"
+            )
+        if not self.run.init_from:
+            raise Mistake(
+                "objective.name=grpo makes a model that answers better, and run.init_from is "
+                "missing: name a run that answers, --run.init_from=out/sft"
+            )
+        if self.model.dropout:
+            raise Mistake(
+                f"model.dropout={self.model.dropout:g}: with objective.name=grpo the model that "
+                "learns must be the one that has answered; set --model.dropout=0"
+            )
+        if self.batch.sequences != sequences:
+            raise Mistake(
+                f"batch.sequences={self.batch.sequences} is not grpo.prompts={grpo.prompts} x "
+                f"grpo.samples={grpo.samples}: leave it out, as it follows from them"
+            )
+        if self.batch.growth:
+            raise Mistake("batch.growth is of fixed batches, and grpo's are grpo.prompts x samples")
+        if self.run.skip_spikes:
+            raise Mistake(
+                "run.skip_spikes=true judges an update by its loss, which with objective.name=grpo "
+                "says nothing: leave it out"
+            )
+        periods = {
+            "optim.steps": self.optim.steps,
+            "eval.every": self.eval.every,
+            "checkpoint.every": self.checkpoint.every,
+        }
+        for key, value in periods.items():
+            if value % grpo.updates:
+                raise Mistake(
+                    f"{key}={value} is not a multiple of grpo.updates={grpo.updates}: a run cannot "
+                    "continue between two updates from the same answers"
+                )
 
     @property
     def row_width(self) -> int:
         """The number of targets in a sequence of a batch."""
         return self.objective.width or self.model.block_size
+
+    def examples_after(self, step: int) -> int:
+        """Return how many windows, rows or prompts of the data the updates 1 to `step` read."""
+        if self.objective.name == "grpo":
+            return self.grpo.prompts * -(-step // self.grpo.updates)
+        return self.batch.rows_after(step)
+
+    @property
+    def goal(self) -> str:
+        """What decides which weights are the best: the lowest val/loss, or highest val/reward."""
+        return "reward" if self.objective.name == "grpo" else "loss"
+
+    def as_goal(self, loss: float) -> float:
+        """Turn what checkpoints keep as a loss into the goal, or back: a reward is its negative."""
+        return loss if self.goal == "loss" else 0.0 - loss
 
     def to_yaml(self) -> str:
         """Return the text of a YAML file that `loading.load` reads as this run."""

@@ -163,7 +163,7 @@ class TrainBatches:
 
     def __init__(
         self,
-        datasets: Sequence[np.ndarray | PackedRows],
+        datasets: Sequence[np.ndarray | PackedRows | Prompts],
         weights: Sequence[float],
         block_size: int,
         seed: int,
@@ -178,7 +178,7 @@ class TrainBatches:
         assert all(size % microbatch == 0 for size in sizes), (sizes, microbatch)
         assert rows.size and 0 <= rows.min() and rows.max() < microbatch, (rows, microbatch)
         # Plain array views: slicing a memmap object costs more than copying the row.
-        self.tokens = [t if isinstance(t, PackedRows) else np.asarray(t) for t in datasets]
+        self.tokens = [np.asarray(t) if isinstance(t, np.ndarray) else t for t in datasets]
         self.orders = [train_order(t, block_size, seed, i) for i, t in enumerate(datasets)]
         self.parts, self.together = _whole_parts(weights), rows_together(datasets[0])
         self.block_size, self.batch, self.microbatch, self.rows = (

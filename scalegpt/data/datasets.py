@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from scalegpt.config import Config
+from scalegpt.config import BatchConfig, Config
 from scalegpt.config.loading import validate
 from scalegpt.config.presets import recipe
 from scalegpt.config.types import LARGEST
@@ -113,7 +113,31 @@ def resolved(config: Config, datasets: list[Dataset]) -> Config:
         objective = {"width": datasets[0].train.width - 1}
         objective = config.objective.model_copy(update=objective)
         config = config.model_copy(update={"objective": objective})
+    if datasets[0].kind == "prompts":
+        config = _with_answers(config, datasets)
     return _with_updates(config, datasets) if config.optim.counts_epochs else config
+
+
+def _with_answers(config: Config, datasets: list[Dataset]) -> Config:
+    """Return the run with rows that hold the longest prompt and an answer. Raises Mistake."""
+    longest = max(split.longest for d in datasets for split in (d.train, d.val))
+    most, block = config.grpo.max_new_tokens, config.model.block_size
+    if longest + most > block:
+        raise Mistake(
+            f"grpo.max_new_tokens={most} and the longest prompt of {longest} tokens are more than "
+            f"model.block_size={block}; lower the one, or leave out such prompts"
+        )
+    if config.model.vocab_size != datasets[0].vocab_size:
+        raise Mistake(
+            f"model.vocab_size={config.model.vocab_size}, but the tokenizer of "
+            f"{datasets[0].name} knows {datasets[0].vocab_size} ids: answers could not be drawn "
+            "from the distribution that is learned; leave model.vocab_size out"
+        )
+    # A multiple, as accelerators compute so many positions at once.
+    step = 128 if longest + most > 128 else 16
+    width = min(block, -(-(longest + most) // step) * step)
+    objective = config.objective.model_copy(update={"width": width})
+    return config.model_copy(update={"objective": objective})
 
 
 def _bos(dataset: Dataset) -> int:
@@ -139,7 +163,7 @@ def _with_updates(config: Config, datasets: list[Dataset]) -> Config:
     train = datasets[0].train
     rows = train_order(train, config.model.block_size, 0).n_windows * rows_together(train)
     updates = range(1, LARGEST + 1)
-    index = bisect_left(updates, math.ceil(epochs * rows), key=config.batch.rows_after)
+    index = bisect_left(updates, math.ceil(epochs * rows), key=config.examples_after)
     if index == len(updates):
         raise Mistake(f"optim.epochs={epochs} of {rows:,} rows are more than {LARGEST:,} updates")
     values = config.model_dump()
@@ -181,14 +205,17 @@ def train_batches(
 ) -> TrainBatches:
     """Return the batches of a run by step; of each microbatch only `rows` are read.
 
-    microbatch: its sequences over all devices.
+    microbatch: its sequences over all devices. Of prompts only their places can be read.
     """
+    batch = config.batch
+    if datasets[0].kind == "prompts":
+        batch = BatchConfig(sequences=config.grpo.prompts)
     return TrainBatches(
         [d.train for d in datasets],
         list(config.data.weights.values()),
         config.row_width,
         config.run.seed,
-        config.batch,
+        batch,
         microbatch,
         rows,
     )
@@ -197,9 +224,10 @@ def train_batches(
 def windows_of(config: Config, datasets: list[Dataset], update: int) -> list[tuple[str, int]]:
     """Return (data set, first token) of every row of an update's batch; updates count from 1.
 
-    Of a row of conversations it is the first one's.
+    Of a row of conversations it is the first one's, and of prompts the number of each.
     """
-    indices, starts = train_batches(config, datasets, 1, np.zeros(1, int)).windows(update - 1)
+    batches, number = train_batches(config, datasets, 1, np.zeros(1, int)), update - 1
+    indices, starts = batches.windows(number // config.grpo.updates)
     places = []
     for dataset, start in zip(map(datasets.__getitem__, indices), starts.tolist(), strict=True):
         packed = isinstance(dataset.train, PackedRows)

@@ -99,9 +99,8 @@ class Decoder:
         windows = [text[-config.block_size :] for text in texts]
         longest = max(map(len, windows))
         # A step can read prompts of one token, so that no prefill need be compiled for them.
-        width = 1 if longest == 1 else min(config.block_size, _bucket(longest))
-        first = np.array([width - len(window) for window in windows], np.int32)
-        tokens = np.array([[0] * (width - len(window)) + window for window in windows], np.int32)
+        width = 1 if longest == 1 else min(config.block_size, bucket(longest))
+        tokens, first = padded(windows, width)
         seen = None
         if self.sampler.repetition_penalty != 1:
             seen = np.zeros((len(texts), self.vocab_size), bool)
@@ -112,7 +111,7 @@ class Decoder:
             lambda x: sharding.to_global(x[rows], rows, steps.eval_sharding, len(texts)),
             (tokens, first, seen),
         )
-        slots = _bucket(width + new - 1)
+        slots = bucket(width + new - 1)
         with jax.set_mesh(steps.mesh):
             if width == 1:
                 ids, cache = self.begin(tokens, first, slots)
@@ -172,22 +171,38 @@ def _draw(
 ) -> tuple[Array, tuple[Cache, Array | None]]:
     """Append tokens [N, P] to the cache and draw the ids [N] that follow them, for step i."""
     with nn.logical_axis_rules(tuple(sharding.RULES.items())):
-        hidden, cache = model.apply({"params": params}, tokens, cache=cache)
-        scores = logits(hidden[:, -1], head_table(params), model.config)
-        # Gathered over the vocabulary once: sorting it while it is split would move it repeatedly.
-        scores = constrain(scores, "batch", None)[:, :vocab_size]
+        scores, cache = next_scores(model, vocab_size, params, tokens, cache)
         ids = sample_token(scores, jax.random.fold_in(key, i), sampler, seen)
         if seen is not None:
             seen = seen.at[jnp.arange(len(ids)), ids].set(True)
         return constrain(ids, None), (cache, seen)
 
 
+def next_scores(
+    model: GPT, vocab_size: int, params: Any, tokens: Array, cache: Cache
+) -> tuple[Array, Cache]:
+    """Append tokens [N, P] to the cache; return it with the logits [N, V] of what follows them."""
+    hidden, cache = model.apply({"params": params}, tokens, cache=cache)
+    scores = logits(hidden[:, -1], head_table(params), model.config)
+    # Gathered over the vocabulary once: sorting it while it is split would move it repeatedly.
+    return constrain(scores, "batch", None)[:, :vocab_size], cache
+
+
+def padded(texts: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ids of texts with padding before them, [N, width], and where each begins, [N]."""
+    first = np.array([width - len(text) for text in texts], np.int32)
+    tokens = np.zeros((len(texts), width), np.int32)
+    for row, text in zip(tokens, texts, strict=True):
+        row[width - len(text) :] = text
+    return tokens, first
+
+
 def _begin(model: GPT, tokens: Array, first: Array, slots: int) -> tuple[Array, Cache]:
     with nn.logical_axis_rules(tuple(sharding.RULES.items())):
-        return constrain(tokens[:, 0], None), _empty_cache(model, first, slots)
+        return constrain(tokens[:, 0], None), empty_cache(model, first, slots)
 
 
-def _empty_cache(model: GPT, first: Array, slots: int) -> Cache:
+def empty_cache(model: GPT, first: Array, slots: int) -> Cache:
     c = model.config
     shape = (len(first), c.n_head, slots, c.head_dim)
 
@@ -204,13 +219,7 @@ def _for_decoding(params: Any, dtype: Any, keep: bool) -> Any:
     Otherwise every token would round the float32 weights again. keep: as for `decoder`.
     """
 
-    def cast(path: tuple, x: Array) -> Array:
-        return x.astype(dtype) if path[-1].key.endswith("kernel") else x
-
-    @jax.jit
-    def convert(part: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(cast, separate_layers(part))
-
+    convert = partial(_converted, jnp.dtype(dtype))
     leaves = {path: leaf for path, leaf in flatten_dict(params).items() if path[0] != "h"}
     if dtype != jnp.float32:
         leaves |= flatten_dict(convert({"head_kernel": params.get("head_kernel", params["wte"])}))
@@ -222,6 +231,14 @@ def _for_decoding(params: Any, dtype: Any, keep: bool) -> Any:
     return unflatten_dict(leaves)
 
 
-def _bucket(n: int) -> int:
+@partial(jax.jit, static_argnums=0)  # here, so that it is compiled once, not for each update
+def _converted(dtype: Any, part: Any) -> Any:
+    def cast(path: tuple, x: Array) -> Array:
+        return x.astype(dtype) if path[-1].key.endswith("kernel") else x
+
+    return jax.tree_util.tree_map_with_path(cast, separate_layers(part))
+
+
+def bucket(n: int) -> int:
     """Round up to a power of two, at least 16."""
     return max(16, 1 << (n - 1).bit_length())

@@ -29,11 +29,12 @@ PHASES = {
     "compile": ("compile", "compile"),
     "step": ("step", "step"),
     "wait for data": ("data", "step"),
+    "rollout": ("rollout", "rollout"),
     "evaluation": ("evaluation", "evaluation"),
     "sample": ("evaluation", "evaluation"),
     "save": ("save", "save"),
 }
-LEDGER = ("startup", "restore", "compile", "data", "step", "evaluation", "save")
+LEDGER = ("startup", "restore", "compile", "data", "rollout", "step", "evaluation", "save")
 
 
 class Phase(NamedTuple):
@@ -120,9 +121,9 @@ class Phases:
         return places
 
     def training(self) -> float:
-        """Seconds of updates, and of waiting for their data."""
+        """Seconds of updates, and of waiting for their data or writing it."""
         places = self.seconds
-        return places["step"] + places["data"]
+        return places["step"] + places["data"] + places["rollout"]
 
     @property
     def lifetime(self) -> float:

@@ -12,6 +12,7 @@ from scalegpt.run.ledger import TIMES
 # What lies on a horizontal axis, by history.AXES.
 LABELS = {"tokens": "training tokens", "flops": "training FLOPs", "seconds": "{} of updates"}
 LOSSES, BITS = ("train/loss", "val/loss"), ("val/bits_per_byte",)
+REWARDS = ("rl/reward", "val/reward")  # of runs whose losses say nothing
 OTHERS = {  # title of a panel over training tokens -> its key of metrics.jsonl
     "learning rate": "train/lr",
     "gradient norm": "train/grad_norm",
@@ -63,7 +64,13 @@ def draw(histories: Sequence[History]) -> Any:
         for axis in LABELS:
             for run in runs:
                 for key in keys:
-                    add(run, panels[f"{axis} {i}"], axis, key, THIN if key == LOSSES[0] else DOTTED)
+                    add(
+                        run,
+                        panels[f"{axis} {i}"],
+                        axis,
+                        key,
+                        DOTTED if key.startswith("val") else THIN,
+                    )
             if limits := loss_limits(runs, keys):
                 panels[f"{axis} {i}"].set_ylim(*limits)
         panels[f"tokens {i}"].set_ylabel(label)
@@ -105,6 +112,10 @@ def loss_rows(
 
     Runs whose losses compare share a row. Others do so in bits per byte, where all know these.
     """
+    rewarded = [run for run in histories if run.config.goal == "reward"]
+    if rewarded:
+        others = [run for run in histories if run.config.goal == "loss"]
+        return (loss_rows(others) if others else []) + [("reward", REWARDS, rewarded)]
     groups = comparable(histories)
     if len(groups) > 1 and all(len(run.curve(key)[0]) for run in histories for key in BITS):
         return [("bits a byte of the run's\nown validation text", BITS, histories)]
@@ -194,7 +205,9 @@ def text_plot(rows: Sequence[Row]) -> str:
     """Return a small plot of the losses over updates for a terminal, "" where there are too few."""
     from uniplot import plot_to_string
 
-    lines = {"training": "train/loss", "validation": "val/loss"}
+    goal = "reward" if any("rl/reward" in row for row in rows) else "loss"
+    keys = REWARDS if goal == "reward" else LOSSES
+    lines = dict(zip(("training", "validation"), keys, strict=True))
     points = [
         [(r["step"], r[key]) for r in rows if r.get(key) is not None] for key in lines.values()
     ]
@@ -205,7 +218,7 @@ def text_plot(rows: Sequence[Row]) -> str:
     late = [losses[steps >= EARLY * steps[-1]] for steps, losses in zip(x, y, strict=True)]
     return "\n".join(
         [
-            "loss over updates",
+            f"{goal} over updates",
             plot_to_string(
                 list(y),
                 list(x),

@@ -9,6 +9,8 @@ from scalegpt.config import Config
 from scalegpt.data.batches import train_iterator
 from scalegpt.data.datasets import train_batches
 from scalegpt.data.token_files import Dataset
+from scalegpt.processes.phases import Phases
+from scalegpt.run.rewarded import rewarded_source
 from scalegpt.step import sharding
 from scalegpt.step.build import Steps
 from scalegpt.step.objective import Batch
@@ -18,10 +20,29 @@ from scalegpt.step.update import State
 Source = Callable[[State, int], tuple[Batch, dict[str, Any]]]
 
 
-def source(config: Config, datasets: list[Dataset], steps: Steps, start: int) -> Source:
-    """Return where the batches of the updates after `start` come from, which are asked in order."""
+def source(
+    config: Config,
+    datasets: list[Dataset],
+    steps: Steps,
+    start: int,
+    phases: Phases,
+    check_stop: Callable[[], None] = lambda: None,
+    reference: Any = None,
+) -> Source:
+    """Return where the batches of the updates after `start` come from, which are asked in order.
+
+    check_stop, reference: as of `rewarded_source`.
+    """
+    if config.objective.name == "grpo":
+        return rewarded_source(config, datasets, steps, phases, check_stop, reference)
     batches = batches_from(config, datasets, steps, start)
-    return lambda state, step: (next(batches), {})
+
+    def read(state: State, step: int) -> tuple[Batch, dict[str, Any]]:
+        # Meanwhile the device computes the update before, so that it need not wait for this batch.
+        with phases("wait for data"):
+            return next(batches), {}
+
+    return read
 
 
 def batches_from(

@@ -51,7 +51,7 @@ class History:
 
     @property
     def best(self) -> int | None:
-        """The step of the checkpoint with the lowest validation loss; None before there is one."""
+        """The step of the checkpoint with the lowest val_loss; None before there is one."""
         whole = {step: m for step, m in self.checkpoints.items() if not isinstance(m, str)}
         losses = {step: m["val_loss"] for step, m in whole.items() if m["val_loss"] is not None}
         return manifest.best(losses) if losses else None
@@ -142,9 +142,11 @@ def _is_number(value: Any) -> bool:
 
 def state(rows: list[Row], steps: int) -> str:
     """Return DONE, "not finite at step 7" where the run gave up, or "step 7 of 12"."""
-    last = {key: row for row in rows for key in ("train/loss", "val/loss") if key in row}
-    if last.get("val/loss", {}).get("val/loss") is not None and last["val/loss"]["step"] == steps:
-        return DONE
+    keys = ("train/loss", "val/loss", "val/reward")
+    last = {key: row for row in rows for key in keys if key in row}
+    for key in keys[1:]:
+        if last.get(key, {}).get(key) is not None and last[key]["step"] == steps:
+            return DONE
     # JSON has no NaN, so null stands for it. Only last rows are read: a run that skips an update
     # that is not finite goes on, and has later rows.
     for row in last.values():

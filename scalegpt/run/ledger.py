@@ -22,6 +22,7 @@ _WORDS = {
     "restore": "reading checkpoints",
     "compile": "compiling",
     "data": "waiting for data",
+    "rollout": "writing answers",
     "step": "updates",
     "evaluation": "evaluations",
     "save": "saving",
@@ -43,7 +44,8 @@ class Ledger:
         ended = max(row.get("time", 0.0) for row in earlier)
         saved_rows = [row for row in ledger_rows if row["step"] <= start]
         last = saved_rows[-1] if saved_rows else ledger_rows[0]
-        seconds = {name: last[f"time/{name}"] for name in TIMES}
+        # Rows of earlier versions have no rollouts.
+        seconds = {name: last.get(f"time/{name}", 0.0) for name in TIMES}
         if not saved_rows:  # the run begins anew, so that all its work was lost
             lost = sum(seconds.values()) - seconds["down"]
             seconds = dict.fromkeys(TIMES, 0.0) | {"lost": lost, "down": seconds["down"]}
@@ -59,8 +61,9 @@ class Ledger:
         lived = sum(total.values()) - total["down"]
         row = {f"time/{name}": round(seconds, 3) for name, seconds in total.items()}
         cores, others = (now - then for now, then in zip(_cpu(), self._cpu, strict=True))
+        useful = total["step"] + total["rollout"]
         row["perf/others_cpu"] = round(max(0.0, others) / max(cores, 1e-9), 3)
-        return {**row, "perf/goodput": round(total["step"] / max(lived, 1e-9), 4)}
+        return {**row, "perf/goodput": round(useful / max(lived, 1e-9), 4)}
 
     def summary(self) -> str:
         """Return a line for the person at the terminal: the share of each, largest first."""

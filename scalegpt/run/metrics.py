@@ -5,6 +5,7 @@ sees them on the console. Only the main process of a run writes anything.
 """
 
 import importlib.util
+import re
 import shutil
 import sys
 import time
@@ -41,7 +42,7 @@ with warnings.catch_warnings(action="ignore"):  # a notebook may lack ipywidgets
 # (health.deviation), train/skipped counts the updates left out so far, rates are the whole run's,
 # memory is process 0's, time is unix seconds. Absent rather than wrong: perf/* where no step was
 # timed, perf/mfu on a device of unknown peak, val/bits_per_byte where bytes are not known,
-# train/epoch of a mixture. Every log.norms_every updates a row has norm/NAME of each parameter too.
+# train/epoch of a mixture.
 TRAIN_KEYS = (
     "step",
     "train/loss",
@@ -65,14 +66,24 @@ EVAL_KEYS = (
     "val/perplexity",
     "val/bits_per_byte",
     "val/best_loss",
+    "val/reward",
+    "val/best_reward",
     "val/ended",
+    "val/length",
     "train/eval_loss",
     "time",
 )
+# Rows of some runs have more: every log.norms_every updates norm/NAME of each parameter, and with
+# rewards rl/NAME.
+PREFIXES = ("norm/", "rl/")
+SHOWN = 3  # answers with their rewards that a person sees after each evaluation
 TASK_KEYS = ("acc", "acc_norm", "perplexity", "pass@1", "flexible_pass@1", "ended", "length")
 # What the console shows of a row, in this order.
 _SHOWN = {
     "train/loss": "loss {:.4f}",
+    "rl/reward": "reward {:.3f}",
+    "rl/ended": "{:.0%} end",
+    "rl/silent_groups": "{:.0%} silent",
     "train/lr": "lr {:.2e}",
     "perf/tokens_per_second": "{:,.0f} tok/s",
     "perf/mfu": "mfu {:.1%}",
@@ -80,11 +91,13 @@ _SHOWN = {
     "val/loss_stderr": "± {:.4f}",
     "val/bits_per_byte": "{:.4f} bits/byte",
     "val/best_loss": "best {:.4f}",
+    "val/reward": "val reward {:.4f}",
+    "val/best_reward": "best {:.4f}",
     "val/ended": "{:.0%} of answers end",
     "train/eval_loss": "train loss {:.4f}",
 }
 # What the live line leaves out, one after the other, where it would not fit.
-_LEFT_OUT = ("train/lr", "perf/mfu", "perf/tokens_per_second")
+_LEFT_OUT = ("rl/silent_groups", "train/lr", "perf/mfu", "perf/tokens_per_second")
 
 
 class Console:
@@ -109,6 +122,8 @@ class Console:
             return
         columns = {"step": f"step {row['step']}/{self._total}"}
         columns |= {key: form.format(row[key]) for key, form in _SHOWN.items() if key in row}
+        if "rl/reward" in row:  # the loss hovers around 0 and says nothing
+            del columns["train/loss"]
         columns |= {key: f"{key} {row[key]:.4g}" for key in row if _of_task(key)}
         if "perf/step_seconds" in row:  # without evaluations and saves, which come on top
             left = (self._total - row["step"]) * row["perf/step_seconds"]
@@ -181,6 +196,7 @@ class Metrics:
         phases: Phases,
         resume_step: int | None = None,
         is_main: bool = True,
+        ends_with_sample: bool = True,
         config: Row | None = None,
         stream: TextIO | None = None,
     ) -> None:
@@ -203,7 +219,7 @@ class Metrics:
         samples = folder / run_folder.SAMPLES  # runs of earlier versions have none
         # A finished run that is started again writes its last sample again.
         again = resume_step is not None and samples.exists()
-        kept = min(resume_step, total_steps - 1) if again else None
+        kept = min(resume_step, total_steps - ends_with_sample) if again else None
         self._texts.append(JsonlWriter(samples, kept, console.say))
         if log.tensorboard:
             tensorboard = partial(TensorBoardWriter, folder / "tensorboard", resume_step)
@@ -220,17 +236,17 @@ class Metrics:
         self._texts += self._writers[2:]
 
     def train(self, row: Row) -> None:
-        """Write a row of TRAIN_KEYS and norm/NAME, any scalars; time and memory are added."""
-        unknown = {key for key in row.keys() - set(TRAIN_KEYS) if not key.startswith("norm/")}
+        """Write a row of TRAIN_KEYS, norm/NAME and rl/NAME; time and memory are added."""
+        unknown = {key for key in row.keys() - set(TRAIN_KEYS) if not key.startswith(PREFIXES)}
         assert not unknown, unknown
         if self._writers:
             memory = round(self._memory.memory_info().rss / 2**30, 4)
             self._write({**row, "memory/host_gib": memory})
 
     def evaluation(self, row: Row) -> None:
-        """Write a row of EVAL_KEYS, val/NAME/loss and tasks' keys, which gets `time`."""
-        losses = {key for key in row.keys() - set(EVAL_KEYS) if not _of_task(key)}
-        assert all(key.startswith("val/") and key.endswith("/loss") for key in losses), losses
+        """Write a row of EVAL_KEYS, val/NAME/loss or /reward and tasks' keys, which gets `time`."""
+        other = {key for key in row.keys() - set(EVAL_KEYS) if not _of_task(key)}
+        assert all(re.fullmatch("val/.+/(loss|reward)", key) for key in other), other
         self._write(row)
 
     def sample(self, step: int, prompt: str, text: str) -> None:
@@ -239,6 +255,17 @@ class Metrics:
         self.say(f"{frame:-^40}\n{streams.visible(prompt + text)}\n{'':-^40}")
         for writer in self._texts:
             writer.write({"time": time.time(), "step": step, "prompt": prompt, "text": text})
+
+    def answers(self, step: int, answers: list[tuple[str, str, float]]) -> None:
+        """Keep answers to questions with their rewards in samples.jsonl, and show some."""
+        for prompt, text, reward in answers if self._texts else []:
+            row = {"time": time.time(), "step": step, "prompt": prompt, "text": text}
+            self._texts[0].write({**row, "reward": reward})
+        lines = [f"{streams.visible(f'{q} -> {a}')} ({reward:.2f})" for q, a, reward in answers]
+        self.say("\n".join(f"  {line}" for line in lines[:SHOWN]))
+        for writer in self._texts[1:]:
+            text = "\n".join(lines)
+            writer.write({"time": time.time(), "step": step, "prompt": "", "text": text})
 
     def save_stalled(self, seconds: float) -> None:
         """Note how many seconds a save held up training; the next row of the ledger has it."""
@@ -267,4 +294,4 @@ class Metrics:
 
 def _of_task(key: str) -> bool:
     task, _, name = key.partition("/")
-    return task != "val" and name in TASK_KEYS
+    return task not in ("val", "rl") and name in TASK_KEYS

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from scalegpt.errors import Mistake
 from scalegpt.files.folder import open_folder
 from scalegpt.run.curves import NOT_COMPARABLE, draw, ledger_of
-from scalegpt.run.history import History, comparable, state
+from scalegpt.run.history import History, Row, comparable, state
 
 # Every page begins so: other files are not overwritten by one.
 MARK = "<!-- a report of scalegpt -->"
@@ -85,16 +85,25 @@ def facts(run: History) -> dict[str, str]:
         values = run.curve(key)[1]
         return form.format(values[-1]) if len(values) and math.isfinite(values[-1]) else ""
 
-    steps, losses = run.curve("val/loss")
-    # The untrained weights are evaluated too, but are never the best.
-    trained = [(x, int(step)) for step, x in zip(steps, losses, strict=True) if step and x == x]
+    def best(key: str) -> str:
+        # The untrained weights are evaluated too, but are never the best.
+        values = zip(*run.curve(key), strict=True)
+        losses = [(run.config.as_goal(x), int(step)) for step, x in values if step and x == x]
+        if not losses:
+            return ""
+        loss, step = min(losses)
+        return f"{run.config.as_goal(loss):.4f} at step {step:,}"
+
     seconds, speeds = sum(ledger_of(run).values()), run.curve("perf/tokens_per_second")[1]
     return {
         "state": state(run.rows, run.config.optim.steps),
         "tokens": last("train/tokens", "{:,.0f}"),
         "train loss": last("train/loss", "{:.4f}"),
         "val loss": last("val/loss", "{:.4f}"),
-        "best val loss": "{:.4f} at step {:,}".format(*min(trained)) if trained else "",
+        "best val loss": best("val/loss"),
+        "reward": last("rl/reward", "{:.4f}"),
+        "val reward": last("val/reward", "{:.4f}"),
+        "best val reward": best("val/reward"),
         "bits/byte": last("val/bits_per_byte", "{:.4f}"),
         "time": tqdm.format_interval(seconds) if seconds else "",
         "tokens/s": f"{np.median(speeds):,.0f}" if len(speeds) else "",
@@ -156,10 +165,16 @@ def _each(histories: Sequence[History], section: Callable[[History], str]) -> st
 
 def _samples(run: History) -> str:
     rows = [
-        f'<tr><td class="n">{sample["step"]:,}</td><td><pre>{_text(sample["text"])}</pre></td></tr>'
+        f'<tr><td class="n">{sample["step"]:,}</td><td><pre>{_text(_shown(sample))}</pre></td></tr>'
         for sample in run.samples
     ]
     return f"<table><tr><th>step</th><th>text</th></tr>\n{''.join(rows)}</table>" if rows else ""
+
+
+def _shown(sample: Row) -> str:
+    if "reward" not in sample:
+        return sample["text"]
+    return f"{sample.get('prompt', '')}\n{sample['text']}\nreward {sample['reward']:.2f}"
 
 
 def _checkpoints(run: History) -> str:
@@ -172,10 +187,11 @@ def _checkpoints(run: History) -> str:
             continue
         tags = [tag for tag, s in (("best", run.best), ("latest", latest)) if s == step]
         size = sum(size for size, _ in content["files"].values())
-        loss = "" if content["val_loss"] is None else f"{content['val_loss']:.4f}"
+        known = content["val_loss"] is not None
+        loss = f"{run.config.as_goal(content['val_loss']):.4f}" if known else ""
         saved = _date(content["time"])
         rows.append([f"{step:,}", loss, f"{size / 1e6:,.1f} MB", saved, ", ".join(tags)])
-    return _table(["step", "val loss", "size", "saved", ""], rows) if rows else ""
+    return _table(["step", f"val {run.config.goal}", "size", "saved", ""], rows) if rows else ""
 
 
 def _origin(run: History) -> str:

@@ -88,7 +88,9 @@ class Progress:
         row = {"step": step} | {k: float(v) for k, v in values.items() if "/" in k}
         row["train/skipped"] = int(row["train/skipped"])
         finite = math.isfinite(row["train/loss"]) and math.isfinite(row["train/grad_norm"])
-        bad = not finite or row["train/spike"] > config.run.spike
+        # With rewards the loss hovers around 0 and says nothing.
+        spike = config.goal == "loss" and row["train/spike"] > config.run.spike
+        bad = not finite or spike
         if bad:
             reports.bad_update(config, self._datasets, step, values, self._metrics)
         if step == self._first or step in config.batch.growth:  # that one was compiled

@@ -5,6 +5,7 @@ loss and gradient are those of the run, dropout included. Nothing is written.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -24,6 +25,7 @@ from scalegpt.errors import Mistake
 from scalegpt.processes.phases import Phases
 from scalegpt.run.feed import source
 from scalegpt.run.resume import carry_over, differences, fingerprints, initial_state
+from scalegpt.run.rewarded import reference_weights
 from scalegpt.step import sharding
 from scalegpt.step.build import Steps
 from scalegpt.step.loss import row_losses
@@ -41,11 +43,13 @@ def replay(
     stored: the run's own configuration. What differs from it is said, and may be what is tried.
     """
     update = config.run.replay
-    state, start, changes = _state_before(config, stored, datasets, steps, update, phases)
+    state, start, changes, reference = _state_before(
+        config, stored, datasets, steps, update, phases
+    )
     say = print if jax.process_index() == 0 else lambda *text: None
     if changes:
         say("\n  ".join(["this is not the run's own update, for these settings differ:", *changes]))
-    batch_of = source(config, datasets, steps, start)
+    batch_of = source(config, datasets, steps, start, phases, reference=reference)
     phases.begin("compile", start)
     earlier = range(start + 1, update)
     bar = jax.process_index() == 0 and len(earlier) > 1
@@ -53,31 +57,45 @@ def replay(
         state, values = steps.train(state, batch_of(state, step)[0])
         float(values["train/loss"])
         phases.begin("step", step)
-    batch, _ = batch_of(state, update)
+    batch, figures = batch_of(state, update)
     losses = example_losses(config, steps, state, tokens_of(batch))
     _, values = steps.train(state, batch)
     norms = {name: np.asarray(x) for name, x in values["norms"].items()}
-    codec = tokenizer.load(datasets[0].tokenizer)
-    texts = train_batches(config, datasets, 1, np.zeros(1, int))[update - 1][:, 0]
-    texts = np.where(texts < 0, ~texts, texts)
     bad = int((~np.isfinite(losses)).sum())
     say(
         f"update {update}, from the checkpoint of step {start}: loss "
         f"{float(values['train/loss']):.6f}, gradient norm {float(values['train/grad_norm']):.6g}, "
         f"{bad} of {len(losses)} examples not finite, median {np.nanmedian(losses):.4f}"
     )
-    say("\nloss      data set:first token   text")
-    windows = windows_of(config, datasets, update)
-    # Not finite first, then the largest.
-    order = np.argsort(np.where(np.isfinite(losses), -losses, -math.inf), kind="stable")
-    for row in order[:SHOWN].tolist():
-        name, first = windows[row]
-        text = codec.decode(texts[row, :40].tolist())
-        say(f"{losses[row]:<9.4f} {f'{name}:{first}':<22} {text[:60]!r}")
+    lines = _answers(figures) if "answers" in figures else _texts(config, datasets, update, losses)
+    say("\n" + "\n".join(lines))
     say("\ngradient norm of each parameter, by layer where there are several")
     for name, norm in norms.items():
         say(f"{name:<22} {np.array2string(norm, precision=3, max_line_width=78)}")
     return 0
+
+
+def _answers(figures: dict[str, Any]) -> Iterator[str]:
+    """Yield a line for each answer of an update, with its reward and advantage."""
+    yield "reward    advantage  answer"
+    for question, answer, reward, advantage in figures["answers"]:
+        yield f"{reward:<9.4f} {advantage:<+10.4f} {question[:60]!r} {answer[:60]!r}"
+
+
+def _texts(
+    config: Config, datasets: list[Dataset], update: int, losses: np.ndarray
+) -> Iterator[str]:
+    """Yield lines for the examples of an update: not finite first, then the largest losses."""
+    codec = tokenizer.load(datasets[0].tokenizer)
+    texts = train_batches(config, datasets, 1, np.zeros(1, int))[update - 1][:, 0]
+    texts = np.where(texts < 0, ~texts, texts)
+    windows = windows_of(config, datasets, update)
+    yield "loss      data set:first token   text"
+    order = np.argsort(np.where(np.isfinite(losses), -losses, -math.inf), kind="stable")
+    for row in order[:SHOWN].tolist():
+        name, first = windows[row]
+        text = codec.decode(texts[row, :40].tolist())
+        yield f"{losses[row]:<9.4f} {f'{name}:{first}':<22} {text[:60]!r}"
 
 
 def example_losses(config: Config, steps: Steps, state: State, batch: Array) -> np.ndarray:
@@ -105,8 +123,9 @@ def _state_before(
     steps: Steps,
     update: int,
     phases: Phases,
-) -> tuple[State, int, list[str]]:
-    """Restore the last checkpoint before `update`; return the state, its step and what differs."""
+) -> tuple[State, int, list[str], Any]:
+    """Restore the last checkpoint before `update`; return the state, its step, what differs, and
+    the reference of grpo.kl."""
     if update > config.optim.steps:
         raise Mistake(
             f"run.replay={update} is beyond the run's end, optim.steps={config.optim.steps}"
@@ -119,5 +138,9 @@ def _state_before(
         changes = carry_over(config, meta, checkpoints.meta(start), start, lambda text: None)
     with phases("restore" if start else "weights"):
         state = initial_state(config, steps, checkpoints, start, lambda text: None, changes)
+    reference = None
+    if config.grpo.kl:
+        mark = checkpoints.meta(start)["reference"] if start else None
+        reference, _ = reference_weights(config, steps, state, start, mark)
     checkpoints.close()
-    return state, start, changes
+    return state, start, changes, reference

@@ -74,7 +74,7 @@ def describe(config: Config, datasets: list[Dataset], steps: Steps) -> str:
 
 def epochs(config: Config, datasets: list[Dataset], step: int) -> dict[str, float]:
     """Return how often the updates 1 to `step` read each data set, by its name."""
-    rows, length = config.batch.rows_after(step), config.row_width
+    rows, length = config.examples_after(step), config.row_width
     return {
         d.name: rows * weight / train_order(d.train, length, 0).n_windows
         for d, weight in zip(datasets, config.data.weights.values(), strict=True)
@@ -200,15 +200,16 @@ def finish(config: Config, checkpoints: Checkpoints, best_loss: float, metrics: 
     project = shlex.quote(config.log.wandb_project)
     if metrics.on_terminal and (plot := text_plot(read_rows(metrics.folder))):
         metrics.say(plot)
+    of_text = config.goal == "loss"  # prompts alone have no loss to be measured
     use = f'generate --run {out_dir} --prompt "..."'
-    if config.objective.name == "sft":
+    if config.objective.name != "text":
         use = f"chat --run {out_dir}"
     metrics.say(
-        f"done: best val loss {best_loss:.4f} at step {best}; metrics in "
+        f"done: best val {config.goal} {config.as_goal(best_loss):.4f} at step {best}; metrics in "
         f"{out_dir}/metrics.jsonl\nnext:\n"
         f"  {python()} -m scalegpt.{use}\n"
-        f"  {python()} -m scalegpt.evaluate --run {out_dir}\n"
-        f"  {python()} -m scalegpt.report {out_dir}"
+        + (f"  {python()} -m scalegpt.evaluate --run {out_dir}\n" if of_text else "")
+        + f"  {python()} -m scalegpt.report {out_dir}"
         + (f"\n  {python()} -m trackio.cli show --project {project}" if config.log.trackio else "")
     )
 

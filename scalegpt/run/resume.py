@@ -169,8 +169,8 @@ def carry_over(
             meta["best_loss"] = stored["best_loss"]
         else:
             say(
-                f"the best loss so far, {stored['best_loss']:.4f}, was measured on other text "
-                "or windows; the best is sought anew"
+                f"the best {config.goal} so far, {config.as_goal(stored['best_loss']):.4f}, was "
+                "measured on other text or windows; the best is sought anew"
             )
     return changes
 

@@ -16,21 +16,32 @@ from scalegpt.model.layers import constrain
 from scalegpt.step import sharding
 
 
-def token_losses(hidden: Array, table: Array, targets: Array, config: ModelConfig) -> Array:
-    """Sum the cross-entropies of each row, [B] float32, from hidden [B, T, D].
+def token_losses(
+    hidden: Array,
+    table: Array,
+    targets: Array,
+    config: ModelConfig,
+    summed: bool = True,
+    temperature: float = 1.0,
+) -> Array:
+    """Compute the cross-entropies of targets [B, T], float32, from hidden [B, T, D].
 
     Logits exist for `loss_chunk` positions at a time and are recomputed for the gradient, so that
-    [B, T, V] never exists. Masked targets, below 0, count as 0.
+    [B, T, V] never exists. Masked targets, below 0, count as 0. summed: return the sum of each row,
+    [B], instead of [B, T]. temperature: what the logits are divided by.
     """
 
     @partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names("logsumexp"))
     def chunk_losses(hidden: Array, targets: Array) -> Array:
         scores = logits(hidden, table, config)
         scores = constrain(scores, "batch", "position", "act_vocab")
+        if temperature != 1:
+            scores = scores / temperature
         # Not a gather: XLA cannot split one over a vocabulary sharded inside manual axes.
         is_target = jnp.arange(scores.shape[-1]) == targets[..., None]
         target_scores = jnp.where(is_target, scores, 0).sum(-1)
-        return jnp.where(targets >= 0, logsumexp(scores) - target_scores, 0).sum(-1)
+        losses = jnp.where(targets >= 0, logsumexp(scores) - target_scores, 0)
+        return losses.sum(-1) if summed else losses
 
     (b, t, d), chunk = hidden.shape, config.loss_chunk
     if t <= chunk:
@@ -40,12 +51,24 @@ def token_losses(hidden: Array, table: Array, targets: Array, config: ModelConfi
     targets = jnp.pad(targets, ((0, 0), (0, pad)), constant_values=-1)
     hidden = hidden.reshape(b, -1, chunk, d).swapaxes(0, 1)
     targets = targets.reshape(b, -1, chunk).swapaxes(0, 1)
+    if not summed:
+        losses = jax.lax.map(lambda x: chunk_losses(*x), (hidden, targets))
+        return losses.swapaxes(0, 1).reshape(b, -1)[:, :t]
     first, rest = chunk_losses(hidden[0], targets[0]), (hidden[1:], targets[1:])
     return jax.lax.scan(lambda sums, x: (sums + chunk_losses(*x), None), first, rest)[0]
 
 
-def row_losses(model: GPT, params: Any, tokens: Array, dropout_keys: Array | None) -> Array:
+def row_losses(
+    model: GPT,
+    params: Any,
+    tokens: Array,
+    dropout_keys: Array | None,
+    summed: bool = True,
+    temperature: float = 1.0,
+) -> Array:
     """Sum the cross-entropies of each row of tokens [B, T+1]: [B] float32.
+
+    summed, temperature: as of `token_losses`, which without the sums returns [B, T].
 
     A token that is read but not predicted is there as ~id, its bitwise complement, which is below
     0. So the mark lies on the target itself, and no second array could be shifted against it.
@@ -55,11 +78,11 @@ def row_losses(model: GPT, params: Any, tokens: Array, dropout_keys: Array | Non
     inputs = jnp.where(inputs < 0, ~inputs, inputs)
     hidden = model.apply({"params": params}, inputs, dropout_keys)
     table = head_table(params)
-    losses = partial(token_losses, config=model.config)
+    losses_of = partial(token_losses, config=model.config, summed=summed, temperature=temperature)
     mesh = jax.sharding.get_abstract_mesh()
     split = {a for a in sharding.ROWS if mesh.shape.get(a, 1) > 1} - set(mesh.manual_axes)
     if split != {"fsdp"}:
-        return losses(hidden, table, targets)
+        return losses_of(hidden, table, targets)
 
     # The compiler would reduce the table's gradient over fsdp in every chunk. So the rows of each
     # shard use a copy of their own, which that shard has anyway; these gradients are summed once.
@@ -68,4 +91,5 @@ def row_losses(model: GPT, params: Any, tokens: Array, dropout_keys: Array | Non
     copies = jax.lax.with_sharding_constraint(copies, P("fsdp", sharding.RULES["act_vocab"]))
     hidden, targets = (x.reshape(shards, -1, *x.shape[1:]) for x in (hidden, targets))
     with nn.logical_axis_rules(tuple(sharding.rules_within(sharding.ROWS).items())):
-        return jax.vmap(losses)(hidden, copies, targets).reshape(-1)
+        losses = jax.vmap(losses_of)(hidden, copies, targets)
+    return losses.reshape(-1, *losses.shape[2:])
