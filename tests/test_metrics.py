@@ -93,7 +93,10 @@ def test_keys_that_scripts_rely_on_stay():
         "val/perplexity",
         "val/bits_per_byte",
         "val/best_loss",
+        "val/reward",
+        "val/best_reward",
         "val/ended",
+        "val/length",
         "train/eval_loss",
         "time",
     )

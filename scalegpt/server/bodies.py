@@ -184,8 +184,9 @@ class Reader:
         try:
             return Sampler(**values | {"top_k": min(values["top_k"], self.codec.vocab_size)})
         except Mistake as error:
-            message = str(error).removeprefix("--").replace("-", "_", 1)
-            raise Refusal(400, message, param=message.partition("=")[0]) from None
+            flag, _, rest = str(error).removeprefix("--").partition("=")
+            name = flag.replace("-", "_")
+            raise Refusal(400, f"{name}={rest}", param=name) from None
 
 
 def parse(raw: bytes) -> dict[str, Any]:
