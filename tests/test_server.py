@@ -191,6 +191,28 @@ def test_an_answer_goes_on_from_its_text_or_its_ids(start):
     assert body["choices"][0]["text"] == "cab"
 
 
+def test_a_calculator_writes_the_results_of_calls(start):
+    call, result, back = (CHAT.marks[name] for name in ("call", "result", "back"))
+    drawn, appended = [call, *b"6*7", result, *b"???", *b"42.", END], []
+
+    class Calls(Echo):
+        def open(self, slot, ids, sampler, seed, index):
+            self.plans[slot] = drawn[index:]
+
+        def append(self, slot, token):
+            appended.append(token)
+
+    echo = start(Calls())
+    choice = echo.chat(user("6*7?"), logprobs=True).json()["choices"][0]
+    assert choice["message"]["content"] == "42." and choice["finish_reason"] == "stop"
+    assert appended == [call, *b"6*7", result, *b"42", back, *b"42."]
+    entries = choice["logprobs"]["content"]
+    assert [entry["logprob"] for entry in entries[5:8]] == [0.0] * 3
+    appended.clear()
+    echo.chat(user("6*7?"), answer_ids=[call, *b"6*7", result, *b"4"])
+    assert appended == [*b"2", back, *b"42."]
+
+
 def test_old_turns_are_left_out_and_counted(start):
     echo = start(Echo())
     talk = [user("a" * 100), answer("b" * 100), user("c" * 100)]

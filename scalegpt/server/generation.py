@@ -6,11 +6,12 @@ called from here. Who no longer wants a text says so, and its slot is free after
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 
+from scalegpt.data.calculator import Results
 from scalegpt.inference.continuation import Continuation
 from scalegpt.inference.sampling import Sampler
 from scalegpt.server.slots import Drawn, Slots
@@ -45,14 +46,25 @@ class Order:
 
     def __post_init__(self) -> None:
         self.begun = len(self.text.ids)
+        self._results = Results(self.text.codec) if self.text.codec.marks else None
+        self._must = None  # the id that has to come next
+        for token in self.text.ids if self._results else ():
+            self._must = self._results.add(token)
 
-    def add(self, drawn: Drawn) -> None:
-        """Add a token to the text, and give it to whom has ordered it."""
+    def add(self, drawn: Drawn) -> int:
+        """Add a token to the text, and give it to whom has ordered it; return its id.
+
+        It is the one that was drawn, or of the result that a calculator writes, which is certain.
+        """
+        if self._must is not None:
+            drawn = replace(drawn, id=self._must, logprob=0.0)
+        self._must = self._results.add(drawn.id) if self._results else None
         known = len(self.text.text)
         self.text.add(drawn.id)
         if len(self.text.ids) == self.begun + self.max_tokens:
             self.text.end("length")
         self.take(Written(self.text.text[known:], drawn, self.text.finish))
+        return drawn.id
 
 
 class Full(Exception):
@@ -148,12 +160,11 @@ class Generation:
         slots = sorted(self._writing)
         for slot, drawn in zip(slots, self.slots.write(slots), strict=True):
             order = self._served[slot]
-            if not order.left:
-                order.add(drawn)
+            token = order.add(drawn)
             if order.text.finish:
                 self._free(slot)
             else:
-                self.slots.append(slot, drawn.id)
+                self.slots.append(slot, token)
 
     def _begin(self, order: Order) -> None:
         slot = next(slot for slot in range(self.slots.count) if slot not in self._served)
