@@ -12,6 +12,8 @@ if __name__ == "__main__":
 import argparse
 import json
 import math
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -24,9 +26,10 @@ from scalegpt.config.differences import NOT_SHAPING
 from scalegpt.data import tokenizer
 from scalegpt.data.generated import TASKS
 from scalegpt.data.packing import pack
-from scalegpt.data.token_files import Split, open_split
+from scalegpt.data.token_files import Split, open_dataset, open_split
 from scalegpt.errors import Mistake
 from scalegpt.files.cache import keep_compiled
+from scalegpt.files.run_folder import local
 from scalegpt.inference import chat_tasks, tasks
 from scalegpt.inference.decode import decoder
 from scalegpt.inference.likelihood import scorer
@@ -118,9 +121,46 @@ def _load(
         )
         for name, file in task_files.items()
     ]
+    if not flags.seen:
+        _refuse_seen(model, opened)
     if flags.text:
         splits, weights = [text_split(flags.text, codec)], [1.0]
     return _Inputs(model, splits, weights, opened)
+
+
+def _refuse_seen(model: trained.Trained, opened: list[Any]) -> None:
+    """Raise Mistake for a task of a file whose questions the model was trained on.
+
+    The data are those of its run, and of the runs that this began from, where they are here.
+    """
+    opened = [task for task in opened if isinstance(task, chat_tasks.ChatTask)]
+    if all(task.name in TASKS for task in opened):
+        return
+    for config in _lineage(model.config):
+        for path in filter(None, config.data.weights):
+            try:
+                datasets = [] if "://" in path else [open_dataset(path)]
+            except Mistake:
+                datasets = []
+            if not datasets:
+                print(f"note: {path} is not here to tell what was trained on", file=sys.stderr)
+            for task in opened:
+                chat_tasks.refuse_seen(task, model.codec(), datasets)
+
+
+def _lineage(config: Config) -> Iterator[Config]:
+    """Yield a run's configuration, then those of the runs that it began from and that are here."""
+    files = set[Path]()
+    while True:
+        yield config
+        file = local(config.run.init_from or "") / "config.yaml"
+        if not config.run.init_from or file in files or not file.is_file():
+            return
+        files.add(file)
+        try:
+            config = loading.validate(loading.load(str(file)), str(file))
+        except Mistake:  # of another version: it is no fault of what is evaluated
+            return
 
 
 def _facts(inputs: _Inputs) -> dict[str, str]:
@@ -240,6 +280,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--temperature", type=float, default=0.0, help="of answers in a chat (default 0: greedy)"
+    )
+    parser.add_argument(
+        "--seen", action="store_true", help="also ask questions that the model was trained on"
     )
     parser.add_argument("--microbatch", type=int, help="rows a device works on (default 8)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

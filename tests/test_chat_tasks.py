@@ -15,7 +15,9 @@ from test_tasks import TINY, placed, tiny_steps, write
 
 from scalegpt import evaluate
 from scalegpt.config.schema import FileTask, GeneratedTask
-from scalegpt.data import generated, tokenizer
+from scalegpt.data import asked, generated, tokenizer
+from scalegpt.data.token_files import open_dataset
+from scalegpt.errors import Mistake
 from scalegpt.inference import chat_tasks, tasks
 from scalegpt.inference.decode import decoder
 from scalegpt.inference.sampling import Sampler
@@ -40,7 +42,8 @@ def test_figures_are_over_examples():
     task = chat_tasks.ChatTask("reverse", [{"answer": "ab"}, {"answer": "cd"}], [], 9)
     ids = [[97, 98, END]] * 4 + [[99, 100, END], [99, END], [99, 101], [99] * 9]
     found = chat_tasks.figures(task, BYTES, list(map(np.array, ids)), 4)
-    assert list(found) == ["pass@1", "pass@2", "pass@4", "ended", "length"]
+    assert list(found) == ["pass@1", "pass@2", "pass@4", "maj@4", "ended", "length"]
+    assert found["maj@4"] == (1, 0)  # of four answers of the second one each is given once
     assert found["pass@1"] == pytest.approx((0.625, 0.375))  # |1 - 1/4| / 2 is its error
     assert found["pass@2"] == pytest.approx((0.75, 0.25)) and found["pass@4"] == (1, 0)
     assert found["ended"] == pytest.approx((0.75, 0.25))
@@ -48,6 +51,28 @@ def test_figures_are_over_examples():
     one = chat_tasks.ChatTask("gsm8k", [{"answer": "1"}], [], 9)
     found = chat_tasks.figures(one, BYTES, [np.array([*b"it is 1", END])], 1)
     assert found["pass@1"] == (0, 0) and found["flexible_pass@1"] == (1, 0)
+    assert not any("maj" in key for key in found)
+
+
+@pytest.mark.parametrize(
+    ("texts", "maj", "flexible"),
+    [
+        (["#### 1", "#### 2", "#### 1.0"], 1, 1),  # numbers vote by their value
+        (["#### 2", "#### 2", "#### 1"], 0, 0),
+        (["it is 1", "so", "", "#### 1"], 1, 1),  # what states no number has no vote
+        (["2", "2", "#### 1"], 1, 0),
+        (["2", "x", ""], 0, 0),
+        (["#### 2", "#### 1"], 0, 0),
+        (["#### 1", "#### 2"], 1, 1),
+    ],
+)
+def test_most_answers_decide(texts, maj, flexible):
+    task = chat_tasks.ChatTask("gsm8k", [{"answer": "#### 1"}], [], 9)
+    found = chat_tasks.figures(
+        task, BYTES, [np.array([*t.encode(), END]) for t in texts], len(texts)
+    )
+    assert found[f"maj@{len(texts)}"] == (maj, 0)
+    assert found[f"flexible_maj@{len(texts)}"] == (flexible, 0)
 
 
 # --- tasks
@@ -87,6 +112,57 @@ def test_prompts_are_those_of_a_chat(tmp_path):
 def test_a_row_that_is_no_example_is_named(tmp_path, rows, message):
     with pytest.raises(ValueError, match=message):
         chat_tasks.open_task("gsm8k", str(write(tmp_path / "g", rows)), BYTES, 99)
+
+
+CHOICES = {"context": "2 + 3?", "choices": ["five", "six", "ten"], "label": 0}
+
+
+def test_choices_have_letters_in_a_chat(tmp_path):
+    file = write(tmp_path / "m", [CHOICES])
+    task = tasks.open_task("multiple_choice", file, BYTES, 99)
+    asked = "2 + 3?\n- five=A\n- six=B\n- ten=C\nAnswer with the letter alone."
+    for row, letter in zip(task.rows, "ABC", strict=True):
+        text = BYTES.decode(row.ids, marks=True)
+        assert text == f"<|bos|><|user|>{asked}<|end|><|assistant|>{letter}" and row.scored == 1
+    assert tasks.figures(task, np.array([-1, -2, -3.0]), np.zeros(3, bool))["acc"] == (1, 0)
+    base = tasks.open_task("multiple_choice", file, tokenizer.load("byte"), 99)
+    assert BYTES.decode(base.rows[0].ids) == "2 + 3? five"
+    letters = tokenizer.char_tokenizer(sorted({*asked, "B", "C"} - {"A"})).chat()
+    for row, size, codec, message in (
+        (CHOICES, 63, BYTES, "line 1, .* the question has 65 tokens with its choices"),
+        (CHOICES | {"choices": ["x"] * 27}, 999, BYTES, "27 choices, and there are 26 letters"),
+        (CHOICES, 99, letters, "no 'A'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tasks.open_task("multiple_choice", write(tmp_path / "m", [row]), codec, size)
+
+
+@pytest.mark.parametrize("kind", ["chat", "pairs", "prompts"])
+def test_questions_that_were_trained_on_are_refused(tmp_path, kind):
+    rows = [{"question": f"n {i}", "answer": "#### 1"} for i in range(40)]
+    if kind == "pairs":
+        rows = [{"prompt": r["question"], "chosen": "a", "rejected": "b"} for r in rows]
+    if kind == "chat":  # a later question of a conversation counts, too
+        hi = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+        said = [{"role": "user", "content": "n 0"}, {"role": "assistant", "content": "1"}]
+        rows = [{"messages": [*hi, *said]}] * 3 + [{"messages": said}] * 3
+    argv = [f"--input={write(tmp_path / 'rows', rows)}", f"--out={tmp_path / 'data'}"]
+    argv += ["--tokenizer=byte", "--val-fraction=.3", *["--prompts"] * (kind == "prompts")]
+    assert module("chat").main(argv) == 0
+    data = open_dataset(tmp_path / "data")
+    assert data.kind == kind
+
+    def task(*numbers):
+        asked = [{"messages": [{"role": "user", "content": f"n {i}"}]} for i in numbers]
+        return chat_tasks.ChatTask("gsm8k", asked, [], 9)
+
+    assert asked.asked(data) >= {asked.encoded(BYTES, "n 0")}
+    facts = json.loads((tmp_path / "data/meta.json").read_text())["train"]
+    n_trained = 1 if kind == "chat" else facts.get("pairs", facts["documents"])
+    assert len(asked.seen(BYTES, [f"n {i}" for i in range(40)], data)) == n_trained
+    with pytest.raises(ValueError, match=r"1 of 2 questions of gsm8k are trained on .*'n 0'"):
+        chat_tasks.refuse_seen(task(0, 99), BYTES, [data])
+    chat_tasks.refuse_seen(task(98, 99), BYTES, [data])  # nor are those of validation
 
 
 def test_a_base_model_is_not_asked():
@@ -178,4 +254,15 @@ def test_a_model_learns_a_task_and_is_measured(tmp_path, capsys):
         *("--limit", "16"),
     )
     assert {"gsm8k/pass@1", "gsm8k/flexible_pass@4", "sort/ended"} < drawn.keys()
+    question = generated.example("sort", 1, 0)["messages"][0]["content"]
+    seen = [
+        "--task",
+        "gsm8k",
+        "--file",
+        str(write(tmp_path / "s", [ROW, ROW | {"question": question}])),
+    ]
+    with pytest.raises(Mistake, match="1 of 2 questions of gsm8k are trained on in .* digits"):
+        measured(*seen)
+    assert measured(*seen, "--seen", "--limit", "16")["gsm8k/examples"] == 2
+    assert 0 < drawn["sort/maj@4"] <= 1
     assert 0 < drawn["sort/pass@1"] < drawn["sort/pass@2"] < drawn["sort/pass@4"]

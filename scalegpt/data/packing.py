@@ -72,7 +72,12 @@ def end_id(vocab_size: int) -> int:
 
     MARKS are its last ids. So no tokenizer is loaded, which might need the network.
     """
-    return vocab_size - len(MARKS) + MARKS.index("end")
+    return mark_id(vocab_size, "end")
+
+
+def mark_id(vocab_size: int, name: str) -> int:
+    """Return the id of one of MARKS but bos, as `end_id`."""
+    return vocab_size - len(MARKS) + MARKS.index(name)
 
 
 def pack(name: str, tokens: np.ndarray, vocab_size: int, block_size: int) -> PackedRows:

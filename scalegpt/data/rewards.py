@@ -42,8 +42,7 @@ def number(example: Mapping[str, Any], answer: str) -> float:
 
     Numbers are compared by value, so 1,000.0 is 1000. The harness calls this "strict-match".
     """
-    stated = _FINAL_NUMBER.search(answer)
-    return float(_right_number(example) == (stated and _value(stated[1])))
+    return float(_right_number(example) == stated(answer))
 
 
 def last_number(example: Mapping[str, Any], answer: str) -> float:
@@ -119,6 +118,12 @@ def _right_number(example: Mapping[str, Any]) -> Decimal:
     if value is None:
         raise Mistake('there is no number in its "answer"')
     return value
+
+
+def stated(text: str) -> Decimal | None:
+    """Return the first number after "####", or None where there is none."""
+    match = _FINAL_NUMBER.search(text)
+    return _value(match[1]) if match else None
 
 
 def last(text: str) -> Decimal | None:

@@ -7,6 +7,7 @@ reverse, sort, add, spell, count
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -16,11 +17,12 @@ from typing import Any
 import numpy as np
 
 from scalegpt.config import EvalConfig
-from scalegpt.data import conversations, generated, rewards, tokenizer
+from scalegpt.data import asked, conversations, generated, rewards, tokenizer
 from scalegpt.data.chat import content_of, encode_conversation, encode_prompt, spoken
 from scalegpt.data.prompts import Example
+from scalegpt.data.token_files import Dataset
 from scalegpt.data.tokenizer import Tokenizer
-from scalegpt.errors import Mistake
+from scalegpt.errors import Mistake, counted
 from scalegpt.inference.answers import for_any_parameters
 from scalegpt.inference.decode import Decoder
 from scalegpt.inference.results import Figures, mean, progress
@@ -29,9 +31,14 @@ from scalegpt.step.build import Steps
 
 COUNT = 200  # examples of a generated task, where nothing else is asked for
 NAMES = ("gsm8k", *generated.TASKS)
-# Names of figures before "pass@1", and which answers count as right.
-_REWARDS = {"gsm8k": {"": rewards.number, "flexible_": rewards.last_number}}
-_EXACT = {"": rewards.exact}
+# Names of figures before "pass@1", which answers count as right, and what of them is voted on.
+_REWARDS = {
+    "gsm8k": {
+        "": (rewards.number, rewards.stated),
+        "flexible_": (rewards.last_number, rewards.last),
+    }
+}
+_EXACT = {"": (rewards.exact, str.strip)}
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,20 @@ def open_task(
         examples.append(example)
         prompts.append(prompt)
     return ChatTask(name, examples, prompts, 2 * longest)
+
+
+def refuse_seen(task: ChatTask, codec: Tokenizer, datasets: Sequence[Dataset]) -> None:
+    """Raise Mistake for a task of a file whose questions one of the data sets trains on."""
+    if task.name in generated.TASKS:  # no word of a test is trained on
+        return
+    questions = [example["messages"][-1]["content"] for example in task.examples]
+    for dataset in datasets:
+        if found := asked.seen(codec, questions, dataset):
+            raise Mistake(
+                f"{len(found):,} of {counted(task.count, 'question')} of {task.name} are trained "
+                f"on in the data set {dataset.name}, the first {found[0][:60]!r}, so that figures "
+                "would be of what is known by heart: take another file, or leave them out"
+            )
 
 
 def _gsm8k(path: str, limit: int | None) -> list[tuple[str, Example, Any]]:
@@ -156,22 +177,33 @@ def pass_at(k: int, n: int, correct: int) -> float:
     return 1 - math.comb(n - correct, k) / math.comb(n, k)
 
 
+def _winner(votes: list[Any], right: list[bool]) -> bool:
+    """Tell whether the most frequent vote is right; None is no vote."""
+    counts = Counter(vote for vote in votes if vote is not None)
+    return bool(counts) and right[votes.index(max(counts, key=counts.get))]
+
+
 def figures(task: ChatTask, codec: Tokenizer, found: list[np.ndarray], samples: int) -> Figures:
     """Compute the task's figures from `samples` answers to each prompt, one after the other.
 
-    pass@k for k = 1, 2, 4 ... up to samples; the share of answers that ended; and their mean length
-    in tokens, end marks not counted. Standard errors are over examples.
+    pass@k for k = 1, 2, 4 ... up to samples; of several, maj@samples, the share of examples whose
+    most frequent answer is right, the first of equals; the share of answers that ended; and their
+    mean length in tokens, end marks not counted. Standard errors are over examples.
     """
     ended = np.array([codec.end in ids for ids in found]).reshape(-1, samples)
     size = np.array([len(ids) for ids in found]).reshape(-1, samples) - ended
     texts = [spoken(content_of(codec, ids)) for ids in found]
-    asked = [example for example in task.examples for _ in range(samples)]
+    repeated = [example for example in task.examples for _ in range(samples)]
     row: Figures = {}
-    for prefix, reward in _REWARDS.get(task.name, _EXACT).items():
-        right = [reward(x, text) == 1 for x, text in zip(asked, texts, strict=True)]
+    for prefix, (reward, vote) in _REWARDS.get(task.name, _EXACT).items():
+        right = [reward(x, text) == 1 for x, text in zip(repeated, texts, strict=True)]
         correct = np.array(right).reshape(-1, samples).sum(1).tolist()
         for k in (1 << i for i in range(samples.bit_length())):
             row[f"{prefix}pass@{k}"] = mean([pass_at(k, samples, c) for c in correct])
+        if samples > 1:
+            votes, groups = [*map(vote, texts)], range(0, len(texts), samples)
+            won = [_winner(votes[i : i + samples], right[i : i + samples]) for i in groups]
+            row[f"{prefix}maj@{samples}"] = mean(won)
     return row | {"ended": mean(ended.mean(1)), "length": mean(size.mean(1))}
 
 
@@ -191,20 +223,26 @@ def run(
 
 
 def in_training(
-    config: EvalConfig, tokenizer_spec: Any, steps: Steps, check_stop: Callable[[], None]
+    config: EvalConfig,
+    datasets: Sequence[Dataset],
+    steps: Steps,
+    check_stop: Callable[[], None],
 ) -> Callable[[Any], dict[str, float]]:
     """Return a function from parameters to the figures of eval.tasks here, such as sort/pass@1.
 
-    Answers are greedy. check_stop: called before each batch. Raises Mistake as `open_task`.
+    Answers are greedy. check_stop: called before each batch. Raises Mistake as `open_task`, and for
+    questions that are trained on.
     """
     files = {name: path for name, path in config.tasks.items() if name in NAMES}
     if not files:
         return lambda params: {}
-    codec, block_size = tokenizer.load(tokenizer_spec), steps.model.config.block_size
+    codec, block_size = tokenizer.load(datasets[0].tokenizer), steps.model.config.block_size
     opened = [
         open_task(name, path, codec, block_size, config.task_examples)
         for name, path in files.items()
     ]
+    for task in opened:
+        refuse_seen(task, codec, datasets)
     decoder_for = for_any_parameters(steps, Sampler(temperature=0), codec.vocab_size)
 
     def evaluate(params: Any) -> dict[str, float]:

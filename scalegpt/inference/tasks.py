@@ -4,11 +4,15 @@ A task is a file with one JSON object a line, plain or packed as .xz, .gz, .bz2 
 hellaswag        activity_label, ctx_a, ctx_b, endings and label, as published
 lambada          text, whose last word is to be guessed, or context and continuation
 multiple_choice  context (or query), choices, and label (or gold), the right one's index from 0
+
+A model that answers in a conversation is asked a multiple_choice there: its choices get letters,
+and the likeliest of these as an answer counts, by its logits over the letters alone.
 """
 
 import math
 import re
-from collections.abc import Callable
+import string
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,8 @@ import numpy as np
 
 from scalegpt.config import EvalConfig
 from scalegpt.data import tokenizer
+from scalegpt.data.chat import encode_prompt
+from scalegpt.data.token_files import Dataset
 from scalegpt.data.tokenizer import Tokenizer
 from scalegpt.errors import Mistake
 from scalegpt.files import json_files
@@ -61,8 +67,11 @@ def open_task(
             continue
         try:
             context, choices, gold = _PARSERS[name](_Fields(_value(line)))
-            # The harness joins context and choice by a space, its default "target_delimiter".
-            rows = [encode_pair(codec, context, f" {c}", block_size) for c in choices]
+            if name == "multiple_choice" and codec.marks:
+                choices, rows = lettered(codec, context, choices, block_size)
+            else:
+                # The harness joins context and choice by a space, its "target_delimiter".
+                rows = [encode_pair(codec, context, f" {c}", block_size) for c in choices]
         except ValueError as error:
             raise Mistake(f"{path}, line {number}, is no example of {name}: {error}") from None
         task.gold.append(gold)
@@ -73,6 +82,34 @@ def open_task(
     if not task.gold:
         raise Mistake(f"{path} is empty")
     return task
+
+
+def lettered(
+    codec: Tokenizer, question: str, choices: list[str], block_size: int
+) -> tuple[list[str], list[Row]]:
+    """Return letters for choices, and a row of each as the answer to the question in a chat.
+
+    A letter stands after its choice, where small models see it best. Raises Mistake for more
+    choices than letters, a letter of several tokens, and a question that is too long.
+    """
+    letters = list(string.ascii_uppercase[: len(choices)])
+    if len(letters) < len(choices):
+        raise Mistake(f"it has {len(choices)} choices, and there are {len(letters)} letters")
+    lines = [f"- {c}={letter}" for c, letter in zip(choices, letters, strict=True)]
+    asked = "\n".join([question, *lines, "Answer with the letter alone."])
+    prompt = encode_prompt(codec, [{"role": "user", "content": asked}])
+    if len(prompt) > block_size:
+        raise Mistake(
+            f"the question has {len(prompt)} tokens with its choices, the model room for "
+            f"{block_size}: leave it out, or take another model"
+        )
+    rows = []
+    for letter in letters:
+        ids = codec.encode(letter)
+        if len(ids) != 1:
+            raise Mistake(f"{letter} is not one token of {codec.name}, so it cannot be compared")
+        rows.append(Row(np.concatenate([prompt, ids]), 1))
+    return letters, rows
 
 
 def encode_pair(codec: Tokenizer, context: str, continuation: str, block_size: int) -> Row:
@@ -126,7 +163,10 @@ def run(task: Task, score: Scorer, params: Any, shown: bool = False) -> Figures:
 
 
 def in_training(
-    config: EvalConfig, tokenizer_spec: Any, steps: Steps, check_stop: Callable[[], None]
+    config: EvalConfig,
+    datasets: Sequence[Dataset],
+    steps: Steps,
+    check_stop: Callable[[], None],
 ) -> Callable[[Any], dict[str, float]]:
     """Return a function from parameters to the figures of eval.tasks here, such as hellaswag/acc.
 
@@ -136,7 +176,7 @@ def in_training(
     files = {name: path for name, path in config.tasks.items() if name in NAMES}
     if not files:
         return lambda params: {}
-    codec, block_size = tokenizer.load(tokenizer_spec), steps.model.config.block_size
+    codec, block_size = tokenizer.load(datasets[0].tokenizer), steps.model.config.block_size
     opened = [
         open_task(name, path, codec, block_size, config.task_examples)
         for name, path in files.items()

@@ -30,8 +30,7 @@ def validation(
     for tasks that cannot be scored.
     """
     task_figures = [
-        kind.in_training(config.eval, datasets[0].tokenizer, steps, check_stop)
-        for kind in (tasks, chat_tasks)
+        kind.in_training(config.eval, datasets, steps, check_stop) for kind in (tasks, chat_tasks)
     ]
     figures_of = (_of_rewards if config.goal == "reward" else _of_losses)(
         config, datasets, steps, check_stop
