@@ -8,6 +8,7 @@ import numpy as np
 
 from scalegpt.config import Config
 from scalegpt.data import rewards, tokenizer
+from scalegpt.data.chat import content_of, spoken
 from scalegpt.data.token_files import Dataset, Split
 from scalegpt.inference import chat_tasks, tasks
 from scalegpt.inference.answers import ended_share, for_any_parameters
@@ -102,7 +103,7 @@ def _of_rewards(
         found = chat_tasks.answers(
             decoder_for(params), codec, prompts, grpo.max_new_tokens, check_stop=check_stop
         )
-        texts = [codec.decode(ids) for ids in found]
+        texts = [spoken(content_of(codec, ids)) for ids in found]
         values = [reward(x, text) for x, text in zip(examples, texts, strict=True)]
         ended = np.array([codec.end in ids for ids in found])
         length = np.array([len(ids) for ids in found]) - ended

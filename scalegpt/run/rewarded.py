@@ -16,6 +16,7 @@ from jax import Array
 
 from scalegpt.config import Config
 from scalegpt.data import rewards, tokenizer
+from scalegpt.data.chat import content_of, spoken
 from scalegpt.data.datasets import windows_of
 from scalegpt.data.token_files import Dataset
 from scalegpt.errors import Mistake
@@ -66,7 +67,7 @@ def rewarded_source(
         places = [(splits[name], i) for name, i in windows_of(config, datasets, step)]
         prompts = [split.ids(i) for split, i in places]
         drawn = roll(state.params, prompts, jax.random.fold_in(key, step))
-        texts = [codec.decode(ids) for ids in drawn.answers]
+        texts = [spoken(content_of(codec, ids)) for ids in drawn.answers]
         examples = [split[i] for split, i in places for _ in range(grpo.samples)]
         values = np.array([reward(x, text) for x, text in zip(examples, texts, strict=True)])
         values = values.reshape(-1, grpo.samples)
