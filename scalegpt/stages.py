@@ -223,21 +223,22 @@ def train(stages: Sequence[Stage]) -> int:
             typed = f"{python()} -m scalegpt.train {shlex.join(stage.argv)}"
             print(f"\n{title}\n{typed}", flush=True)
             _wait_for_the_run_before(stage.folder)
-            code = children.run(stage.prepare, None) if stage.prepare else Exit.DONE
-            if not code:
-                command = [sys.executable, "-m", "scalegpt.train", *stage.argv]
-                code = children.run(command, None)
-            if children.stopped and code in (Exit.DONE, Exit.STOPPED):
-                print("\nstopped; the same command goes on", flush=True)
-                return Exit.STOPPED
-            if code:
-                code = code if code > 0 else 128 - code  # of a signal, as a shell says it
-                print(
-                    f"\n{stage.name} ended with exit code {code}, for the reason given above; "
-                    "the same command goes on once that is mended",
-                    flush=True,
-                )
-                return code
+            command = [sys.executable, "-m", "scalegpt.train", *stage.argv]
+            for part in filter(None, (stage.prepare, command)):
+                code = children.run(part, None)
+                # What is prepared is there whole or not at all; a run may have left at once.
+                kept = part is stage.prepare or code in (Exit.DONE, Exit.STOPPED)
+                if children.stopped and kept:
+                    print("\nstopped; the same command goes on", flush=True)
+                    return Exit.STOPPED
+                if code:
+                    code = code if code > 0 else 128 - code  # of a signal, as a shell says it
+                    print(
+                        f"\n{stage.name} ended with exit code {code}, for the reason given above; "
+                        "the same command goes on once that is mended",
+                        flush=True,
+                    )
+                    return code
         return Exit.DONE
     finally:
         children.close()

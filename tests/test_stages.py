@@ -92,6 +92,24 @@ def test_each_stage_starts_from_the_one_before_with_data_of_its_own(tmp_path, mo
     assert stages.main([file, "--out", str(out)]) == 137
 
 
+@pytest.mark.parametrize(
+    ("codes", "expected"), [([3], 3), ([0], 3), ([130], 130), ([0, 130], 3)], ids=str
+)
+def test_a_request_to_stop_ends_with_3_unless_a_run_has_left_at_once(
+    codes, expected, tmp_path, monkeypatch
+):
+    """The second command prepares data, of which nothing is left half done."""
+    left = list(codes)
+
+    def run(children: Children, command: list[str], output: object) -> int:
+        children.stopped = len(left) == 1
+        return left.pop(0)
+
+    monkeypatch.setattr(Children, "run", run)
+    argv = [write(tmp_path, three("text")), "--out", str(tmp_path / "out")]
+    assert stages.main(argv) == expected and not left
+
+
 def test_a_text_of_ones_own_takes_the_place_of_the_first_data(tmp_path, monkeypatch):
     file = write(tmp_path, three("text"), text="--tokenizer=byte")
     ran = Recorder(monkeypatch, 0, 3)
