@@ -509,7 +509,7 @@ def test_a_run_that_is_stopped_in_a_rollout_goes_on_bitwise(base, tmp_path, monk
 @pytest.mark.slow
 def test_kills_in_rollouts_leave_the_unbroken_run_digit_for_digit(base, tmp_path, capsys):
     keys = {"optim.steps": 30, "eval.every": 10, "checkpoint.every": 5}
-    keys["batch.microbatch"] = 8
+    keys |= {"batch.microbatch": 8, "grpo.updates": 5}
     flags = ["--kills=3", "--moments", "step", "evaluation", "--json"]
     assert crash_test.main([*arguments(base, tmp_path / "crash", **keys), *flags]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
