@@ -55,6 +55,7 @@ from scalegpt.run import reports
 from scalegpt.run.feed import Source, source
 from scalegpt.run.metrics import Metrics, check_packages
 from scalegpt.run.progress import Ended, NotFinite, NotSaved, Progress, Stopped
+from scalegpt.run.reference import set_reference
 from scalegpt.run.replay import replay
 from scalegpt.run.resume import (
     carry_over,
@@ -210,11 +211,14 @@ def train(
         changes = carry_over(config, meta, checkpoints.meta(start), start, notes.append)
     with phases("restore" if start else "weights"):
         state = initial_state(config, steps, checkpoints, start, notes.append, changes)
-    reference = None
+    reference, mark = None, checkpoints.meta(start).get("reference") if start else None
     if config.grpo.kl:
         with phases("weights"):
-            mark = checkpoints.meta(start)["reference"] if start else None
             reference, meta["reference"] = reference_weights(config, steps, state, start, mark)
+    if config.objective.name == "dpo":
+        with phases("reference"):
+            say = group.say if is_main else lambda text: None
+            meta["reference"] = set_reference(config, datasets, steps, state, start, mark, say)
     metrics = Metrics(
         config.run.out_dir,
         config.log,

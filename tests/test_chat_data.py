@@ -352,7 +352,9 @@ def test_pairs_are_read_a_conversation_a_row_and_drawn_together(tmp_path):
     texts = [BYTES.decode([~i for i in wide.train[i] if i < -1]) for i in range(n)]
     assert texts[::2] == texts[1::2]
     batches = TrainBatches([wide.train], [1], 16, 3, BatchConfig(sequences=8), 4, np.arange(4))
-    found = np.concatenate([batches[step].reshape(-1, 17) for step in range(-(-n // 8))])[:n]
+    found = np.concatenate([batches[step]["tokens"].reshape(-1, 17) for step in range(-(-n // 8))])[
+        :n
+    ]
     order = [next(i for i in range(n) if (wide.train[i] == row).all()) for row in found]
     assert order[::2] != sorted(order[::2]) and len({*order[::2]}) == n // 2
     assert all((found[i + 1] == wide.train[order[i] + 1]).all() for i in range(0, n, 2))

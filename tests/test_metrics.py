@@ -92,6 +92,8 @@ def test_keys_that_scripts_rely_on_stay():
         "val/loss_stderr",
         "val/perplexity",
         "val/bits_per_byte",
+        "val/accuracy",
+        "val/margin",
         "val/best_loss",
         "val/reward",
         "val/best_reward",

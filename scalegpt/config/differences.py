@@ -31,7 +31,7 @@ def curve_diff(stored: Config, requested: Config) -> list[str]:
         neutral |= {"optim.steps"}
     lines = [
         f"{section}.{key}: {old[section][key]} -> {value}"
-        for section in ("model", "batch", "data", "objective", "grpo", "optim")
+        for section in ("model", "batch", "data", "objective", "dpo", "grpo", "optim")
         for key, value in new[section].items()
         if f"{section}.{key}" not in neutral and old[section][key] != value
     ]
@@ -69,7 +69,7 @@ def unread(config: Config) -> dict[str, str]:
         (f"optim.steps={optim.steps}", not optim.counts_epochs, "optim.epochs"),
         ("optim.weight_decay=0", not optim.weight_decay, "optim.decay"),
         ("no eval.tasks", not config.eval.tasks, "eval.task_examples"),
-        (f"objective.name={name}", name != "sft", "eval.answers"),
+        (f"objective.name={name}", name not in ("sft", "dpo"), "eval.answers"),
         ("objective.name=grpo", name == "grpo", "eval.train_windows eval.sample_every"),
         ("objective.name=grpo", name == "grpo", "eval.sample_prompt run.spike"),
         ("grpo.updates=1", config.grpo.updates == 1, "grpo.clip_low grpo.clip_high"),

@@ -101,11 +101,23 @@ class DataConfig(Section):
 class ObjectiveConfig(Section):
     """What a run learns from its data."""
 
-    name: Literal["text", "sft", "grpo"] = "text"
+    name: Literal["text", "sft", "dpo", "grpo"] = "text"
     """text: every token; sft: the answers in conversations, as data/chat/prepare.py makes them;
-    grpo: answers that the model writes to prompts, by a reward"""
+    dpo: which of two answers is better, from pairs of them; grpo: answers that the model writes to
+    prompts, by a reward"""
     width: Positive | None = None
     """tokens of a sequence, where these are shorter than block_size; follows from the data"""
+
+
+class DpoConfig(Section):
+    """How a run learns from pairs of answers (arXiv:2305.18290), with objective.name=dpo."""
+
+    beta: Share = 0.1
+    """how strongly a log-probability that leaves its reference counts; larger stays nearer to it"""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """the share of pairs that may be the wrong way round"""
+    chosen_weight: Amount = 0.0
+    """adds the chosen answer's cross-entropy, a token's mean, to the loss with this weight"""
 
 
 class GrpoConfig(Section):
@@ -303,6 +315,7 @@ class Config(Section):
     batch: BatchConfig = BatchConfig()
     data: DataConfig
     objective: ObjectiveConfig = ObjectiveConfig()
+    dpo: DpoConfig = DpoConfig()
     grpo: GrpoConfig = GrpoConfig()
     optim: OptimConfig = OptimConfig()
     eval: EvalConfig = EvalConfig()
@@ -345,15 +358,31 @@ class Config(Section):
     @model_validator(mode="after")
     def _check_objective(self) -> "Config":
         name = self.objective.name
-        for key, value in self.grpo:
-            if name != "grpo" and value != GrpoConfig.model_fields[key].default:
-                raise Mistake(
-                    f"grpo.{key}={value} is read with objective.name=grpo, and this run has "
-                    f"{name}; leave it out, or set --objective.name=grpo"
-                )
+        for other, section in (("dpo", self.dpo), ("grpo", self.grpo)):
+            for key, value in section:
+                if name != other and value != type(section).model_fields[key].default:
+                    raise Mistake(
+                        f"{other}.{key}={value} is read with objective.name={other}, and this run "
+                        f"has {name}; leave it out, or set --objective.name={other}"
+                    )
+        if name == "dpo":
+            self._check_dpo()
         if name == "grpo":
             self._check_grpo()
         return self
+
+    def _check_dpo(self) -> None:
+        if not self.run.init_from:
+            raise Mistake(
+                "objective.name=dpo measures how far a model moves from the weights it starts from,"
+                " and run.init_from is missing: name a run that answers, --run.init_from=out/sft"
+            )
+        if self.model.dropout:
+            raise Mistake(
+                f"model.dropout={self.model.dropout:g}: with objective.name=dpo log-probabilities "
+                "are compared with those of a reference, and dropout would be most of the "
+                "difference; set --model.dropout=0"
+            )
 
     def _check_grpo(self) -> None:
         grpo, sequences = self.grpo, self.grpo.prompts * self.grpo.samples

@@ -9,6 +9,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
+from typing import Any
 
 import grain
 import numpy as np
@@ -152,6 +153,7 @@ def _whole_parts(weights: Sequence[float]) -> list[int]:
 
 class TrainBatches:
     """Training batches by step, as Grain reads them: self[step] is int32 [A, len(rows), T + 1].
+    Of pairs it is a dict with these "tokens", and with the "reference" of each row, float32.
 
     A microbatch has M of the step's B rows: row m of microbatch a is row a * M + m. Only this
     host's m, those in `rows`, are read. Neither M nor the split over hosts changes which B windows
@@ -191,19 +193,21 @@ class TrainBatches:
     def __len__(self) -> int:
         return STEPS
 
-    def __getitem__(self, step: int) -> np.ndarray:
+    def __getitem__(self, step: int) -> Any:
         if not 0 <= step < STEPS:
             raise IndexError(f"step {step}")
         dataset, starts = self.windows(step)
         batch = np.empty((len(starts), self.block_size + 1), np.int32)
-        shape = (-1, len(self.rows), self.block_size + 1)
-        if len(self.tokens) == 1:
-            _read(self.tokens[0], starts, batch)
-            return batch.reshape(shape)
+        reference = np.empty(len(starts), np.float32)
         for d in np.unique(dataset).tolist():
             positions = np.flatnonzero(dataset == d)
             _read(self.tokens[d], starts[positions], batch, positions)
-        return batch.reshape(shape)
+            if self.together > 1:
+                reference[positions] = self.tokens[d].reference[starts[positions]]
+        batch = batch.reshape(-1, len(self.rows), self.block_size + 1)
+        if self.together == 1:
+            return batch
+        return {"tokens": batch, "reference": reference.reshape(batch.shape[:2])}
 
     def windows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Return (dataset, first token), both int64 [A * R], of this host's rows of `step`.
@@ -224,12 +228,11 @@ class TrainBatches:
 
 
 def _read(
-    tokens: np.ndarray | PackedRows, starts: np.ndarray, batch: np.ndarray, rows=None
+    tokens: np.ndarray | PackedRows, starts: np.ndarray, batch: np.ndarray, rows: np.ndarray
 ) -> None:
     """Copy windows into rows of `batch`; a slice a row reads faster than a gather by index."""
     width, packed = batch.shape[1], isinstance(tokens, PackedRows)
-    rows = range(len(batch)) if rows is None else rows.tolist()
-    for row, start in zip(rows, starts.tolist(), strict=True):
+    for row, start in zip(rows.tolist(), starts.tolist(), strict=True):
         batch[row] = tokens[start] if packed else tokens[start : start + width]
 
 
@@ -242,7 +245,8 @@ class EvalBatches:
     reads `rows`. `tokens` counts the targets that are not -1, over all batches and hosts. spread:
     the windows lie evenly over the whole file, instead of side by side at its begin.
 
-    Of packed conversations, window j is row j.
+    Of packed conversations, window j is row j. Of pairs, whose rows j are two for each, the windows
+    that are asked for are pairs.
     """
 
     def __init__(
@@ -263,15 +267,24 @@ class EvalBatches:
             raise Mistake(f"eval.windows={windows} must be at least 1, or null for all")
         self.array, self.block_size = tokens if self.packed else np.asarray(tokens), block_size
         self.rows_per_batch, self.rows = rows_per_batch, np.asarray(rows, np.int64)
-        step, targets = (1, len(tokens)) if self.packed else (block_size, len(tokens) - 1)
+        self.together, step, targets = 1, block_size, len(tokens) - 1
+        if self.packed:
+            self.together = tokens.together
+            step, targets = 1, len(tokens) // self.together
         self.windows = -(-targets // step)
         if windows is not None:
             self.windows = min(windows, self.windows)
         self.spacing = max(step, targets // self.windows) if spread else step
         self.tokens = min(self.windows * step, targets)
+        self.windows *= self.together
         if self.packed:
-            read = (self.array[i * self.spacing] for i in range(self.windows))
+            read = (self.array[self.start(i)] for i in range(self.windows))
             self.tokens = sum(int((row >= 0).sum()) for row in read)
+
+    def start(self, window: int) -> int:
+        """Return the first token of a window, or the number of the row that it is."""
+        pair, side = divmod(window, self.together)  # of other data than pairs, the window and 0
+        return pair * self.spacing * self.together + side
 
     def __len__(self) -> int:
         return -(-self.windows // self.rows_per_batch)
@@ -282,7 +295,7 @@ class EvalBatches:
         batch = np.full((len(self.rows), self.block_size + 1), -1, np.int32)
         for row, window in enumerate((i * self.rows_per_batch + self.rows).tolist()):
             if window < self.windows:
-                start = window * self.spacing
+                start = self.start(window)
                 end = start + self.block_size + 1
                 values = self.array[start] if self.packed else self.array[start:end]
                 batch[row, : len(values)] = values

@@ -21,6 +21,8 @@ class PackedRows:
     tokens: the file's signed ids. starts, lengths: of the conversations' parts that are used, row
     after row, of which row i has firsts[i] to firsts[i + 1]. shortened, left_out: counts of
     conversations, or pairs, that are too long. together: rows that no batch parts, 2 of pairs.
+    reference: of pairs, the log-probability of each row's answer by the weights that a run starts
+    from, float32 [rows]; NaN until the run has computed or read it (`run/reference.py`).
     """
 
     name: str
@@ -32,6 +34,7 @@ class PackedRows:
     shortened: int
     left_out: int
     together: int = 1
+    reference: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.firsts) - 1
@@ -148,6 +151,7 @@ def one_in_each_row(name: str, tokens: np.ndarray, block_size: int) -> PackedRow
         0,
         int((~fits).sum()),
         together=2,
+        reference=np.full(kept.sum(), np.nan, np.float32),
     )
 
 

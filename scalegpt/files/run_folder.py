@@ -15,7 +15,9 @@ FOLDER = "checkpoints"
 BAD_UPDATES = "bad_updates.jsonl"
 SAMPLES = "samples.jsonl"
 _IDS = ("wandb_id.txt", "trackio_id.txt")  # what those call the run
-_FILES = ("config.yaml", "metrics.jsonl", SAMPLES, BAD_UPDATES, *_IDS)
+REFERENCE = "reference.npz"
+_FILES = ("config.yaml", REFERENCE, "metrics.jsonl", SAMPLES, BAD_UPDATES, *_IDS)
+_ALL_PROCESSES = _FILES[:2]  # which need them
 _LOGS = "tensorboard"
 
 
@@ -41,9 +43,9 @@ def local(out_dir: str) -> Path:
 def fetch(out_dir: str, is_main: bool = True) -> Path:
     """Copy the small files from the URL to `local`, which is returned; nothing for a local run.
 
-    The main process takes all of them, any other only the config. The URL decides what the run is,
-    because other machines may have gone on with it; a local file is kept only where it begins with
-    the URL's. Raises Mistake.
+    The main process takes all of them, any other those that it needs. The URL decides what the run
+    is, because other machines may have gone on with it; a local file is kept only where it begins
+    with the URL's. Raises Mistake.
     """
     here = local(out_dir)
     if not is_url(out_dir):
@@ -58,8 +60,9 @@ def fetch(out_dir: str, is_main: bool = True) -> Path:
                 _set_aside(here)
             return here
         logs = [f"{_LOGS}/{name}" for name in (remote / _LOGS).names()]
-        for name in [*names, *logs] if is_main else _FILES[:1]:
-            _fetch_file(remote, here, name)
+        for name in [*names, *logs]:
+            if is_main or name in _ALL_PROCESSES:
+                _fetch_file(remote, here, name)
     except Exception as error:  # each file system has its own
         raise Mistake(f"cannot read run.out_dir={out_dir}: {first_line(error)}") from error
     return here

@@ -32,10 +32,12 @@ def for_any_parameters(steps: Steps, sampler: Sampler, vocab_size: int) -> Calla
 
 def held_out(split: PackedRows, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return the first `count` conversations of a file, each as its first prompt and what follows.
+    Of pairs these are the chosen ones.
 
     A prompt ends with the mark of the answer, which is read; the answer's text is predicted.
     """
-    places = sorted(zip(split.starts.tolist(), split.lengths.tolist(), strict=True))[:count]
+    places = sorted(zip(split.starts.tolist(), split.lengths.tolist(), strict=True))
+    places = places[:: split.together][:count]
     talks = [split.tokens[start : start + length] for start, length in places]
     begins = [int(np.argmax(ids >= 0)) for ids in talks]
     return [(~ids[:begin], ids[begin:]) for ids, begin in zip(talks, begins, strict=True)]

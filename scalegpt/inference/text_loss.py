@@ -29,8 +29,26 @@ def mean_loss(
 ) -> tuple[float, float]:
     """Return the mean cross-entropy of a token in nats, and its standard error over windows.
 
-    Every process gets the same figures, and they depend neither on batch size nor on mesh. what:
-    the progress bar's label, "" for no bar. check_stop: called before each batch.
+    Every process gets the same figures, and they depend neither on batch size nor on mesh. what,
+    check_stop: as of `window_sums`.
+    """
+    sums, counts = window_sums(steps, params, batches, what, check_stop)
+    loss = sums.sum() / counts.sum()
+    # Standard error of a ratio of sums (Cochran, Sampling Techniques, 1977, eq. 6.9).
+    spread = np.square(sums - loss * counts).sum() * len(sums) / max(1, len(sums) - 1)
+    return float(loss), math.sqrt(spread) / float(counts.sum())
+
+
+def window_sums(
+    steps: Steps,
+    params: Any,
+    batches: EvalBatches,
+    what: str = "",
+    check_stop: Callable[[], None] = lambda: None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the sum of the cross-entropies in each window, and their count, both float64.
+
+    what: the progress bar's label, "" for no bar. check_stop: called before each batch.
     """
 
     def dispatch() -> Iterator[Any]:
@@ -48,10 +66,7 @@ def mean_loss(
             bar.update(len(result[0]))
     sums, counts = (np.concatenate([r[i] for r in results]) for i in (0, 1))
     sums, counts = (x[: batches.windows].astype(np.float64) for x in (sums, counts))
-    loss = sums.sum() / counts.sum()
-    # Standard error of a ratio of sums (Cochran, Sampling Techniques, 1977, eq. 6.9).
-    spread = np.square(sums - loss * counts).sum() * len(sums) / max(1, len(sums) - 1)
-    return float(loss), math.sqrt(spread) / float(counts.sum())
+    return sums, counts
 
 
 def text_evaluator(
@@ -91,21 +106,22 @@ def text_figures(splits: list[Split], weights: list[float], losses: np.ndarray) 
     losses [splits, 2]: mean loss and standard error of each. The figures of several splits are
     means by `weights`, and NAME/loss is that of one. Perplexity's error is by the delta method.
     """
-
-    def mean(values: np.ndarray) -> tuple[float, float]:
-        value = np.dot(weights, values[:, 0])
-        return float(value), float(np.linalg.norm(weights * values[:, 1]))
-
-    loss, error = mean(losses)
+    loss, error = weighted(weights, losses)
     perplexity = math.exp(min(loss, 700))  # math.exp(710) overflows
     figures = {"loss": (loss, error), "perplexity": (perplexity, perplexity * error)}
     if all(split.bytes_per_token for split in splits):
         rates = np.array([[split.bytes_per_token] for split in splits])
-        figures["bits_per_byte"] = mean(losses / math.log(2) / rates)
+        figures["bits_per_byte"] = weighted(weights, losses / math.log(2) / rates)
     if len(splits) > 1:
         parts = zip(splits, losses.tolist(), strict=True)
         figures |= {f"{split.name}/loss": tuple(part) for split, part in parts}
     return figures
+
+
+def weighted(weights: list[float], values: np.ndarray) -> tuple[float, float]:
+    """Return the mean by weights, with its standard error, of values [n, 2] with theirs."""
+    value = np.dot(weights, values[:, 0])
+    return float(value), float(np.linalg.norm(weights * values[:, 1]))
 
 
 def text_split(path: str, codec: Tokenizer) -> Split:

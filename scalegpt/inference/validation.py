@@ -9,9 +9,11 @@ import numpy as np
 from scalegpt.config import Config
 from scalegpt.data import rewards, tokenizer
 from scalegpt.data.chat import content_of, spoken
+from scalegpt.data.packing import PackedRows
 from scalegpt.data.token_files import Dataset, Split
 from scalegpt.inference import chat_tasks, tasks
 from scalegpt.inference.answers import ended_share, for_any_parameters
+from scalegpt.inference.preferences import pair_evaluator
 from scalegpt.inference.sampling import Sampler
 from scalegpt.inference.text_loss import text_evaluator
 from scalegpt.step.build import Steps
@@ -53,21 +55,26 @@ def _of_losses(
         Split(d.name, d.tokenizer, d.vocab_size, d.val, d.val_bytes_per_token) for d in datasets
     ]
     weights = list(config.data.weights.values())
-    text_figures = text_evaluator(steps, splits, weights, config.eval.windows, False, check_stop)[0]
-    if config.eval.train_windows:
-        trained_on = [replace(s, tokens=d.train) for s, d in zip(splits, datasets, strict=True)]
-        train_figures = text_evaluator(
-            steps, trained_on, weights, config.eval.train_windows, False, check_stop, spread=True
-        )[0]
+    trained_on = [replace(s, tokens=d.train) for s, d in zip(splits, datasets, strict=True)]
+    windows, train_windows = config.eval.windows, config.eval.train_windows
+
+    def evaluator(splits: list[Split], windows: int | None, spread: bool) -> Any:
+        if config.objective.name == "dpo":
+            return pair_evaluator(config, steps, splits, windows, check_stop, spread)
+        return text_evaluator(steps, splits, weights, windows, False, check_stop, spread)[0]
+
+    val_figures = evaluator(splits, windows, spread=False)
+    if train_windows:
+        train_figures = evaluator(trained_on, train_windows, spread=True)
     ended = None
-    if config.objective.name == "sft" and config.eval.answers:
+    if isinstance(datasets[0].val, PackedRows) and config.eval.answers:
         vocab_size = datasets[0].vocab_size
         ended = ended_share(steps, [d.val for d in datasets], vocab_size, config.eval.answers)
 
     def evaluate(params: Any) -> dict[str, Any]:
-        figures = text_figures(params)
+        figures = val_figures(params)
         row = {f"val/{key}": value for key, (value, _) in figures.items()}
-        if config.eval.train_windows:
+        if train_windows:
             row["train/eval_loss"] = train_figures(params)["loss"][0]
         if ended:
             check_stop()

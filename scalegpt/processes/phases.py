@@ -24,6 +24,7 @@ PHASES = {
     "data": ("startup", "data"),
     "mesh": ("startup", "start"),
     "weights": ("startup", "restore"),
+    "reference": ("startup", "evaluation"),
     "imports": ("startup", "start"),
     "restore": ("restore", "restore"),
     "compile": ("compile", "compile"),

@@ -1,6 +1,7 @@
 """Read the batches of a run's updates and put them on the devices."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -47,13 +48,14 @@ def source(
 
 def batches_from(
     config: Config, datasets: list[Dataset], steps: Steps, start: int
-) -> Iterator[jax.Array]:
-    """Yield the global batch [A, M, T+1] of each update after `start`, already on the devices.
+) -> Iterator[Batch]:
+    """Yield the global batch [A, M, ...] of each update after `start`, already on the devices.
 
     A process reads the rows of its own devices only.
     """
     microbatch = steps.layout[1]
     rows = sharding.local_rows(steps.mesh, microbatch)
     source = train_batches(config, datasets, microbatch, rows)
+    put = partial(sharding.to_global, rows=rows, sharding=steps.batch_sharding, total=microbatch)
     for batch in train_iterator(source, start, config.data.prefetch):
-        yield sharding.to_global(batch, rows, steps.batch_sharding, microbatch)
+        yield jax.tree.map(put, batch)

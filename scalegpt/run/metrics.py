@@ -65,6 +65,8 @@ EVAL_KEYS = (
     "val/loss_stderr",
     "val/perplexity",
     "val/bits_per_byte",
+    "val/accuracy",
+    "val/margin",
     "val/best_loss",
     "val/reward",
     "val/best_reward",
@@ -73,9 +75,9 @@ EVAL_KEYS = (
     "train/eval_loss",
     "time",
 )
-# Rows of some runs have more: every log.norms_every updates norm/NAME of each parameter, and with
-# rewards rl/NAME.
-PREFIXES = ("norm/", "rl/")
+# Rows of some runs have more: every log.norms_every updates norm/NAME of each parameter, with
+# pairs dpo/NAME, and with rewards rl/NAME.
+PREFIXES = ("norm/", "dpo/", "rl/")
 SHOWN = 3  # answers with their rewards that a person sees after each evaluation
 TASK_KEYS = ("acc", "acc_norm", "perplexity", "pass@1", "flexible_pass@1", "ended", "length")
 # What the console shows of a row, in this order.
@@ -84,11 +86,15 @@ _SHOWN = {
     "rl/reward": "reward {:.3f}",
     "rl/ended": "{:.0%} end",
     "rl/silent_groups": "{:.0%} silent",
+    "dpo/margin": "margin {:.3f}",
+    "dpo/accuracy": "{:.0%} of pairs right",
     "train/lr": "lr {:.2e}",
     "perf/tokens_per_second": "{:,.0f} tok/s",
     "perf/mfu": "mfu {:.1%}",
     "val/loss": "val loss {:.4f}",
     "val/loss_stderr": "± {:.4f}",
+    "val/margin": "margin {:.3f}",
+    "val/accuracy": "{:.0%} of pairs right",
     "val/bits_per_byte": "{:.4f} bits/byte",
     "val/best_loss": "best {:.4f}",
     "val/reward": "val reward {:.4f}",
@@ -97,7 +103,7 @@ _SHOWN = {
     "train/eval_loss": "train loss {:.4f}",
 }
 # What the live line leaves out, one after the other, where it would not fit.
-_LEFT_OUT = ("rl/silent_groups", "train/lr", "perf/mfu", "perf/tokens_per_second")
+_LEFT_OUT = ("rl/silent_groups", "dpo/margin", "train/lr", "perf/mfu", "perf/tokens_per_second")
 
 
 class Console:
@@ -236,7 +242,7 @@ class Metrics:
         self._texts += self._writers[2:]
 
     def train(self, row: Row) -> None:
-        """Write a row of TRAIN_KEYS, norm/NAME and rl/NAME; time and memory are added."""
+        """Write a row of TRAIN_KEYS and PREFIXES, any scalars; time and memory are added."""
         unknown = {key for key in row.keys() - set(TRAIN_KEYS) if not key.startswith(PREFIXES)}
         assert not unknown, unknown
         if self._writers:

@@ -5,7 +5,7 @@ loss and gradient are those of the run, dropout included. Nothing is written.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -24,12 +24,13 @@ from scalegpt.data.token_files import Dataset
 from scalegpt.errors import Mistake
 from scalegpt.processes.phases import Phases
 from scalegpt.run.feed import source
+from scalegpt.run.reference import set_reference
 from scalegpt.run.resume import carry_over, differences, fingerprints, initial_state
 from scalegpt.run.rewarded import reference_weights
 from scalegpt.step import sharding
 from scalegpt.step.build import Steps
 from scalegpt.step.loss import row_losses
-from scalegpt.step.objective import tokens_of
+from scalegpt.step.objective import pair_figures, tokens_of
 from scalegpt.step.update import State, dropout_key, row_keys
 
 SHOWN = 10  # examples that are printed
@@ -43,10 +44,10 @@ def replay(
     stored: the run's own configuration. What differs from it is said, and may be what is tried.
     """
     update = config.run.replay
-    state, start, changes, reference = _state_before(
-        config, stored, datasets, steps, update, phases
-    )
     say = print if jax.process_index() == 0 else lambda *text: None
+    state, start, changes, reference = _state_before(
+        config, stored, datasets, steps, update, phases, say
+    )
     if changes:
         say("\n  ".join(["this is not the run's own update, for these settings differ:", *changes]))
     batch_of = source(config, datasets, steps, start, phases, reference=reference)
@@ -67,7 +68,10 @@ def replay(
         f"{float(values['train/loss']):.6f}, gradient norm {float(values['train/grad_norm']):.6g}, "
         f"{bad} of {len(losses)} examples not finite, median {np.nanmedian(losses):.4f}"
     )
-    lines = _answers(figures) if "answers" in figures else _texts(config, datasets, update, losses)
+    if "answers" in figures:
+        lines = _answers(figures)
+    else:
+        lines = (_pairs if steps.objective.group == 2 else _texts)(config, datasets, update, losses)
     say("\n" + "\n".join(lines))
     say("\ngradient norm of each parameter, by layer where there are several")
     for name, norm in norms.items():
@@ -80,6 +84,27 @@ def _answers(figures: dict[str, Any]) -> Iterator[str]:
     yield "reward    advantage  answer"
     for question, answer, reward, advantage in figures["answers"]:
         yield f"{reward:<9.4f} {advantage:<+10.4f} {question[:60]!r} {answer[:60]!r}"
+
+
+def _pairs(
+    config: Config, datasets: list[Dataset], update: int, losses: np.ndarray
+) -> Iterator[str]:
+    """Yield lines for the pairs of an update: not finite first, then the smallest margins."""
+    codec, rows = tokenizer.load(datasets[0].tokenizer), np.arange(2)
+    batch = train_batches(config, datasets, 2, rows)[update - 1]
+    counts = (batch["tokens"][..., 1:] >= 0).sum(-1).reshape(-1)
+    reference = batch["reference"].reshape(-1)
+    margins = np.asarray(pair_figures(config.dpo, losses * counts, reference, counts)["margin"])
+    windows = windows_of(config, datasets, update)[::2]
+    yield "margin    data set:first token   question, chosen and rejected answer"
+    order = np.argsort(np.where(np.isfinite(margins), margins, -math.inf), kind="stable")
+    for i in order[:SHOWN].tolist():
+        name, first = windows[i]
+        prompt = batch["tokens"][i, 0]
+        prompt = codec.decode(~prompt[: np.argmax(prompt >= 0)])
+        texts = [codec.decode(row[row >= 0])[:30] for row in batch["tokens"][i]]
+        texts = " ".join(map(repr, (prompt[-40:], *texts)))
+        yield f"{margins[i]:<9.4f} {f'{name}:{first}':<22} {texts}"
 
 
 def _texts(
@@ -123,6 +148,7 @@ def _state_before(
     steps: Steps,
     update: int,
     phases: Phases,
+    say: Callable[[str], Any],
 ) -> tuple[State, int, list[str], Any]:
     """Restore the last checkpoint before `update`; return the state, its step, what differs, and
     the reference of grpo.kl."""
@@ -138,9 +164,11 @@ def _state_before(
         changes = carry_over(config, meta, checkpoints.meta(start), start, lambda text: None)
     with phases("restore" if start else "weights"):
         state = initial_state(config, steps, checkpoints, start, lambda text: None, changes)
-    reference = None
+    reference, mark = None, checkpoints.meta(start).get("reference") if start else None
     if config.grpo.kl:
-        mark = checkpoints.meta(start)["reference"] if start else None
         reference, _ = reference_weights(config, steps, state, start, mark)
+    if config.objective.name == "dpo":
+        with phases("reference"):
+            set_reference(config, datasets, steps, state, start, mark, say)
     checkpoints.close()
     return state, start, changes, reference

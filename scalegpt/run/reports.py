@@ -15,7 +15,7 @@ from scalegpt.checkpoints.writing import Failure
 from scalegpt.config import Config
 from scalegpt.config.differences import unread
 from scalegpt.config.recipe import MUON, muons
-from scalegpt.data.batches import train_order
+from scalegpt.data.batches import rows_together, train_order
 from scalegpt.data.datasets import windows_of
 from scalegpt.data.token_files import Dataset
 from scalegpt.data.tokenizer import kind
@@ -76,7 +76,7 @@ def epochs(config: Config, datasets: list[Dataset], step: int) -> dict[str, floa
     """Return how often the updates 1 to `step` read each data set, by its name."""
     rows, length = config.examples_after(step), config.row_width
     return {
-        d.name: rows * weight / train_order(d.train, length, 0).n_windows
+        d.name: rows * weight / rows_together(d.train) / train_order(d.train, length, 0).n_windows
         for d, weight in zip(datasets, config.data.weights.values(), strict=True)
     }
 

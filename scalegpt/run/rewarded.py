@@ -19,7 +19,6 @@ from scalegpt.data import rewards, tokenizer
 from scalegpt.data.chat import content_of, spoken
 from scalegpt.data.datasets import windows_of
 from scalegpt.data.token_files import Dataset
-from scalegpt.errors import Mistake
 from scalegpt.inference.rollouts import Rollouts, rollouts
 from scalegpt.processes.phases import Phases
 from scalegpt.step import sharding
@@ -148,28 +147,15 @@ def _log_probs(steps: Steps, temperature: float, params: Any, tokens: Array) -> 
 
 
 def reference_weights(
-    config: Config, steps: Steps, state: State, start: int, stored: int | None
-) -> tuple[Any, int]:
-    """Return the weights that a run with grpo.kl began with, and a mark of them.
+    config: Config, steps: Steps, state: State, start: int, stored: str | None
+) -> tuple[Any, str]:
+    """Return the weights that a run with grpo.kl began with, and their fingerprint.
 
-    start: the update that the run continues from. stored: the mark that it had then. Raises Mistake
-    where run.init_from has other weights now.
+    start: the update that the run continues from. stored: the fingerprint that they had then.
+    Raises Mistake where run.init_from has other weights now.
     """
     if start == 0:  # the state's own buffers are used up by the first update
         params = jax.tree.map(jnp.copy, state.params)
     else:
-        params, name = init_from.weights(config, steps.abstract.params)
-
-    def bits(params: Any) -> Array:
-        words = [jax.lax.bitcast_convert_type(x, jnp.uint32) for x in jax.tree.leaves(params)]
-        return sum(x.sum(dtype=jnp.uint32) for x in words)
-
-    with jax.set_mesh(steps.mesh):
-        mark = int(jax.jit(bits)(params))
-    if start and mark != stored:
-        raise Mistake(
-            f"grpo.kl measures the distance from the weights that the run began with, and "
-            f"run.init_from={config.run.init_from} has others now: {name}; name its checkpoint by "
-            "its step, --run.init_checkpoint=STEP"
-        )
-    return params, mark
+        params = init_from.first_weights(config, steps.abstract.params, stored)
+    return params, init_from.fingerprint(params)

@@ -17,7 +17,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from scalegpt.config import BatchConfig, Config
+from scalegpt.config import BatchConfig, Config, ObjectiveConfig
 from scalegpt.errors import Mistake
 from scalegpt.model import attention
 from scalegpt.model.flops import parameter_count
@@ -96,7 +96,8 @@ def build_steps(config: Config, mesh: Mesh, dtype: str, implementation: str) -> 
     sharding.check_divisible(config.model, mesh)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     most = max(1, CPU_TOKENS // config.row_width) if on_cpu else None
-    layout = sharding.batch_layout(config.batch, mesh, most)
+    objective = objective_of(config)
+    layout = sharding.batch_layout(config.batch, mesh, most, objective.group)
     model = GPT(config.model, jnp.dtype(dtype), implementation)
     init = partial(initial_state, config, model)
     boxed = jax.eval_shape(init)
@@ -106,7 +107,6 @@ def build_steps(config: Config, mesh: Mesh, dtype: str, implementation: str) -> 
         nn.unbox(boxed),
         shardings,
     )
-    objective = objective_of(config)
     sums = gradient_sums_on(mesh, objective, model)
     replicated = NamedSharding(mesh, P())
     batches, windows = (sharding.batch_sharding(mesh, accumulated) for accumulated in (True, False))
@@ -219,12 +219,18 @@ def resolve(config: Config, mesh: Mesh) -> tuple[str, str]:
 def build_for_use(config: Config, mesh: Mesh, microbatch: int) -> Steps:
     """Build the functions of a trained run for evaluation or sampling, on whatever mesh is here."""
     sequences = microbatch * sharding.row_shards(mesh)
-    batch = BatchConfig(sequences=sequences, microbatch=microbatch)
-    # The dropout rate decides which kernels can train, and nothing here trains.
-    model = config.model.model_copy(update={"dropout": 0.0})
+    # Nothing here trains, so that neither the objective matters nor the dropout rate, which decides
+    # which kernels can train.
+    sections = {
+        "batch": BatchConfig(sequences=sequences, microbatch=microbatch),
+        "objective": ObjectiveConfig(),
+        "model": config.model.model_copy(update={"dropout": 0.0}),
+    }
+    config = config.model_copy(update=sections)
     try:
-        resolved = resolve(config.model_copy(update={"model": model}), mesh)
+        resolved = resolve(config, mesh)
     except Mistake:  # the kernel of the machine that trained is not there on this one
-        model = model.model_copy(update={"attention": "auto"})
-        resolved = resolve(config.model_copy(update={"model": model}), mesh)
-    return build_steps(config.model_copy(update={"batch": batch, "model": model}), mesh, *resolved)
+        model = config.model.model_copy(update={"attention": "auto"})
+        config = config.model_copy(update={"model": model})
+        resolved = resolve(config, mesh)
+    return build_steps(config, mesh, *resolved)

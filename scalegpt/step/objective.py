@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.nn import log_sigmoid
 
-from scalegpt.config import Config, GrpoConfig
+from scalegpt.config import Config, DpoConfig, GrpoConfig
 from scalegpt.model.gpt import GPT
 from scalegpt.step.loss import row_losses
 
@@ -30,12 +31,14 @@ class Objective:
     loss(model, params, microbatch, dropout keys) -> its sum, and sums for metrics. Nothing is
     divided, so that an update does not depend on how its batch is cut into microbatches and parts.
     count(batch) -> float32 scalar: what the sums over the batch are divided by. row: the shape and
-    dtype of one sequence of a batch.
+    dtype of one sequence of a batch. group: so many sequences, side by side, stay in a microbatch
+    and on a device together.
     """
 
     loss: Callable[[GPT, Any, Any, Array | None], tuple[Array, Sums]]
     count: Callable[[Any], Array]
     row: Any
+    group: int = 1
 
 
 def objective_of(config: Config) -> Objective:
@@ -50,6 +53,9 @@ def objective_of(config: Config) -> Objective:
             **dict.fromkeys(log_probs_read(grpo), token),
         }
         return Objective(partial(policy_loss, grpo), partial(divisor, grpo), row)
+    if config.objective.name == "dpo":
+        row = {"tokens": tokens, "reference": jax.ShapeDtypeStruct((), jnp.float32)}
+        return Objective(partial(preference_loss, config.dpo), pair_count, row, group=2)
     return Objective(cross_entropy, target_count, tokens)
 
 
@@ -137,6 +143,44 @@ def advantages(grpo: GrpoConfig, rewards: np.ndarray) -> np.ndarray:
     if grpo.scale == "group":
         better /= rewards.std(1, ddof=1, keepdims=True) + 1e-4
     return better.reshape(-1).astype(np.float32)
+
+
+def preference_loss(
+    dpo: DpoConfig, model: GPT, params: Any, batch: dict[str, Array], dropout_keys: Array | None
+) -> tuple[Array, Sums]:
+    """Sum the losses of the pairs in a microbatch, tokens [M, T+1] and reference [M]."""
+    tokens = batch["tokens"]
+    sums = row_losses(model, params, tokens, dropout_keys)
+    figures = pair_figures(dpo, sums, batch["reference"], (tokens[:, 1:] >= 0).sum(-1))
+    pairs = pair_count(batch)
+    loss = figures.pop("loss").sum()
+    return loss, {f"dpo/{name}": (values.sum(), pairs) for name, values in figures.items()}
+
+
+def pair_figures(dpo: DpoConfig, sums: Array, reference: Array, counts: Array) -> dict[str, Array]:
+    """Compute loss and figures of each pair, [M / 2], from what is known of its two rows, [M].
+
+    sums: cross-entropy of each row's answer, as `row_losses`. reference: the log-probability that
+    it had at the start. counts: its tokens. An answer's reward is beta times how much its
+    log-probability has grown. The margin is the chosen one's reward less the rejected one's, and
+    the loss is -log sigmoid(margin) (Rafailov et al., arXiv:2305.18290, equation 7); with label
+    smoothing e it is 1 - e parts of that and e parts of -log sigmoid(-margin).
+    """
+    chosen, rejected = (dpo.beta * (-sums - reference)).reshape(-1, 2).T
+    margin, smoothing = chosen - rejected, dpo.label_smoothing
+    loss = -(1 - smoothing) * log_sigmoid(margin) - smoothing * log_sigmoid(-margin)
+    if (
+        dpo.chosen_weight
+    ):  # both log-probabilities may fall, as long as the rejected one's falls more
+        loss += dpo.chosen_weight * (sums / jnp.maximum(counts, 1)).reshape(-1, 2)[:, 0]
+    accuracy = (margin > 0).astype(jnp.float32)
+    figures = {"margin": margin, "accuracy": accuracy, "chosen": chosen, "rejected": rejected}
+    return {"loss": loss, **figures}
+
+
+def pair_count(batch: dict[str, Array]) -> Array:
+    """Count the pairs of a batch, as float32 like the gradients."""
+    return (batch["tokens"] >= 0).any(-1).sum(dtype=jnp.float32) / 2
 
 
 def tokens_of(batch: Any) -> Any:

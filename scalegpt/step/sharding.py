@@ -129,25 +129,33 @@ def row_shards(mesh: Mesh | AbstractMesh) -> int:
 
 
 def batch_layout(
-    batch: BatchConfig, mesh: Mesh | AbstractMesh, most: int | None = None
+    batch: BatchConfig, mesh: Mesh | AbstractMesh, most: int | None = None, group: int = 1
 ) -> tuple[int, int]:
     """Return (A, M): microbatches of an update, and sequences of each over all devices.
 
     most: the largest microbatch of a device, in sequences, if batch.microbatch is not given.
-    Every batch of batch.growth is a multiple of M, too. Raises Mistake, naming numbers that work.
+    group: so many sequences stay together on a device. Every batch of batch.growth is a multiple of
+    M, too. Raises Mistake, naming numbers that work.
     """
     shards = row_shards(mesh)
+    unit, pairs = shards * group, ", in pairs" if group == 2 else ""
     sizes = {"batch.sequences": batch.sequences}
     sizes |= {f"batch.growth[{update}]": size for update, size in batch.growth.items()}
     for name, size in sizes.items():
-        if size % shards:
-            near = round(size / shards) * shards or shards
+        if size % unit:
+            near = round(size / unit) * unit or unit
             raise Mistake(
                 f"{name}={size} does not divide over {shards} shards of rows "
-                f"(replica x data x fsdp); the nearest that does is {near}"
+                f"(replica x data x fsdp){pairs}; the nearest that does is {near}"
             )
-    fitting = divisors(gcd(*sizes.values()) // shards)  # those of every batch
-    microbatch = batch.microbatch or max(d for d in fitting if d <= (most or fitting[-1]))
+    fitting = [d * group for d in divisors(gcd(*sizes.values()) // unit)]  # those of every batch
+    limit = max(most or fitting[-1], group)
+    microbatch = batch.microbatch or max(d for d in fitting if d <= limit)
+    if microbatch % group:
+        raise Mistake(
+            f"batch.microbatch={microbatch} would part the two sequences of a pair; it could be "
+            f"{', '.join(map(str, fitting))}"
+        )
     for name, size in sizes.items():
         if size // shards % microbatch:
             raise Mistake(

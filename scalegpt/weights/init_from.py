@@ -1,5 +1,7 @@
 """A new run may start from trained weights, which run.init_from names."""
 
+import hashlib
+import json
 from functools import partial
 from typing import Any
 
@@ -44,6 +46,42 @@ def weights(config: Config, abstract: Any) -> tuple[Any, str]:
         params = grown(params, stored.vocab_size, config.run.seed, abstract)
         name += f"; {new} new ids begin as the mean of the others"
     return params, name
+
+
+def first_weights(config: Config, abstract: Any, mark: str | None) -> Any:
+    """Load the weights that a run that continues has begun with.
+
+    mark: their fingerprint, or None where the run has not needed them before. Raises Mistake where run.init_from has others now, as when its run has gone on.
+    """
+    params, name = weights(config, abstract)
+    if mark is not None and fingerprint(params) != mark:
+        raise Mistake(
+            f"the weights that the run began with are needed again, and run.init_from="
+            f"{config.run.init_from} has others now: {name}; name the checkpoint of before by its "
+            "step, --run.init_checkpoint=STEP, or begin anew in another run.out_dir"
+        )
+    return params
+
+
+def fingerprint(params: Any) -> str:
+    """Return a mark of these weights, which is the same on any mesh."""
+    sums = [int(x) for x in jax.device_get(_checksums(params))]
+    return hashlib.sha256(json.dumps(sums).encode()).hexdigest()[:16]
+
+
+@jax.jit
+def _checksums(params: Any) -> list[jax.Array]:
+    """Sum the bits of each array, each times an odd number by its place, modulo 2^32.
+
+    Sums of integers are the same in any order, and so on any mesh.
+    """
+
+    def checksum(x: jax.Array) -> jax.Array:
+        places = jnp.arange(x.size, dtype=jnp.uint32).reshape(x.shape)
+        bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+        return (bits * (2 * places + 1)).sum(dtype=jnp.uint32)
+
+    return [checksum(x) for x in jax.tree.leaves(params)]
 
 
 def _restore_cropped(source: Checkpoints, step: int, stored: ModelConfig, abstract: Any) -> Any:
