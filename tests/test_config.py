@@ -645,7 +645,7 @@ def test_curve_diff_names_each_key_that_changes_the_curve_and_no_other():
         section, name = key.split(".")
         part = getattr(base, section).model_copy(update={name: value})
         lines = curve_diff(base, base.model_copy(update={section: part}))
-        sections = ("model", "batch", "data", "objective", "grpo", "optim")
+        sections = ("model", "batch", "data", "objective", "dpo", "grpo", "optim")
         compared = section in sections or key == "run.seed"
         expected = [f"{key}: {default} -> {value}"] if compared and key not in NEUTRAL else []
         assert lines == expected, key

@@ -183,7 +183,7 @@ def test_objective_and_data_have_to_agree(chats, plays):
         open_datasets(given(plays))
 
 
-@pytest.mark.parametrize("changes", [{"dtype": "uint32"}, {"kind": "text"}, {"kind": "pairs"}])
+@pytest.mark.parametrize("changes", [{"dtype": "uint32"}, {"kind": "text"}, {"kind": "poems"}])
 def test_a_meta_file_of_another_kind_is_refused(chats, tmp_path, changes):
     data = write_chat(tmp_path / "odd", TALKS[:1], TALKS[:1], **changes)
     with pytest.raises(ValueError, match="no data are of kind"):

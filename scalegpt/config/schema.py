@@ -173,7 +173,7 @@ class EvalConfig(Section):
     every: Whole = 1000
     """updates between evaluations; 0: only at the start and the end"""
     windows: Positive | None = None
-    """evaluate on the first so many windows of val.bin; default: the whole file"""
+    """evaluate on the first so many windows of val.bin, or pairs; default: the whole file"""
     train_windows: Positive | None = None
     """evaluate on so many windows of train.bin, spread over it: train/eval_loss; default: none"""
     answers: Whole = 16
@@ -278,7 +278,7 @@ class RunConfig(Section):
     deadline_rollout: Seconds = 1800.0
     """with grpo: seconds for an update's answers to be written"""
     deadline_evaluation: Seconds = 7200.0
-    """seconds for an evaluation, or for the sample at the end"""
+    """seconds for an evaluation, for the reference of pairs, or for the sample at the end"""
     deadline_save: Seconds = 1800.0
     """seconds for a checkpoint to be written"""
 
