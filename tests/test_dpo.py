@@ -32,6 +32,7 @@ from scalegpt.data.batches import EvalBatches, TrainBatches, TrainOrder
 from scalegpt.data.datasets import open_datasets, resolved
 from scalegpt.data.packing import one_in_each_row
 from scalegpt.inference.answers import held_out
+from scalegpt.inference.preferences import log_probabilities
 from scalegpt.run import reference
 from scalegpt.run.feed import batches_from
 from scalegpt.step import build_for_training, sharding
@@ -306,9 +307,7 @@ def test_losses_and_weights_do_not_depend_on_mesh_accumulation_or_backend(chosen
         devices = jax.devices()[: math.prod(mesh.values())]
         steps = build_for_training(config, sharding.make_mesh(config.mesh, devices))
         state, rows = steps.init(), datasets[0].train
-        splits = [rows, datasets[0].val]
-        rows.reference[:] = reference._computed(steps, state.params, splits)[: len(rows)]
-        rows.reference[:] += noise[: len(rows)]
+        rows.reference[:] = log_probabilities(steps, state.params, rows) + noise[: len(rows)]
         batches, history = batches_from(config, datasets, steps, 0), []
         for _ in range(4):
             state, metrics = steps.train(state, next(batches))
@@ -356,7 +355,7 @@ def test_a_run_learns_from_pairs_and_is_the_same_after_a_kill(
     process.communicate()
     assert (parts / "reference.npz").read_bytes() == kept
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reference, "_computed", None)
+        patch.setattr(reference, "log_probabilities", None)
         tiny_run.stop_after(patch, 14)
         assert train.main(argv(chosen, parts, answering, **keys)) == 3
     (parts / "reference.npz").unlink()
@@ -391,7 +390,7 @@ def test_a_run_learns_from_pairs_and_is_the_same_after_a_kill(
     with pytest.raises(ValueError, match="reference.npz is damaged .*: remove it"):
         train.main(again)
     (whole / "reference.npz").unlink()
-    with pytest.raises(ValueError, match="holds other weights now than those that the run began"):
+    with pytest.raises(ValueError, match="weights that the run began with are needed .* has others"):
         train.main([*again, "--run.init_checkpoint=4"])
     assert train.main(again) == 0
 
@@ -419,7 +418,7 @@ from scalegpt.run import reference
 def signalled(*_):
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(60)
-reference._computed = signalled
+reference.log_probabilities = signalled
 run_command(train.main)
 """
     command = [sys.executable, "-c", program, *argv(chosen, tmp_path / "run", answering)]

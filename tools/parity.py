@@ -45,6 +45,7 @@ from scalegpt.config import Config, command_line
 from scalegpt.data.datasets import open_datasets, resolved
 from scalegpt.data.token_files import Dataset
 from scalegpt.errors import Mistake
+from scalegpt.inference.preferences import log_probabilities
 from scalegpt.model.parameters import parameters
 from scalegpt.processes import startup
 from scalegpt.processes.command import run_command
@@ -52,6 +53,7 @@ from scalegpt.run.feed import batches_from
 from scalegpt.run.resume import with_model
 from scalegpt.step import build_for_training, sharding
 from scalegpt.step.muon import COEFFICIENTS
+from scalegpt.step.objective import objective_of
 
 DEVICES, DIVISOR = 8, 8 * 4  # the most devices of a row, times the most accumulation
 FLAGS = {
@@ -119,7 +121,8 @@ def main(argv: list[str]) -> int:
     datasets = open_datasets(config)
     given, devices = config, choose_devices()
     config = resolved(config, datasets)
-    sequences = -(-config.batch.sequences // DIVISOR) * DIVISOR
+    divisor = DIVISOR * objective_of(config).group
+    sequences = -(-config.batch.sequences // divisor) * divisor
     config = changed(
         config, batch={"sequences": sequences, "growth": {}}, model={"dtype": "float32"}
     )
@@ -193,6 +196,10 @@ def updates(
         program = steps.lower().compile().as_text()
         moved = sum(table(collectives(program, steps.mesh)).values())
     is_first = not (folder / "0.npz").exists()
+    if config.objective.name == "dpo":
+        params = steps.init().params
+        for dataset in datasets:
+            dataset.train.reference[:] = log_probabilities(steps, params, dataset.train)
     batches = batches_from(config, datasets, steps, 0)
     before, losses, norms, states, seconds = {}, [], [], [], []
     for i in range(flags.steps + 1):

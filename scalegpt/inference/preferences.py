@@ -27,6 +27,14 @@ def batches_of(
     return EvalBatches(rows, rows.width - 1, microbatch, local, pairs, spread)
 
 
+def log_probabilities(steps: Steps, params: Any, rows: PackedRows, what: str = "") -> np.ndarray:
+    """Return the log-probability of each row's answer, float32, the same in every process.
+
+    what: the progress bar's label, "" for none.
+    """
+    return -window_sums(steps, params, batches_of(steps, rows), what)[0].astype(np.float32)
+
+
 def pair_evaluator(
     config: Config,
     steps: Steps,
@@ -37,9 +45,9 @@ def pair_evaluator(
 ) -> Callable[[Any], Figures]:
     """Return a function from parameters to loss, accuracy and margin over pairs.
 
-    The figures of several are means by the weights of data.path, and
-    NAME/loss is that of one. pairs: how many of each split, None for all. check_stop: called before
-    each batch. spread: as of EvalBatches. The reference must be there when the function is called.
+    The figures of several splits are means by the weights of data.path, and NAME/loss is that of
+    one. pairs: how many of each split, None for all. check_stop: called before each batch. spread:
+    as of EvalBatches. The reference must be there when the function is called.
     """
     weights = list(config.data.weights.values())
     batches = [batches_of(steps, split.tokens, pairs, spread) for split in splits]

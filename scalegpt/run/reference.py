@@ -20,6 +20,7 @@ from scalegpt.data.token_files import Dataset
 from scalegpt.errors import Mistake, counted
 from scalegpt.files import run_folder
 from scalegpt.files.folder import replace_file
+from scalegpt.inference.preferences import log_probabilities
 from scalegpt.processes.agreement import Deadline, gather
 from scalegpt.step.build import Steps
 from scalegpt.step.update import State
@@ -65,7 +66,8 @@ def set_reference(
             params = init_from.first_weights(config, steps.abstract.params, weights)
         rows = counted(sum(map(len, splits)), "answer")
         say(f"reference: what the weights of {config.run.init_from} think of {rows}")
-        stored = _computed(steps, params, splits)
+        parts = [log_probabilities(steps, params, x, f"reference of {x.name}") for x in splits]
+        stored = np.concatenate(parts)
         if jax.process_index() == 0 and not config.run.replay:
             _write(config, facts, stored)
     ends = np.cumsum([len(rows) for rows in splits])

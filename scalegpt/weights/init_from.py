@@ -51,7 +51,8 @@ def weights(config: Config, abstract: Any) -> tuple[Any, str]:
 def first_weights(config: Config, abstract: Any, mark: str | None) -> Any:
     """Load the weights that a run that continues has begun with.
 
-    mark: their fingerprint, or None where the run has not needed them before. Raises Mistake where run.init_from has others now, as when its run has gone on.
+    mark: their fingerprint, or None where the run has not needed them before. Raises Mistake where
+    run.init_from has others now, as when its run has gone on.
     """
     params, name = weights(config, abstract)
     if mark is not None and fingerprint(params) != mark:
