@@ -390,7 +390,8 @@ def test_a_run_learns_from_pairs_and_is_the_same_after_a_kill(
     with pytest.raises(ValueError, match="reference.npz is damaged .*: remove it"):
         train.main(again)
     (whole / "reference.npz").unlink()
-    with pytest.raises(ValueError, match="weights that the run began with are needed .* has others"):
+    needed = "weights that the run began with are needed .* has others"
+    with pytest.raises(ValueError, match=needed):
         train.main([*again, "--run.init_checkpoint=4"])
     assert train.main(again) == 0
 
