@@ -35,7 +35,7 @@ def draw(histories: Sequence[History]) -> Any:
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import EngFormatter
+    from matplotlib.ticker import EngFormatter, LogFormatter
 
     colours = {run.name: f"C{i % 10}" for i, run in enumerate(histories)}
     names = short_names(histories)
@@ -80,6 +80,8 @@ def draw(histories: Sequence[History]) -> Any:
         panels[title].set_title(title, fontsize=10)
         if title == "gradient norm":
             panels[title].set_yscale("log")
+            # Within a decade matplotlib writes 4 x 10^-1, so wide that the layout may fail.
+            panels[title].yaxis.set_minor_formatter(LogFormatter())
         if title == "tokens a second":
             panels[title].yaxis.set_major_formatter(EngFormatter(sep=""))
     lines = [Line2D([], [], color=f"C{i % 10}", label=name) for i, name in enumerate(names)]
