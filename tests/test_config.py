@@ -532,6 +532,7 @@ NEUTRAL = {
     "data.cache_dir",
     # Of RoPE, of wsd and of an untied head, which the defaults are not.
     *("model.rope_base", "optim.cooldown", "optim.head_lr"),
+    *("lora.alpha", "lora.marks"),  # with a rank; the second follows from the data
     # What isolate and the data, and steps say.
     *("model.bos", "optim.epochs", "objective.width"),
     # Of several updates from the same answers, and of grpo.kl.
@@ -551,6 +552,7 @@ OTHER = {  # a value that differs from the default, where adding one will not do
     "model.vocab_size": 300,
     "model.isolate": True,
     "model.bos": 3,
+    "lora.marks": 3,
     "objective.width": 8,
     "objective.name": "sft",
     "grpo.reward": "exact",
@@ -645,7 +647,7 @@ def test_curve_diff_names_each_key_that_changes_the_curve_and_no_other():
         section, name = key.split(".")
         part = getattr(base, section).model_copy(update={name: value})
         lines = curve_diff(base, base.model_copy(update={section: part}))
-        sections = ("model", "batch", "data", "objective", "dpo", "grpo", "optim")
+        sections = ("model", "batch", "data", "objective", "dpo", "grpo", "lora", "optim")
         compared = section in sections or key == "run.seed"
         expected = [f"{key}: {default} -> {value}"] if compared and key not in NEUTRAL else []
         assert lines == expected, key
@@ -865,6 +867,7 @@ SIZES = {  # n_layer, n_embd, block_size, vocabulary
     "gpt2_large": (36, 1280, 1024, 50257),
     "gpt2_xl": (48, 1600, 1024, 50257),
     "finetune_gpt2": (12, 768, 1024, 50257),
+    "finetune_lora": (48, 1600, 1024, 50257),
     "eval_gpt2": (12, 768, 1024, 50257),
     "eval_gpt2_medium": (24, 1024, 1024, 50257),
     "eval_gpt2_large": (36, 1280, 1024, 50257),

@@ -304,7 +304,7 @@ def rounding(
         return {path: tolerance * abs(after[path]).max() for path in bounds}
     optim, epsilon = config.optim, np.finfo(np.float32).eps
     peaks = {"embeddings": optim.embedding_lr, "head": optim.head_lr, "scalars": optim.scalar_lr}
-    for name, parameter in parameters(config.model).items():
+    for name, parameter in parameters(config.model, config.lora).items():
         x = after[f"params/{name}"]
         axes = tuple(range(name.startswith("h/"), x.ndim))  # of one layer
         entries = prod(x.shape[axis] for axis in axes)

@@ -121,7 +121,8 @@ def size(config: Config, flags: Namespace) -> dict[str, Any]:
     tokens = config.batch.rows_after(config.optim.steps) * model.block_size
     budget = flags.budget or 6 * used * tokens
     permanent = config.optim.steps // every if (every := config.checkpoint.keep_every) else 0
-    place, checkpoint = placement(config, flags), memory.checkpoint_bytes(model, config.optim)
+    place = placement(config, flags)
+    checkpoint = memory.checkpoint_bytes(model, config.optim, config.lora)
     keys = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias")
     return {
         "model": {key: getattr(model, key) for key in keys},
@@ -192,6 +193,7 @@ def placement(config: Config, flags: Namespace) -> dict[str, Any]:
             kernel != "flax" and not model.dropout,
             remat,
             config.optim,
+            config.lora,
         )
         for remat in memory.REMAT
     }

@@ -5,7 +5,7 @@ from scalegpt.config import Config
 # These keys of the compared sections change speed or memory, never the loss curve.
 _NEUTRAL = {
     *("model.preset", "model.depth", "model.attention", "model.scan_layers", "model.remat"),
-    *("model.loss_chunk", "model.bos", "optim.epochs", "objective.width"),
+    *("model.loss_chunk", "model.bos", "optim.epochs", "objective.width", "lora.marks"),
     *("batch.microbatch", "data.path", "data.prepare", "data.prefetch", "data.cache_dir"),
 }
 
@@ -31,7 +31,7 @@ def curve_diff(stored: Config, requested: Config) -> list[str]:
         neutral |= {"optim.steps"}
     lines = [
         f"{section}.{key}: {old[section][key]} -> {value}"
-        for section in ("model", "batch", "data", "objective", "dpo", "grpo", "optim")
+        for section in ("model", "batch", "data", "objective", "dpo", "grpo", "lora", "optim")
         for key, value in new[section].items()
         if f"{section}.{key}" not in neutral and old[section][key] != value
     ]
@@ -68,6 +68,8 @@ def unread(config: Config) -> dict[str, str]:
         (f"optim.schedule={optim.schedule}", optim.schedule != "wsd", "optim.cooldown"),
         (f"optim.steps={optim.steps}", not optim.counts_epochs, "optim.epochs"),
         ("optim.weight_decay=0", not optim.weight_decay, "optim.decay"),
+        ("lora.rank=0", not config.lora.rank, "lora.alpha"),
+        ("lora.rank", config.lora.rank, "optim.decay"),
         ("no eval.tasks", not config.eval.tasks, "eval.task_examples"),
         (f"objective.name={name}", name not in ("sft", "dpo"), "eval.answers"),
         ("objective.name=grpo", name == "grpo", "eval.train_windows eval.sample_every"),

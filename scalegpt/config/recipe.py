@@ -174,6 +174,21 @@ class ModelConfig(Section):
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
 
+class LoraConfig(Section):
+    """LoRA: the weights of run.init_from stay, and a small change of each matrix is trained."""
+
+    rank: Whole = 0
+    """rank of the trained change of each matrix of the layers (LoRA), as 16; 0: all is trained"""
+    alpha: Share = 32.0
+    """the change is multiplied by alpha / rank, so that one learning rate suits all ranks"""
+    marks: Whole | None = None
+    """with conversations, the first id of the chat's marks, whose embeddings are trained, too;
+    follows from the data"""
+
+
+NO_LORA = LoraConfig()
+
+
 class OptimConfig(Section):
     """The optimizer, its learning rate schedule, and the length of the run in updates."""
 

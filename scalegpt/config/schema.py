@@ -10,7 +10,7 @@ import yaml
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from scalegpt.config.depth import derived
-from scalegpt.config.recipe import ModelConfig, OptimConfig, muons
+from scalegpt.config.recipe import LoraConfig, ModelConfig, OptimConfig, muons
 from scalegpt.config.types import (
     Amount,
     Integer,
@@ -317,6 +317,7 @@ class Config(Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     dpo: DpoConfig = DpoConfig()
     grpo: GrpoConfig = GrpoConfig()
+    lora: LoraConfig = LoraConfig()
     optim: OptimConfig = OptimConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -424,6 +425,26 @@ class Config(Section):
                     f"{key}={value} is not a multiple of grpo.updates={grpo.updates}: a run cannot "
                     "continue between two updates from the same answers"
                 )
+
+    @model_validator(mode="after")
+    def _check_lora(self) -> "Config":
+        rank = self.lora.rank
+        if rank and not self.run.init_from:
+            raise Mistake(
+                f"lora.rank={rank} trains a change of weights that are there; set --run.init_from "
+                "to a run or to a model such as gpt2-xl"
+            )
+        if rank and self.optim.name != "adamw":
+            raise Mistake(
+                f"optim.name={self.optim.name} is for whole matrices, and lora.rank={rank} trains "
+                "two factors of each; set --optim.name=adamw"
+            )
+        if rank and self.optim.average:
+            raise Mistake(
+                f"optim.average={self.optim.average} would average the factors that "
+                f"lora.rank={rank} trains, not the weights; leave one of them out"
+            )
+        return self
 
     @property
     def row_width(self) -> int:

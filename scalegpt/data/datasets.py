@@ -97,8 +97,8 @@ def _as_wide(datasets: list[Dataset]) -> list[Dataset]:
 def resolved(config: Config, datasets: list[Dataset]) -> Config:
     """Return the run with what follows from its data.
 
-    These are vocab_size, bos and isolate, the width of rows that are narrower than block_size, and
-    the number of updates.
+    These are vocab_size, bos and isolate, the width of rows that are narrower than block_size, the
+    marks that LoRA trains, and the number of updates.
 
     Raises Mistake where the keys do not go together.
     """
@@ -115,6 +115,9 @@ def resolved(config: Config, datasets: list[Dataset]) -> Config:
         config = config.model_copy(update={"objective": objective})
     if datasets[0].kind == "prompts":
         config = _with_answers(config, datasets)
+    if config.lora.rank and datasets[0].kind != "text":
+        marks = {"marks": tokenizer.load(datasets[0].tokenizer).marks["system"]}
+        config = config.model_copy(update={"lora": config.lora.model_copy(update=marks)})
     return _with_updates(config, datasets) if config.optim.counts_epochs else config
 
 

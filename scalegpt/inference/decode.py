@@ -17,11 +17,13 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
+from scalegpt.config.recipe import NO_LORA
 from scalegpt.data.calculator import Results
 from scalegpt.data.tokenizer import Tokenizer
 from scalegpt.inference.sampling import Sampler, sample_token
 from scalegpt.model.gpt import GPT, Cache, head_table, logits, separate_layers
 from scalegpt.model.layers import constrain
+from scalegpt.model.lora import is_adapter, merged, parted
 from scalegpt.step import sharding
 from scalegpt.step.build import Steps
 
@@ -50,7 +52,7 @@ class Decoder:
         """
         if params is not None:
             with jax.set_mesh(self.steps.mesh):
-                params = _for_decoding(params, self.steps.model.dtype, True)
+                params = _for_decoding(params, self.steps.model, True)
         return replace(self, params=params)
 
     def ids(
@@ -127,10 +129,11 @@ def decoder(
     vocab_size: ids that the tokenizer knows; a model's others are never drawn. keep: False deletes
     each of params' layers as it is copied, for a model that would not fit into memory twice.
     """
-    model = steps.model
+    # The copy has LoRA's changes merged in: else each token would compute them again.
+    model = steps.model.clone(lora=NO_LORA)
     vocab_size = min(vocab_size, model.config.vocab_size)
     with jax.set_mesh(steps.mesh):
-        params = _for_decoding(params, model.dtype, keep)
+        params = _for_decoding(params, steps.model, keep)
     begin, draw = partial(_begin, model), partial(_draw, model, sampler, vocab_size)
 
     def prefill(
@@ -213,15 +216,15 @@ def empty_cache(model: GPT, first: Array, slots: int) -> Cache:
     return Cache(layers, first, jnp.zeros((), jnp.int32))
 
 
-def _for_decoding(params: Any, dtype: Any, keep: bool) -> Any:
+def _for_decoding(params: Any, model: GPT, keep: bool) -> Any:
     """Copy the parameters with each layer apart and each kernel in the dtype of its products.
 
     Otherwise every token would round the float32 weights again. keep: as for `decoder`.
     """
 
-    convert = partial(_converted, jnp.dtype(dtype))
+    convert = partial(_converted, model)
     leaves = {path: leaf for path, leaf in flatten_dict(params).items() if path[0] != "h"}
-    if dtype != jnp.float32:
+    if model.dtype != jnp.float32:
         leaves |= flatten_dict(convert({"head_kernel": params.get("head_kernel", params["wte"])}))
     if keep:  # one program, not one for each parameter
         return unflatten_dict(leaves) | convert({"h": params["h"]})
@@ -232,11 +235,13 @@ def _for_decoding(params: Any, dtype: Any, keep: bool) -> Any:
 
 
 @partial(jax.jit, static_argnums=0)  # here, so that it is compiled once, not for each update
-def _converted(dtype: Any, part: Any) -> Any:
+def _converted(model: GPT, part: Any) -> Any:
     def cast(path: tuple, x: Array) -> Array:
-        return x.astype(dtype) if path[-1].key.endswith("kernel") else x
+        return x.astype(model.dtype) if path[-1].key.endswith("kernel") else x
 
-    return jax.tree_util.tree_map_with_path(cast, separate_layers(part))
+    adapters, base = parted(part, is_adapter)
+    layers = separate_layers(merged(model.lora, base, adapters))
+    return jax.tree_util.tree_map_with_path(cast, layers)
 
 
 def bucket(n: int) -> int:

@@ -19,6 +19,7 @@ import numpy as np
 from flax import struct
 from jax import Array
 
+from scalegpt.config.recipe import NO_LORA
 from scalegpt.inference.decode import Decoder, bucket, decoder, empty_cache, next_scores, padded
 from scalegpt.inference.sampling import Sampler, sample_token
 from scalegpt.model.gpt import Cache
@@ -70,7 +71,8 @@ def rollouts(
     samples: G. new_tokens: K, at most. end: the id that ends an answer. check_stop: called between
     pieces of a rollout; what it raises ends that. Every process of a run must call this together.
     """
-    model, shards = steps.model, sharding.row_shards(steps.mesh)
+    # The decoder's parameters have LoRA's changes merged in.
+    model, shards = steps.model.clone(lora=NO_LORA), sharding.row_shards(steps.mesh)
     sampler = Sampler(temperature=temperature, top_k=0)
     draw = partial(_draw, sampler, end)
     kept = list[Decoder]()

@@ -15,8 +15,9 @@ from flax import struct
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from scalegpt.config.recipe import ModelConfig
+from scalegpt.config.recipe import NO_LORA, LoraConfig, ModelConfig
 from scalegpt.errors import Mistake
+from scalegpt.model import lora
 from scalegpt.model.attention import cached_attention, causal_attention
 from scalegpt.model.custom_gradients import product, recompute
 from scalegpt.model.layers import (
@@ -63,6 +64,7 @@ class _Layer(nn.Module):
     config: ModelConfig
     dtype: Any
     attention: str
+    lora: LoraConfig = NO_LORA
 
     def weight(self, name: str, shape: tuple, axes: tuple, fan_in: int | None = None) -> Array:
         """Make a float32 matrix and cast it for products. fan_in: its number of inputs, or None if
@@ -73,7 +75,21 @@ class _Layer(nn.Module):
             std = 0.02 if fan_in else 0.02 / (2 * c.n_layer) ** 0.5
         else:
             std = 0.5 / fan_in**0.5 if fan_in else 0.0
-        return self.table(name, shape, axes, std).astype(self.dtype)
+        kernel = self.table(name, shape, axes, std)
+        if self.lora.rank:
+            kernel = kernel + self.change(name, shape, axes)
+        return kernel.astype(self.dtype)
+
+    def change(self, name: str, shape: tuple, axes: tuple) -> Array:
+        """Make the two factors of a matrix's change, and return that, which is 0 at the start."""
+        inputs = 1 if axes[0] == "embed" else len(axes) - 1
+        # Uniform up to 1 / sqrt(inputs), as in PEFT.
+        init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", range(inputs), -1)
+        init = nn.with_logical_partitioning(init, (*axes[:inputs], "lora"))
+        a = self.param(f"{name}_a", init, (*shape[:inputs], self.lora.rank), jnp.float32)
+        init = nn.with_logical_partitioning(nn.initializers.zeros, ("lora", *axes[inputs:]))
+        b = self.param(f"{name}_b", init, (self.lora.rank, *shape[inputs:]), jnp.float32)
+        return lora.change(self.lora, a, b)
 
     def table(self, name: str, shape: tuple, axes: tuple, std: float) -> Array:
         """Make a float32 parameter drawn from N(0, std^2)."""
@@ -187,7 +203,7 @@ class Block(_Layer):
         context: Context,
         cache: Cache | None = None,
     ) -> tuple[Array, Any]:
-        shared = (self.config, self.dtype, self.attention)
+        shared = (self.config, self.dtype, self.attention, self.lora)
         if self.config.residual_scalars:
             a, b = self.scalars("residual_scalars", [1.0, 0.0]).astype(self.dtype)
             x = a * x + b * context.x0
@@ -239,7 +255,7 @@ class GPT(_Layer):
             length=c.n_layer,
             unroll=1 if c.scan_layers else c.n_layer,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, self.dtype, self.attention, name="h")
+        )(c, self.dtype, self.attention, self.lora, name="h")
         context = Context(x, tokens, rotary, starts)
         x, _ = layers(x, jnp.arange(c.n_layer), dropout_keys, context)
         return self._final_norm(x)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
-from scalegpt.config.recipe import ModelConfig
+from scalegpt.config.recipe import NO_LORA, LoraConfig, ModelConfig
 from scalegpt.errors import Mistake
 from scalegpt.model.gpt import GPT
 
@@ -28,12 +28,14 @@ class Parameter(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """Say what the parameter is: of the "head", "embeddings", "matrices" or "scalars".
+        """Say whether it is of the "head", "embeddings", "matrices", "adapters" or "scalars".
 
-        matrices: those of the layers, which all have the axis `embed`; scalars: norms, biases and
-        learned numbers. Raises Mistake for other axes: a new matrix would pass for a bias, which
-        neither decays nor is Muon's nor counts as FLOPs.
+        matrices: those of the layers, which all have the axis `embed`; adapters: LoRA's factors;
+        scalars: norms, biases and learned numbers. Raises Mistake for other axes: a new matrix
+        would pass for a bias, which neither decays nor is Muon's nor counts as FLOPs.
         """
+        if "lora" in self.axes:
+            return "adapters"
         if "head_embed" in self.axes:
             return "head"
         if "table_embed" in self.axes or "position" in self.axes:
@@ -54,9 +56,9 @@ class Parameter(NamedTuple):
 
 
 @lru_cache
-def parameters(model: ModelConfig) -> dict[str, Parameter]:
+def parameters(model: ModelConfig, lora: LoraConfig = NO_LORA) -> dict[str, Parameter]:
     """Return the parameters by path, as "h/mlp/up_kernel"; no device is touched."""
-    gpt = GPT(model, jnp.float32, "xla")
+    gpt = GPT(model, jnp.float32, "xla", lora)
     # Where a step is being traced, its rules for activations would split this batch of one row.
     with nn.logical_axis_rules(()):
         boxed = jax.eval_shape(

@@ -5,6 +5,7 @@ import json
 import math
 import shlex
 import time
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from scalegpt.data.tokenizer import kind
 from scalegpt.errors import counted
 from scalegpt.files import run_folder
 from scalegpt.model.flops import flops_per_token, peak_flops
+from scalegpt.model.lora import is_adapter, is_trained, parted
 from scalegpt.model.parameters import parameters
 from scalegpt.processes.command import python
 from scalegpt.run.curves import text_plot
@@ -58,6 +60,7 @@ def describe(config: Config, datasets: list[Dataset], steps: Steps) -> str:
             f"model    {steps.parameters:,} parameters, matrix products in {steps.model.dtype},"
             f" attention by {steps.model.attention}"
             + (" within each conversation" if config.model.isolate else ""),
+            *_lora_lines(config, steps),
             f"data     {sizes}, tokenizer {kind(datasets[0].tokenizer)}, vocabulary of "
             f"{max(d.vocab_size for d in datasets):,}",
             f"devices  {', '.join(where)}",
@@ -137,10 +140,21 @@ def _times(n: float) -> str:
     return f"{n:,.0f}" if n >= 10 else f"{n:.2f}"
 
 
+def _lora_lines(config: Config, steps: Steps) -> list[str]:
+    """Say what is trained instead of the weights; [] without LoRA."""
+    if not config.lora.rank:
+        return []
+    adapters = parted(steps.abstract.params, is_adapter)[0]
+    count = sum(x.size for x in jax.tree.leaves(adapters))
+    marks = " and the embeddings of a chat's marks" if config.lora.marks is not None else ""
+    return [f"lora     rank {config.lora.rank}: {count:,} parameters{marks} are trained instead"]
+
+
 def _decaying(config: Config, steps: Steps) -> str:
     """Say how many tensors and parameters weight decay shrinks, each layer's tensors apart."""
-    params = steps.abstract.params
-    marks = jax.tree.leaves(decay_mask(config.optim, parameters(config.model))(params))
+    params = parted(steps.abstract.params, partial(is_trained, config.lora))[0]
+    known = parameters(config.model, config.lora)
+    marks = jax.tree.leaves(decay_mask(config.optim, known)(params))
     leaves = jax.tree_util.tree_leaves_with_path(params)
     tensors = [(x.shape[0] if path[0].key == "h" else 1, x.size) for path, x in leaves]
     decaying = [tensor for tensor, decays in zip(tensors, marks, strict=True) if decays]

@@ -18,6 +18,7 @@ from scalegpt.errors import Mistake
 from scalegpt.files import run_folder
 from scalegpt.files.folder import open_folder
 from scalegpt.files.run_folder import FOLDER, has_imported_weights
+from scalegpt.model.lora import is_adapter, joined, parted
 from scalegpt.run.history import read_rows
 from scalegpt.step.build import Steps
 from scalegpt.step.update import State
@@ -241,10 +242,11 @@ def initial_state(
     state = steps.init()
     if config.run.init_from is None:
         return state
+    adapters = parted(state.params, is_adapter)[0]
     state = state.replace(params=None)  # else there would be two copies of the model
     params, name = init_from.weights(config, steps.abstract.params)
     say(f"weights from {name}")
-    state = state.replace(params=params)
+    state = state.replace(params=joined(params, adapters))
     if config.optim.average:  # the mean of one set of weights is that set
         state = state.swapped().replace(params=jax.tree.map(jnp.copy, params))
     return state

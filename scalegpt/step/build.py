@@ -18,10 +18,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from scalegpt.config import BatchConfig, Config, ObjectiveConfig
+from scalegpt.config.recipe import NO_LORA
 from scalegpt.errors import Mistake
 from scalegpt.model import attention
 from scalegpt.model.flops import parameter_count
 from scalegpt.model.gpt import GPT
+from scalegpt.model.lora import is_trained, parted
 from scalegpt.model.parameters import parameters
 from scalegpt.step import health, sharding, update
 from scalegpt.step.loss import row_losses
@@ -98,7 +100,7 @@ def build_steps(config: Config, mesh: Mesh, dtype: str, implementation: str) -> 
     most = max(1, CPU_TOKENS // config.row_width) if on_cpu else None
     objective = objective_of(config)
     layout = sharding.batch_layout(config.batch, mesh, most, objective.group)
-    model = GPT(config.model, jnp.dtype(dtype), implementation)
+    model = GPT(config.model, jnp.dtype(dtype), implementation, config.lora)
     init = partial(initial_state, config, model)
     boxed = jax.eval_shape(init)
     shardings = sharding.shardings(sharding.specs(boxed, sharding.RULES), mesh)
@@ -138,7 +140,8 @@ def initial_state(config: Config, model: GPT) -> State:
     # Attention has no parameters, and its kernels refuse a batch of one row.
     plain = model.clone(attention="xla")
     params = plain.init(jax.random.key(config.run.seed), jnp.zeros((1, 1), jnp.int32))["params"]
-    opt_state = optimizer(config.optim, parameters(config.model)).init(params)
+    trained = parted(params, partial(is_trained, config.lora))[0]
+    opt_state = optimizer(config.optim, parameters(config.model, config.lora)).init(trained)
     return State(jnp.zeros((), jnp.int32), params, opt_state, health.initial())
 
 
@@ -217,13 +220,17 @@ def resolve(config: Config, mesh: Mesh) -> tuple[str, str]:
 
 
 def build_for_use(config: Config, mesh: Mesh, microbatch: int) -> Steps:
-    """Build the functions of a trained run for evaluation or sampling, on whatever mesh is here."""
+    """Build the functions of a trained run for evaluation or sampling, on whatever mesh is here.
+
+    Their parameters have LoRA's changes merged in, as `adapters.restore` returns them.
+    """
     sequences = microbatch * sharding.row_shards(mesh)
     # Nothing here trains, so that neither the objective matters nor the dropout rate, which decides
     # which kernels can train.
     sections = {
         "batch": BatchConfig(sequences=sequences, microbatch=microbatch),
         "objective": ObjectiveConfig(),
+        "lora": NO_LORA,
         "model": config.model.model_copy(update={"dropout": 0.0}),
     }
     config = config.model_copy(update=sections)

@@ -11,8 +11,9 @@ CPU, where XLA then ignores model.remat, as much as without remat. The compiler 
 from collections.abc import Mapping
 from math import prod
 
-from scalegpt.config.recipe import ModelConfig, OptimConfig
+from scalegpt.config.recipe import NO_LORA, LoraConfig, ModelConfig, OptimConfig
 from scalegpt.model.flops import parameter_count
+from scalegpt.model.lora import is_trained
 from scalegpt.model.parameters import Parameter, parameters
 from scalegpt.step.sharding import RULES
 
@@ -20,10 +21,12 @@ _ADAMW = OptimConfig()
 REMAT = ("none", "dots", "full")
 
 
-def parameters_on_device(model: ModelConfig, mesh: Mapping[str, int], kind: str = "") -> int:
+def parameters_on_device(
+    model: ModelConfig, mesh: Mapping[str, int], kind: str = "", lora: LoraConfig = NO_LORA
+) -> int:
     """Count the parameters on each device, padded rows included, split as sharding.RULES says.
 
-    mesh: sizes of fsdp and tensor. kind: of the parameters to count, if not all.
+    mesh: sizes of fsdp and tensor. kind: of the parameters to count, or "trained", if not all.
     """
 
     def shards(parameter: Parameter) -> int:
@@ -31,7 +34,12 @@ def parameters_on_device(model: ModelConfig, mesh: Mapping[str, int], kind: str 
         axes = [axis for rule in rules for axis in ((rule,) if isinstance(rule, str) else rule)]
         return prod(mesh[axis] for axis in axes)
 
-    wanted = [p for p in parameters(model).values() if kind in ("", p.kind)]
+    def is_wanted(path: str, parameter: Parameter) -> bool:
+        if kind == "trained":
+            return is_trained(lora, path.rpartition("/")[2])
+        return kind in ("", parameter.kind)
+
+    wanted = [p for path, p in parameters(model, lora).items() if is_wanted(path, p)]
     return sum(prod(p.shape) // shards(p) for p in wanted)
 
 
@@ -51,6 +59,7 @@ def on_device(
     fused_attention: bool,
     remat: str | None = None,
     optim: OptimConfig = _ADAMW,
+    lora: LoraConfig = NO_LORA,
 ) -> dict[str, int]:
     """Estimate the bytes on each device while it trains; their sum is the peak.
 
@@ -63,7 +72,8 @@ def on_device(
     L, D, T, tensor = model.n_layer, model.n_embd, model.block_size, mesh["tensor"]
     rows = model.padded_vocab // tensor
     tokens = microbatch * T  # the residual stream is not split over tensor
-    count = parameters_on_device(model, mesh)
+    count = parameters_on_device(model, mesh, lora=lora)
+    trained = parameters_on_device(model, mesh, "trained", lora)
     matrices = parameters_on_device(model, mesh, "matrices")
 
     # Fitted: for a score, float32 weights and 2.5 copies in the products' dtype; for the rest, 17
@@ -79,22 +89,27 @@ def on_device(
     # One layer's backward pass and the logits are never alive together. Without remat a layer
     # recomputes nothing.
     scratch = logits if remat == "none" else max(layer, logits)
-    # Of the weights cast or gathered for products, two layers and the head exist at a time.
-    used_in_place = itemsize == 4 and mesh["fsdp"] == 1
-    copies = 0 if used_in_place else itemsize * (2 * matrices * mesh["fsdp"] // L + rows * D)
+    # Of the weights cast or gathered for products, two layers and the head exist at a time. With
+    # LoRA they are made in the forward pass, and without remat kept for the backward pass.
+    layers = L if lora.rank and remat == "none" else 2
+    used_in_place = itemsize == 4 and mesh["fsdp"] == 1 and not lora.rank
+    copies = 0 if used_in_place else itemsize * (layers * matrices * mesh["fsdp"] // L + rows * D)
     return {
         "weights": 4 * count,
-        "moments": moment_bytes(count, matrices, optim),
-        "gradients": 4 * count,
-        "gradients of a microbatch": 4 * count if accumulation > 1 else 0,
+        "moments": moment_bytes(trained, matrices, optim),
+        "gradients": 4 * trained,
+        "gradients of a microbatch": 4 * trained if accumulation > 1 else 0,
         "weights as products use them": copies,
         "activations kept": round(activations),
         "scratch": round(scratch),
     }
 
 
-def checkpoint_bytes(model: ModelConfig, optim: OptimConfig) -> int:
+def checkpoint_bytes(model: ModelConfig, optim: OptimConfig, lora: LoraConfig = NO_LORA) -> int:
     """Count the bytes of weights and moments: 1.49 GB for nanoGPT's 124M, as its notebook does."""
-    count = parameter_count(model)
-    matrices = parameters_on_device(model, {"fsdp": 1, "tensor": 1}, "matrices")
-    return 4 * count + moment_bytes(count, matrices, optim)
+    one, count = {"fsdp": 1, "tensor": 1}, parameter_count(model)
+    if lora.rank:
+        adapters = parameters_on_device(model, one, "adapters", lora)
+        trained = parameters_on_device(model, one, "trained", lora)
+        return 4 * (count + adapters) + moment_bytes(trained, 0, optim)
+    return 4 * count + moment_bytes(count, parameters_on_device(model, one, "matrices"), optim)

@@ -51,10 +51,13 @@ def decay_mask(config: OptimConfig, parameters: Mapping[str, Parameter]) -> Call
     two axes.
     """
     kinds = {"matrices", "head"} | ({"embeddings"} if config.decay == "matrices" else set())
+    adapters = {path for path, x in parameters.items() if x.kind == "adapters"}
 
     def decays(path: tuple) -> bool:
         # The tree may be flat, and its leaves boxed, which adds to the path what is no name.
         name = "/".join(k.key for k in path if isinstance(k, jax.tree_util.DictKey))
+        if adapters:  # the rows of a table that are trained beside them do not decay
+            return name in adapters
         return config.decay == "all" or parameters[name].kind in kinds
 
     return lambda params: jax.tree_util.tree_map_with_path(lambda path, _: decays(path), params)

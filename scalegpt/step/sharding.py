@@ -33,6 +33,7 @@ RULES = {
     "kv": None,
     "mlp": "tensor",
     "norm": None,
+    "lora": None,
     # activations
     "batch": ROWS,
     "position": None,

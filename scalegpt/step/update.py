@@ -1,6 +1,7 @@
 """Do one optimizer update: accumulate gradients, reduce them, let the optimizer act."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from jax import Array
 
 from scalegpt.config import Config
 from scalegpt.model.gpt import GPT
+from scalegpt.model.lora import is_trained, joined, of_marks, parted
 from scalegpt.model.parameters import parameters
 from scalegpt.step import health
 from scalegpt.step.objective import Batch, Objective, Sums
@@ -75,10 +77,13 @@ def reduced_sums(
     rows: [A, m], the numbers of the rows in the global batch. key: the update's `dropout_key`.
     """
 
-    def loss(params: Any, microbatch: Batch, rows: Array) -> tuple[Array, Sums]:
+    trained, frozen = parted(params, partial(is_trained, model.lora))
+
+    def loss(trained: Any, microbatch: Batch, rows: Array) -> tuple[Array, Sums]:
+        params = joined(trained, frozen)
         return objective.loss(model, params, microbatch, row_keys(model, key, rows))
 
-    total, grads = accumulate(loss, params, batch, rows)
+    total, grads = accumulate(loss, trained, batch, rows)
     return jax.lax.psum((total, grads, objective.count(batch)), axes)
 
 
@@ -119,9 +124,10 @@ def apply_gradients(
     """
     total, sums = total
     scale = 1 / jnp.maximum(count, 1)  # XLA fuses a product into its uses, but not a division
-    grads = jax.tree.map(lambda g: g * scale, grads)
-    tx = optimizer(config.optim, parameters(config.model), dtype)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    grads = of_marks(config.lora, jax.tree.map(lambda g: g * scale, grads))
+    tx = optimizer(config.optim, parameters(config.model, config.lora), dtype)
+    trained, frozen = parted(state.params, partial(is_trained, config.lora))
+    updates, opt_state = tx.update(grads, state.opt_state, trained)
     loss, norm = total * scale, optax.tree.norm(grads)
     apply, deviation, after = health.judge(config.run, state.health, loss, norm)
     metrics = {
@@ -134,6 +140,6 @@ def apply_gradients(
         "norms": health.layer_norms(grads),
         **{name: x / jnp.maximum(n, 1) for name, (x, n) in sums.items()},
     }
-    new = optax.apply_updates(state.params, updates), opt_state
-    params, opt_state = health.choose(apply, new, (state.params, state.opt_state))
-    return State(state.step + 1, params, opt_state, after), metrics
+    new = optax.apply_updates(trained, updates), opt_state
+    trained, opt_state = health.choose(apply, new, (trained, state.opt_state))
+    return State(state.step + 1, joined(trained, frozen), opt_state, after), metrics

@@ -18,23 +18,24 @@ from scalegpt.config.recipe import ModelConfig, muons
 from scalegpt.data import tokenizer
 from scalegpt.errors import Mistake
 from scalegpt.files.run_folder import FOLDER, is_run
-from scalegpt.weights import huggingface
-
-TABLES = ("wte", "head_kernel", "value_table")  # which have a row for each id
+from scalegpt.model.lora import TABLES, is_adapter, joined, parted
+from scalegpt.weights import adapters, huggingface
 
 
 def weights(config: Config, abstract: Any) -> tuple[Any, str]:
     """Load the weights that run.init_from names; return them and where they came from.
 
-    abstract: the parameters of this run, with their shapes and shardings. Raises Mistake where the
-    weights cannot be read.
+    abstract: the parameters of this run, with their shapes and shardings. LoRA's factors are 0.
+    Raises Mistake where the weights cannot be read.
     """
+    factors, abstract = parted(abstract, is_adapter)
     name = config.run.init_from
     if is_run(name):
         source = open_checkpoints(name)
         step = source.find(config.run.init_checkpoint, PARAMS)
-        stored = validate(source.meta(step)["config"], f"step {step} of {source.folder}").model
-        params = _restore_cropped(source, step, stored, abstract)
+        config_of_source = validate(source.meta(step)["config"], f"step {step} of {source.folder}")
+        stored = config_of_source.model
+        params = _restore_cropped(source, step, config_of_source, abstract)
         source.close()
         name = f"{name}, step {step}"
     else:
@@ -45,7 +46,8 @@ def weights(config: Config, abstract: Any) -> tuple[Any, str]:
     if (new := config.model.vocab_size - stored.vocab_size) > 0:
         params = grown(params, stored.vocab_size, config.run.seed, abstract)
         name += f"; {new} new ids begin as the mean of the others"
-    return params, name
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), factors)
+    return joined(params, zeros), name
 
 
 def first_weights(config: Config, abstract: Any, mark: str | None) -> Any:
@@ -65,8 +67,8 @@ def first_weights(config: Config, abstract: Any, mark: str | None) -> Any:
 
 
 def fingerprint(params: Any) -> str:
-    """Return a mark of these weights, which is the same on any mesh."""
-    sums = [int(x) for x in jax.device_get(_checksums(params))]
+    """Return a mark of these weights without LoRA's factors, which is the same on any mesh."""
+    sums = [int(x) for x in jax.device_get(_checksums(parted(params, is_adapter)[1]))]
     return hashlib.sha256(json.dumps(sums).encode()).hexdigest()[:16]
 
 
@@ -85,12 +87,12 @@ def _checksums(params: Any) -> list[jax.Array]:
     return [checksum(x) for x in jax.tree.leaves(params)]
 
 
-def _restore_cropped(source: Checkpoints, step: int, stored: ModelConfig, abstract: Any) -> Any:
+def _restore_cropped(source: Checkpoints, step: int, stored: Config, abstract: Any) -> Any:
     """Restore a run's weights, of which this run may use fewer learned positions.
 
-    stored: the run's model. Tables of ids have its number of rows.
+    stored: the run's configuration. Tables of ids have its model's number of rows.
     """
-    rows = {"wpe": stored.block_size, **dict.fromkeys(TABLES, stored.padded_vocab)}
+    rows = {"wpe": stored.model.block_size, **dict.fromkeys(TABLES, stored.model.padded_vocab)}
 
     def as_stored(path: tuple, leaf: Any) -> Any:
         count = rows.get(path[-1].key)
@@ -101,7 +103,8 @@ def _restore_cropped(source: Checkpoints, step: int, stored: ModelConfig, abstra
         shape = (*leaf.shape[:-2], count, leaf.shape[-1])
         return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=whole)
 
-    params = source.restore_params(step, jax.tree_util.tree_map_with_path(as_stored, abstract))
+    shapes = jax.tree_util.tree_map_with_path(as_stored, abstract)
+    params = adapters.restore(source, step, stored, shapes)
     if "wpe" in params and params["wpe"].shape != (wpe := abstract["wpe"]).shape:
         crop = jax.jit(lambda x: x[: wpe.shape[0]], out_shardings=wpe.sharding)
         params["wpe"] = crop(params["wpe"])
@@ -197,6 +200,11 @@ def check(config: Config, tokenizer_spec: Any) -> None:
             f"those of another tokenizer, {tokenizer.kind(tokenizer_spec)}; prepare it again "
             f"with --tokenizer {source}, or start all the same with "
             "--run.allow_config_change=data.path"
+        )
+    if config.lora.rank > model.n_embd:
+        raise Mistake(
+            f"lora.rank={config.lora.rank} is more than model.n_embd={model.n_embd}, the largest "
+            f"rank of a matrix of {source}; 16 is usual"
         )
     if model.block_size < config.model.block_size:
         shaping += ["block_size"]

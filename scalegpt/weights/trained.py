@@ -20,7 +20,7 @@ from scalegpt.processes import startup
 from scalegpt.processes.group import Alone, Group
 from scalegpt.step.build import Steps, build_for_use
 from scalegpt.step.sharding import all_devices, make_mesh
-from scalegpt.weights import huggingface
+from scalegpt.weights import adapters, huggingface
 
 _PLACES = ("run", "config", "data", "text", "file", "prompt_file")
 _SECTIONS = {"mesh": MeshConfig, "distributed": DistributedConfig}
@@ -154,7 +154,7 @@ def from_run(
             config = validate(meta["config"], f"step {step} of {out_dir}")
             config = _with_dtype(config, dtype)
             steps = build_for_use(config, mesh, microbatch)
-            params = checkpoints.restore_params(step, steps.abstract.params)
+            params = adapters.restore(checkpoints, step, config, steps.abstract.params)
         except (ValueError, OSError):
             # A run that goes on may have removed this checkpoint after saving a newer one.
             if (which or "").isdigit() or attempt == 4 or step in checkpoints.steps:
