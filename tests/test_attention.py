@@ -24,13 +24,13 @@ AXES = ("replica", "data", "fsdp", "tensor")
 ON_CPU = ("xla", "flax", "splash")
 
 
-def run(implementation, q, k, v, **dropout):
+def run(implementation, q, k, v, **keys):
     """causal_attention, with splash in the interpreter; "stored": what xla is on a CPU's mesh."""
     if implementation == "splash":
-        return attention._splash(q, k, v, dropout.get("segments"), interpret=True)
+        return attention._splash(q, k, v, **keys, interpret=True)
     if implementation == "stored":
-        return attention._xla(q, k, v, lambda weights, queries: weights, dropout.get("segments"))
-    return causal_attention(q, k, v, implementation=implementation, **dropout)
+        return attention._xla(q, k, v, lambda weights, *_: weights, **keys)
+    return causal_attention(q, k, v, implementation=implementation, **keys)
 
 
 def vjp(implementation, q, k, v, g, **dropout):
@@ -41,10 +41,16 @@ def vjp(implementation, q, k, v, g, **dropout):
     return jax.jit(both)(q, k, v, g)
 
 
-def reference(q, k, v, g, kept=1.0, segments=None):
+def reference(q, k, v, g, kept=1.0, segments=None, window=None, scale=None):
     """Output and gradients to q, k, v in float64; kept [B,H,T,T] multiplies the weights."""
     q, k, v, g = (np.asarray(x, np.float64) for x in (q, k, v, g))
-    scale, past = q.shape[-1] ** -0.5, np.tri(q.shape[1], dtype=bool)
+    if groups := q.shape[2] // k.shape[2] - 1:  # heads of k and v that several of q share
+        spread = [np.repeat(x, groups + 1, axis=2) for x in (k, v)]
+        out, dq, *shared = reference(q, *spread, g, kept, segments, window, scale)
+        return out, dq, *(x.reshape(*k.shape[:3], -1, k.shape[3]).sum(3) for x in shared)
+    scale, past = scale or q.shape[-1] ** -0.5, np.tri(q.shape[1], dtype=bool)
+    if window is not None:
+        past = past & ~np.tri(q.shape[1], k=-window, dtype=bool)
     if segments is not None:
         past = past & (segments[:, None, :, None] == segments[:, None, None, :])
     scores = np.where(past, np.einsum("bthk,bshk->bhts", q, k) * scale, -np.inf)
@@ -150,6 +156,36 @@ def test_right_padding_changes_nothing_before_it(implementation):
 def test_huge_scores_stay_finite(implementation):
     q, k, v, g = inputs((1, 128, 1, 64))
     assert all(jnp.isfinite(x).all() for x in vjp(implementation, q * 1e4, k * 1e4, v, g))
+
+
+@pytest.mark.parametrize("implementation", [*ON_CPU, "stored"])
+@pytest.mark.parametrize(
+    "heads, segmented, keys",
+    [
+        (1, False, {}),
+        (2, False, {"window": 1}),
+        (4, False, {"window": 70, "scale": 0.3}),
+        (2, True, {"window": 37, "scale": 0.3}),
+    ],
+    ids=str,
+)
+def test_fewer_heads_of_keys_windows_and_a_scale_match_numpy(
+    implementation, heads, segmented, keys
+):
+    segments = {"segments": SEGMENTS} if segmented else {}
+    q, g = inputs((4, 128, 4, 16), count=2)
+    k, v = inputs((4, 128, heads, 16), count=2, seed=1)
+    got = vjp(implementation, q, k, v, g, **jax.tree.map(jnp.asarray, segments), **keys)
+    assert_close(got, reference(q, k, v, g, **segments, **keys), 1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "flax"])
+def test_dropout_with_shared_keys_and_a_window_matches_numpy(implementation):
+    (q, g), (k, v) = inputs((2, 80, 4, 8), count=2), inputs((2, 80, 2, 8), count=2, seed=1)
+    keys = jax.random.split(jax.random.key(4), 2)
+    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 0.75, (4, 80, 80)))(keys)
+    got = vjp(implementation, q, k, v, g, dropout_rate=0.25, dropout_keys=keys, window=9)
+    assert_close(got, reference(q, k, v, g, np.asarray(kept) / 0.75, window=9), 1e-5)
 
 
 # --- precision
@@ -433,6 +469,7 @@ def test_resolve_refuses(asked, platform, block_size, dropout, dtype, message):
         ("128 divides, got 16", {"implementation": "splash"}),
         ("one dtype and one shape", {"v": jnp.zeros((2, 16, 2, 8), "bfloat16")}),
         ("one dtype and one shape", {"k": jnp.zeros((2, 8, 2, 8))}),
+        ("that divide q's", dict.fromkeys("kv", jnp.zeros((2, 16, 3, 8)))),
     ],
 )
 def test_mistakes_are_value_errors(message, change):

@@ -1,12 +1,14 @@
 """Compute causal attention by one of four implementations: XLA, Flax, cuDNN flash, TPU splash.
 
 `resolve` picks the implementation once, at start, so that it can be printed; `causal_attention`
-then runs exactly that one. Shapes: B batch, T time, H heads, K head dim.
+then runs exactly that one. Shapes: B batch, T time, H heads, N heads of keys and values, of which
+each serves G = H / N heads of queries, K head dim.
 """
 
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -106,21 +108,34 @@ def causal_attention(
     dropout_rate: float = 0.0,
     dropout_keys: Array | None = None,
     segments: Array | None = None,
+    window: int | None = None,
+    scale: float | None = None,
 ) -> Array:
     """Compute softmax(q k' / sqrt(K)) v, in which position t sees the positions 0..t.
 
-    q, k, v and the result are [B,T,H,K] of one dtype, float32 or bfloat16, which the operands of
-    the products have, too; scores and softmax are float32. A row may be padded on the right only:
-    padding on the left would be attended to.
+    q and the result are [B,T,H,K], k and v [B,T,N,K] of the same dtype, float32 or bfloat16, which
+    the operands of the products have, too; scores and softmax are float32. A row may be padded on
+    the right only: padding on the left would be attended to.
     dropout_rate: the chance that a weight is dropped; "xla" and "flax" can, and drop the same ones.
     dropout_keys: [B] typed PRNG keys, one a row, so that what a row drops depends neither on the
     mesh nor on its microbatch; needed if dropout_rate > 0.
     segments: [B,T] integers; a position sees only those with its own. "cudnn" has none.
-    Raises Mistake for what the implementation cannot do. Source: Vaswani et al. 2017, eq. 1.
+    window: how many positions one sees, itself included, if not all. scale: of q k', if not
+    1 / sqrt(K). Raises Mistake for what the implementation cannot do. Sources: Vaswani et al. 2017,
+    eq. 1; arXiv:2305.13245 (fewer heads of keys and values).
     """
-    if not q.shape == k.shape == v.shape or q.ndim != 4 or not q.dtype == k.dtype == v.dtype:
+    fits = q.ndim == 4 == k.ndim and q.shape == (*k.shape[:2], q.shape[2], k.shape[3])
+    if (
+        not fits
+        or k.shape != v.shape
+        or q.shape[2] % k.shape[2]
+        or not q.dtype == k.dtype == v.dtype
+    ):
         got = ", ".join(f"{x.dtype}{list(x.shape)}" for x in (q, k, v))
-        raise Mistake(f"q, k, v must have one dtype and one shape [B,T,H,K], got {got}")
+        raise Mistake(
+            "q, k, v must have one dtype and one shape [B,T,H,K], in which k and v may have fewer "
+            f"heads that divide q's, got {got}"
+        )
     if dropout_rate and implementation in ("cudnn", "splash"):
         raise Mistake(f"{implementation!r} has no dropout, got {dropout_rate}: use 'xla'")
     if segments is not None and implementation == "cudnn":
@@ -128,25 +143,35 @@ def causal_attention(
     drop = _dropout(dropout_rate, dropout_keys, q.shape)
     if implementation == "xla":
         if dropout_rate or on_cpu():
-            return _xla(q, k, v, drop, segments)
-        return _xla_recomputing(q, k, v, segments)
+            return _xla(q, k, v, drop, segments, window, scale)
+        return _xla_recomputing(q, k, v, segments, window, scale)
     if implementation == "flax":
-        return _flax(q, k, v, drop, segments)
+        return _flax(q, k, v, drop, segments, window, scale)
     if implementation == "cudnn":
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+        sides = window and (window - 1, 0)
+        return jax.nn.dot_product_attention(
+            q, k, v, is_causal=True, scale=scale, local_window_size=sides, implementation="cudnn"
+        )
     if implementation == "splash":
-        return _splash(q, k, v, segments)
+        return _splash(q, k, v, segments, window, scale)
     raise Mistake(f"unknown attention {implementation!r}: resolve() gives {IMPLEMENTATIONS}")
 
 
 def cached_attention(
-    q: Array, k: Array, v: Array, past: tuple[Array, Array], first: Array, used: Array
+    q: Array,
+    k: Array,
+    v: Array,
+    past: tuple[Array, Array],
+    first: Array,
+    used: Array,
+    window: int | None = None,
+    scale: float | None = None,
 ) -> tuple[Array, tuple[Array, Array]]:
     """Attend from new tokens to themselves and those in the cache; return also the cache with both.
 
-    q, k, v: of the new tokens, [B,T,H,K]. past: the cached keys and values, [B,H,S,K], of which
-    the slots before `used` are filled; the new tokens take the next T. used: one number, or [B].
-    Row b begins at slot first[b]; nothing attends to the slots before that.
+    q, k, v: of the new tokens, as for `causal_attention`. past: the cached keys and values,
+    [B,N,S,K], of which the slots before `used` are filled; the new tokens take the next T. used:
+    one number, or [B]. Row b begins at slot first[b]; nothing attends to the slots before that.
     """
 
     def appended(old: Array, new: Array) -> Array:
@@ -155,17 +180,21 @@ def cached_attention(
         return jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=1))(old, new, used)
 
     past = tuple(appended(old, new.swapaxes(1, 2)) for old, new in zip(past, (k, v), strict=True))
-    query_slots = used[..., None] + jnp.arange(q.shape[1])
+    heads, groups = q.shape[2], q.shape[2] // k.shape[2]
+    query_slots = used[..., None] + jnp.repeat(jnp.arange(q.shape[1]), groups)
 
     def attend(slots: int, q: Array, k: Array, v: Array) -> Array:
         slot = jnp.arange(slots)
         visible = (slot <= query_slots[..., None]) & (slot >= first[:, None, None])
+        if window:
+            visible &= slot > query_slots[..., None] - window
         k, v = k[:, :, :slots], v[:, :, :slots]
+        q = _grouped(q, groups)
         scores = jnp.einsum("bthk,bhsk->bhts", q, k, preferred_element_type=jnp.float32)
-        scores = scores * q.shape[-1] ** -0.5
+        scores = scores * (scale or q.shape[-1] ** -0.5)
         scores = jnp.where(visible[:, None], scores, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores).astype(v.dtype)
-        return jnp.einsum("bhts,bhsk->bthk", weights, v)
+        return _ungrouped(jnp.einsum("bhts,bhsk->bthk", weights, v), heads)
 
     # The cache is mostly empty, and reading all of it would cost as much as reading the weights.
     size = past[0].shape[2]
@@ -174,13 +203,29 @@ def cached_attention(
     return jax.lax.switch(smallest, [partial(attend, n) for n in sizes], q, *past), past
 
 
+def _grouped(x: Array, groups: int) -> Array:
+    """Lay queries [B,T,H,K] out as [B,T*G,N,K]: those that share keys are rows of one product."""
+    if groups == 1:
+        return x
+    b, t, h, k = x.shape
+    return x.reshape(b, t, h // groups, groups, k).swapaxes(2, 3).reshape(b, -1, h // groups, k)
+
+
+def _ungrouped(y: Array, heads: int) -> Array:
+    """Undo `_grouped`."""
+    b, _, n, k = y.shape
+    if n == heads:
+        return y
+    return y.reshape(b, -1, heads // n, n, k).swapaxes(2, 3).reshape(b, -1, heads, k)
+
+
 def _dropout(
     rate: float, keys: Array | None, shape: tuple[int, ...]
-) -> Callable[[Array, slice], Array]:
-    """Return a function of weights [B,H,t,s] over the first s keys and the slice of their queries,
-    which drops some weights and scales up the rest. Row b's mask depends on keys[b] alone."""
+) -> Callable[[Array, slice, slice], Array]:
+    """Return a function of weights [B,N,t*G,s] and the slices of their queries and keys, which
+    drops some weights and scales up the rest. Row b's mask depends on keys[b] alone."""
     if not rate:
-        return lambda weights, _: weights
+        return lambda weights, *_: weights
     batch, time, heads, _ = shape
     if not 0.0 < rate < 1.0:
         raise Mistake(f"dropout_rate must be in [0, 1), got {rate}")
@@ -190,8 +235,11 @@ def _dropout(
         raise Mistake(f"dropout_rate={rate} needs [{batch}] typed dropout_keys, got {got}")
     mask = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, (heads, time, time)))(keys)
 
-    def drop(weights: Array, queries: slice) -> Array:
-        keep = mask[:, :, queries, : weights.shape[-1]]
+    def drop(weights: Array, queries: slice, keys: slice) -> Array:
+        keep = mask[:, :, queries, keys]
+        if (n := weights.shape[1]) != heads:
+            keep = keep.reshape(batch, n, heads // n, *keep.shape[2:]).swapaxes(2, 3)
+            keep = keep.reshape(weights.shape)
         return jnp.where(keep, weights / (1 - rate), 0.0)
 
     return drop
@@ -201,22 +249,47 @@ def _scores(spec: str, q: Array, k: Array) -> Array:
     return product(spec, q, k, jnp.float32)
 
 
-def _blocks(time: int) -> list[tuple[slice, slice]]:
-    """Split the queries into blocks, each with the keys that its last query sees, as slices. So
-    most of the scores that the causal mask would hide are not computed."""
+class _Block(NamedTuple):
+    """A block is some queries, the rows where `_grouped` lays them, and the keys that they see."""
+
+    rows: slice
+    queries: slice
+    keys: slice
+
+
+def _blocks(time: int, groups: int, window: int | None) -> list[_Block]:
+    """Split the queries into blocks, each with the keys from the first that its first query sees to
+    its last query. So most of the scores that the mask would hide are not computed."""
     size = max(LEAST_BLOCK, -(-time // QUERY_BLOCKS))
-    starts = range(0, time, size)
-    return [(slice(i, end), slice(end)) for i in starts for end in [min(i + size, time)]]
+    blocks = []
+    for start in range(0, time, size):
+        end = min(start + size, time)
+        rows, first = slice(start * groups, end * groups), max(0, start - (window or time) + 1)
+        blocks.append(_Block(rows, slice(start, end), slice(first, end)))
+    return blocks
 
 
-def _causal_scores(q: Array, k: Array, segments: Array | None) -> Array:
-    """Compute the float32 scores [B,H,t,s] of the last t of s positions; later keys are masked, and
-    keys of other segments [B,T]."""
-    scores = _scores("bthk,bshk->bhts", q, k) * q.shape[-1] ** -0.5
-    t, s = scores.shape[2:]
-    seen = jnp.arange(s - t, s)[:, None] >= jnp.arange(s)
+def _causal_scores(
+    q: Array,
+    k: Array,
+    block: _Block,
+    segments: Array | None,
+    window: int | None,
+    scale: float | None,
+) -> Array:
+    """Compute the float32 scores [B,N,t*G,s] of a block, from all queries as `_grouped` and all
+    keys; those that a query may not see are masked."""
+    rows, queries, keys = block
+    scores = _scores("bthk,bshk->bhts", q[:, rows], k[:, keys]) * (scale or q.shape[-1] ** -0.5)
+    groups = q.shape[1] // k.shape[1]
+    query = jnp.repeat(jnp.arange(queries.start, queries.stop), groups)[:, None]
+    key = jnp.arange(keys.start, keys.stop)
+    seen = query >= key
+    if window:
+        seen &= query - key < window
     if segments is not None:
-        seen &= (segments[:, s - t : s, None] == segments[:, None, :s])[:, None]
+        own = jnp.repeat(segments[:, queries], groups, axis=1)[..., None]
+        seen &= (own == segments[:, None, keys])[:, None]
     # The least float, not -inf: then no row and no gradient can hold inf - inf, a NaN.
     return jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
 
@@ -225,89 +298,124 @@ def _xla(
     q: Array,
     k: Array,
     v: Array,
-    drop: Callable[[Array, slice], Array],
+    drop: Callable[[Array, slice, slice], Array],
     segments: Array | None = None,
+    window: int | None = None,
+    scale: float | None = None,
 ) -> Array:
-    blocks = []
-    for queries, keys in _blocks(q.shape[1]):
-        weights = jax.nn.softmax(_causal_scores(q[:, queries], k[:, keys], segments))
-        weights = drop(weights, queries).astype(v.dtype)
-        blocks.append(product("bhts,bshk->bthk", weights, v[:, keys]))
-    return jnp.concatenate(blocks, axis=1)
+    (_, time, heads, _), groups = q.shape, q.shape[2] // k.shape[2]
+    q, outputs = _grouped(q, groups), []
+    for block in _blocks(time, groups, window):
+        weights = jax.nn.softmax(_causal_scores(q, k, block, segments, window, scale))
+        weights = drop(weights, block.queries, block.keys).astype(v.dtype)
+        outputs.append(product("bhts,bshk->bthk", weights, v[:, block.keys]))
+    return _ungrouped(jnp.concatenate(outputs, axis=1), heads)
 
 
-@jax.custom_vjp
-def _xla_recomputing(q: Array, k: Array, v: Array, segments: Array | None) -> Array:
+def _xla_recomputing(
+    q: Array,
+    k: Array,
+    v: Array,
+    segments: Array | None,
+    window: int | None = None,
+    scale: float | None = None,
+) -> Array:
+    groups = q.shape[2] // k.shape[2]
+    y = _recomputing(_grouped(q, groups), k, v, segments, window, scale)
+    return _ungrouped(y, q.shape[2])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _recomputing(
+    q: Array, k: Array, v: Array, segments: Array | None, window: int | None, scale: float | None
+) -> Array:
     """Compute `_xla` without dropout, but recompute the weights backward, as flash attention does,
     from q, k and the log of each query's sum of exponentials. Saving those of all layers would cost
     an accelerator more memory and more time, as reads and writes bound its speed."""
-    return _xla_recomputing_fwd(q, k, v, segments)[0]
+    return _recomputing_fwd(q, k, v, segments, window, scale)[0]
 
 
-def _xla_recomputing_fwd(
-    q: Array, k: Array, v: Array, segments: Array | None
+def _recomputing_fwd(
+    q: Array, k: Array, v: Array, segments: Array | None, window: int | None, scale: float | None
 ) -> tuple[Array, tuple]:
-    blocks, sums = [], []
-    for queries, keys in _blocks(q.shape[1]):
-        scores = _causal_scores(q[:, queries], k[:, keys], segments)
+    outputs, sums = [], []
+    for block in _blocks(k.shape[1], q.shape[1] // k.shape[1], window):
+        scores = _causal_scores(q, k, block, segments, window, scale)
         sums.append(jax.nn.logsumexp(scores, axis=-1, keepdims=True))
         weights = jnp.exp(scores - sums[-1]).astype(v.dtype)
-        blocks.append(jnp.einsum("bhts,bshk->bthk", weights, v[:, keys]))
-    results = jnp.concatenate(blocks, axis=1), jnp.concatenate(sums, axis=2)
+        outputs.append(jnp.einsum("bhts,bshk->bthk", weights, v[:, block.keys]))
+    results = jnp.concatenate(outputs, axis=1), jnp.concatenate(sums, axis=2)
     y, sums = checkpoint_name(results, "project")
     return y, (q, k, v, segments, y, sums)
 
 
-def _xla_recomputing_bwd(saved: tuple, g: Array) -> tuple[Array, Array, Array, None]:
+def _recomputing_bwd(
+    window: int | None, scale: float | None, saved: tuple, g: Array
+) -> tuple[Array, Array, Array, None]:
     q, k, v, segments, y, sums = saved
     # Without the barrier XLA would save the scores of the forward pass where layers are unrolled.
     k, g = jax.lax.optimization_barrier((k, g))
     mean = (y.astype(jnp.float32) * g).sum(-1).swapaxes(1, 2)[..., None]  # dweights' weighted mean
-    dq, dk, dv = [], jnp.zeros_like(k), jnp.zeros_like(v)
-    for queries, keys in _blocks(q.shape[1]):
-        scores = _causal_scores(q[:, queries], k[:, keys], segments)
-        weights = jnp.exp(scores - sums[:, :, queries]).astype(v.dtype)
-        dweights = _scores("bthk,bshk->bhts", g[:, queries], v[:, keys])
-        dscores = weights * (dweights - mean[:, :, queries]) * q.shape[-1] ** -0.5
+    time, dq, dk, dv = k.shape[1], [], jnp.zeros_like(k), jnp.zeros_like(v)
+    for block in _blocks(time, q.shape[1] // time, window):
+        rows, _, keys = block
+        scores = _causal_scores(q, k, block, segments, window, scale)
+        weights = jnp.exp(scores - sums[:, :, rows]).astype(v.dtype)
+        dweights = _scores("bthk,bshk->bhts", g[:, rows], v[:, keys])
+        dscores = weights * (dweights - mean[:, :, rows]) * (scale or q.shape[-1] ** -0.5)
         dscores = dscores.astype(q.dtype)
         dq.append(jnp.einsum("bhts,bshk->bthk", dscores, k[:, keys]))
-        later_keys = ((0, 0), (0, q.shape[1] - keys.stop), (0, 0), (0, 0))
-        dk += jnp.pad(jnp.einsum("bhts,bthk->bshk", dscores, q[:, queries]), later_keys)
-        dv += jnp.pad(jnp.einsum("bhts,bthk->bshk", weights, g[:, queries]), later_keys)
+        other_keys = ((0, 0), (keys.start, time - keys.stop), (0, 0), (0, 0))
+        dk += jnp.pad(jnp.einsum("bhts,bthk->bshk", dscores, q[:, rows]), other_keys)
+        dv += jnp.pad(jnp.einsum("bhts,bthk->bshk", weights, g[:, rows]), other_keys)
     return jnp.concatenate(dq, axis=1), dk, dv, None
 
 
-_xla_recomputing.defvjp(_xla_recomputing_fwd, _xla_recomputing_bwd)
+_recomputing.defvjp(_recomputing_fwd, _recomputing_bwd)
 
 
 def _flax(
     q: Array,
     k: Array,
     v: Array,
-    drop: Callable[[Array, slice], Array],
+    drop: Callable[[Array, slice, slice], Array],
     segments: Array | None = None,
+    window: int | None = None,
+    scale: float | None = None,
 ) -> Array:
-    seen = nn.make_causal_mask(jnp.zeros((1, q.shape[1])), dtype=bool)
+    seen, all_ = nn.make_causal_mask(jnp.zeros((1, q.shape[1])), dtype=bool), slice(None)
+    k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
+    if window:
+        at = jnp.arange(q.shape[1])
+        seen &= at[:, None] - at < window
     if segments is not None:
         same = nn.make_attention_mask(segments, segments, jnp.equal, dtype=bool)
         seen = nn.combine_masks(seen, same, dtype=bool)
-    # By itself Flax rounds the scores to bfloat16 before the float32 softmax and draws dropout from
-    # one key for the whole batch. Its hooks for the two products correct both.
+    factor = scale and scale * q.shape[-1] ** 0.5
+    # By itself Flax rounds the scores to bfloat16 before the float32 softmax, draws dropout from
+    # one key for the whole batch and divides q by sqrt(K). Its hooks for the two products correct
+    # all three.
     return nn.dot_product_attention(
         q,
         k,
         v,
         force_fp32_for_softmax=True,
         mask=seen,
-        qk_attn_weights_einsum=_scores,
+        qk_attn_weights_einsum=lambda *x: _scores(*x) * factor if factor else _scores(*x),
         attn_weights_value_einsum=lambda spec, w, v: jnp.einsum(
-            spec, drop(w, slice(None)).astype(v.dtype), v
+            spec, drop(w, all_, all_).astype(v.dtype), v
         ),
     )
 
 
 def _splash(
-    q: Array, k: Array, v: Array, segments: Array | None = None, interpret: bool = False
+    q: Array,
+    k: Array,
+    v: Array,
+    segments: Array | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    interpret: bool = False,
 ) -> Array:
     """Run TPU splash attention, each device on its own rows and heads; interpret: on any device."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -315,7 +423,7 @@ def _splash(
     # kernel over the other axes, so these become manual here.
     free = {a for a, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Auto}
     rows, heads = (tuple(a for a in axes if a in free) for axes in (BATCH_AXES, HEAD_AXES))
-    for what, size, axes in (("rows", q.shape[0], rows), ("heads", q.shape[2], heads)):
+    for what, size, axes in (("rows", q.shape[0], rows), ("heads", k.shape[2], heads)):
         if size % (shards := math.prod(mesh.shape[axis] for axis in axes)):
             raise Mistake(
                 f"'splash' cannot split {size} {what} over {shards} devices: change "
@@ -323,7 +431,7 @@ def _splash(
             )
     if q.shape[1] % 128:
         raise Mistake(f"'splash' needs a T that 128 divides, got {q.shape[1]}: use 'xla'")
-    attend = partial(_splash_kernel, interpret=interpret)
+    attend = partial(_splash_kernel, window=window, scale=scale, interpret=interpret)
     if not free:
         return attend(q, k, v, segments)
     spec, spec_of_segments = PartitionSpec(rows, None, heads, None), PartitionSpec(rows, None)
@@ -354,19 +462,30 @@ def _splash(
     return marked(segments, q, k, v)
 
 
-def _splash_kernel(q: Array, k: Array, v: Array, segments: Array | None, interpret: bool) -> Array:
+def _splash_kernel(
+    q: Array,
+    k: Array,
+    v: Array,
+    segments: Array | None,
+    *,
+    window: int | None,
+    scale: float | None,
+    interpret: bool,
+) -> Array:
     import jax.experimental.pallas.ops.tpu.splash_attention as splash
 
     _, time, heads, head_dim = q.shape
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
     block = math.gcd(time, 512)  # a block has to divide T
     sizes = splash.BlockSizes(**{f"block_{name}": block for name in names})
-    mask = splash.MultiHeadMask([splash.CausalMask((time, time))] * heads)
+    square = (time, time)
+    mask = splash.LocalMask(square, (window - 1, 0), 0) if window else splash.CausalMask(square)
+    mask = splash.MultiHeadMask([mask] * heads)
     kernel = splash.make_splash_mha_single_device(
         mask=mask, block_sizes=sizes, interpret=interpret, residual_checkpoint_name="project"
     )
     # The kernel does not scale. Scaling in float32 rounds q once, and not at all where K is 4^n.
-    q = (q.astype(jnp.float32) * head_dim**-0.5).astype(q.dtype)
+    q = (q.astype(jnp.float32) * (scale or head_dim**-0.5)).astype(q.dtype)
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     if segments is not None:
         segments = splash.SegmentIds(segments, segments)
