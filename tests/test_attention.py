@@ -506,15 +506,19 @@ def test_cudnn_is_asked_for_causal_flash_attention(monkeypatch):
     except (ImportError, AttributeError) as missing:
         pytest.skip(f"this JAX cannot be made to lower for cuDNN without a GPU: {missing}")
     x = jax.ShapeDtypeStruct((2, 1024, 12, 64), "bfloat16")
+    kv = jax.ShapeDtypeStruct((2, 1024, 3, 64), "bfloat16")
 
-    def both(q, k, v, g):
-        call = lambda *x: causal_attention(*x, implementation="cudnn")  # noqa: E731
+    def both(q, k, v, g, **keys):
+        call = lambda *x: causal_attention(*x, implementation="cudnn", **keys)  # noqa: E731
         out, pullback = jax.vjp(call, q, k, v)
         return out, *pullback(g)
 
     text = jax.jit(both).trace(x, x, x, x).lower(lowering_platforms=("cuda",)).as_text()
     assert "__cudnn$fmhaSoftmax(" in text and "__cudnn$fmhaSoftmaxBackward(" in text
     assert text.count("CAUSAL") == 2 and text.count("0.125") == 2  # 64 ** -0.5
+    both = jax.jit(partial(both, window=256, scale=0.3))
+    text = both.trace(x, kv, kv, x).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("0.3") == 2 and text.count("sliding_window_length\\22: 256") == 2
 
 
 # --- sharding
@@ -590,13 +594,14 @@ def test_splash_compiles_for_tpu(chip, sizes, nested, segmented):
     mesh = jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 4, devices=chips)
     rows = NamedSharding(mesh, P(("replica", "data", "fsdp"), None, "tensor"))
     x = jax.ShapeDtypeStruct((8, 2048, 4, 64), "bfloat16", sharding=rows)
-    segments = None
+    kv, segments, window = x, None, None
     if segmented:
         rows = NamedSharding(mesh, P(("replica", "data", "fsdp"), None))
         segments = jax.ShapeDtypeStruct((8, 2048), "int32", sharding=rows)
+        kv, window = jax.ShapeDtypeStruct((8, 2048, 2, 64), x.dtype, sharding=x.sharding), 700
 
     def both(q, k, v, g, segments):
-        call = partial(causal_attention, implementation="splash", segments=segments)
+        call = partial(causal_attention, implementation="splash", segments=segments, window=window)
         out, pullback = jax.vjp(call, q, k, v)
         return out, *pullback(g)
 
@@ -606,7 +611,7 @@ def test_splash_compiles_for_tpu(chip, sizes, nested, segmented):
             both, mesh=mesh, in_specs=spec, out_specs=spec, axis_names={"replica", "data"}
         )
     with jax.set_mesh(mesh):
-        text = jax.jit(both).lower(x, x, x, x, segments).compile().as_text()
+        text = jax.jit(both).lower(x, kv, kv, x, segments).compile().as_text()
     assert text.count('custom_call_target="tpu_custom_call"') == 3  # forward, dq, dk and dv
     for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
         assert f"{collective}(" not in text and f"{collective}-start(" not in text

@@ -542,6 +542,8 @@ OTHER = {  # a value that differs from the default, where adding one will not do
     "model.preset": "gpt2",
     "model.depth": 3,
     "model.n_head": 6,
+    "model.n_kv_head": 4,
+    "model.head_size": 8,
     "model.n_embd": 96,
     "model.position": "rope",
     "model.activation": "gelu",

@@ -137,14 +137,19 @@ def numpy_gpt(c: ModelConfig, params, tokens):
     for i in range(c.n_layer):
         if c.residual_scalars:
             x = p["h/residual_scalars"][i, 0] * x + p["h/residual_scalars"][i, 1] * x0
-        qkv = linear(norm(x, "h/ln_1", i), "h/attn/qkv", i)
-        q, k, v = np.moveaxis(qkv.reshape(b, t, 3, c.n_head, c.head_dim), 2, 0)
+        normed, heads = norm(x, "h/ln_1", i), (c.n_head, c.kv_heads, c.kv_heads)
+        names = ["qkv"] if "h/attn/qkv_kernel" in p else ["q", "kv"]
+        qkv = np.concatenate([linear(normed, f"h/attn/{name}", i) for name in names], -1)
+        qkv = np.split(qkv, np.cumsum(heads)[:-1] * c.head_dim, -1)
+        q, k, v = (x.reshape(b, t, h, -1) for x, h in zip(qkv, heads, strict=True))
         if c.value_embeddings:
             added = p["h/attn/value_table"][i][tokens].reshape(v.shape)
             v = v + added * p["h/attn/value_strength"][i][:, None]
         if c.qk_norm:
             q, k = rms(q), rms(k)
-        scores = np.einsum("bthk,bshk->bhts", turn(q), turn(k)) / math.sqrt(c.head_dim)
+        q, k = turn(q), turn(k)
+        k, v = (x.repeat(c.n_head // c.kv_heads, 2) for x in (k, v))
+        scores = np.einsum("bthk,bshk->bhts", q, k) / math.sqrt(c.head_dim)
         scores = np.where(np.tri(t, dtype=bool), scores, -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)
@@ -167,6 +172,8 @@ def numpy_gpt(c: ModelConfig, params, tokens):
         {"embedding_norm": True, "logit_softcap": 1.5, "tie_word_embeddings": False},
         {"residual_scalars": True, "value_embeddings": True},
         {"preset": "modern", "residual_scalars": True, "value_embeddings": True},
+        {"n_head": 4, "n_kv_head": 2, "head_size": 6, "value_embeddings": True},
+        {"n_kv_head": 1, "position": "rope"},
     ],
     ids=str,
 )

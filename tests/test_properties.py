@@ -53,6 +53,7 @@ BASE = {
 }
 ALONE = {  # keys whose values another key limits, too
     "model.n_head": st.sampled_from(divisors(64)),
+    "model.n_kv_head": st.just(1),
     "model.n_embd": st.integers(1, 1000).map(lambda n: 2 * n),
     **{f"mesh.{axis}": st.integers(1, 64) for axis in ("replica", "data", "fsdp", "tensor")},
     "optim.min_lr": st.just(0.0),

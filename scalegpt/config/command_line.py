@@ -13,10 +13,10 @@ from typing import Any, NoReturn
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
 from scalegpt.config import BatchConfig, Config, DataConfig, EvalConfig, RunConfig
+from scalegpt.config.architectures import GPT2_SIZES
 from scalegpt.config.loading import load, nearest, parse_yaml, with_overrides
 from scalegpt.config.predecessors import advice
 from scalegpt.config.presets import own_configs
-from scalegpt.config.recipe import GPT2_SIZES
 from scalegpt.errors import Mistake
 
 

@@ -11,8 +11,11 @@ such that its time scale stays the same share of the run. nanochat scales by the
 import math
 from typing import Any
 
+from pydantic import ValidationError
+
 from scalegpt.config import types
-from scalegpt.config.recipe import GPT2_SIZES, MUON, muons
+from scalegpt.config.architectures import GPT2_SIZES, PRESETS
+from scalegpt.config.recipe import MUON, ModelConfig, muons
 from scalegpt.errors import Mistake
 
 TOKENS_PER_WEIGHT = 12
@@ -42,10 +45,12 @@ def derived(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
     model.setdefault("n_embd", width(depth))
     model.setdefault("block_size", 1024)
     layers = _whole("model.n_layer", model["n_layer"])
-    # The preset "gpt2" may have any number of layers; the other presets are sizes.
+    # The preset "gpt2" may have any number of layers; others that have one are sizes.
     preset = str(model["preset"])
-    is_size = preset in GPT2_SIZES and preset != "gpt2" and "n_layer" not in given["model"]
-    if depth != (GPT2_SIZES[preset][0] if is_size else layers):
+    size = None if preset == "gpt2" else PRESETS.get(preset, {}).get("n_layer")
+    is_size = size is not None and "n_layer" not in given["model"]
+    # Beside a width that follows from the depth, the rest of such a size would fit no longer.
+    if depth != (size if is_size else layers) or (is_size and preset not in GPT2_SIZES):
         other = f"preset={preset}" if is_size else f"n_layer={layers}"
         raise Mistake(
             f"model.depth={depth} and model.{other} both set the number of layers; leave one out: "
@@ -56,8 +61,12 @@ def derived(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
     vocabulary = _whole("model.vocab_size", model.get("vocab_size") or VOCABULARY)
     length = _whole("model.block_size", model["block_size"])
 
-    tokens = TOKENS_PER_WEIGHT * weights(layers, embd, vocabulary)
-    tuned_tokens = TOKENS_PER_WEIGHT * weights(DEPTH, width(DEPTH), VOCABULARY)
+    try:
+        tokens = TOKENS_PER_WEIGHT * weights(ModelConfig.model_validate(model), vocabulary)
+    except ValidationError:  # whoever asked validates the model, too, and will say it
+        return {}
+    tuned = ModelConfig(n_layer=DEPTH, n_embd=width(DEPTH), n_head=1)
+    tuned_tokens = TOKENS_PER_WEIGHT * weights(tuned, VOCABULARY)
     batch_tokens = 2 ** round(math.log2(BATCH * (tokens / tuned_tokens) ** 0.383))
     batch.setdefault("sequences", max(1, batch_tokens // length))
     batch_tokens = _whole("batch.sequences", batch["sequences"]) * length
@@ -110,9 +119,10 @@ def updates(rows: float, sequences: int, growth: dict[Any, Any]) -> int:
     return done + max(1, round(rows / sequences))
 
 
-def weights(layers: int, embd: int, vocabulary: int) -> int:
+def weights(model: ModelConfig, vocabulary: int) -> int:
     """Return the number of weights in the layers' matrices and the head; tokens scale with it."""
-    return 12 * layers * embd**2 + vocabulary * embd
+    attention = 2 * (model.n_head + model.kv_heads) * model.head_dim
+    return (model.n_layer * (attention + 8 * model.n_embd) + vocabulary) * model.n_embd
 
 
 def _whole(key: str, value: Any) -> int:

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, model_validator
 
+from scalegpt.config.architectures import PRESETS
 from scalegpt.config.types import (
     Amount,
     Integer,
@@ -17,25 +18,6 @@ from scalegpt.config.types import (
 )
 from scalegpt.errors import Mistake
 
-# n_layer, n_head, n_embd of the GPT-2 paper's table 2; the rest is common to all four.
-GPT2_SIZES = {
-    "gpt2": (12, 12, 768),
-    "gpt2-medium": (24, 16, 1024),
-    "gpt2-large": (36, 20, 1280),
-    "gpt2-xl": (48, 25, 1600),
-}
-# modded-nanogpt and nanochat agree on these; left out is what pays only with custom kernels.
-MODERN = {
-    "position": "rope",
-    "norm": "rmsnorm",
-    "qk_norm": True,
-    "activation": "relu2",
-    "init": "zero_out",
-    "tie_word_embeddings": False,
-    "embedding_norm": True,
-    "logit_softcap": 15.0,
-    "bias": False,
-}
 # Muon's defaults, where AdamW's would be wrong: Muon's updates all have the same size, so that the
 # learning rate alone sets the pace, and the parameters that AdamW trains beside it need their own.
 MUON = {
@@ -66,7 +48,9 @@ def muons(model: dict[str, Any]) -> dict[str, Any]:
     embedding rate for a modern table would wreck it.
     """
     tied = model.get("tie_word_embeddings")
-    tied = model.get("preset") != "modern" if tied is None else str(tied).lower() not in _FALSE
+    if tied is None:
+        tied = PRESETS.get(str(model.get("preset")), {}).get("tie_word_embeddings", True)
+    tied = str(tied).lower() not in _FALSE
     return MUON | ({"embedding_lr": TIED_EMBEDDING_LR} if tied else {})
 
 
@@ -74,9 +58,9 @@ _FALSE = ("false", "0", "off", "no", "f", "n")  # as pydantic reads a command li
 
 
 class ModelConfig(Section):
-    """The GPT's architecture; the defaults are nanoGPT's 124M model, presets are GPT-2's sizes."""
+    """The GPT's architecture; the defaults are nanoGPT's 124M model, presets are others."""
 
-    preset: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "modern"] | None = None
+    preset: Literal[tuple(PRESETS)] | None = None
     """gpt2*: its n_layer, n_head, n_embd, block_size 1024, bias; modern: an architecture of any
     size that needs fewer tokens; keys that are given override the preset's"""
     depth: Annotated[Integer, Field(ge=1, le=1000)] | None = None
@@ -85,7 +69,12 @@ class ModelConfig(Section):
     n_layer: Annotated[Integer, Field(ge=1, le=10_000)] = 12
     """number of layers"""
     n_head: Width = 12
-    """number of attention heads; divides n_embd"""
+    """number of attention heads; divides n_embd, unless head_size is given"""
+    n_kv_head: Width | None = None
+    """number of heads of keys and values, which queries share in groups; divides n_head, its
+    default"""
+    head_size: Width | None = None
+    """width of a head; default: n_embd / n_head"""
     n_embd: Width = 768
     """width of the residual stream"""
     block_size: Positive = 1024
@@ -142,30 +131,37 @@ class ModelConfig(Section):
     def _fill_preset(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        if values.get("preset") == "modern":
-            return {**MODERN, **values}
-        if (name := values.get("preset")) in GPT2_SIZES:
-            size = dict(zip(("n_layer", "n_head", "n_embd"), GPT2_SIZES[name], strict=True))
-            values = {**size, "block_size": 1024, "bias": True, **values}
-        return values
+        return {**PRESETS.get(str(values.get("preset")), {}), **values}
 
     @model_validator(mode="after")
     def _check(self) -> "ModelConfig":
-        if self.n_embd % self.n_head:
+        if self.head_size is None and self.n_embd % self.n_head:
             raise Mistake(
                 f"model.n_embd={self.n_embd} is not divisible by model.n_head={self.n_head}; "
                 f"n_head could be {divisors_near(self.n_embd, self.n_head)}"
             )
+        if self.n_head % self.kv_heads:
+            raise Mistake(
+                f"model.n_head={self.n_head} is not divisible by model.n_kv_head={self.n_kv_head}; "
+                f"n_kv_head could be {divisors_near(self.n_head, self.kv_heads)}"
+            )
         if self.position == "rope" and self.head_dim % 2:
             raise Mistake(
                 f"model.position=rope needs an even head size, n_embd/n_head={self.head_dim}"
+                if self.head_size is None
+                else f"model.position=rope needs an even model.head_size, not {self.head_size}"
             )
         return self
 
     @property
     def head_dim(self) -> int:
         """The width of one attention head."""
-        return self.n_embd // self.n_head
+        return self.head_size or self.n_embd // self.n_head
+
+    @property
+    def kv_heads(self) -> int:
+        """The number of heads that keys and values have."""
+        return self.n_kv_head or self.n_head
 
     @property
     def padded_vocab(self) -> int:

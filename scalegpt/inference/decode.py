@@ -207,7 +207,7 @@ def _begin(model: GPT, tokens: Array, first: Array, slots: int) -> tuple[Array, 
 
 def empty_cache(model: GPT, first: Array, slots: int) -> Cache:
     c = model.config
-    shape = (len(first), c.n_head, slots, c.head_dim)
+    shape = (len(first), c.kv_heads, slots, c.head_dim)
 
     def empty() -> Array:
         return constrain(jnp.zeros(shape, model.dtype), "batch", "act_heads", None, None)

@@ -51,12 +51,12 @@ def flops_by_component(model: ModelConfig, causal: bool = False) -> dict[str, in
     """Count the FLOPs of the forward pass over one sequence of block_size tokens, over all layers.
 
     Only matrix products count, 2 FLOPs for a multiply-add: the matrices of the layers, the
-    head, and in attention q·k and scores·v (2 T^2 D each). Looking up embeddings costs nothing;
+    head, and in attention q·k and scores·v (2 T^2 H K each). Looking up embeddings costs nothing;
     norms, biases, GELU and softmax are left out. `causal`: only the useful half of T x T counts.
     Source: nanoGPT's transformer_sizing.ipynb, whose figures are those with causal=False.
     """
     L, T, D = model.n_layer, model.block_size, model.n_embd
-    pairs = T * T * D if causal else 2 * T * T * D
+    pairs = (1 if causal else 2) * T * T * model.n_head * model.head_dim
     matrices = {
         _component(path): 2 * T * parameter.size(model.vocab_size)
         for path, parameter in parameters(model).items()
@@ -72,7 +72,7 @@ def forward_flops(model: ModelConfig, causal: bool = False) -> int:
 
 
 def flops_per_token(model: ModelConfig, causal: bool = True) -> float:
-    """Count the FLOPs of training on a token, both passes: 6 N + 12 L T D (6 L T D if causal).
+    """Count the FLOPs of training on a token, both passes: 6 N + 12 L T H K (half of it if causal).
 
     N: weights of matrix products, head included. The backward pass costs twice the forward pass;
     recomputation (remat) is not model work and is not counted. Source: PaLM, arXiv:2204.02311,
@@ -86,7 +86,8 @@ def palm_flops_per_token(model: ModelConfig) -> int:
 
     Source: PaLM, arXiv:2204.02311, appendix B, with N as in nanoGPT's transformer_sizing.ipynb.
     """
-    return 6 * used_parameters(model) + 12 * model.n_layer * model.n_embd * model.block_size
+    pairs = model.n_layer * model.n_head * model.head_dim * model.block_size
+    return 6 * used_parameters(model) + 12 * pairs
 
 
 # Dense TFLOP/s of 16-bit matrix products with float32 accumulation, for one *JAX device*. Vendors

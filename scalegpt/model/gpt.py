@@ -1,6 +1,7 @@
 """This is the GPT in Flax linen; every parameter and activation carries logical axis names.
 
-Shapes: B rows, T positions, D embed, H heads, K head size, F = 4 D, V padded vocabulary, L layers.
+Shapes: B rows, T positions, D embed, H heads, N heads of keys and values, K head size, F = 4 D,
+V padded vocabulary, L layers.
 Layers are stacked: each block parameter has a leading axis `layers`, whether the compiler loops
 over it or unrolls it, so that a checkpoint fits both.
 """
@@ -36,7 +37,7 @@ from scalegpt.model.layers import (
 class Cache:
     """A cache holds the keys and values of the tokens so far, for decoding.
 
-    layers: (keys, values) of each layer, both [B, H, S, K]. first [B]: where each text begins.
+    layers: (keys, values) of each layer, both [B, N, S, K]. first [B]: where each text begins.
     used: how many slots are filled, of all rows, or [B] of each. Where it is of all, shorter texts
     are padded on the left.
     """
@@ -137,13 +138,11 @@ class Attention(_Layer):
         keys: dropout's, one a row, or None; `key` is the attention's.
         """
         c, (d, h, k) = self.config, (self.config.n_embd, self.config.n_head, self.config.head_dim)
-        kernel = self.weight("qkv_kernel", (d, 3, h, k), ("embed", "qkv", "heads", "kv"), d)
-        qkv = project("btd,dchk->btchk", x, kernel)
-        qkv = qkv + self.bias("qkv_bias", (3, h, k), ("qkv", "heads", "kv"))
-        qkv = constrain(qkv, "batch", "position", None, "act_heads", None)
-        # Indexing would make the gradient a sum of three arrays, each filled up with zeros.
-        split = checkpoint_name(jnp.split(qkv, 3, axis=2), "project")
-        q, key, v = (x.squeeze(2) for x in split)
+        if c.kv_heads == h:
+            q, key, v = self.projections("qkv", x, 3, h, "heads")
+        else:
+            (q,) = self.projections("q", x, 1, h, "heads")
+            key, v = self.projections("kv", x, 2, c.kv_heads, "kv_heads")
         if c.value_embeddings:
             v = v + self.value_embedding(context.tokens)
         if c.qk_norm:
@@ -169,15 +168,25 @@ class Attention(_Layer):
         y = project("bthk,hkd->btd", y, kernel) + self.bias("proj_bias", (d,), ("norm",))
         return dropout(y, c.dropout, keys, 3 * layer + 1), cached
 
+    def projections(self, name: str, x: Array, n: int, heads: int, axis: str) -> list[Array]:
+        """Multiply x by n matrices that are one parameter; return n arrays [B, T, heads, K]."""
+        d, k = self.config.n_embd, self.config.head_dim
+        shape, axes = (n, heads, k), ("qkv", axis, "kv")
+        kernel = self.weight(f"{name}_kernel", (d, *shape), ("embed", *axes), d)
+        y = project("btd,dchk->btchk", x, kernel) + self.bias(f"{name}_bias", shape, axes)
+        y = constrain(y, "batch", "position", None, "act_heads", None)
+        # Indexing would make the gradient a sum of n arrays, each filled up with zeros.
+        return [y.squeeze(2) for y in checkpoint_name(jnp.split(y, n, axis=2), "project")]
+
     def value_embedding(self, tokens: Array) -> Array:
-        """Look up embeddings [B, T, H, K] of tokens [B, T], scaled by a learned scalar a head."""
+        """Look up embeddings [B, T, N, K] of tokens [B, T], scaled by a learned scalar a head."""
         c = self.config
-        shape, axes = (c.padded_vocab, c.n_embd), ("vocab", "table_embed")
+        shape, axes = (c.padded_vocab, c.kv_heads * c.head_dim), ("vocab", "table_embed")
         table = self.table("value_table", shape, axes, 0.02)
         # Gathered before it is looked up, as the token table in `GPT._whole_texts` is.
         rows = constrain(constrain(table, "act_vocab", None), None, None)[tokens]
-        strength = self.scalars("value_strength", [1.0] * c.n_head)
-        rows = rows.reshape(*tokens.shape, c.n_head, c.head_dim) * strength[:, None]
+        strength = self.scalars("value_strength", [1.0] * c.kv_heads)
+        rows = rows.reshape(*tokens.shape, c.kv_heads, c.head_dim) * strength[:, None]
         return constrain(rows.astype(self.dtype), "batch", "position", "act_heads", None)
 
 

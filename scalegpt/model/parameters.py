@@ -17,7 +17,7 @@ from scalegpt.errors import Mistake
 from scalegpt.model.gpt import GPT
 
 STACKED = ("layers", "qkv")  # axes that number matrices or vectors
-_VECTORS = {("norm",), ("mlp",), ("heads", "kv"), (None,)}
+_VECTORS = {("norm",), ("mlp",), ("heads", "kv"), ("kv_heads", "kv"), (None,)}
 
 
 class Parameter(NamedTuple):

@@ -76,13 +76,17 @@ def on_device(
     trained = parameters_on_device(model, mesh, "trained", lora)
     matrices = parameters_on_device(model, mesh, "matrices")
 
-    # Fitted: for a score, float32 weights and 2.5 copies in the products' dtype; for the rest, 17
-    # values a position and channel, 12 of which are split over tensor.
+    # Fitted: for a score, float32 weights and 2.5 copies in the products' dtype; for the rest, of
+    # GPT-2, 17 values a position and channel, 12 of which are split over tensor: queries and what
+    # attention gives, keys and values, and the MLP before and after its activation.
     scores = 0 if fused_attention else tokens * T * model.n_head // tensor
-    layer = tokens * D * itemsize * (5 + 12 / tensor) + scores * (4 + 2.5 * itemsize)
+    queries, keys = (heads * model.head_dim for heads in (model.n_head, model.kv_heads))
+    split = (2 * queries + 2 * keys + 8 * D) / tensor
+    layer = tokens * itemsize * (5 * D + split) + scores * (4 + 2.5 * itemsize)
+    split = (queries + 2 * keys + 4 * D) / tensor
     activations = {
         "none": L * layer,
-        "dots": L * tokens * D * itemsize * (3 + 7 / tensor),
+        "dots": L * tokens * itemsize * (3 * D + split),
         "full": L * tokens * D * itemsize,
     }[remat]
     logits = microbatch * min(model.loss_chunk, T) * rows * (4 + itemsize)  # and their gradient

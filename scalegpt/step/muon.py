@@ -4,7 +4,7 @@ All matrices of one shape are one stack. On a mesh the stack is resharded so tha
 whole matrices: once each way for each shape and update, instead of several times for each product
 of each matrix.
 
-Shapes: N matrices of a stack, D embed, W the other side of a matrix (heads or MLP), D <= W.
+Shapes: N matrices of a stack, D embed, W the other side of a matrix (heads or MLP).
 """
 
 from collections.abc import Callable, Mapping
@@ -54,6 +54,8 @@ def layout(axes: tuple[str | None, ...]) -> Layout:
 
 def orthogonalise(x: Array, steps: int) -> Array:
     """Approximate U V^T of each matrix U S V^T in x [N, D, W] by Newton-Schulz, in x's dtype."""
+    if x.shape[-2] > x.shape[-1]:  # the squares below are those of the shorter side
+        return orthogonalise(x.mT, steps).mT
     norm = jnp.sqrt(jnp.square(x.astype(jnp.float32)).sum((-2, -1), keepdims=True))
     x = (x / (norm + 1e-8)).astype(x.dtype)
     a, b, c = COEFFICIENTS

@@ -30,6 +30,7 @@ RULES = {
     "embed": "fsdp",
     "qkv": None,
     "heads": "tensor",
+    "kv_heads": "tensor",
     "kv": None,
     "mlp": "tensor",
     "norm": None,
@@ -173,6 +174,11 @@ def check_divisible(model: ModelConfig, mesh: Mesh | AbstractMesh) -> None:
         raise Mistake(
             f"model.n_head={model.n_head} does not divide over mesh.tensor={tensor}; "
             "use a tensor size that divides the heads"
+        )
+    if model.kv_heads % tensor:
+        raise Mistake(
+            f"model.n_kv_head={model.n_kv_head} does not divide over mesh.tensor={tensor}; "
+            "use a tensor size that divides the heads of keys and values, and data for the rest"
         )
     if model.n_embd % fsdp:
         raise Mistake(
