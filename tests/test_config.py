@@ -543,6 +543,8 @@ OTHER = {  # a value that differs from the default, where adding one will not do
     "model.depth": 3,
     "model.n_head": 6,
     "model.n_kv_head": 4,
+    "model.mlp": "swiglu",
+    "model.n_inner": 128,
     "model.head_size": 8,
     "model.n_embd": 96,
     "model.position": "rope",

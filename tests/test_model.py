@@ -120,10 +120,12 @@ def numpy_gpt(c: ModelConfig, params, tokens):
         z = z * np.exp(1j * t[:, None] * c.rope_base ** (-2 * j / c.head_dim))[:, None, :]
         return np.concatenate([z.real, z.imag], -1)
 
-    def activation(x):
-        if c.activation == "relu2":
-            return np.maximum(x, 0) ** 2
-        if c.activation == "gelu":
+    def activation(x, name):
+        if "relu" in name:
+            return np.maximum(x, 0) ** (2 if name == "relu2" else 1)
+        if name in ("silu", "swiglu"):
+            return x / (1 + np.exp(-x))
+        if name in ("gelu", "geglu"):
             return x * 0.5 * (1 + erf(x / math.sqrt(2)))
         return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
@@ -155,7 +157,13 @@ def numpy_gpt(c: ModelConfig, params, tokens):
         weights /= weights.sum(-1, keepdims=True)
         y = np.einsum("bhts,bshk->bthk", weights, v).reshape(b, t, -1)
         x = x + linear(y, "h/attn/proj", i)
-        x = x + linear(activation(linear(norm(x, "h/ln_2", i), "h/mlp/up", i)), "h/mlp/down", i)
+        normed = norm(x, "h/ln_2", i)
+        up = linear(normed, "h/mlp/up", i)
+        if c.mlp == "plain":
+            inner = activation(up, c.activation)
+        else:
+            inner = activation(linear(normed, "h/mlp/gate", i), c.mlp) * up
+        x = x + linear(inner, "h/mlp/down", i)
     z = norm(x, "ln_f") @ p.get("head_kernel", p["wte"])[: c.vocab_size].T
     return c.logit_softcap * z / np.sqrt(z**2 + c.logit_softcap**2) if c.logit_softcap else z
 
@@ -174,6 +182,11 @@ def numpy_gpt(c: ModelConfig, params, tokens):
         {"preset": "modern", "residual_scalars": True, "value_embeddings": True},
         {"n_head": 4, "n_kv_head": 2, "head_size": 6, "value_embeddings": True},
         {"n_kv_head": 1, "position": "rope"},
+        {"mlp": "swiglu", "n_inner": 20},
+        {"mlp": "geglu"},
+        {"mlp": "geglu_tanh"},
+        {"activation": "silu", "n_inner": 7},
+        {"activation": "relu"},
     ],
     ids=str,
 )

@@ -122,7 +122,8 @@ def updates(rows: float, sequences: int, growth: dict[Any, Any]) -> int:
 def weights(model: ModelConfig, vocabulary: int) -> int:
     """Return the number of weights in the layers' matrices and the head; tokens scale with it."""
     attention = 2 * (model.n_head + model.kv_heads) * model.head_dim
-    return (model.n_layer * (attention + 8 * model.n_embd) + vocabulary) * model.n_embd
+    mlp = (2 if model.mlp == "plain" else 3) * model.inner
+    return (model.n_layer * (attention + mlp) + vocabulary) * model.n_embd
 
 
 def _whole(key: str, value: Any) -> int:

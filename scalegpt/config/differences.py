@@ -62,6 +62,7 @@ def unread(config: Config) -> dict[str, str]:
     local = not any("://" in path for path in config.data.weights)
     cases = (
         ("model.position=learned", model.position == "learned", "model.rope_base"),
+        (f"model.mlp={model.mlp}", model.mlp != "plain", "model.activation"),
         ("model.tie_word_embeddings=true", model.tie_word_embeddings, "optim.head_lr"),
         ("a model without norms, biases or scalars", no_scalars, "optim.scalar_lr"),
         ("optim.schedule=constant", optim.schedule == "constant", "optim.min_lr optim.decay_steps"),

@@ -98,8 +98,13 @@ class ModelConfig(Section):
     """a learned embedding of each position, or rotation of queries and keys (RoPE)"""
     rope_base: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10000.0
     """with rope: the base of the rotation's wavelengths"""
-    activation: Literal["gelu_tanh", "gelu", "relu2"] = "gelu_tanh"
-    """GPT-2's tanh approximation, the exact GELU of nanoGPT, or the square of ReLU"""
+    mlp: Literal["plain", "swiglu", "geglu", "geglu_tanh"] = "plain"
+    """plain: two matrices around the activation; the others have a third, a gate through SiLU or
+    GELU (exact or by tanh) that the first one's result is multiplied with"""
+    n_inner: Width | None = None
+    """width within the MLP; default: 4 n_embd, with a gate 8/3 n_embd up to a multiple of 256"""
+    activation: Literal["gelu_tanh", "gelu", "relu2", "relu", "silu"] = "gelu_tanh"
+    """GPT-2's tanh approximation, the exact GELU of nanoGPT, the square of ReLU, or others"""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """rmsnorm divides by the root mean square and has no parameters"""
     qk_norm: bool = False
@@ -162,6 +167,12 @@ class ModelConfig(Section):
     def kv_heads(self) -> int:
         """The number of heads that keys and values have."""
         return self.n_kv_head or self.n_head
+
+    @property
+    def inner(self) -> int:
+        """The width within the MLP."""
+        gated = -(-8 * self.n_embd // (3 * 256)) * 256
+        return self.n_inner or (4 * self.n_embd if self.mlp == "plain" else gated)
 
     @property
     def padded_vocab(self) -> int:

@@ -1,7 +1,7 @@
 """This is the GPT in Flax linen; every parameter and activation carries logical axis names.
 
-Shapes: B rows, T positions, D embed, H heads, N heads of keys and values, K head size, F = 4 D,
-V padded vocabulary, L layers.
+Shapes: B rows, T positions, D embed, H heads, N heads of keys and values, K head size, F width
+within the MLP, V padded vocabulary, L layers.
 Layers are stacked: each block parameter has a leading axis `layers`, whether the compiler loops
 over it or unrolls it, so that a checkpoint fits both.
 """
@@ -23,6 +23,7 @@ from scalegpt.model.attention import cached_attention, causal_attention
 from scalegpt.model.custom_gradients import product, recompute
 from scalegpt.model.layers import (
     ACTIVATIONS,
+    GATES,
     constrain,
     dropout,
     layer_norm,
@@ -193,13 +194,20 @@ class Attention(_Layer):
 class MLP(_Layer):
     @nn.compact
     def __call__(self, x: Array, layer: Array, keys: Array | None) -> Array:
-        c, (d, f) = self.config, (self.config.n_embd, 4 * self.config.n_embd)
-        x = project("btd,df->btf", x, self.weight("up_kernel", (d, f), ("embed", "mlp"), d))
-        x = constrain(x + self.bias("up_bias", (f,), ("mlp",)), "batch", "position", "act_mlp")
-        x = recompute(ACTIVATIONS[c.activation], x)
+        c, (d, f) = self.config, (self.config.n_embd, self.config.inner)
+        up = self.projection("up", x, f)
+        if c.mlp == "plain":
+            x = recompute(ACTIVATIONS[c.activation], up)
+        else:
+            x = recompute(GATES[c.mlp], self.projection("gate", x, f), up)
         kernel = self.weight("down_kernel", (f, d), ("mlp", "embed"))
         x = project("btf,fd->btd", x, kernel) + self.bias("down_bias", (d,), ("norm",))
         return dropout(x, c.dropout, keys, 3 * layer + 2)
+
+    def projection(self, name: str, x: Array, f: int) -> Array:
+        kernel = self.weight(f"{name}_kernel", (x.shape[-1], f), ("embed", "mlp"), x.shape[-1])
+        x = project("btd,df->btf", x, kernel) + self.bias(f"{name}_bias", (f,), ("mlp",))
+        return constrain(x, "batch", "position", "act_mlp")
 
 
 class Block(_Layer):

@@ -32,7 +32,28 @@ def squared_relu(x: Array) -> Array:
     return jnp.square(jax.nn.relu(x))
 
 
-ACTIVATIONS = {"gelu_tanh": jax.nn.gelu, "gelu": gelu, "relu2": squared_relu}
+ACTIVATIONS = {
+    "gelu_tanh": jax.nn.gelu,
+    "gelu": gelu,
+    "relu2": squared_relu,
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
+
+
+def swiglu(gate: Array, x: Array) -> Array:
+    return jax.nn.silu(gate) * x
+
+
+def geglu(gate: Array, x: Array) -> Array:
+    return gelu(gate) * x
+
+
+def geglu_tanh(gate: Array, x: Array) -> Array:
+    return jax.nn.gelu(gate) * x
+
+
+GATES = {"swiglu": swiglu, "geglu": geglu, "geglu_tanh": geglu_tanh}  # arXiv:2002.05202
 
 
 def constrain(x: Array, *names: str | None) -> Array:

@@ -81,9 +81,10 @@ def on_device(
     # attention gives, keys and values, and the MLP before and after its activation.
     scores = 0 if fused_attention else tokens * T * model.n_head // tensor
     queries, keys = (heads * model.head_dim for heads in (model.n_head, model.kv_heads))
-    split = (2 * queries + 2 * keys + 8 * D) / tensor
+    up = model.inner if model.mlp == "plain" else 2 * model.inner
+    split = (2 * queries + 2 * keys + up + up) / tensor
     layer = tokens * itemsize * (5 * D + split) + scores * (4 + 2.5 * itemsize)
-    split = (queries + 2 * keys + 4 * D) / tensor
+    split = (queries + 2 * keys + up) / tensor
     activations = {
         "none": L * layer,
         "dots": L * tokens * itemsize * (3 * D + split),

@@ -180,6 +180,11 @@ def check_divisible(model: ModelConfig, mesh: Mesh | AbstractMesh) -> None:
             f"model.n_kv_head={model.n_kv_head} does not divide over mesh.tensor={tensor}; "
             "use a tensor size that divides the heads of keys and values, and data for the rest"
         )
+    if model.inner % tensor:
+        raise Mistake(
+            f"the MLP's width of {model.inner} does not divide over mesh.tensor={tensor}; "
+            "set another model.n_inner, or use a smaller tensor, and data for the rest"
+        )
     if model.n_embd % fsdp:
         raise Mistake(
             f"model.n_embd={model.n_embd} does not divide over mesh.fsdp={fsdp}; "

@@ -31,6 +31,8 @@ _ONLY = {
     "qk_norm": False,
     "embedding_norm": False,
     "logit_softcap": 0.0,
+    "mlp": "plain",
+    "n_inner": None,
     "n_kv_head": None,
     "head_size": None,
     "residual_scalars": False,
