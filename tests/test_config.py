@@ -530,8 +530,8 @@ NEUTRAL = {
     "data.prepare",
     "data.prefetch",
     "data.cache_dir",
-    # Of RoPE, of wsd and of an untied head, which the defaults are not.
-    *("model.rope_base", "optim.cooldown", "optim.head_lr"),
+    # Of RoPE, of rmsnorm, of wsd and of an untied head, which the defaults are not.
+    *("model.rope_base", "model.norm_gain", "optim.cooldown", "optim.head_lr"),
     *("lora.alpha", "lora.marks"),  # with a rank; the second follows from the data
     # What isolate and the data, and steps say.
     *("model.bos", "optim.epochs", "objective.width"),
@@ -545,6 +545,7 @@ OTHER = {  # a value that differs from the default, where adding one will not do
     "model.n_kv_head": 4,
     "model.mlp": "swiglu",
     "model.n_inner": 128,
+    "model.norm_eps": 1e-4,
     "model.head_size": 8,
     "model.n_embd": 96,
     "model.position": "rope",

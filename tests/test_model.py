@@ -52,7 +52,7 @@ def random_params(model, seed=1):
     rng = np.random.default_rng(seed)
 
     def leaf(path, x):
-        mean = 1.0 if path[-1].key == "scale" else 0.0
+        mean = 1.0 if path[-1].key in ("scale", "q_gain", "k_gain") else 0.0
         return jnp.asarray(mean + 0.2 * rng.normal(size=x.shape), jnp.float32)
 
     return jax.tree_util.tree_map_with_path(leaf, shapes(model))
@@ -93,15 +93,17 @@ def numpy_gpt(c: ModelConfig, params, tokens):
     p = {k: np.asarray(v, np.float64) for k, v in named(params).items()}
     erf = np.vectorize(math.erf)
 
-    def rms(x):
-        return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6)
+    def rms(x, gain=1.0):
+        return gain * x / np.sqrt((x * x).mean(-1, keepdims=True) + (c.norm_eps or 1e-6))
 
     def norm(x, name, layer=None):
-        if c.norm == "rmsnorm":
-            return rms(x)
         scale, bias = (p.get(f"{name}/{k}") for k in ("scale", "bias"))
         pick = (lambda a: a) if layer is None else (lambda a: a[layer])
-        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        if c.norm == "rmsnorm":
+            return rms(x, 1.0 if scale is None else pick(scale))
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(
+            x.var(-1, keepdims=True) + (c.norm_eps or 1e-5)
+        )
         return x * pick(scale) + (0 if bias is None else pick(bias))
 
     def linear(x, name, layer):
@@ -148,7 +150,8 @@ def numpy_gpt(c: ModelConfig, params, tokens):
             added = p["h/attn/value_table"][i][tokens].reshape(v.shape)
             v = v + added * p["h/attn/value_strength"][i][:, None]
         if c.qk_norm:
-            q, k = rms(q), rms(k)
+            gains = [p.get(f"h/attn/{x}_gain", np.ones((c.n_layer, 1)))[i] for x in "qk"]
+            q, k = rms(q, gains[0]), rms(k, gains[1])
         q, k = turn(q), turn(k)
         k, v = (x.repeat(c.n_head // c.kv_heads, 2) for x in (k, v))
         scores = np.einsum("bthk,bshk->bhts", q, k) / math.sqrt(c.head_dim)
@@ -183,6 +186,8 @@ def numpy_gpt(c: ModelConfig, params, tokens):
         {"n_head": 4, "n_kv_head": 2, "head_size": 6, "value_embeddings": True},
         {"n_kv_head": 1, "position": "rope"},
         {"mlp": "swiglu", "n_inner": 20},
+        {"norm": "rmsnorm", "norm_gain": True, "norm_eps": 0.01, "qk_norm": True},
+        {"qkv_bias": True, "n_kv_head": 1, "norm_eps": 0.1},
         {"mlp": "geglu"},
         {"mlp": "geglu_tanh"},
         {"activation": "silu", "n_inner": 7},

@@ -244,7 +244,7 @@ def _states(model: GPT, params: Any, tokens: np.ndarray) -> list[jax.Array]:
     c, length = model.config, tokens.shape[1]
     x = params["wte"][tokens] + params.get("wpe", jnp.zeros((1, 1)))[:length]
     rotary = rotary_tables(length, c.head_dim, c.rope_base) if c.position == "rope" else None
-    x = rms_norm(x) if c.embedding_norm else x
+    x = rms_norm(x, eps=c.norm_eps) if c.embedding_norm else x
     context, block = Context(x, tokens, rotary), Block(c, model.dtype, "xla")
 
     def layer(x: jax.Array, params: Any) -> tuple[jax.Array, jax.Array]:

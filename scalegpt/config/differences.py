@@ -56,12 +56,16 @@ def resolved_as(stored: Config, config: Config) -> Config:
 def unread(config: Config) -> dict[str, str]:
     """Return the keys that nothing reads with this run's other keys, each with the key to blame."""
     model, optim = config.model, config.optim
-    scalars = model.bias, model.residual_scalars, model.value_embeddings
-    no_scalars = model.norm == "rmsnorm" and not any(scalars)
+    scalars = model.bias, model.qkv_bias, model.residual_scalars, model.value_embeddings
+    rms = model.norm == "rmsnorm"
+    no_scalars = rms and not (model.norm_gain or any(scalars))
+    no_rms = not rms and not model.qk_norm
     name, named = config.objective.name, config.log.wandb or config.log.trackio
     local = not any("://" in path for path in config.data.weights)
     cases = (
         ("model.position=learned", model.position == "learned", "model.rope_base"),
+        ("model.bias=true", model.bias, "model.qkv_bias"),
+        (f"model.norm={model.norm} without qk_norm", no_rms, "model.norm_gain"),
         (f"model.mlp={model.mlp}", model.mlp != "plain", "model.activation"),
         ("model.tie_word_embeddings=true", model.tie_word_embeddings, "optim.head_lr"),
         ("a model without norms, biases or scalars", no_scalars, "optim.scalar_lr"),

@@ -92,6 +92,8 @@ class ModelConfig(Section):
     """share of activations that training zeroes at random"""
     bias: bool = False
     """biases in linear layers and LayerNorms (GPT-2: true, nanoGPT: false)"""
+    qkv_bias: bool = False
+    """biases of queries, keys and values alone (Qwen2)"""
     tie_word_embeddings: bool = True
     """the head is the embedding table itself (GPT-2, nanoGPT); false: a table of its own"""
     position: Literal["learned", "rope"] = "learned"
@@ -106,7 +108,12 @@ class ModelConfig(Section):
     activation: Literal["gelu_tanh", "gelu", "relu2", "relu", "silu"] = "gelu_tanh"
     """GPT-2's tanh approximation, the exact GELU of nanoGPT, the square of ReLU, or others"""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    """rmsnorm divides by the root mean square and has no parameters"""
+    """rmsnorm divides by the root mean square"""
+    norm_gain: bool = False
+    """rmsnorm, in the layers, before the head and for qk_norm, multiplies by a learned gain; a
+    layernorm always does"""
+    norm_eps: Share | None = None
+    """what norms add to the mean square; default: 1e-5 for layernorm, 1e-6 for rmsnorm"""
     qk_norm: bool = False
     """queries and keys are normalised (rmsnorm) in each head, before rotation"""
     embedding_norm: bool = False

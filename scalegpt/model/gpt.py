@@ -7,6 +7,7 @@ over it or unrolls it, so that a checkpoint fits both.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -103,8 +104,13 @@ class _Layer(nn.Module):
         init = nn.with_logical_partitioning(lambda *_: jnp.array(values, jnp.float32), (None,))
         return self.param(name, init)
 
-    def bias(self, name: str, shape: tuple, axes: tuple) -> Array | float:
-        if not self.config.bias:
+    def gain(self, name: str, size: int) -> Array:
+        """Make a float32 vector that a norm multiplies with."""
+        ones = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+        return self.param(name, ones, (size,), jnp.float32)
+
+    def bias(self, name: str, shape: tuple, axes: tuple, wanted: bool = False) -> Array | float:
+        if not (self.config.bias or wanted):
             return 0.0
         init = nn.with_logical_partitioning(nn.initializers.zeros, axes)
         return self.param(name, init, shape, jnp.float32).astype(self.dtype)
@@ -114,11 +120,12 @@ class Norm(_Layer):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Normalise the last axis in float32, and return the dtype of products."""
-        if self.config.norm == "rmsnorm":
-            return recompute(rms_norm, x)
-        ones = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
-        x = recompute(layer_norm, x, self.param("scale", ones, x.shape[-1:], jnp.float32))
-        if self.config.bias:
+        c = self.config
+        if c.norm == "rmsnorm":
+            gain = (self.gain("scale", x.shape[-1]),) if c.norm_gain else ()
+            return recompute(partial(rms_norm, eps=c.norm_eps), x, *gain)
+        x = recompute(partial(layer_norm, eps=c.norm_eps), x, self.gain("scale", x.shape[-1]))
+        if c.bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("norm",))
             x = x + self.param("bias", zeros, x.shape[-1:], jnp.float32)
         return x.astype(self.dtype)
@@ -147,7 +154,9 @@ class Attention(_Layer):
         if c.value_embeddings:
             v = v + self.value_embedding(context.tokens)
         if c.qk_norm:
-            q, key = rms_norm(q), rms_norm(key)
+            gains = ("q_gain", "k_gain") if c.norm_gain else ()
+            gains = [self.gain(name, k) for name in gains] or [None, None]
+            q, key = (rms_norm(x, g, c.norm_eps) for x, g in zip((q, key), gains, strict=True))
         if context.rotary is not None:
             q, key = rotate(q, *context.rotary), rotate(key, *context.rotary)
         mask_keys = cached = None
@@ -174,7 +183,9 @@ class Attention(_Layer):
         d, k = self.config.n_embd, self.config.head_dim
         shape, axes = (n, heads, k), ("qkv", axis, "kv")
         kernel = self.weight(f"{name}_kernel", (d, *shape), ("embed", *axes), d)
-        y = project("btd,dchk->btchk", x, kernel) + self.bias(f"{name}_bias", shape, axes)
+        y = project("btd,dchk->btchk", x, kernel) + self.bias(
+            f"{name}_bias", shape, axes, self.config.qkv_bias
+        )
         y = constrain(y, "batch", "position", None, "act_heads", None)
         # Indexing would make the gradient a sum of n arrays, each filled up with zeros.
         return [y.squeeze(2) for y in checkpoint_name(jnp.split(y, n, axis=2), "project")]
@@ -317,7 +328,7 @@ class GPT(_Layer):
             std = 0.02 if c.init == "gpt2" else 1.0
             wpe = self.table("wpe", (c.block_size, c.n_embd), ("position", "embed"), std)
             rows = rows + constrain(wpe, None, None)[positions]
-        rows = rms_norm(rows) if c.embedding_norm else rows
+        rows = rms_norm(rows, eps=c.norm_eps) if c.embedding_norm else rows
         return constrain(rows.astype(self.dtype), "batch", "position", "act_embed")
 
     def _final_norm(self, x: Array) -> Array:

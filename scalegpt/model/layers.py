@@ -78,18 +78,19 @@ def dropout(x: Array, rate: float, keys: Array | None, site: Array | int) -> Arr
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
 
-def layer_norm(x: Array, scale: Array) -> Array:
+def layer_norm(x: Array, scale: Array, eps: float | None = None) -> Array:
     """Apply LayerNorm (arXiv:1607.06450) without bias to the last axis, in float32."""
     x = x.astype(jnp.float32)
     x = x - x.mean(-1, keepdims=True)
-    return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + LAYER_NORM_EPS) * scale
+    return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + (eps or LAYER_NORM_EPS)) * scale
 
 
-def rms_norm(x: Array) -> Array:
+def rms_norm(x: Array, gain: Array | None = None, eps: float | None = None) -> Array:
     """Divide x by the root mean square of its last axis, in float32, and return x's dtype
-    (arXiv:1910.07467, without a gain)."""
+    (arXiv:1910.07467)."""
     y = x.astype(jnp.float32)
-    return (y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + RMS_NORM_EPS)).astype(x.dtype)
+    y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + (eps or RMS_NORM_EPS))
+    return (y if gain is None else y * gain).astype(x.dtype)
 
 
 def rotate(x: Array, cos: Any, sin: Any) -> Array:

@@ -31,6 +31,8 @@ _ONLY = {
     "qk_norm": False,
     "embedding_norm": False,
     "logit_softcap": 0.0,
+    "norm_eps": None,
+    "qkv_bias": False,
     "mlp": "plain",
     "n_inner": None,
     "n_kv_head": None,

@@ -261,6 +261,8 @@ def check(against: str, model: Any) -> None:
         "activation": ["gelu", "gelu_tanh"],
         "tie_word_embeddings": [True],
         "logit_softcap": [0.0],
+        "norm_eps": [None],
+        "qkv_bias": [False],
         "mlp": ["plain"],
         "n_inner": [None],
         "n_kv_head": [None],
