@@ -17,7 +17,7 @@ from conftest import ROOT
 
 from scalegpt.config import Config, DataConfig, command_line, loading
 from scalegpt.config.differences import curve_diff
-from scalegpt.config.recipe import ModelConfig
+from scalegpt.config.recipe import ModelConfig, RopeScaling
 from scalegpt.model.flops import flops_per_token, parameter_count
 from scalegpt.processes.command import python
 from scalegpt.run import reports
@@ -307,6 +307,12 @@ def test_a_mistake_names_the_file_and_the_command_line_that_made_it(in_yaml):
         (["--optim.beta2=1"], ["optim.beta2='1'"]),
         (["--optim.grad_clip=-1"], ["optim.grad_clip='-1'"]),
         (["--optim.weight_decay=nan"], ["optim.weight_decay='nan'"]),
+        (
+            ["--model.rope_scaling={rope_type: yarn, factor: 4}"],
+            ["rope_scaling of type yarn needs original_max_position_embeddings"],
+        ),
+        (["--model.rope_scaling={rope_type: ntk, factor: 4}"], ["rope_scaling.rope_type='ntk'"]),
+        (["--model.n_head=4", "--model.n_kv_head=3"], ["n_kv_head=3", "could be 2 or 4"]),
         (["--model.rope_base=inf"], ["model.rope_base='inf'", "finite"]),
         (["--run.seed=-1"], ["run.seed='-1'"]),
         (["--checkpoint.keep=0"], ["checkpoint.keep='0'"]),
@@ -531,7 +537,13 @@ NEUTRAL = {
     "data.prefetch",
     "data.cache_dir",
     # Of RoPE, of rmsnorm, of wsd and of an untied head, which the defaults are not.
-    *("model.rope_base", "model.norm_gain", "optim.cooldown", "optim.head_lr"),
+    *(
+        "model.rope_base",
+        "model.rope_scaling",
+        "model.norm_gain",
+        "optim.cooldown",
+        "optim.head_lr",
+    ),
     *("lora.alpha", "lora.marks"),  # with a rank; the second follows from the data
     # What isolate and the data, and steps say.
     *("model.bos", "optim.epochs", "objective.width"),
@@ -546,6 +558,7 @@ OTHER = {  # a value that differs from the default, where adding one will not do
     "model.mlp": "swiglu",
     "model.n_inner": 128,
     "model.norm_eps": 1e-4,
+    "model.rope_scaling": RopeScaling(rope_type="linear", factor=2.0),
     "model.head_size": 8,
     "model.n_embd": 96,
     "model.position": "rope",

@@ -16,7 +16,7 @@ from conftest import ROOT
 from jax.extend.core import jaxprs_in_params
 
 from scalegpt.config.loading import validate
-from scalegpt.config.recipe import ModelConfig
+from scalegpt.config.recipe import ModelConfig, RopeScaling
 from scalegpt.model import gpt as model_module
 from scalegpt.model.flops import parameter_count
 from scalegpt.model.gpt import GPT, logits
@@ -232,6 +232,35 @@ def test_fault_10_learned_positions_are_used():
     other = {**params, "wpe": params["wpe"][::-1]}
     tokens = some_tokens()
     assert np.abs(all_logits(model, params, tokens) - all_logits(model, other, tokens)).max() > 0.1
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "linear", "factor": 4.0},
+        {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 512}
+        | {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 300},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+        | {"beta_fast": 20.0, "beta_slow": 2.0, "truncate": False, "attention_factor": 1.5},
+    ],
+    ids=str,
+)
+def test_scaled_rotations_are_those_of_transformers(scaling):
+    pytest.importorskip("torch", reason="the second opinion needs torch")
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = {**scaling, "rope_theta": 500.0}
+    theirs = LlamaConfig(hidden_size=64, num_attention_heads=1, rope_parameters=rope)
+    frequency, factor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](theirs, None)
+    angle = np.arange(700)[:, None] * frequency.double().numpy()
+    cos, sin = rotary_tables(700, 64, 500.0, RopeScaling(**scaling))
+    np.testing.assert_allclose(cos, factor * np.cos(angle), atol=1e-4)
+    np.testing.assert_allclose(sin, factor * np.sin(angle), atol=1e-4)
+    plain = rotary_tables(700, 64, 500.0)[0]
+    assert np.abs(cos - plain).max() > 0.5
 
 
 def test_rotation_depends_on_the_distance_only():

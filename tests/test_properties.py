@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from scalegpt.config import BatchConfig, Config, command_line, loading
+from scalegpt.config.recipe import RopeScaling
 from scalegpt.config.types import Name, Place, Text, Which, divisors
 from scalegpt.data import tokenizer
 from scalegpt.data.batches import TrainBatches, TrainOrder, mixture_index
@@ -54,6 +55,12 @@ BASE = {
 ALONE = {  # keys whose values another key limits, too
     "model.n_head": st.sampled_from(divisors(64)),
     "model.n_kv_head": st.just(1),
+    "model.rope_scaling": st.builds(
+        RopeScaling,
+        rope_type=st.sampled_from(["linear", "llama3", "yarn"]),
+        factor=st.floats(1, 64),
+        original_max_position_embeddings=st.integers(1, 9999),
+    ),
     "model.n_embd": st.integers(1, 1000).map(lambda n: 2 * n),
     **{f"mesh.{axis}": st.integers(1, 64) for axis in ("replica", "data", "fsdp", "tensor")},
     "optim.min_lr": st.just(0.0),
@@ -144,7 +151,8 @@ def test_any_value_of_the_right_type_is_accepted_and_lands(name, data):
     value = data.draw(KEYS[name].filter(lambda value: value is not None))
     expected = getattr(getattr(loading.validate(with_key(name, value), "here"), section), key)
     base = [f"--{s}.{k}={v}" for s, keys in BASE.items() for k, v in keys.items()]
-    text = json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else str(value)
+    plain = value.model_dump() if isinstance(value, RopeScaling) else value
+    text = json.dumps(plain, ensure_ascii=False) if isinstance(plain, dict) else str(plain)
     config, _ = command_line.parse([*base, f"--{name}={text}"], "test", {})
     found = getattr(getattr(config, section), key)
     assert found == expected == value

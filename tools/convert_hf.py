@@ -243,7 +243,9 @@ def _forward(model: GPT, params: Any, tokens: np.ndarray) -> tuple[jax.Array, ja
 def _states(model: GPT, params: Any, tokens: np.ndarray) -> list[jax.Array]:
     c, length = model.config, tokens.shape[1]
     x = params["wte"][tokens] + params.get("wpe", jnp.zeros((1, 1)))[:length]
-    rotary = rotary_tables(length, c.head_dim, c.rope_base) if c.position == "rope" else None
+    rotary = None
+    if c.position == "rope":
+        rotary = rotary_tables(length, c.head_dim, c.rope_base, c.rope_scaling)
     x = rms_norm(x, eps=c.norm_eps) if c.embedding_norm else x
     context, block = Context(x, tokens, rotary), Block(c, model.dtype, "xla")
 

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
-from scalegpt.config import BatchConfig, Config, DataConfig, EvalConfig, RunConfig
+from scalegpt.config import BatchConfig, Config, DataConfig, EvalConfig, ModelConfig, RunConfig
 from scalegpt.config.architectures import GPT2_SIZES
 from scalegpt.config.loading import load, nearest, parse_yaml, with_overrides
 from scalegpt.config.predecessors import advice
@@ -45,7 +45,8 @@ def parse(
         overrides, flag_values = source(), parser.parse_args(argv)
     except SettingsError as error:
         raise Mistake(f"{error}; write --section.key=value, one for each key") from None
-    for section, key in (("data", "path"), ("eval", "tasks"), ("batch", "growth")):
+    mappings = ("model.rope_scaling", "data.path", "eval.tasks", "batch.growth")
+    for section, _, key in (name.partition(".") for name in mappings):
         if isinstance(keys := overrides.get(section), dict) and key in keys:
             overrides[section] = {**keys, key: _mapping(f"--{section}.{key}", keys[key])}
     values = {} if flag_values.config is None else load(flag_values.config)
@@ -61,6 +62,12 @@ def parse(
 def text_of(value: Any) -> str:
     """Write a value for a command line, where `parse` reads JSON's true, null and {...}."""
     return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+
+
+class _ModelOnCommandLine(ModelConfig):
+    rope_scaling: str | None = None
+    """with rope: slower rotations for texts longer than before, '{rope_type: linear, llama3 or
+    yarn, factor: ...}' with the keys of transformers"""
 
 
 class _BatchOnCommandLine(BatchConfig):
@@ -89,6 +96,7 @@ class _CommandLine(Config, BaseSettings):
 
     # Texts here, because pydantic-settings would split "lang=en" and quote "C:\text" for a key
     # that may be a dictionary; `_mapping` makes the dictionary.
+    model: _ModelOnCommandLine = _ModelOnCommandLine()
     batch: _BatchOnCommandLine = _BatchOnCommandLine()
     data: _DataOnCommandLine
     eval: _EvalOnCommandLine = _EvalOnCommandLine()

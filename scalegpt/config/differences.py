@@ -63,7 +63,11 @@ def unread(config: Config) -> dict[str, str]:
     name, named = config.objective.name, config.log.wandb or config.log.trackio
     local = not any("://" in path for path in config.data.weights)
     cases = (
-        ("model.position=learned", model.position == "learned", "model.rope_base"),
+        (
+            "model.position=learned",
+            model.position == "learned",
+            "model.rope_base model.rope_scaling",
+        ),
         ("model.bias=true", model.bias, "model.qkv_bias"),
         (f"model.norm={model.norm} without qk_norm", no_rms, "model.norm_gain"),
         (f"model.mlp={model.mlp}", model.mlp != "plain", "model.activation"),

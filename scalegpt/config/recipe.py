@@ -57,6 +57,45 @@ def muons(model: dict[str, Any]) -> dict[str, Any]:
 _FALSE = ("false", "0", "off", "no", "f", "n")  # as pydantic reads a command line
 
 
+class RopeScaling(Section):
+    """How rotations slow down for texts longer than a model was trained on, with the names and the
+    defaults of transformers' `rope_scaling`."""
+
+    rope_type: Literal["linear", "llama3", "yarn"]
+    """linear: all; llama3: those of long wavelengths; yarn: these, too (arXiv:2309.00071)"""
+    factor: Annotated[float, Field(ge=1, allow_inf_nan=False)]
+    """how much slower the slowest rotate"""
+    original_max_position_embeddings: Positive | None = None
+    """the length of the texts before, for llama3 and yarn"""
+    low_freq_factor: Share = 1.0
+    """llama3: what rotates fewer times in a text before slows down by the factor"""
+    high_freq_factor: Share = 4.0
+    """llama3: what rotates more often stays"""
+    beta_fast: Share = 32.0
+    """yarn: what rotates more often stays"""
+    beta_slow: Share = 1.0
+    """yarn: what rotates fewer times slows down by the factor"""
+    truncate: bool = True
+    """yarn: both bounds are rounded, outwards, to whole dimensions"""
+    attention_factor: Share | None = None
+    """yarn: queries and keys are multiplied by it; default: 1 + 0.1 ln(factor)"""
+
+    @model_validator(mode="after")
+    def _check(self) -> "RopeScaling":
+        if self.rope_type != "linear" and self.original_max_position_embeddings is None:
+            raise Mistake(
+                f"model.rope_scaling of type {self.rope_type} needs "
+                "original_max_position_embeddings, the length of the texts before"
+            )
+        for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+            if getattr(self, low) >= getattr(self, high):
+                raise Mistake(
+                    f"model.rope_scaling has {low}={getattr(self, low)}, which must be below "
+                    f"{high}={getattr(self, high)}"
+                )
+        return self
+
+
 class ModelConfig(Section):
     """The GPT's architecture; the defaults are nanoGPT's 124M model, presets are others."""
 
@@ -100,6 +139,9 @@ class ModelConfig(Section):
     """a learned embedding of each position, or rotation of queries and keys (RoPE)"""
     rope_base: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10000.0
     """with rope: the base of the rotation's wavelengths"""
+    rope_scaling: RopeScaling | None = None
+    """with rope: slower rotations for texts longer than before, {rope_type: linear, llama3 or yarn,
+    factor: ...} with the keys of transformers"""
     mlp: Literal["plain", "swiglu", "geglu", "geglu_tanh"] = "plain"
     """plain: two matrices around the activation; the others have a third, a gate through SiLU or
     GELU (exact or by tanh) that the first one's result is multiplied with"""
@@ -163,6 +205,8 @@ class ModelConfig(Section):
                 if self.head_size is None
                 else f"model.position=rope needs an even model.head_size, not {self.head_size}"
             )
+        if self.rope_scaling and self.rope_scaling.rope_type == "yarn" and self.rope_base <= 1:
+            raise Mistake(f"model.rope_base={self.rope_base} must be above 1 for yarn")
         return self
 
     @property

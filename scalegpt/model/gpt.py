@@ -274,7 +274,9 @@ class GPT(_Layer):
             positions = jnp.arange(length) - starts
         x = self._embed(table[tokens], positions)
         x = dropout(x, c.dropout, dropout_keys, 3 * c.n_layer)
-        rotary = rotary_tables(length, c.head_dim, c.rope_base) if c.position == "rope" else None
+        rotary = None
+        if c.position == "rope":
+            rotary = rotary_tables(length, c.head_dim, c.rope_base, c.rope_scaling)
         layers = nn.scan(
             _remat(c),
             variable_axes={"params": 0},
@@ -300,7 +302,7 @@ class GPT(_Layer):
         x = self._embed(self._token_table()[tokens], positions)
         rotary = None
         if c.position == "rope":
-            tables = rotary_tables(c.block_size, c.head_dim, c.rope_base)
+            tables = rotary_tables(c.block_size, c.head_dim, c.rope_base, c.rope_scaling)
             rotary = tuple(jnp.asarray(table)[positions] for table in tables)
         context, layers = Context(x, tokens, rotary), []
         for i in range(c.n_layer):

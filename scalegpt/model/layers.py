@@ -3,6 +3,7 @@
 Shapes: B rows, T positions, H heads, K head size.
 """
 
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -13,6 +14,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
+from scalegpt.config.recipe import RopeScaling
 from scalegpt.model.custom_gradients import product
 
 LAYER_NORM_EPS = 1e-5  # GPT-2's; Flax's own default is 1e-6
@@ -102,11 +104,42 @@ def rotate(x: Array, cos: Any, sin: Any) -> Array:
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
-def rotary_tables(length: int, head_dim: int, base: float) -> tuple[np.ndarray, np.ndarray]:
+def rotary_tables(
+    length: int, head_dim: int, base: float, scaling: RopeScaling | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Return cos and sin [T, K/2], computed in float64: in float32 large angles lose digits."""
-    frequency = base ** (-np.arange(0, head_dim, 2) / head_dim)
+    frequency, factor = base ** (-np.arange(0, head_dim, 2) / head_dim), 1.0
+    if scaling:
+        kept = _kept_speed(frequency, base, scaling)
+        frequency = frequency * (kept + (1 - kept) / scaling.factor)
+        if scaling.rope_type == "yarn":
+            factor = scaling.attention_factor or 1 + 0.1 * math.log(scaling.factor)
     angle = np.arange(length)[:, None] * frequency
-    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+    return (np.cos(angle) * factor).astype(np.float32), (np.sin(angle) * factor).astype(np.float32)
+
+
+def _kept_speed(frequency: np.ndarray, base: float, scaling: RopeScaling) -> np.ndarray | float:
+    """Return how far each frequency [K/2] stays as it is: 1 is wholly, at 0 the factor divides it.
+
+    Sources: arXiv:2306.15595 (linear), arXiv:2309.00071 (YaRN), Llama 3.1's reference code.
+    """
+    if scaling.rope_type == "linear":
+        return 0.0
+    before = scaling.original_max_position_embeddings
+    if scaling.rope_type == "llama3":
+        turns, low = before * frequency / (2 * math.pi), scaling.low_freq_factor
+        return np.clip((turns - low) / (scaling.high_freq_factor - low), 0, 1)
+
+    def pair(turns: float) -> float:
+        """Return which pair of dimensions, as a number, rotates so often in a text before."""
+        return len(frequency) * math.log(before / (turns * 2 * math.pi)) / math.log(base)
+
+    first, last = pair(scaling.beta_fast), pair(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, 2 * len(frequency) - 1)
+    ramp = (np.arange(len(frequency)) - first) / (last - first or 0.001)
+    return 1 - np.clip(ramp, 0, 1)
 
 
 def project(spec: str, x: Array, kernel: Array) -> Array:
