@@ -99,6 +99,20 @@ def test_causal_flops_are_6n_plus_6ltd():
     assert flops.flops_per_token(m) == 6 * n + 6 * 5 * 64 * 48
 
 
+def test_flops_of_shared_heads_a_gate_and_windows_are_the_sum_over_matrix_products():
+    """Of what is seen only: a window's positions, and with fewer before them those."""
+    T, D, K, F, V = 64, 48, 10, 100, 97
+    keys = dict(n_head=4, n_kv_head=2, head_size=K, mlp="swiglu", n_inner=F)
+    keys |= dict(window=16, window_pattern="SSL")
+    model = ModelConfig(n_layer=4, n_embd=D, block_size=T, vocab_size=V, **keys)
+    weights = 4 * (D * K * (4 + 2 + 2 + 4) + 3 * D * F) + D * V
+    pairs = [sum(min(t + 0.5, w) for t in range(T)) for w in (16, 16, T, 16)]  # half of t itself
+    assert flops.forward_flops(model, causal=True) == 2 * T * weights + sum(pairs) * 4 * 4 * K
+    full = 16 + 16 + T + 16
+    assert flops.forward_flops(model) == 2 * T * weights + T * full * 4 * 4 * K
+    assert flops.parameter_count(model) == weights + T * D + (2 * 4 + 1) * D
+
+
 def test_biases_norms_and_positions_are_not_flops():
     plain = flops.flops_per_token(gpt())
     assert plain == flops.flops_per_token(gpt(bias=True, position="rope"))

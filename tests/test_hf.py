@@ -850,7 +850,7 @@ def test_every_key_of_the_model_is_either_in_gpt2s_format_or_refused():
         "preset",
         "depth",
         "vocab_multiple",
-        *("rope_base", "rope_scaling"),
+        *("rope_base", "rope_scaling", "softcap", "window_pattern"),
         "norm_gain",  # of rmsnorm and qk_norm
         "dtype",
         "attention",

@@ -154,8 +154,11 @@ def numpy_gpt(c: ModelConfig, params, tokens):
             q, k = rms(q, gains[0]), rms(k, gains[1])
         q, k = turn(q), turn(k)
         k, v = (x.repeat(c.n_head // c.kv_heads, 2) for x in (k, v))
-        scores = np.einsum("bthk,bshk->bhts", q, k) / math.sqrt(c.head_dim)
-        scores = np.where(np.tri(t, dtype=bool), scores, -np.inf)
+        scores = np.einsum("bthk,bshk->bhts", q, k) * (c.attention_scale or c.head_dim**-0.5)
+        seen = np.tri(t, dtype=bool)
+        if c.window and c.window_pattern[i % len(c.window_pattern)] == "S":
+            seen &= np.arange(t)[:, None] - np.arange(t) < c.window
+        scores = np.where(seen, scores, -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)
         y = np.einsum("bhts,bshk->bthk", weights, v).reshape(b, t, -1)
@@ -168,6 +171,8 @@ def numpy_gpt(c: ModelConfig, params, tokens):
             inner = activation(linear(normed, "h/mlp/gate", i), c.mlp) * up
         x = x + linear(inner, "h/mlp/down", i)
     z = norm(x, "ln_f") @ p.get("head_kernel", p["wte"])[: c.vocab_size].T
+    if c.softcap == "tanh":
+        return c.logit_softcap * np.tanh(z / c.logit_softcap)
     return c.logit_softcap * z / np.sqrt(z**2 + c.logit_softcap**2) if c.logit_softcap else z
 
 
@@ -187,6 +192,9 @@ def numpy_gpt(c: ModelConfig, params, tokens):
         {"n_kv_head": 1, "position": "rope"},
         {"mlp": "swiglu", "n_inner": 20},
         {"norm": "rmsnorm", "norm_gain": True, "norm_eps": 0.01, "qk_norm": True},
+        {"window": 3, "attention_scale": 0.9},
+        {"window": 4, "window_pattern": "SSL", "n_layer": 4, "position": "rope"},
+        {"window": 2, "window_pattern": "LS", "logit_softcap": 1.5, "softcap": "tanh"},
         {"qkv_bias": True, "n_kv_head": 1, "norm_eps": 0.1},
         {"mlp": "geglu"},
         {"mlp": "geglu_tanh"},

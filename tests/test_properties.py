@@ -45,7 +45,7 @@ NAMES = st.text(LETTERS, min_size=1, max_size=20).filter(
 )
 # Values under which any other key may have any value of its type.
 BASE = {
-    "model": {"n_head": 1, "n_embd": 64},
+    "model": {"n_head": 1, "n_embd": 64, "window": 8},
     "mesh": {"data": 1},
     "optim": {"name": "muon", "min_lr": 0.0, "warmup_steps": 0, "weight_decay": 0.1},
     "checkpoint": {"every": 1},
@@ -55,6 +55,8 @@ BASE = {
 ALONE = {  # keys whose values another key limits, too
     "model.n_head": st.sampled_from(divisors(64)),
     "model.n_kv_head": st.just(1),
+    "model.window": st.integers(1, 9999),
+    "model.window_pattern": st.text("SL", min_size=1, max_size=9),
     "model.rope_scaling": st.builds(
         RopeScaling,
         rope_type=st.sampled_from(["linear", "llama3", "yarn"]),

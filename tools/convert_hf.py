@@ -249,11 +249,12 @@ def _states(model: GPT, params: Any, tokens: np.ndarray) -> list[jax.Array]:
     x = rms_norm(x, eps=c.norm_eps) if c.embedding_norm else x
     context, block = Context(x, tokens, rotary), Block(c, model.dtype, "xla")
 
-    def layer(x: jax.Array, params: Any) -> tuple[jax.Array, jax.Array]:
-        y = block.apply({"params": params}, x, 0, None, context)[0]
+    def layer(x: jax.Array, layer: tuple) -> tuple[jax.Array, jax.Array]:
+        number, params = layer
+        y = block.apply({"params": params}, x, number, None, context)[0]
         return y, y
 
-    after = jax.lax.scan(layer, x, params["h"])[1]
+    after = jax.lax.scan(layer, x, (jnp.arange(c.n_layer), params["h"]))[1]
     return [x, *(after[i] for i in range(c.n_layer))]
 
 

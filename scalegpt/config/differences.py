@@ -71,6 +71,7 @@ def unread(config: Config) -> dict[str, str]:
         ("model.bias=true", model.bias, "model.qkv_bias"),
         (f"model.norm={model.norm} without qk_norm", no_rms, "model.norm_gain"),
         (f"model.mlp={model.mlp}", model.mlp != "plain", "model.activation"),
+        ("model.logit_softcap=0", not model.logit_softcap, "model.softcap"),
         ("model.tie_word_embeddings=true", model.tie_word_embeddings, "optim.head_lr"),
         ("a model without norms, biases or scalars", no_scalars, "optim.scalar_lr"),
         ("optim.schedule=constant", optim.schedule == "constant", "optim.min_lr optim.decay_steps"),

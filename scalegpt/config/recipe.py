@@ -100,8 +100,8 @@ class ModelConfig(Section):
     """The GPT's architecture; the defaults are nanoGPT's 124M model, presets are others."""
 
     preset: Literal[tuple(PRESETS)] | None = None
-    """gpt2*: its n_layer, n_head, n_embd, block_size 1024, bias; modern: an architecture of any
-    size that needs fewer tokens; keys that are given override the preset's"""
+    """gpt2*: its n_layer, n_head, n_embd, block_size 1024, bias; llama-*: sizes of Llama; modern,
+    nanochat, llama: architectures of any size; keys that are given override the preset's"""
     depth: Annotated[Integer, Field(ge=1, le=1000)] | None = None
     """one dial: layers, from which width, heads, batch, optimizer, rates and updates follow by the
     rules of scalegpt/config/depth.py; keys that are given stay"""
@@ -142,6 +142,12 @@ class ModelConfig(Section):
     rope_scaling: RopeScaling | None = None
     """with rope: slower rotations for texts longer than before, {rope_type: linear, llama3 or yarn,
     factor: ...} with the keys of transformers"""
+    window: Positive | None = None
+    """how many positions one attends to in a layer with a window, itself included"""
+    window_pattern: Annotated[str, Field(pattern="^[SL]+$")] = "S"
+    """with window: which layers have it, as letters that repeat over them: S has it, L sees all"""
+    attention_scale: Share | None = None
+    """what products of queries and keys are multiplied by; default: 1 / sqrt(head size)"""
     mlp: Literal["plain", "swiglu", "geglu", "geglu_tanh"] = "plain"
     """plain: two matrices around the activation; the others have a third, a gate through SiLU or
     GELU (exact or by tanh) that the first one's result is multiplied with"""
@@ -165,6 +171,8 @@ class ModelConfig(Section):
     for an untied head, embeddings N(0, 1), other matrices N(0, 0.25 / rows)"""
     logit_softcap: Amount = 0.0
     """logits z become c z / sqrt(z^2 + c^2), which stays below c; 0: none"""
+    softcap: Literal["rsqrt", "tanh"] = "rsqrt"
+    """with logit_softcap: tanh has c tanh(z / c) instead"""
     residual_scalars: bool = False
     """each layer reads a x + b x0, with x0 the input of the first; a, b learned from 1 and 0"""
     value_embeddings: bool = False
@@ -205,6 +213,11 @@ class ModelConfig(Section):
                 if self.head_size is None
                 else f"model.position=rope needs an even model.head_size, not {self.head_size}"
             )
+        if self.window is None and self.window_pattern != "S":
+            raise Mistake(
+                f"model.window_pattern={self.window_pattern} needs model.window, how many "
+                "positions its layers S see"
+            )
         if self.rope_scaling and self.rope_scaling.rope_type == "yarn" and self.rope_base <= 1:
             raise Mistake(f"model.rope_base={self.rope_base} must be above 1 for yarn")
         return self
@@ -218,6 +231,13 @@ class ModelConfig(Section):
     def kv_heads(self) -> int:
         """The number of heads that keys and values have."""
         return self.n_kv_head or self.n_head
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Each layer's window, or None where it sees all positions before."""
+        pattern = self.window_pattern
+        letters = (pattern[i % len(pattern)] for i in range(self.n_layer))
+        return tuple(self.window if letter == "S" else None for letter in letters)
 
     @property
     def inner(self) -> int:

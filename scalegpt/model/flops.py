@@ -50,20 +50,23 @@ def used_parameters(model: ModelConfig) -> int:
 def flops_by_component(model: ModelConfig, causal: bool = False) -> dict[str, int]:
     """Count the FLOPs of the forward pass over one sequence of block_size tokens, over all layers.
 
-    Only matrix products count, 2 FLOPs for a multiply-add: the matrices of the layers, the
-    head, and in attention q·k and scores·v (2 T^2 H K each). Looking up embeddings costs nothing;
-    norms, biases, GELU and softmax are left out. `causal`: only the useful half of T x T counts.
-    Source: nanoGPT's transformer_sizing.ipynb, whose figures are those with causal=False.
+    Only matrix products count, 2 FLOPs for a multiply-add: the matrices of the layers, the head,
+    and in attention q·k and scores·v (2 T W H K each, with W the layer's window, or T). Looking up
+    embeddings costs nothing; norms, biases, GELU and softmax are left out. `causal`: only what is
+    seen of T x W counts. Source: nanoGPT's transformer_sizing.ipynb, whose figures are those with
+    causal=False.
     """
-    L, T, D = model.n_layer, model.block_size, model.n_embd
-    pairs = (1 if causal else 2) * T * T * model.n_head * model.head_dim
+    T, D = model.block_size, model.n_embd
+    windows = [min(T, window or T) for window in model.windows]
+    pairs = sum(2 * T * w - (w * w if causal else 0) for w in windows)
+    pairs *= model.n_head * model.head_dim
     matrices = {
         _component(path): 2 * T * parameter.size(model.vocab_size)
         for path, parameter in parameters(model).items()
         if parameter.kind == "matrices"
     }
     head = 2 * T * D * model.vocab_size
-    return {"attn/scores": L * pairs, "attn/reduce": L * pairs, **matrices, "head": head}
+    return {"attn/scores": pairs, "attn/reduce": pairs, **matrices, "head": head}
 
 
 def forward_flops(model: ModelConfig, causal: bool = False) -> int:

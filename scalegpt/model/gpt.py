@@ -163,17 +163,20 @@ class Attention(_Layer):
         if keys is not None and c.dropout > 0:
             mask_keys = jax.vmap(lambda row: jax.random.fold_in(row, 3 * layer))(keys)
         if cache is None:
-            y = causal_attention(
-                q,
-                key,
-                v,
+            attend = partial(
+                causal_attention,
                 implementation=self.attention,
                 dropout_rate=c.dropout if keys is not None else 0.0,
                 dropout_keys=mask_keys,
                 segments=context.starts,
+                scale=c.attention_scale,
             )
+            y = _by_window(attend, c.windows, layer, q, key, v)
         else:
-            y, cached = cached_attention(q, key, v, cache.layers[layer], cache.first, cache.used)
+            past, window = cache.layers[layer], c.windows[layer]
+            y, cached = cached_attention(
+                q, key, v, past, cache.first, cache.used, window, c.attention_scale
+            )
         kernel = self.weight("proj_kernel", (h, k, d), ("heads", "kv", "embed"))
         y = project("bthk,hkd->btd", y, kernel) + self.bias("proj_bias", (d,), ("norm",))
         return dropout(y, c.dropout, keys, 3 * layer + 1), cached
@@ -200,6 +203,16 @@ class Attention(_Layer):
         strength = self.scalars("value_strength", [1.0] * c.kv_heads)
         rows = rows.reshape(*tokens.shape, c.kv_heads, c.head_dim) * strength[:, None]
         return constrain(rows.astype(self.dtype), "batch", "position", "act_heads", None)
+
+
+def _by_window(attend: Callable, windows: tuple, layer: Any, *qkv: Array) -> Array:
+    """Attend with the window of a layer, whose number is traced: kernels need theirs to compile."""
+    kinds = sorted(set(windows), key=windows.index)
+    branches = [partial(attend, window=window) for window in kinds]
+    if len(branches) == 1:
+        return branches[0](*qkv)
+    which = jnp.array([kinds.index(window) for window in windows])[layer]
+    return jax.lax.switch(which, branches, *qkv)
 
 
 class MLP(_Layer):
@@ -386,6 +399,7 @@ def logits(hidden: Array, table: Array, config: ModelConfig) -> Array:
     rows = "bt"[: hidden.ndim - 1]
     y = product(f"{rows}d,vd->{rows}v", hidden, table.astype(hidden.dtype), jnp.float32)
     if cap := config.logit_softcap:
-        y = cap * y * jax.lax.rsqrt(y * y + cap * cap)
+        tanh = config.softcap == "tanh"
+        y = cap * (jnp.tanh(y / cap) if tanh else y * jax.lax.rsqrt(y * y + cap * cap))
     padded = jnp.arange(table.shape[0]) >= config.vocab_size
     return jnp.where(padded, jnp.finfo(jnp.float32).min, y)

@@ -33,6 +33,8 @@ _ONLY = {
     "logit_softcap": 0.0,
     "norm_eps": None,
     "qkv_bias": False,
+    "window": None,
+    "attention_scale": None,
     "mlp": "plain",
     "n_inner": None,
     "n_kv_head": None,

@@ -263,6 +263,8 @@ def check(against: str, model: Any) -> None:
         "logit_softcap": [0.0],
         "norm_eps": [None],
         "qkv_bias": [False],
+        "window": [None],
+        "attention_scale": [None],
         "mlp": ["plain"],
         "n_inner": [None],
         "n_kv_head": [None],
