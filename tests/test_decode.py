@@ -84,6 +84,7 @@ def naive(steps, params, prompt, new):
         {"bias": True},
         {"bias": True, "position": "rope"},
         {"preset": "modern", "residual_scalars": True, "value_embeddings": True},
+        {"preset": "llama", "n_head": 4, "n_kv_head": 1, "window": 5, "window_pattern": "SL"},
     ],
 )
 @pytest.mark.parametrize(
@@ -95,7 +96,10 @@ def test_cached_logits_are_the_uncached_ones_at_every_position(kind, chunks):
     params = jax.tree.map(jnp.asarray, jax.device_get(params_of(steps, 0.4, seed=1)))
     apart, first = separate_layers(params), np.array([0, 3, 6])
     texts = np.random.default_rng(2).integers(0, VOCAB, (3, BLOCK), dtype=np.int32)
-    empty = jnp.full((3, 2, 24, 4), 1e3)  # slots that are never written, but must not be seen
+    c = steps.model.config
+    empty = jnp.full(
+        (3, c.kv_heads, 24, c.head_dim), 1e3
+    )  # slots that are never written, but must not be seen
     cache = Cache(((empty, empty),) * 2, jnp.asarray(first), jnp.int32(0))
     advance = jax.jit(lambda x, cache: steps.model.apply({"params": apart}, x, cache=cache))
     hidden, at = [], 0

@@ -24,10 +24,43 @@ MODERN = {
     "logit_softcap": 15.0,
     "bias": False,
 }
+# The architecture of arXiv:2302.13971, of any size.
+LLAMA = {
+    "position": "rope",
+    "norm": "rmsnorm",
+    "norm_gain": True,
+    "mlp": "swiglu",
+    "tie_word_embeddings": False,
+    "bias": False,
+}
+_LLAMA3 = {**LLAMA, "block_size": 8192, "rope_base": 500_000.0, "norm_eps": 1e-5}
+
+
+def _size(n_layer: int, n_head: int, n_kv_head: int, n_embd: int, n_inner: int) -> dict[str, Any]:
+    return {
+        "n_layer": n_layer,
+        "n_head": n_head,
+        "n_kv_head": n_kv_head,
+        "n_embd": n_embd,
+        "n_inner": n_inner,
+    }
+
+
 PRESETS: dict[str, dict[str, Any]] = {
     **{
         name: {"n_layer": n, "n_head": h, "n_embd": d, "block_size": 1024, "bias": True}
         for name, (n, h, d) in GPT2_SIZES.items()
     },
     "modern": MODERN,
+    # What NanoChatForCausalLM of transformers computes: the cap is another function.
+    "nanochat": {**MODERN, "softcap": "tanh"},
+    "llama": LLAMA,
+    # Of arXiv:2307.05695 (ReLoRA); GaLore and others compare on these.
+    "llama-60m": {**LLAMA, "block_size": 1024, **_size(8, 8, 8, 512, 1376)},
+    "llama-130m": {**LLAMA, "block_size": 1024, **_size(12, 12, 12, 768, 2048)},
+    "llama-350m": {**LLAMA, "block_size": 1024, **_size(24, 16, 16, 1024, 2736)},
+    # Llama 3.2 1B and 3B, which have rope_scaling besides, and Llama 3 8B; vocabulary 128,256.
+    "llama-1b": {**_LLAMA3, **_size(16, 32, 8, 2048, 8192), "tie_word_embeddings": True},
+    "llama-3b": {**_LLAMA3, **_size(28, 24, 8, 3072, 8192), "tie_word_embeddings": True},
+    "llama-8b": {**_LLAMA3, **_size(32, 32, 8, 4096, 14336)},
 }
