@@ -13,6 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
@@ -300,7 +301,8 @@ class GPT(_Layer):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, self.dtype, self.attention, self.lora, name="h")
         context = Context(x, tokens, rotary, starts)
-        x, _ = layers(x, jnp.arange(c.n_layer), dropout_keys, context)
+        # Constants: where layers are unrolled, XLA then compiles only the window that each has.
+        x, _ = layers(x, np.arange(c.n_layer), dropout_keys, context)
         return self._final_norm(x)
 
     def _decode(self, tokens: Array, cache: Cache) -> tuple[Array, Cache]:
