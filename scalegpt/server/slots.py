@@ -54,7 +54,7 @@ class Slots:
         c = model.config
         places = -(-c.block_size // READ) * READ
         self.count, self.mesh, self.params = count, decoder.steps.mesh, decoder.params
-        shape = (count, c.n_head, places, c.head_dim)
+        shape = (count, c.kv_heads, places, c.head_dim)
         with jax.set_mesh(self.mesh):
             self.cache = jax.jit(partial(_empty, model, shape))()
         self.reader = jax.jit(partial(_read, model), donate_argnums=1)
