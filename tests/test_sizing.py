@@ -145,6 +145,7 @@ def test_float32_products_have_no_peak_and_so_no_days(capsys):
         {"bias": True, "tie_word_embeddings": False},
         {"position": "rope", "vocab_multiple": 8, "n_embd": 96},
         {"preset": "modern", "residual_scalars": True, "value_embeddings": True},
+        {"preset": "llama", "n_kv_head": 2, "qk_norm": True, "qkv_bias": True},
     ],
 )
 def test_parameters_on_a_device_are_those_of_the_sharding_rules(mesh, kind):
@@ -179,10 +180,11 @@ def test_memory_is_what_xla_says_within_a_factor_of_0_6_on_a_cpu(mesh, accumulat
 
 
 @pytest.mark.oracle
-def test_memory_is_what_the_tpu_compiler_says_within_20_percent(monkeypatch):
+@pytest.mark.parametrize("kind", [{}, {"preset": "llama", "n_kv_head": 2}], ids=str)
+def test_memory_is_what_the_tpu_compiler_says_within_20_percent(kind, monkeypatch):
     pytest.importorskip("libtpu", reason="compiling for a TPU needs the package libtpu")
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    c = config({"data": 8}, 8, n_embd=256, block_size=512, dtype="bfloat16")
+    c = config({"data": 8}, 8, n_embd=256, block_size=512, dtype="bfloat16", **kind)
     # Later chips would hold activations as few as these outside of the memory that is counted.
     steps = build(c, compile_only.tpu_devices("v3-8"))
     compiled = steps.lower().compile().memory_analysis()

@@ -47,7 +47,9 @@ class Writer:
         looked_up = {name for name, kind in kinds.items() if kind == "embeddings"} - head
         flat = flatten_dict(self.write.params)
         read = [x for path, x in flat.items() if path[-1] not in looked_up]
-        token_bytes = 2 * model.n_layer * model.n_embd * steps.model.dtype.itemsize
+        token_bytes = (
+            2 * model.n_layer * model.kv_heads * model.head_dim * steps.model.dtype.itemsize
+        )
         cached_tokens = device_texts * (PROMPT + tokens // 2)  # half way through the texts
         # What one device reads in a step.
         self.bytes_read = token_bytes * cached_tokens / mesh.shape["tensor"] + sum(
