@@ -340,7 +340,7 @@ def test_a_run_learns_from_pairs_and_is_the_same_after_a_kill(
     )
     assert losses[1] == pytest.approx(math.log(2), abs=1e-5)
     assert val[0] == pytest.approx(math.log(2), abs=1e-5) and abs(margin[0]) < 1e-5
-    assert losses[20] < 0.4 and val[20] < 0.4 and accuracy[20] > 0.9 and margin[20] > 1
+    assert losses[20] < 0.4 and val[20] < 0.4 and accuracy[20] > 0.9 and margin[20] > 0.7
     assert tiny_run.rows(whole, "train/eval_loss")[20] < 0.4
     row = {key: tiny_run.rows(whole, key)[20] for key in FIGURES}
     assert row["dpo/margin"] == pytest.approx(row["dpo/chosen"] - row["dpo/rejected"], abs=1e-5)
@@ -375,7 +375,7 @@ def test_a_run_learns_from_pairs_and_is_the_same_after_a_kill(
     shown = [float(x) for x in re.findall(r"^(-?[\d.]+) +chosen:\d+", said, re.MULTILINE)]
     assert len(shown) == 8 and shown == sorted(shown)
     assert np.mean(shown) == pytest.approx(tiny_run.rows(whole, "dpo/margin")[14], abs=1e-3)
-    assert said.count("<|") == 0 and "Say " in said and " / " in said
+    assert said.count("Say ") == 8 and "<|" not in said
 
     # Not another run's reference, and no other weights than the run's first.
     other = write_pairs(tmp_path / "chosen", PAIRS[::-1][:-24], PAIRS[-24:])
@@ -392,7 +392,7 @@ def test_a_run_learns_from_pairs_and_is_the_same_after_a_kill(
     (whole / "reference.npz").unlink()
     needed = "weights that the run began with are needed .* has others"
     with pytest.raises(ValueError, match=needed):
-        train.main([*again, "--run.init_checkpoint=4"])
+        train.main([*again, "--run.init_checkpoint=8"])
     assert train.main(again) == 0
 
 
