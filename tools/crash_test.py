@@ -31,6 +31,7 @@ from scalegpt.config import Config, command_line
 from scalegpt.errors import Mistake
 from scalegpt.processes.command import run_command
 from scalegpt.processes.exits import Exit
+from scalegpt.run.resume import with_model
 
 FLAGS = {
     "--kills": {"type": int, "default": 30, "help": "how many (default 30)"},
@@ -93,6 +94,7 @@ class Kill:
 
 def main(argv: list[str]) -> int:
     config, flags = command_line.parse(argv, "tools/crash_test.py", FLAGS)
+    config = with_model(config)
     folder = Path(config.run.out_dir)
     check(flags, folder)
     folder.mkdir(parents=True, exist_ok=True)
