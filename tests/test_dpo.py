@@ -426,3 +426,18 @@ run_command(train.main)
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 3 and "nothing new to save" in done.stderr
     assert not (tmp_path / "run" / "reference.npz").exists()
+
+
+@pytest.mark.slow
+def test_lora_learns_from_pairs_too(chosen, answering, tmp_path, monkeypatch):
+    """Its reference is the base, also where that is computed again in the midst of the run."""
+    keys = {"lora.rank": 4, "optim.lr": 1e-2, "optim.steps": 4, "eval.every": 0}
+    assert train.main(argv(chosen, whole := tmp_path / "whole", answering, **keys)) == 0
+    losses = tiny_run.rows(whole)
+    assert losses[1] == pytest.approx(math.log(2), abs=1e-5) and losses[4] < 0.6
+    with monkeypatch.context() as patch:
+        tiny_run.stop_after(patch, 2)
+        assert train.main(argv(chosen, parts := tmp_path / "parts", answering, **keys)) == 3
+    (parts / "reference.npz").unlink()
+    assert train.main(argv(chosen, parts, answering, **keys)) == 0
+    assert tiny_run.rows(parts) == losses

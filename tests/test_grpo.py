@@ -524,3 +524,17 @@ def test_two_processes_write_and_learn_from_the_answers_together(base, tmp_path)
     assert "2 processes" in outputs[0][0]
     assert len(tiny_run.rows(tmp_path / "run", "rl/reward")) == 2
     assert max(tiny_run.rows(tmp_path / "run", "rl/logp_gap").values()) < 1e-4
+
+
+@pytest.mark.slow
+def test_lora_learns_from_rewards_too(base, tmp_path, monkeypatch):
+    """Its rollouts are those of the model that learns, and its reference is the base."""
+    lora = {"lora.rank": 4, "optim.lr": 1e-2, "optim.steps": 4, "eval.every": 0}
+    assert train.main(arguments(base, whole := tmp_path / "whole", **lora)) == 0
+    gap, distance = (tiny_run.rows(whole, f"rl/{key}") for key in ("logp_gap", "kl"))
+    assert max(gap.values()) < 1e-4 and abs(distance[1]) < 1e-9 < distance[4]
+    with monkeypatch.context() as patch:
+        tiny_run.stop_after(patch, 2)
+        assert train.main(arguments(base, parts := tmp_path / "parts", **lora)) == 3
+    assert train.main(arguments(base, parts, **lora)) == 0
+    assert numbers(parts) == numbers(whole)
