@@ -424,7 +424,7 @@ def header(given: Config, config: Config, devices: list[Any], flags: Any) -> str
         f"fewer than 8 {real} devices: 8 simulated on the CPU": devices[0].platform != real,
     }
     title = (
-        f"{flags.steps} updates of {new} x {config.model.block_size} tokens in float32 on "
+        f"{flags.steps} updates of {new} x {config.row_width} tokens in float32 on "
         f"{len(devices)} x {devices[0].device_kind}; tolerance {flags.tolerance:g}"
     )
     columns = f"{'':{WIDTH}}     loss     norm    state       moved      step  verdict"
