@@ -33,6 +33,7 @@ import argparse
 import os
 import shlex
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -261,20 +262,17 @@ def table(stages: Sequence[Stage]) -> str:
         run = read_history(str(stage.folder))
         times = ledger_of(run)
         minutes = (sum(times.values()) - times.get("down", 0.0)) / 60
-        lines.append(
-            f"{stage.name:<10} {run.config.optim.steps:>7,} {minutes:>7.1f}  {figures(run)}"
-        )
-    return "\n".join(lines)
+        begin = f"{stage.name:<10} {run.config.optim.steps:>7,} {minutes:>7.1f}  "
+        # A figure is not broken between its key and its values.
+        shown = ", ".join(figure.replace(" ", "\xa0") for figure in figures(run))
+        lines += textwrap.wrap(begin + shown, 79, subsequent_indent=" " * len(begin))
+    return "\n".join(lines).replace("\xa0", " ")
 
 
-def figures(run: History) -> str:
-    """Return the first and the last value of a run's figures, as "val/loss 5.55 -> 1.83"."""
-    parts = []
-    keys = {key: None for row in run.rows for key in row if _is_shown(key)}
-    for key in keys:
-        _, values = run.curve(key)
-        parts.append(f"{key} {values[0]:.3g} -> {values[-1]:.3g}")
-    return ", ".join(parts)
+def figures(run: History) -> list[str]:
+    """Return the first and the last value of a run's figures, each as "val/loss 5.55 -> 1.83"."""
+    curves = {key: run.curve(key)[1] for row in run.rows for key in row if _is_shown(key)}
+    return [f"{key} {values[0]:.3g} -> {values[-1]:.3g}" for key, values in curves.items()]
 
 
 def _is_shown(key: str) -> bool:

@@ -126,7 +126,7 @@ def test_end_of_text_ends_it_and_later_tokens_are_ignored():
     assert continuation.ids == list(b"ab")
     chat = BYTE.chat()
     continuation, _ = written([*b"ab", chat.marks["call"], *b"c", chat.end, *b"d"], codec=chat)
-    assert (continuation.text, continuation.finish) == ("abc", "end_of_text")
+    assert (continuation.text, continuation.finish) == ("ab", "end_of_text")  # a call is hidden
 
 
 # --- the command

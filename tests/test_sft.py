@@ -103,6 +103,11 @@ def test_each_conversation_is_in_one_row_once_and_the_rows_are_nearly_full():
     fill = sum(map(len, talks)) / (64 * len(packed))
     assert fill > 0.97
     assert str(packed) == f"200 conversations in {len(packed)} rows, {fill:.1%} full"
+    # Some of the rows stand for all, and not those of the longest conversations, the first.
+    some = EvalBatches(packed, 63, 4, np.arange(4), windows=4)[0]
+    assert [row.tolist() for row in some] == [
+        packed[i * (len(packed) // 4)].tolist() for i in range(4)
+    ]
 
 
 def test_rows_are_filled_with_the_longest_that_still_fits():

@@ -209,15 +209,17 @@ def test_the_same_command_goes_on_after_a_kill_and_a_stop(plays_of_bytes, tmp_pa
         "=== base (stage 1 of 3): done",
         "=== sft (stage 2 of 3): done",
     ]
-    *_, head, base, sft, other, _, chat = said.splitlines()
+    *_, table, chat = said.split("\n\n")
+    assert all(len(line) < 80 for line in table.splitlines())
+    head, *shown = table.splitlines()
     assert head.split() == ["stage", "updates", "minutes", "figures"]
-    assert [line.split()[:2] for line in (base, sft, other)] == [
+    assert [line.split()[:2] for line in shown if line[0] != " "] == [
         ["base", "20"],
         ["sft", "40"],
         ["other", "5"],
     ]
-    assert "val/bits_per_byte" in base and "val/ended" in sft
-    assert chat.endswith(f" -m scalegpt.chat --run {out / 'other'}")
+    assert "val/bits_per_byte" in table.partition("sft")[0] and "val/ended" in table
+    assert chat.endswith(f" -m scalegpt.chat --run {out / 'other'}\n")
     for name, steps in (("base", 20), ("sft", 40), ("other", 5)):
         assert list(rows(out / name)) == list(range(1, steps + 1))
     model = read_history(str(out / "other")).config.model

@@ -245,8 +245,8 @@ class EvalBatches:
     reads `rows`. `tokens` counts the targets that are not -1, over all batches and hosts. spread:
     the windows lie evenly over the whole file, instead of side by side at its begin.
 
-    Of packed conversations, window j is row j. Of pairs, whose rows j are two for each, the windows
-    that are asked for are pairs.
+    Of packed conversations, a window is a row; they are always spread, as the first rows hold the
+    longest. Of pairs, which have two rows each, the windows that are asked for are pairs.
     """
 
     def __init__(
@@ -271,6 +271,7 @@ class EvalBatches:
         if self.packed:
             self.together = tokens.together
             step, targets = 1, len(tokens) // self.together
+            spread = spread or self.together == 1
         self.windows = -(-targets // step)
         if windows is not None:
             self.windows = min(windows, self.windows)
