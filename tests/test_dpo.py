@@ -33,7 +33,7 @@ from scalegpt.data.datasets import open_datasets, resolved
 from scalegpt.data.packing import one_in_each_row
 from scalegpt.inference.answers import held_out
 from scalegpt.inference.preferences import log_probabilities
-from scalegpt.run import reference
+from scalegpt.run import reference, reports
 from scalegpt.run.feed import batches_from
 from scalegpt.step import build_for_training, sharding
 from scalegpt.step.objective import pair_count, pair_figures, preference_loss
@@ -415,7 +415,7 @@ def test_a_signal_while_the_reference_is_computed_leaves_at_once(chosen, answeri
 import os, signal, time
 from scalegpt import train
 from scalegpt.processes.command import run_command
-from scalegpt.run import reference
+from scalegpt.run import reference, reports
 def signalled(*_):
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(60)
@@ -441,3 +441,17 @@ def test_lora_learns_from_pairs_too(chosen, answering, tmp_path, monkeypatch):
     (parts / "reference.npz").unlink()
     assert train.main(argv(chosen, parts, answering, **keys)) == 0
     assert tiny_run.rows(parts) == losses
+
+
+@pytest.mark.parametrize(
+    ("objective", "explained", "measured"),
+    [("sft", None, True), ("dpo", "margin   ", False), ("grpo", "reward   in_place", False)],
+)
+def test_a_run_explains_its_figures_and_names_commands_that_work(objective, explained, measured):
+    config = parse(["--config", objective, "--data.path=x", "--run.out_dir=y"], "", {})[0]
+    lines = reports._objective_lines(config)
+    assert [line[: len(explained)] for line in lines] == [explained] if explained else not lines
+    said = []
+    metrics = SimpleNamespace(on_terminal=False, say=said.append)
+    reports.finish(config, SimpleNamespace(find=lambda _: 1), 0.5, metrics)
+    assert ("scalegpt.evaluate" in said[0]) == measured and "scalegpt.chat" in said[0]

@@ -61,6 +61,7 @@ def describe(config: Config, datasets: list[Dataset], steps: Steps) -> str:
             f" attention by {steps.model.attention}"
             + (" within each conversation" if config.model.isolate else ""),
             *_lora_lines(config, steps),
+            *_objective_lines(config),
             f"data     {sizes}, tokenizer {kind(datasets[0].tokenizer)}, vocabulary of "
             f"{max(d.vocab_size for d in datasets):,}",
             f"devices  {', '.join(where)}",
@@ -150,6 +151,18 @@ def _lora_lines(config: Config, steps: Steps) -> list[str]:
     return [f"lora     rank {config.lora.rank}: {count:,} parameters{marks} are trained instead"]
 
 
+def _objective_lines(config: Config) -> list[str]:
+    """Say what the figures of pairs and of rewards mean; [] for an objective that has neither."""
+    grpo = config.grpo
+    lines = {
+        "dpo": "margin   what a chosen answer gains on its rejected one, against the model at the "
+        "start: from 0 up",
+        "grpo": f"reward   {grpo.reward}, of {counted(grpo.samples, 'answer')} to each of "
+        f"{counted(grpo.prompts, 'prompt')}; a prompt is silent where all of its rewards are equal",
+    }
+    return [lines[name]] if (name := config.objective.name) in lines else []
+
+
 def _decaying(config: Config, steps: Steps) -> str:
     """Say how many tensors and parameters weight decay shrinks, each layer's tensors apart."""
     params = parted(steps.abstract.params, partial(is_trained, config.lora))[0]
@@ -214,7 +227,7 @@ def finish(config: Config, checkpoints: Checkpoints, best_loss: float, metrics: 
     project = shlex.quote(config.log.wandb_project)
     if metrics.on_terminal and (plot := text_plot(read_rows(metrics.folder))):
         metrics.say(plot)
-    of_text = config.goal == "loss"  # prompts alone have no loss to be measured
+    of_text = config.objective.name in ("text", "sft")  # pairs and prompts have no loss over text
     use = f'generate --run {out_dir} --prompt "..."'
     if config.objective.name != "text":
         use = f"chat --run {out_dir}"
