@@ -46,6 +46,8 @@ def weights(config: Config, abstract: Any) -> tuple[Any, str]:
     if (new := config.model.vocab_size - stored.vocab_size) > 0:
         params = grown(params, stored.vocab_size, config.run.seed, abstract)
         name += f"; {new} new ids begin as the mean of the others"
+        if config.objective.name in ("dpo", "grpo"):
+            name += "\nwarning: these weights have not learned to answer, as --config sft teaches"
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), factors)
     return joined(params, zeros), name
 
