@@ -339,6 +339,7 @@ def test_prepared_pairs_are_neighbours_of_which_the_last_answer_is_learned(tmp_p
     assert "format preferences: 41 pairs with 84 answers" in out
     chosen = [len(row["chosen"].encode()) + 1 for row in rows]
     assert f"a chosen answer has {np.mean(chosen):.1f} tokens on average" in out
+    assert "\nto train on these: " in out and " --config dpo --data.path=" in out
 
 
 def test_pairs_are_read_a_conversation_a_row_and_drawn_together(tmp_path):

@@ -107,7 +107,7 @@ def test_prepare_writes_conversations_with_tests_held_out(tmp_path):
             module("tasks").main([wrong, argv[-1]])
 
 
-def test_prepare_writes_prompts_alone(tmp_path):
+def test_prepare_writes_prompts_alone(tmp_path, capsys):
     argv = ["--prompts", "--tasks=spell,add", "--count=60", f"--out={tmp_path / 'x'}"]
     assert module("tasks").main(argv) == 0
     data = open_dataset(tmp_path / "x")
@@ -115,6 +115,8 @@ def test_prepare_writes_prompts_alone(tmp_path):
         made = [generated.examples(task, 1, len(split) // 2, source) for task in ("spell", "add")]
         assert [*split] == [x for both in zip(*made, strict=True) for x in both]
     assert (len(data.train), len(data.val)) == (120, 6)
+    train = f"scalegpt.train --config grpo --data.path={tmp_path / 'x'} --run.init_from=...\n"
+    assert capsys.readouterr().out.endswith(train)
     with pytest.raises(ValueError, match="prompts=True"):
         module("tasks").main(argv[1:])
 

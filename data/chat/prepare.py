@@ -36,13 +36,14 @@ from scalegpt.data.prepare import (
     publish,
     script_parser,
     stable_fraction,
+    training_flags,
     write_bins,
     write_prompts,
 )
 from scalegpt.data.tokenizer import Tokenizer, char_tokenizer
 from scalegpt.errors import Mistake, counted
 from scalegpt.files.text_files import find_files
-from scalegpt.processes.command import run_command
+from scalegpt.processes.command import python, run_command
 from scalegpt.processes.streams import visible
 from scalegpt.weights.tokenizer_files import named
 
@@ -372,7 +373,9 @@ def main(argv: list[str]) -> int:
     given = {**vars(args), "input": Path(args.input).resolve()}
     shaping = [k for k in given if k not in _NOT_SHAPING and given[k] != parser.get_default(k)]
     source = " ".join(["chat", *(f"--{k.replace('_', '-')}={given[k]}" for k in shaping)])
-    publish(args.out, partial(write, args, files), source, args.force)
+    meta = publish(args.out, partial(write, args, files), source, args.force)
+    flags = training_flags(meta["kind"], args.tokenizer, args.out)
+    print(f"to train on these: {python()} -m scalegpt.train {flags}")
     return 0
 
 

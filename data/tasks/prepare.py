@@ -21,13 +21,14 @@ from scalegpt.data.prepare import (
     described,
     publish,
     script_parser,
+    training_flags,
     write_bins,
     write_prompts,
 )
 from scalegpt.data.prompts import Example
 from scalegpt.data.tokenizer import Tokenizer
 from scalegpt.errors import Mistake
-from scalegpt.processes.command import run_command
+from scalegpt.processes.command import python, run_command
 from scalegpt.weights.tokenizer_files import named
 
 VAL_SHARE = 0.05
@@ -100,6 +101,8 @@ def main(argv: list[str]) -> int:
     for split in ("train", "val"):
         facts = meta[split]
         print(f"{split}: {facts['documents']:,} {what}, {facts['tokens']:,} tokens")
+    flags = training_flags(meta["kind"], args.tokenizer, args.out)
+    print(f"to train on these: {python()} -m scalegpt.train {flags}")
     return 0
 
 

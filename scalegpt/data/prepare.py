@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 from collections import Counter, deque
@@ -115,6 +116,17 @@ def publish(
         meta = {**write(), "source": source}
         _publish(out, meta)
     return meta
+
+
+def training_flags(kind: str, tokenizer: str, out: Path) -> str:
+    """Return the flags by which scalegpt.train learns from data of this kind that lie in `out`.
+
+    tokenizer: as prepare.py takes it; the folder of a run is what to start from, too.
+    """
+    config = {"chat": "sft", "pairs": "dpo", "prompts": "grpo"}[kind]
+    source = shlex.quote(tokenizer) if Path(tokenizer, "config.yaml").is_file() else "..."
+    start = [] if (tokenizer, kind) == ("gpt2", "chat") else [f"--run.init_from={source}"]
+    return " ".join([f"--config {config} --data.path={shlex.quote(str(out))}", *start])
 
 
 def check_disk(folder: Path, need: float) -> None:
