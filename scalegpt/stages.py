@@ -236,7 +236,8 @@ def train(stages: Sequence[Stage]) -> int:
                     code = code if code > 0 else 128 - code  # of a signal, as a shell says it
                     print(
                         f"\n{stage.name} ended with exit code {code}, for the reason given above; "
-                        "the same command goes on once that is mended",
+                        "the same command goes on once that is mended"
+                        + ("; the stages file has prepare.py's flags" * (part is stage.prepare)),
                         flush=True,
                     )
                     return code
@@ -276,7 +277,14 @@ def figures(run: History) -> list[str]:
 
 
 def _is_shown(key: str) -> bool:
-    shown = ("val/loss", "val/bits_per_byte", "val/ended", "rl/reward")
+    shown = (
+        "val/loss",
+        "val/bits_per_byte",
+        "val/accuracy",
+        "val/reward",
+        "val/ended",
+        "rl/reward",
+    )
     return key in shown or key.endswith(("/acc", "/pass@1"))
 
 

@@ -86,7 +86,12 @@ def test_each_stage_starts_from_the_one_before_with_data_of_its_own(tmp_path, mo
     assert flags(sft)["data.path"] == str(out / "data/sft")
     assert other[other.index("--out") + 1] == str(out / "data/other")
     assert other[other.index("--tokenizer") + 1] == str(out / "base")
-    assert "other ended with exit code 7" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "other ended with exit code 7" in said
+    assert "the stages file has prepare.py's flags" in said  # it was the data that failed
+    Recorder(monkeypatch, 2)
+    assert stages.main([file, "--out", str(out)]) == 2
+    assert "prepare.py's flags" not in capsys.readouterr().out
     # By a signal, as a shell says it.
     Recorder(monkeypatch, -9)
     assert stages.main([file, "--out", str(out)]) == 137
