@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from filelock import FileLock, Timeout
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from scalegpt.config import Config, command_line
 from scalegpt.config.differences import curve_diff, resolved_as
@@ -56,13 +56,21 @@ from scalegpt.run.history import DONE, History, read_history, state
 from scalegpt.run.resume import with_model
 
 
+def _whole_words(text: str) -> str:
+    try:
+        shlex.split(text)
+    except ValueError as error:
+        raise Mistake(f"{text!r} is no list of words and flags: {error}; mend it") from None
+    return text
+
+
 class StageFile(Section):
     """One entry of `stages`."""
 
     name: Annotated[Name, Field(pattern=r"^\w[\w.-]*$")]
     config: Name
     source: Annotated[Name | None, Field(alias="from")] = None
-    prepare: Name | None = None
+    prepare: Annotated[Name, AfterValidator(_whole_words)] | None = None
     overrides: dict[str, dict[str, Any] | None] = {}
 
 
@@ -70,7 +78,7 @@ class StagesFile(Section):
     """A whole stages file."""
 
     stages: Annotated[list[StageFile], Field(min_length=1)]
-    text: str = ""
+    text: Annotated[str, AfterValidator(_whole_words)] = ""
     chat: Name | None = None
 
 
@@ -140,7 +148,8 @@ def _explain(detail: Any) -> str:
         section = StageFile if len(detail["loc"]) > 1 else StagesFile
         known = [field.alias or name for name, field in section.model_fields.items()]
         return f"unknown key {key}; there are {', '.join(known)}"
-    return f"{key} is missing" if kind == "missing" else f"{key}: {detail['msg']}"
+    what = detail["ctx"]["error"] if kind == "value_error" else detail["msg"]
+    return f"{key} is missing" if kind == "missing" else f"{key}: {what}"
 
 
 def plan(file: StagesFile, path: str, out: str, text: str | None) -> list[Stage]:

@@ -146,6 +146,13 @@ FIRST = {"name": "a", "overrides": {"data": {"path": "d"}}}
         ([FIRST | {"overrides": {"run": {"out_dir": "x"}}}], {}, [], "run.out_dir follows from"),
         ([FIRST | {"prepare": "tasks"}], {}, [], "data.path follows from the stages"),
         ([{"name": "a", "prepare": "nothing --x"}], {}, [], "there is no data/nothing/prepare.py"),
+        (
+            [{"name": "a", "prepare": "tasks 'x"}],
+            {},
+            [],
+            "stages.0.prepare: .*No closing",
+        ),
+        ([FIRST], {"text": "--tokenizer='x"}, [], "text: .*No closing quotation"),
         ([FIRST], {}, ["--stop-after=b"], "--stop-after=b is none of the stages a"),
         ([FIRST], {"chat": "b"}, [], "chat=b is none of the stages a"),
         ([FIRST], {}, ["--out=gs://b/c"], "--out=gs://b/c must be a local folder"),
