@@ -304,6 +304,12 @@ def refused(capsys, *argv: str) -> str:
         (["--their-microbatch=4"], "--their-microbatch is for a trainer of --against"),
         (["--against=transformers", "--decode=1", "--their-mode=compiled"], "with --their-mode"),
         (["--against=transformers", "--their-microbatch=0"], "--their-microbatch=0 must be at"),
+        (
+            ["--objective.name=grpo", "--grpo.reward=exact", "--grpo.prompts=2"]
+            + ["--run.init_from=x"],
+            "--decode times the writing",
+        ),
+        (["--objective.name=dpo", "--run.init_from=x"], "add --real-data"),
         (["--against=transformers", "--model.qk_norm=true"], "has no model.qk_norm=True"),
     ],
 )

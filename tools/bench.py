@@ -109,6 +109,13 @@ def check(config: Config, flags: Namespace) -> None:
             raise Mistake(f"--{name.replace('_', '-')} is for a trainer of --against")
         if flags.decode and name != "their_dtype":
             raise Mistake(f"--decode does not go with --{name.replace('_', '-')}")
+    if config.objective.name == "grpo" and not flags.decode:
+        raise Mistake(
+            "objective.name=grpo writes answers before it learns, which is not timed here: "
+            "--decode times the writing, and a run's own rows have time/rollout and time/step"
+        )
+    if config.objective.name == "dpo" and not (flags.decode or flags.real_data):
+        raise Mistake("objective.name=dpo learns from pairs, not random tokens: add --real-data")
     for trainer in flags.against:
         pytorch.check(trainer, config.model)
 
