@@ -186,6 +186,9 @@ def test_rewards_are_loaded_by_name_or_from_a_users_module(tmp_path, monkeypatch
     def lost(example, answer):
         return float("nan") if answer else None
 
+    def taker(example, answer):
+        return float(example["messages"].pop()["content"] == "Why?")
+
     constant = 5
     """
     (tmp_path / "my_rewards.py").write_text(textwrap.dedent(code))
@@ -193,6 +196,8 @@ def test_rewards_are_loaded_by_name_or_from_a_users_module(tmp_path, monkeypatch
     monkeypatch.syspath_prepend(tmp_path)
     asked = {"messages": [{"role": "user", "content": "Why?"}], "answer": "many"}
     assert rewards.load("my_rewards:brevity")(asked, "four") == 0.25
+    taker = rewards.load("my_rewards:taker")
+    assert taker(asked, "") == taker(asked, "") == 1  # which changes a copy
     for name, answer, *words in (
         ("my_rewards:brevity", "", "ZeroDivisionError", "my_rewards.py, line 5", "Why?"),
         ("my_rewards:lost", "five", "is nan, of the answer 'five'", "Why?", "a finite number"),

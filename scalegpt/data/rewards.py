@@ -4,6 +4,7 @@ An example has the right answer under "answer". Rewards are pure functions, so t
 that has the same answers computes the same.
 """
 
+import copy
 import importlib
 import json
 import math
@@ -69,7 +70,8 @@ def load(name: str) -> Reward:
 
     def checked(example: Mapping[str, Any], answer: str) -> float:
         try:
-            value = reward(example, answer)
+            # A copy, as a function that changes its example would change later updates, too.
+            value = reward(copy.deepcopy(example), answer)
             if math.isfinite(value):
                 return float(value)
             what = f"is {value}"
