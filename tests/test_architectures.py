@@ -1,5 +1,7 @@
 """Architectures made of known parts: against transformers, on meshes, and what they refuse."""
 
+import shlex
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +9,12 @@ import pytest
 from test_model import all_logits, gpt, shapes
 
 from scalegpt.config import Config
+from scalegpt.config.command_line import parse
 from scalegpt.config.recipe import ModelConfig
 from scalegpt.model.flops import parameter_count
 from scalegpt.model.parameters import parameters
 from scalegpt.step import build_for_training, muon, sharding
+from scalegpt.weights import init_from
 
 PUBLISHED = {  # by vocabulary and name
     (32_000, "llama-60m"): 58_073_600,
@@ -215,3 +219,17 @@ def test_what_a_mesh_cannot_split_is_refused(keys, message):
     mesh = jax.make_mesh((1, 1, 1, 2), sharding.AXES, devices=jax.devices()[:2])
     with pytest.raises(ValueError, match=message):
         sharding.check_divisible(model, mesh)
+
+
+def test_keys_to_set_for_other_weights_can_be_typed_as_they_are_shown(monkeypatch):
+    scaling = {"rope_type": "linear", "factor": 2.0}
+    keys = {"n_embd": 32, "n_head": 4, "vocab_size": 5, "position": "rope"}
+    stored = ModelConfig(**keys, rope_scaling=scaling)
+    given = ["--data.path=x", "--run.out_dir=y", "--run.init_from=z"]
+    given += [f"--model.{key}={value}" for key, value in (keys | {"n_kv_head": 2}).items()]
+    monkeypatch.setattr(init_from, "source_model", lambda config: (stored, None))
+    with pytest.raises(ValueError, match="another model: model.n_kv_head: None -> 2") as error:
+        init_from.check(parse(given, "test", {})[0], None)
+    flags = shlex.split(str(error.value).partition("to start from it set ")[2])
+    model = parse([*given, *flags], "test", {})[0].model
+    assert model.n_kv_head is None and model.rope_scaling == stored.rope_scaling

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 from functools import partial
 from typing import Any
 
@@ -222,4 +223,5 @@ def check(config: Config, tokenizer_spec: Any) -> None:
 
 
 def _shown(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    """Return a value as a command line has it."""
+    return value if isinstance(value, str) else shlex.quote(json.dumps(value))
