@@ -302,6 +302,19 @@ def test_every_form_of_a_pair_says_the_same(row, before):
     assert not conversations.unread(row, "preferences")
 
 
+def test_a_prompt_of_speakers_is_a_conversation_in_every_format():
+    messages = [*HI, *MESSAGES]
+    row = {"prompt": TALK, "completion": "So."}
+    assert conversations.messages_of(row, "completion") == messages
+    assert conversations.prompt_of(row, "prompts")["messages"] == messages[:-1]
+
+
+def test_an_answer_in_feedback_is_text_even_if_it_spells_speakers():
+    row = {"messages": ASKED, "chosen": "\n\nHuman: Hi", "rejected": "\n\nAssistant: No."}
+    found = conversations.pair_of(row)
+    assert [messages[-1]["content"] for messages in found] == [row["chosen"], row["rejected"]]
+
+
 def pairs(n):
     """Rows of pairs, some of one question."""
     return [{"prompt": f"n {i % 20}", "chosen": f"{i}é", "rejected": "x" * (i % 7 + 1)}

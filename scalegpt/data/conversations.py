@@ -337,19 +337,18 @@ def _question(row: dict[str, Any]) -> Any:
 
 def _completion(key: str, row: dict[str, Any]) -> Any:
     """Return messages of prompt and completion, each of which may be a list of messages."""
-    question, answer = row["prompt"], row[key]
-    texts = _pair(question, answer)
-    return [
-        *(question if isinstance(question, list) else texts[:1]),
-        *(answer if isinstance(answer, list) else texts[1:]),
-    ]
+    answer = row[key]
+    return _asked(row["prompt"]) + (answer if isinstance(answer, list) else _pair("", answer)[1:])
 
 
 def _prompt_of_pair(row: dict[str, Any]) -> list[Any]:
     """Return the messages before the answers that a row compares, or [] where these have them."""
     prompt = next((row[key] for key in _PROMPT_OF_PAIR if row.get(key)), None)
-    if prompt is None:
-        return []
+    return [] if prompt is None else _asked(prompt)
+
+
+def _asked(prompt: Any) -> list[Any]:
+    """Return the messages of a prompt: a list of them, hh-rlhf's text, or the user's text."""
     if isinstance(prompt, str) and _SPEAKER.match(prompt):
         messages = _transcript(prompt)
         return messages[:-1] if not messages[-1]["content"] else messages
@@ -359,7 +358,8 @@ def _prompt_of_pair(row: dict[str, Any]) -> list[Any]:
 def _with_answer(row: dict[str, Any], side: str, prompt: list[Any]) -> list[Any]:
     """Return the messages up to the answer that is chosen or rejected. Raises Mistake."""
     answer = row[side]
-    if isinstance(answer, str) and _SPEAKER.match(answer):
+    # Beside messages, as feedback has them, an answer is text, even if it spells speakers.
+    if isinstance(answer, str) and _SPEAKER.match(answer) and not row.get("messages"):
         answer = _transcript(answer)
     if not isinstance(answer, list):
         if not prompt:
@@ -386,11 +386,6 @@ def _transcript(text: str) -> list[Message]:
     ]
 
 
-def _prompt(row: dict[str, Any]) -> Any:
-    prompt = row["prompt"]
-    return prompt if isinstance(prompt, list) else _pair(prompt, "")[:1]
-
-
 def _pair(question: Any, answer: Any) -> list[Message]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
@@ -403,7 +398,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "completion": lambda row: _completion("completion", row),
     "response": lambda row: _completion("response", row),
     "list": lambda row: row,
-    "prompts": _prompt,
+    "prompts": lambda row: _asked(row["prompt"]),
 }
 
 
