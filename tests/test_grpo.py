@@ -18,6 +18,7 @@ import tiny_run
 from scalegpt import train
 from scalegpt.checkpoints.checkpoints import open_checkpoints
 from scalegpt.config import Config, GrpoConfig
+from scalegpt.data.datasets import resolved
 from scalegpt.data.prompts import Prompts
 from scalegpt.data.token_files import Dataset
 from scalegpt.inference import rollouts as rolling
@@ -388,6 +389,7 @@ def test_neither_accumulation_nor_mesh_nor_backend_changes_an_update(divide):
         ({"batch": {"sequences": 30}}, "not grpo.prompts=4 x grpo.samples=8"),
         ({"batch": {"growth": {5: 64}}}, "batch.growth"),
         ({"grpo": {"updates": 3}}, "eval.every=1000 is not a multiple of grpo.updates=3"),
+        ({"objective": {"name": "sft", "width": 8}}, "objective.width=8 is of pairs"),
         ({"objective": {"name": "text"}}, "grpo.reward=exact is read with objective.name=grpo"),
         ({"grpo": {"samples": 1}}, "greater than or equal to 2"),
         ({"run": {"out_dir": "y", "init_from": "z", "skip_spikes": True}}, "run.skip_spikes"),
@@ -396,6 +398,25 @@ def test_neither_accumulation_nor_mesh_nor_backend_changes_an_update(divide):
 def test_a_run_that_makes_no_sense_is_refused(changes, said):
     with pytest.raises(ValueError, match=said):
         given(changes.get("grpo"), **{k: v for k, v in changes.items() if k != "grpo"})
+
+
+def test_the_batch_follows_from_rollouts_and_not_from_a_depth():
+    config = given(model={"depth": 2, "n_layer": 2})
+    assert config.batch.sequences == 4 * 8 and "sequences" not in config.batch.model_fields_set
+
+
+def test_epochs_make_updates_of_whole_rollouts():
+    config = given(
+        {"updates": 7, "prompts": 1},
+        optim={"epochs": 1},
+        eval={"every": 7},
+        checkpoint={"every": 7},
+        model={"vocab_size": None},
+    )
+    examples = [{"messages": [{"role": "user", "content": c}]} for c in "abc"]
+    split = Prompts(examples, CHAT, 5)
+    dataset = Dataset("x", CHAT, VOCAB, split, split, None, "", "prompts")
+    assert resolved(config, [dataset]).optim.steps == 3 * 7
 
 
 def test_a_ledger_from_before_there_were_rollouts_goes_on():

@@ -336,19 +336,19 @@ class Config(Section):
         given = {s: values.get(s) for s in sections if s in values}
         if not all(isinstance(keys, dict) for keys in given.values()):
             return make(values)  # validation of that section will report it
-        model = given.get("model", {})
+        model, objective, batch = (given.get(s, {}) for s in ("model", "objective", "batch"))
+        rolls = objective.get("name") == "grpo" and batch.get("sequences") is None
+        if rolls:  # before what follows from model.depth, which has another batch
+            with contextlib.suppress(ValidationError):  # which that section will report
+                sizes = GrpoConfig.model_validate(values.get("grpo", {}))
+                given["batch"] = {**batch, "sequences": sizes.prompts * sizes.samples}
         if model.get("depth") is not None:
-            given = {s: {**given.get(s, {}), **keys} for s, keys in derived(given).items()}
+            filled = {s: {**given.get(s, {}), **keys} for s, keys in derived(given).items()}
+            given = given | filled
         optim = given.get("optim", {})
         follows = optim.get("name") == "muon" and optim.get("embedding_lr") is None
         if follows:
             given["optim"] = {**optim, "embedding_lr": muons(model)["embedding_lr"]}
-        objective, batch = values.get("objective", {}), given.get("batch", {})
-        rolls = objective.get("name") == "grpo" and batch.get("sequences") is None
-        if rolls:
-            with contextlib.suppress(ValidationError):  # which that section will report
-                sizes = GrpoConfig.model_validate(values.get("grpo", {}))
-                given["batch"] = {**batch, "sequences": sizes.prompts * sizes.samples}
         config = make({**values, **given})
         if follows:
             config.optim.model_fields_set.discard("embedding_lr")
@@ -359,6 +359,11 @@ class Config(Section):
     @model_validator(mode="after")
     def _check_objective(self) -> "Config":
         name = self.objective.name
+        if self.objective.width and name not in ("dpo", "grpo"):
+            raise Mistake(
+                f"objective.width={self.objective.width} is of pairs and of prompts, and follows "
+                "from them: leave it out; model.block_size is the length of other sequences"
+            )
         for other, section in (("dpo", self.dpo), ("grpo", self.grpo)):
             for key, value in section:
                 if name != other and value != type(section).model_fields[key].default:
@@ -415,7 +420,7 @@ class Config(Section):
                 "says nothing: leave it out"
             )
         periods = {
-            "optim.steps": self.optim.steps,
+            "optim.steps": 0 if self.optim.counts_epochs else self.optim.steps,
             "eval.every": self.eval.every,
             "checkpoint.every": self.checkpoint.every,
         }

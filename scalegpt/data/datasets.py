@@ -169,8 +169,10 @@ def _with_updates(config: Config, datasets: list[Dataset]) -> Config:
     index = bisect_left(updates, math.ceil(epochs * rows), key=config.examples_after)
     if index == len(updates):
         raise Mistake(f"optim.epochs={epochs} of {rows:,} rows are more than {LARGEST:,} updates")
+    together = config.grpo.updates  # from the same answers
+    steps = -(-updates[index] // together) * together
     values = config.model_dump()
-    values["optim"] |= {"steps": updates[index], "epochs": None}
+    values["optim"] |= {"steps": steps, "epochs": None}
     what, notes = f"optim.epochs={epochs} of {rows:,} rows", list[str]()
     config = validate(values, what, notes)
     for note in notes:
