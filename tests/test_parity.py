@@ -215,6 +215,11 @@ def test_a_row_that_breaks_is_a_failure_and_the_others_run(argv, monkeypatch, ca
         (["--steps=0"], "--steps=0 must be at least 1"),
         (["--tolerance=-1"], "--tolerance=-1.0 must be at least 0"),
         (["--model.n_haed=2"], "did you mean --model.n_head"),
+        (
+            ["--objective.name=grpo", "--grpo.reward=exact", "--run.init_from=x"]
+            + ["--grpo.prompts=5", "--grpo.samples=4", "--model.dropout=0"],
+            "would learn from answers of its own",
+        ),
     ],
 )
 def test_mistakes_are_refused(argv, flags, message):

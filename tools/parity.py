@@ -117,6 +117,11 @@ def main(argv: list[str]) -> int:
             raise Mistake(f"--{name}={value} must be at least {lowest}, and finite")
     if flags.worker:
         return work(config, Path(flags.worker), flags)
+    if config.objective.name == "grpo":
+        raise Mistake(
+            "objective.name=grpo: each row would learn from answers of its own, which rounding "
+            "changes; compare a run on conversations or pairs"
+        )
     config = with_model(config)
     datasets = open_datasets(config)
     given, devices = config, choose_devices()
