@@ -415,7 +415,7 @@ def test_weights_alone_that_find_no_room_are_a_mistake_and_no_training_goes_on(
 
 @pytest.mark.parametrize("call", ["write", "delete", "remove"])
 def test_killed_while_an_old_one_is_removed_it_is_no_damaged_checkpoint(run, monkeypatch, call):
-    def killed(*arguments):
+    def killed(*arguments, **keywords):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -428,3 +428,26 @@ def test_killed_while_an_old_one_is_removed_it_is_no_damaged_checkpoint(run, mon
     checkpoints.save(state(3), 3, {}, 1.0)
     assert checkpoints.wait() is None and not said
     assert {p.name for p in (run / "checkpoints").iterdir()} == {"3"}
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_killed_in_the_midst_of_removing_what_is_left_is_an_unfinished_save(
+    run, monkeypatch, parts
+):
+    """As when a run that was killed in its first save comes to that step again."""
+    folder, removed = open_folder(run / "checkpoints" / "1"), []
+    remove = type(folder.fs).rm
+
+    def killed(self, path, **keywords):
+        if len(removed) == parts:
+            raise KeyboardInterrupt
+        removed.append(path)
+        remove(self, path, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(folder.fs), "rm", killed)
+        with pytest.raises(KeyboardInterrupt):
+            writing.retire(folder)
+    assert len(removed) == parts and manifest.UNFINISHED in folder.names()
+    said = []
+    assert Checkpoints(run, say=said.append).continue_from() == 2 and not said

@@ -177,7 +177,7 @@ class Saver:
             for old, state in stored.items():
                 # An earlier process was killed during this save, and the run is past its step now.
                 if state == manifest.NEVER_FINISHED and old < step:
-                    (self.folder / str(old)).remove()
+                    (self.folder / str(old)).remove(last=manifest.UNFINISHED)
         except Exception as error:
             self.say(f"warning: old checkpoints could not be removed: {reason(error)}")
 
@@ -387,7 +387,7 @@ def _is_there_or_make_room(
         if manifest.NAME in names and not is_damaged:
             return True
         if manifest.UNFINISHED in names and manifest.NAME not in names:
-            folder.remove()
+            folder.remove(last=manifest.UNFINISHED)  # else a kill here would leave a damaged one
         else:
             taken, name = set(checkpoints.names()), f"damaged-{step}"
             if name in taken:
@@ -406,4 +406,4 @@ def retire(folder: Folder) -> None:
     """Remove a step's folder; a kill leaves an unfinished save and not a damaged checkpoint."""
     folder.write(manifest.UNFINISHED, b"")
     folder.delete(manifest.NAME)
-    folder.remove()
+    folder.remove(last=manifest.UNFINISHED)

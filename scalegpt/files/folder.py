@@ -116,8 +116,11 @@ class Folder:
         """Remove one file."""
         self.fs.rm_file(posixpath.join(self.root, name))
 
-    def remove(self) -> None:
-        """Remove the folder with everything in it."""
+    def remove(self, last: str = "") -> None:
+        """Remove the folder with everything in it; `last`, a name in it, goes after all others."""
+        for name in self.names():
+            if last and name != last:
+                self.fs.rm(posixpath.join(self.root, name), recursive=True)
         self.fs.rm(self.root, recursive=True)
 
     def move(self, to: "Folder") -> None:
