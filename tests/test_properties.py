@@ -53,9 +53,11 @@ BASE = {
     "run": {"out_dir": "o"},
 }
 RUN = {**BASE["run"], "init_from": "r"}
-# What the keys of a section need, without which they are refused.
+PAIRS = {"objective": {"name": "dpo"}, "run": RUN}
+# What a key, or those of a section, need; without it they are refused.
 NEEDED = {
-    "dpo": {"objective": {"name": "dpo"}, "run": RUN},
+    "objective.width": PAIRS,
+    "dpo": PAIRS,
     "grpo": {"objective": {"name": "grpo"}, "grpo": {"reward": "exact"}, "run": RUN},
     "lora": {"optim": {**BASE["optim"], "name": "adamw"}, "run": RUN},
 }
@@ -64,6 +66,7 @@ ALONE = {  # keys whose values another key limits, too
     "objective.name": st.sampled_from(["text", "sft"]),
     "grpo.max_new_tokens": st.integers(1, 1023),
     "grpo.updates": st.just(1),
+    "grpo.prompts": st.integers(1, 9999),
     "model.n_head": st.sampled_from(divisors(64)),
     "model.n_kv_head": st.just(1),
     "model.window": st.integers(1, 9999),
@@ -125,9 +128,13 @@ KEYS = {
 }
 
 
+def base_of(name: str) -> dict[str, Any]:
+    return {**BASE, **NEEDED.get(name, NEEDED.get(name.partition(".")[0], {}))}
+
+
 def with_key(name: str, value: Any) -> dict[str, Any]:
     section, key = name.split(".")
-    base = {**BASE, **NEEDED.get(section, {})}
+    base = base_of(name)
     return {**base, section: {**base.get(section, {}), key: value}}
 
 
@@ -138,7 +145,7 @@ def configurations(draw: Any) -> Config:
     for name in draw(st.lists(st.sampled_from(sorted(KEYS)), unique=True, max_size=12)):
         section, key = name.split(".")
         # These limit each other, or what else there may be.
-        if section not in NEEDED and name not in (
+        if not {name, section} & NEEDED.keys() and name not in (
             "model.n_head",
             "model.n_embd",
             "model.position",
@@ -164,8 +171,7 @@ def test_any_value_of_the_right_type_is_accepted_and_lands(name, data):
     section, key = name.split(".")
     value = data.draw(KEYS[name].filter(lambda value: value is not None))
     expected = getattr(getattr(loading.validate(with_key(name, value), "here"), section), key)
-    base = {**BASE, **NEEDED.get(section, {})}
-    base = [f"--{s}.{k}={v}" for s, keys in base.items() for k, v in keys.items()]
+    base = [f"--{s}.{k}={v}" for s, keys in base_of(name).items() for k, v in keys.items()]
     plain = value.model_dump() if isinstance(value, RopeScaling) else value
     text = json.dumps(plain, ensure_ascii=False) if isinstance(plain, dict) else str(plain)
     config, _ = command_line.parse([*base, f"--{name}={text}"], "test", {})
