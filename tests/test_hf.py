@@ -32,7 +32,7 @@ from scalegpt.run import resume
 from scalegpt.step import build, sharding
 from scalegpt.step.build import build_for_use
 from scalegpt.step.update import State
-from scalegpt.weights import export, huggingface, trained
+from scalegpt.weights import export, gpt2, huggingface, trained
 from scalegpt.weights.tokenizer_files import named, tokenizer_files
 
 ODD = {"n_layer": 3, "n_head": 3, "n_embd": 51, "vocab_size": 101, "n_positions": 37}
@@ -70,7 +70,7 @@ def weights(model: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
         name if name == "lm_head.weight" else f"transformer.{name}": (
             0.1 * rng.standard_normal(place.shape) + name.endswith(("ln_f.weight", "1.weight"))
         ).astype(np.float32)
-        for name, place in huggingface.gpt2_places(model).items()
+        for name, place in gpt2.places(model).items()
     }
 
 
@@ -150,7 +150,7 @@ def test_fault_10_logits_are_transformers_own_both_ways(size, tmp_path):
     assert expected.std() > 0.1, "else any model would do"
 
     (tmp_path / "ours").mkdir()
-    export.export_gpt2(model, tmp_path / "ours")
+    export.export_hf(model, tmp_path / "ours")
     again, report = GPT2LMHeadModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(report.values()), report
     with torch.no_grad():
@@ -860,7 +860,7 @@ def test_every_key_of_the_model_is_either_in_gpt2s_format_or_refused():
         "init",
         *("isolate", "bos"),  # on a text that is one conversation
     }
-    assert written | without_effect | set(export._ONLY) == set(ModelConfig.model_fields)
+    assert written | without_effect | set(gpt2._ONLY) == set(ModelConfig.model_fields)
 
 
 # --- check

@@ -159,7 +159,7 @@ def export_(flags: argparse.Namespace) -> int:
     refuse_existing(out)
     loaded = trained.from_run(flags.run, flags.checkpoint, one_device(), 1)
     print(f"read {flags.run}, step {loaded.step}: {describe(loaded.config.model)}", flush=True)
-    write = export.export_gpt2 if flags.format == "hf" else export.export_own
+    write = export.export_hf if flags.format == "hf" else export.export_own
     with new_folder(out) as scratch:
         write(loaded, scratch)
     name = shlex.quote(str(out))

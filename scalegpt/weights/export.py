@@ -1,6 +1,6 @@
-"""A trained model is exported as a folder of Hugging Face's, in GPT-2's format or in our own.
+"""A trained model is exported as a folder of Hugging Face's, in a format of its own or in ours.
 
-Many programs read GPT-2's format, but only models of GPT-2's kind fit it; ours takes any model.
+Many programs read the formats of transformers, but not every model fits one; ours takes any model.
 """
 
 import json
@@ -18,71 +18,42 @@ from scalegpt.config.recipe import ModelConfig
 from scalegpt.data import tokenizer
 from scalegpt.errors import Mistake
 from scalegpt.model.flops import parameter_count
-from scalegpt.model.layers import LAYER_NORM_EPS
-from scalegpt.weights.huggingface import ACTIVATIONS, OWN_TYPE, gpt2_places
+from scalegpt.weights.huggingface import FORMATS, OWN_TYPE
+from scalegpt.weights.places import Format
 from scalegpt.weights.tensor_files import SAFE
 from scalegpt.weights.tokenizer_files import tokenizer_files
 from scalegpt.weights.trained import Trained, evaluation
 
-# GPT-2's format has no key for these, so a model must have GPT-2's own values.
-_ONLY = {
-    "position": "learned",
-    "norm": "layernorm",
-    "qk_norm": False,
-    "embedding_norm": False,
-    "logit_softcap": 0.0,
-    "norm_eps": None,
-    "qkv_bias": False,
-    "window": None,
-    "attention_scale": None,
-    "mlp": "plain",
-    "n_inner": None,
-    "n_kv_head": None,
-    "head_size": None,
-    "residual_scalars": False,
-    "value_embeddings": False,
-}
 
+def export_hf(model: Trained, folder: Path) -> None:
+    """Write a model into an empty folder, which `transformers` loads without our code.
 
-def export_gpt2(model: Trained, folder: Path) -> None:
-    """Write a model into an empty folder as GPT-2, which `transformers` loads without our code.
-
-    The padding of the vocabulary is cut off, and a model without biases gets zeros for them.
-    Raises Mistake with the reason for a model that the format cannot express.
+    The format is the first that can say what the model is. The padding of the vocabulary is cut
+    off, and where the format has tensors that the model has not they change nothing. Raises Mistake
+    with the reasons for a model that no format expresses.
     """
-    config = model.config.model
-    names = {ours: theirs for theirs, ours in ACTIVATIONS.items() if theirs != "gelu_pytorch_tanh"}
-    fits = {**{key: (only,) for key, only in _ONLY.items()}, "activation": tuple(names)}
-    for key, known in fits.items():
-        if (value := getattr(config, key)) not in known:
-            raise Mistake(
-                f"{model.name} has model.{key}={value}: GPT-2's format can only say "
-                f"{' or '.join(map(str, known))}; use --format scalegpt"
-            )
+    config, reasons = model.config.model, []
+    for format_ in FORMATS.values():
+        try:
+            values = format_.config(config)
+        except Mistake as error:
+            reasons.append(str(error))
+        else:
+            break
+    else:
+        reason = "\n  ".join(reasons)
+        raise Mistake(f"{model.name} has {reason}; use --format scalegpt")
     files = tokenizer_files(model.tokenizer, config.block_size)
-    tensors = gpt2_tensors(config, model.params)
     codec = tokenizer.load(model.tokenizer) if model.tokenizer else None
     marks = {"bos_token_id": codec and codec.eot, "eos_token_id": codec and codec.end}
-    files["config.json"] = {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "n_embd": config.n_embd,
-        "n_positions": config.block_size,
-        "n_ctx": config.block_size,
-        "vocab_size": config.vocab_size,
-        "activation_function": names[config.activation],
-        "layer_norm_epsilon": LAYER_NORM_EPS,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        **{f"{part}_pdrop": config.dropout for part in ("embd", "attn", "resid")},
-        **marks,
-        "dtype": "float32",
-    }
+    files["config.json"] = {**values, **marks, "dtype": "float32"}
     files["generation_config.json"] = {"_from_model_config": True, **marks}
+    tensors, added = tensors_of(format_, config, model.params)
     use = _USE.format(folder=folder.name)
-    if not config.bias:
-        use += "The model has no biases; GPT-2's format has, and they are 0.\n\n"
+    if added:
+        use += (
+            f"The model has no {added}; {format_.name}'s format has, and they change nothing.\n\n"
+        )
     if "tokenizer.json" not in files:
         use += "It came without a tokenizer: only `model` can be loaded, for token ids.\n\n"
     _write(folder, tensors, files, model, use, "transformers")
@@ -97,24 +68,29 @@ def export_own(model: Trained, folder: Path) -> None:
     _write(folder, tensors, {"config.json": values}, model, "", OWN_TYPE)
 
 
-def gpt2_tensors(config: ModelConfig, params: Any) -> dict[str, np.ndarray]:
-    """Return the tensors of GPT-2's format by name; on a CPU they are views of the parameters."""
+def tensors_of(
+    format_: Format, config: ModelConfig, params: Any
+) -> tuple[dict[str, np.ndarray], str]:
+    """Return the tensors of a format by name, and the kind of those that the model has not.
+
+    On a CPU they are views of the parameters where the format stores them as we do.
+    """
     leaves = traverse_util.flatten_dict(params, sep="/")
     leaves = {path: np.ascontiguousarray(leaf) for path, leaf in leaves.items()}
-    places, tensors = gpt2_places(config), {}
+    tensors, added = {}, set()
+    places = format_.places(config)
     unknown = leaves.keys() - {place.leaf for place in places.values()}
     assert not unknown, unknown  # else a model without them would be written
     for name, place in places.items():
-        if place.leaf not in leaves:
-            assert place.leaf.endswith("bias") and not config.bias, name
-            tensors[name] = np.zeros(place.shape, np.float32)
-        elif place.layer is None:
-            tensors[name] = leaves[place.leaf][: place.shape[0]]
+        stored = name if name == "lm_head.weight" else format_.prefix + name
+        if place.leaf in leaves:
+            tensors[stored] = np.ascontiguousarray(place.get(leaves[place.leaf]))
         else:
-            tensors[name] = leaves[place.leaf][place.layer].reshape(place.shape)
-        assert tensors[name].shape == place.shape, name
-    prefix = "transformer."
-    return {n if n == "lm_head.weight" else prefix + n: tensor for n, tensor in tensors.items()}
+            assert place.absent is not None, name
+            tensors[stored] = np.full(place.shape, place.absent, np.float32)
+            added.add("biases" if name.endswith("bias") else "gains")
+        assert tensors[stored].shape == place.shape, name
+    return tensors, " and ".join(sorted(added))
 
 
 _USE = """```python
@@ -195,7 +171,7 @@ def _write(
     values = config.model_dump() if model.step else {"model": config.model.model_dump()}
     card = _CARD.format(
         library=library,
-        tags="scalegpt, gpt2" if library == "transformers" else "scalegpt",
+        tags=", ".join(dict.fromkeys([OWN_TYPE, files["config.json"]["model_type"]])),
         title=Path(model.name).name,
         parameters=parameter_count(config.model),
         origin="trained with" if model.step else "converted by",

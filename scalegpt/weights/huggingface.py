@@ -1,14 +1,13 @@
-"""Models are read from folders in Hugging Face's GPT-2 format, and in our own that `export` writes.
+"""Models are read from folders in the formats of Hugging Face, and in our own that `export` writes.
 
-A folder holds config.json and model.safetensors, or shards with an index, or pytorch_model.bin.
-GPT-2's Conv1D kernels are [in, out] as ours are, so a leaf [L, ...] of our parameters is the L
-layers' tensors stacked and reshaped.
+A folder holds config.json and model.safetensors, or shards with an index, or pytorch_model.bin. A
+leaf [L, ...] of our parameters is the L layers' tensors, each put where its `Place` says.
 """
 
 import re
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,29 +20,16 @@ from scalegpt.errors import Mistake
 from scalegpt.files.folder import expanded
 from scalegpt.files.json_files import read_object
 from scalegpt.files.run_folder import is_run
-from scalegpt.model.layers import LAYER_NORM_EPS
 from scalegpt.model.parameters import parameters
+from scalegpt.weights import gpt2
+from scalegpt.weights.places import Place
 from scalegpt.weights.tensor_files import INDEX, SAFE, TORCH, Read, Shapes, open_tensors
 from scalegpt.weights.tokenizer_files import read_file
 
 HUB_SECONDS = 15  # without an answer from Hugging Face, there is no network
 OWN_TYPE = "scalegpt"  # model_type of our own format, which names tensors by their path in params
-ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
-# A layer's tensors: GPT-2's name -> (our name, GPT-2's shape in multiples of n_embd).
-_LAYER = {
-    "ln_1.weight": ("ln_1/scale", (1,)),
-    "ln_1.bias": ("ln_1/bias", (1,)),
-    "attn.c_attn.weight": ("attn/qkv_kernel", (1, 3)),
-    "attn.c_attn.bias": ("attn/qkv_bias", (3,)),
-    "attn.c_proj.weight": ("attn/proj_kernel", (1, 1)),
-    "attn.c_proj.bias": ("attn/proj_bias", (1,)),
-    "ln_2.weight": ("ln_2/scale", (1,)),
-    "ln_2.bias": ("ln_2/bias", (1,)),
-    "mlp.c_fc.weight": ("mlp/up_kernel", (1, 4)),
-    "mlp.c_fc.bias": ("mlp/up_bias", (4,)),
-    "mlp.c_proj.weight": ("mlp/down_kernel", (4, 1)),
-    "mlp.c_proj.bias": ("mlp/down_bias", (1,)),
-}
+# By model_type; an export takes the first that can say what the model is.
+FORMATS = {"gpt2": gpt2.FORMAT}
 # Causal masks that old versions of transformers saved beside the weights.
 _BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")
 _OTHERS = (
@@ -56,17 +42,6 @@ _TOKENIZER = (
     "vocab.json",
     "merges.txt",
 )
-
-
-class Place(NamedTuple):
-    """A place is where a tensor of a file goes: a leaf of the parameters, and a layer of that leaf.
-
-    shape: the tensor's in the file. layer: None where the leaf is not stacked over layers.
-    """
-
-    leaf: str
-    layer: int | None
-    shape: tuple[int, ...]
 
 
 def locate(source: str) -> Path:
@@ -129,39 +104,11 @@ def describe(folder: Path) -> tuple[ModelConfig, dict[str, Any] | None]:
         if (spec := values.get("tokenizer")) is not None:
             tokenizer.check(spec)
         return model_of(values.get("model", {}), path), spec
-    if values.get("model_type") != "gpt2":
-        raise Mistake(f"{path}: model_type is {values.get('model_type')!r}, not gpt2")
-    _refuse_other_gpt2(values, path)
-    model = {
-        **{key: values[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size")},
-        "block_size": values["n_positions"],
-        "bias": True,
-        "activation": ACTIVATIONS[values.get("activation_function", "gelu_new")],
-        "tie_word_embeddings": values.get("tie_word_embeddings", True),
-    }
-    return model_of(model, path), _tokenizer(folder, values["vocab_size"])
-
-
-def _refuse_other_gpt2(values: dict[str, Any], path: Path) -> None:
-    """Raise Mistake for a GPT-2 without sizes, or with a feature that our model lacks."""
-    sizes = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
-    if missing := [key for key in sizes if type(values.get(key)) is not int]:
-        raise Mistake(f"{path} does not give {', '.join(missing)} as a whole number")
-    known = {
-        "n_inner": (None, 4 * values["n_embd"]),
-        "layer_norm_epsilon": (LAYER_NORM_EPS,),
-        "activation_function": tuple(ACTIVATIONS),
-        "scale_attn_weights": (True,),
-        "scale_attn_by_inverse_layer_idx": (False,),
-        "add_cross_attention": (False,),
-        "quantization_config": (None,),
-    }
-    for key, allowed in known.items():
-        if values.get(key, allowed[0]) not in allowed:
-            only = " or ".join(str(value) for value in allowed if value is not None)
-            raise Mistake(
-                f"{path}: {key} is {values[key]}, which our model has not; it has {only or 'none'}"
-            )
+    if (kind := values.get("model_type")) not in FORMATS:
+        known = " or ".join(FORMATS)
+        raise Mistake(f"{path}: model_type is {kind!r}, not {known}")
+    model = model_of(FORMATS[kind].describe(values, path), path)
+    return model, _tokenizer(folder, model.vocab_size)
 
 
 def model_of(values: dict[str, Any], path: Path) -> ModelConfig:
@@ -173,31 +120,14 @@ def model_of(values: dict[str, Any], path: Path) -> ModelConfig:
 
 
 def _tokenizer(folder: Path, vocab_size: int) -> dict[str, Any] | None:
-    gpt2 = {"kind": "gpt2"}
+    known = {"kind": "gpt2"}
     if (path := folder / "tokenizer.json").is_file():
         spec = read_file(path)
-        return gpt2 if tokenizer.same(spec, gpt2) else spec
+        return known if tokenizer.same(spec, known) else spec
     if (path := folder / "vocab.json").is_file():
-        same = tokenizer.same({"json": {"model": {"vocab": read_object(path)}}}, gpt2)
-        return gpt2 if same else None
-    return gpt2 if vocab_size == 50257 else None
-
-
-def gpt2_places(model: ModelConfig) -> dict[str, Place]:
-    """Return the place of every tensor of GPT-2's format, named without `transformer.`."""
-    d, v = model.n_embd, model.vocab_size
-    places = {
-        "wte.weight": Place("wte", None, (v, d)),
-        "wpe.weight": Place("wpe", None, (model.block_size, d)),
-        "ln_f.weight": Place("ln_f/scale", None, (d,)),
-        "ln_f.bias": Place("ln_f/bias", None, (d,)),
-    }
-    for i in range(model.n_layer):
-        for name, (leaf, shape) in _LAYER.items():
-            places[f"h.{i}.{name}"] = Place(f"h/{leaf}", i, tuple(n * d for n in shape))
-    if not model.tie_word_embeddings:
-        places["lm_head.weight"] = Place("head_kernel", None, (v, d))
-    return places
+        same = tokenizer.same({"json": {"model": {"vocab": read_object(path)}}}, known)
+        return known if same else None
+    return known if vocab_size == 50257 else None
 
 
 def own_places(model: ModelConfig) -> dict[str, Place]:
@@ -213,8 +143,8 @@ def load_params(folder: Path, model: ModelConfig, abstract_params: Any) -> Any:
     with every tensor that is missing, unexpected or misshapen.
     """
     source = describe(folder)[0]
-    is_own = read_object(folder / "config.json")["model_type"] == OWN_TYPE
-    places = own_places(source) if is_own else gpt2_places(source)
+    kind = read_object(folder / "config.json")["model_type"]
+    places = own_places(source) if kind == OWN_TYPE else FORMATS[kind].places(source)
     return fill(folder, source, places, open_tensors(folder), model, abstract_params)
 
 
@@ -238,10 +168,12 @@ def fill(
     assert model.vocab_size == source.vocab_size, (model.vocab_size, source.vocab_size)
     leaves = traverse_util.flatten_dict(abstract_params, sep="/")
     shapes, read = named
-    if source.tie_word_embeddings and "lm_head.weight" in shapes and "wte.weight" not in shapes:
+    table = next(name for name, place in places.items() if place.leaf == "wte")
+    if source.tie_word_embeddings and "lm_head.weight" in shapes and table not in shapes:
         # safetensors' save_model writes one name of a table that has two.
-        places = {"lm_head.weight" if n == "wte.weight" else n: x for n, x in places.items()}
-    head_copy = _check(folder, shapes, places)
+        places = {"lm_head.weight" if n == table else n: x for n, x in places.items()}
+        table = "lm_head.weight"
+    head_copy = _check(folder, shapes, places, table)
     tensors: dict[str, list[tuple[str, Place]]] = {path: [] for path in leaves}
     for name, place in places.items():
         tensors[place.leaf].append((name, place))
@@ -254,37 +186,33 @@ def fill(
             tensor = read(name)
             if not np.isfinite(tensor).all():
                 raise Mistake(f"{folder}: {name} holds numbers that are not finite")
-            if name == "wte.weight" and head_copy and not np.array_equal(tensor, read(head_copy)):
+            if name == table and head_copy and not np.array_equal(tensor, read(head_copy)):
                 raise Mistake(
-                    f"{folder}: {head_copy} differs from wte.weight, which config.json says it is; "
+                    f"{folder}: {head_copy} differs from {table}, which config.json says it is; "
                     'a model with a head of its own has "tie_word_embeddings": false'
                 )
-            if place.layer is None:
-                common = tuple(map(slice, np.minimum(whole.shape, tensor.shape)))
-                whole[common] = tensor[common]
-            else:
-                whole[place.layer] = tensor.reshape(leaf.shape[1:])
+            place.put(tensor, whole)
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: whole[index])
 
     params = {path: load(path, leaf) for path, leaf in leaves.items()}
     return traverse_util.unflatten_dict(params, sep="/")
 
 
-def _check(folder: Path, shapes: dict[str, Any], places: dict[str, Place]) -> str | None:
-    """Raise Mistake unless the file holds what it should.
+def _check(folder: Path, shapes: Shapes, places: dict[str, Place], table: str) -> str | None:
+    """Raise Mistake unless the file holds what it should. table: the name of the embeddings.
 
     Returns the name of the file's copy of a tied head, if it has one.
     """
     names = {name for name in shapes if name not in places and not _BUFFER.fullmatch(name)}
-    if wrapped := [name for name in names if name.endswith(".wte.weight")]:
+    if wrapped := [name for name in names if name.endswith(f".{table}")]:
         raise Mistake(
-            f"{folder} has {wrapped[0]}, not wte.weight: something wraps the model, and its name "
+            f"{folder} has {wrapped[0]}, not {table}: something wraps the model, and its name "
             "precedes those of the tensors; store the state_dict of the model itself"
         )
-    head = "lm_head.weight" if "lm_head.weight" in names and "wte.weight" in places else None
+    head = "lm_head.weight" if "lm_head.weight" in names else None
     expected = {name: place.shape for name, place in places.items()}
     if head:
-        expected[head] = places["wte.weight"].shape
+        expected[head] = places[table].shape
     faults = [f"missing: {name}" for name in expected if name not in shapes]
     faults += [f"unexpected: {name}" for name in sorted(names - {head})]
     faults += [

@@ -2,7 +2,7 @@
 
 nanoGPT writes ckpt.pt by torch.save; the other two write a file or a folder by flax.training, in
 msgpack or by Orbax. All are read as data, and nothing in them is executed. Their tensors get the
-names and shapes of GPT-2's format, whose places `huggingface` knows.
+names and shapes of GPT-2's format, whose places `gpt2` knows.
 """
 
 import re
@@ -19,7 +19,7 @@ from flax import serialization, traverse_util
 from scalegpt.config.recipe import ModelConfig
 from scalegpt.data.token_files import read_meta
 from scalegpt.errors import Mistake, counted
-from scalegpt.weights import huggingface, tensor_files
+from scalegpt.weights import gpt2, huggingface, tensor_files
 from scalegpt.weights.tensor_files import Read, Shapes
 
 CKPT = "ckpt.pt"
@@ -40,7 +40,7 @@ class Checkpoint(NamedTuple):
     def load_params(self, model: ModelConfig, abstract_params: Any) -> Any:
         """Return the parameters, as `huggingface.load_params` does for a folder."""
         leaves = traverse_util.flatten_dict(abstract_params, sep="/")
-        places = huggingface.gpt2_places(self.model).items()
+        places = gpt2.places(self.model).items()
         places = {name: place for name, place in places if place.leaf in leaves}
         return huggingface.fill(self.path, self.model, places, self.tensors, model, abstract_params)
 
@@ -147,7 +147,7 @@ def _flax(path: Path, n_head: int | None, block_size: int) -> Checkpoint:
     }
     model = huggingface.model_of(values, path)
     if model.bias and "ln_f.bias" not in tensors:  # gpt-jax's use_bias=False, except in attention
-        places = huggingface.gpt2_places(model)
+        places = gpt2.places(model)
         zeros = {n: np.zeros(x.shape, "f4") for n, x in places.items() if n.endswith("bias")}
         tensors = zeros | tensors
         shapes = {name: x.shape for name, x in tensors.items()}
