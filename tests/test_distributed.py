@@ -161,13 +161,20 @@ def test_strangers_at_every_port_change_nothing(bottles, tmp_path):
 
     def train(out_dir: Path, visit: Callable[[set[int]], None]) -> float:
         two = launch(bottles, out_dir, 2)
-        first, peak = psutil.Process(two[0].pid), 0
+        # Process 1 waits, for as soon as it has come the link listens no more.
+        two[1].send_signal(signal.SIGSTOP)
+        first, peak, rounds = psutil.Process(two[0].pid), 0, 0
         first.rlimit(psutil.RLIMIT_NOFILE, (1024, most))
         while all(process.poll() is None for process in two):
             with contextlib.suppress(psutil.Error):
                 peak = max(peak, first.memory_info().rss)
                 sockets = first.net_connections("tcp")
-            visit({s.laddr.port for s in sockets if s.status == psutil.CONN_LISTEN})
+            ports = {s.laddr.port for s in sockets if s.status == psutil.CONN_LISTEN}
+            visit(ports)
+            rounds += bool(ports)
+            if rounds == 5:
+                two[1].send_signal(signal.SIGCONT)
+        two[1].send_signal(signal.SIGCONT)  # where process 0 has failed, it is to hear of that
         outputs = processes.finish(two)
         assert codes(two) == [0, 0], outputs
         return peak / 1e6
