@@ -85,7 +85,7 @@ def validate(values: dict[str, Any], source: str, notes: list[str] | None = None
     try:
         return Config.model_validate(values, context=notes)
     except ValidationError as error:
-        lines = [_explain(detail) for detail in error.errors()]
+        lines = [explain(detail) for detail in error.errors()]
         raise Mistake("\n  ".join([f"{source} makes no run:", *lines])) from None
 
 
@@ -164,7 +164,7 @@ def known_keys() -> list[str]:
     return [f"{name}.{key}" for name, field in sections for key in field.annotation.model_fields]
 
 
-def _explain(detail: Any) -> str:
+def explain(detail: Any) -> str:
     """Return one line for one of pydantic's errors."""
     # A union names the branch it tried ("str", "dict[str,...]"): noise for whoever typed a value.
     path = [str(part) for part in detail["loc"] if not str(part).startswith(_BRANCHES)]
@@ -174,15 +174,15 @@ def _explain(detail: Any) -> str:
         known = [*sections, *known_keys()]
         names = [k.partition(".")[2] for k in known if k.startswith(f"{path[0]}.")] or sections
         near = nearest(key, known) or f"there are {', '.join(names)}"
-        return f"unknown key {key}={_shown(value)}; {near}"
+        return f"unknown key {key}={shown(value)}; {near}"
     if kind == "missing":
         return f"{key} is missing; give --{key}=..., {_START}"
     if kind == "value_error":
         return str(detail["ctx"]["error"])
-    return f"{key}={_shown(value)}: {detail['msg']}"
+    return f"{key}={shown(value)}: {detail['msg']}"
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """Return repr(value) cut to a bounded size: YAML's aliases make a short file a huge value."""
     try:
         return _REPR.repr(value)

@@ -4,28 +4,44 @@ Its Conv1D kernels are [in, out] as ours are.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from scalegpt.config.recipe import ModelConfig
+from scalegpt.config.types import Positive, Share, Width
 from scalegpt.errors import Mistake
 from scalegpt.model.layers import LAYER_NORM_EPS
 from scalegpt.weights.places import Format, Place
+from scalegpt.weights.settings import Settings
 
-ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
-# A layer's tensors: GPT-2's name -> (our name, GPT-2's shape in multiples of n_embd).
+# Ours -> the names that transformers has for the function, up to rounding; the first is written.
+_ACTIVATIONS = {
+    "gelu_tanh": (
+        "gelu_new",
+        "gelu_pytorch_tanh",
+        "gelu_python_tanh",
+        "gelu_fast",
+        "gelu_accurate",
+    ),
+    "gelu": ("gelu", "gelu_python"),
+    "relu": ("relu",),
+    "relu2": ("relu2",),
+    "silu": ("silu", "swish"),
+}
+ACTIVATIONS = {name: ours for ours, names in _ACTIVATIONS.items() for name in names}
+# A layer's tensors: GPT-2's name -> (our name, axes: n_embd, or within the MLP).
 _LAYER = {
-    "ln_1.weight": ("ln_1/scale", (1,)),
-    "ln_1.bias": ("ln_1/bias", (1,)),
-    "attn.c_attn.weight": ("attn/qkv_kernel", (1, 3)),
-    "attn.c_attn.bias": ("attn/qkv_bias", (3,)),
-    "attn.c_proj.weight": ("attn/proj_kernel", (1, 1)),
-    "attn.c_proj.bias": ("attn/proj_bias", (1,)),
-    "ln_2.weight": ("ln_2/scale", (1,)),
-    "ln_2.bias": ("ln_2/bias", (1,)),
-    "mlp.c_fc.weight": ("mlp/up_kernel", (1, 4)),
-    "mlp.c_fc.bias": ("mlp/up_bias", (4,)),
-    "mlp.c_proj.weight": ("mlp/down_kernel", (4, 1)),
-    "mlp.c_proj.bias": ("mlp/down_bias", (1,)),
+    "ln_1.weight": ("ln_1/scale", ("d",)),
+    "ln_1.bias": ("ln_1/bias", ("d",)),
+    "attn.c_attn.weight": ("attn/qkv_kernel", ("d", "3d")),
+    "attn.c_attn.bias": ("attn/qkv_bias", ("3d",)),
+    "attn.c_proj.weight": ("attn/proj_kernel", ("d", "d")),
+    "attn.c_proj.bias": ("attn/proj_bias", ("d",)),
+    "ln_2.weight": ("ln_2/scale", ("d",)),
+    "ln_2.bias": ("ln_2/bias", ("d",)),
+    "mlp.c_fc.weight": ("mlp/up_kernel", ("d", "f")),
+    "mlp.c_fc.bias": ("mlp/up_bias", ("f",)),
+    "mlp.c_proj.weight": ("mlp/down_kernel", ("f", "d")),
+    "mlp.c_proj.bias": ("mlp/down_bias", ("d",)),
 }
 # GPT-2's format has no key for these, so a model must have GPT-2's own values.
 _ONLY = {
@@ -34,51 +50,47 @@ _ONLY = {
     "qk_norm": False,
     "embedding_norm": False,
     "logit_softcap": 0.0,
-    "norm_eps": None,
-    "qkv_bias": False,
     "window": None,
-    "attention_scale": None,
     "mlp": "plain",
-    "n_inner": None,
-    "n_kv_head": None,
-    "head_size": None,
     "residual_scalars": False,
     "value_embeddings": False,
 }
 
 
+class _Settings(Settings):
+    n_layer: Positive
+    n_head: Width
+    n_embd: Width
+    n_positions: Positive
+    n_inner: Width | None = None
+    activation_function: Literal[tuple(ACTIVATIONS)] = "gelu_new"
+    layer_norm_epsilon: Share = LAYER_NORM_EPS
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: Literal[False] = False
+    add_cross_attention: Literal[False] = False
+    tie_word_embeddings: bool = True
+    # reorder_and_upcast_attn has the softmax in float32, which ours always is.
+
+
 def _describe(values: dict[str, Any], path: Path) -> dict[str, Any]:
     """Raises Mistake for a GPT-2 without sizes, or with a feature that our model lacks."""
-    sizes = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
-    if missing := [key for key in sizes if type(values.get(key)) is not int]:
-        raise Mistake(f"{path} does not give {', '.join(missing)} as a whole number")
-    known = {
-        "n_inner": (None, 4 * values["n_embd"]),
-        "layer_norm_epsilon": (LAYER_NORM_EPS,),
-        "activation_function": tuple(ACTIVATIONS),
-        "scale_attn_weights": (True,),
-        "scale_attn_by_inverse_layer_idx": (False,),
-        "add_cross_attention": (False,),
-        "quantization_config": (None,),
-    }
-    for key, allowed in known.items():
-        if values.get(key, allowed[0]) not in allowed:
-            only = " or ".join(str(value) for value in allowed if value is not None)
-            raise Mistake(
-                f"{path}: {key} is {values[key]}, which our model has not; it has {only or 'none'}"
-            )
+    s = _Settings.read(values, path)
     return {
-        **{key: values[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size")},
-        "block_size": values["n_positions"],
+        **{key: getattr(s, key) for key in ("n_layer", "n_head", "n_embd", "vocab_size")},
+        "block_size": s.n_positions,
         "bias": True,
-        "activation": ACTIVATIONS[values.get("activation_function", "gelu_new")],
-        "tie_word_embeddings": values.get("tie_word_embeddings", True),
+        "n_inner": None if s.n_inner == 4 * s.n_embd else s.n_inner,
+        "norm_eps": None if s.layer_norm_epsilon == LAYER_NORM_EPS else s.layer_norm_epsilon,
+        "attention_scale": None if s.scale_attn_weights else 1.0,
+        "activation": ACTIVATIONS[s.activation_function],
+        "tie_word_embeddings": s.tie_word_embeddings,
     }
 
 
 def places(model: ModelConfig) -> dict[str, Place]:
     """Return the place of every tensor of GPT-2's format, named without `transformer.`."""
     d, v = model.n_embd, model.vocab_size
+    sizes = {"d": d, "3d": 3 * d, "f": model.inner}
     places = {
         "wte.weight": Place("wte", None, (v, d)),
         "wpe.weight": Place("wpe", None, (model.block_size, d)),
@@ -88,7 +100,7 @@ def places(model: ModelConfig) -> dict[str, Place]:
     for i in range(model.n_layer):
         for name, (leaf, shape) in _LAYER.items():
             absent = 0.0 if name.endswith("bias") else None
-            shape = tuple(n * d for n in shape)
+            shape = tuple(sizes[axis] for axis in shape)
             places[f"h.{i}.{name}"] = Place(f"h/{leaf}", i, shape, absent=absent)
     if not model.tie_word_embeddings:
         places["lm_head.weight"] = Place("head_kernel", None, (v, d))
@@ -96,8 +108,13 @@ def places(model: ModelConfig) -> dict[str, Place]:
 
 
 def _config(model: ModelConfig) -> dict[str, Any]:
-    names = {ours: theirs for theirs, ours in ACTIVATIONS.items() if theirs != "gelu_pytorch_tanh"}
-    fits = {**{key: (only,) for key, only in _ONLY.items()}, "activation": tuple(names)}
+    usual = None, model.head_dim**-0.5
+    fits = {
+        **{key: (only,) for key, only in _ONLY.items()},
+        "n_kv_head": (None, model.n_head),
+        "head_size": (None, model.n_embd / model.n_head),
+        "attention_scale": (*usual, 1.0),
+    }
     for key, known in fits.items():
         if (value := getattr(model, key)) not in known:
             only = " or ".join(map(str, known))
@@ -111,8 +128,10 @@ def _config(model: ModelConfig) -> dict[str, Any]:
         "n_positions": model.block_size,
         "n_ctx": model.block_size,
         "vocab_size": model.vocab_size,
-        "activation_function": names[model.activation],
-        "layer_norm_epsilon": LAYER_NORM_EPS,
+        "activation_function": _ACTIVATIONS[model.activation][0],
+        "layer_norm_epsilon": model.norm_eps or LAYER_NORM_EPS,
+        "n_inner": model.n_inner,
+        "scale_attn_weights": model.attention_scale in usual,
         "tie_word_embeddings": model.tie_word_embeddings,
         **{f"{part}_pdrop": model.dropout for part in ("embd", "attn", "resid")},
     }
