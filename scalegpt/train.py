@@ -197,6 +197,7 @@ def train(
     meta = {
         "config": lasting(config).model_dump(),
         "command": command,
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
         "tokenizer": datasets[0].tokenizer,
         "data": fingerprints(datasets),
         "best_loss": math.inf,

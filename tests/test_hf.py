@@ -304,7 +304,7 @@ def test_without_biases_gpt2s_format_gets_zeros_and_the_same_logits(make_run, tm
     assert 'scalegpt.load("out")\nprint(model.logits([5, 17]))' in card
 
 
-def test_the_card_and_the_configs_say_what_the_run_was(make_run, tmp_path, capsys, monkeypatch):
+def test_what_config_json_says_and_what_to_type_next(make_run, tmp_path, capsys, monkeypatch):
     run = make_run(
         "plays",
         {"kind": "char", "chars": "".join(map(chr, range(33, 134)))},
@@ -315,23 +315,8 @@ def test_the_card_and_the_configs_say_what_the_run_was(make_run, tmp_path, capsy
     monkeypatch.setattr(convert_hf, "find_spec", lambda name: None)
     convert("export", "--run", run, "--out", tmp_path / "out")
     assert "scalegpt[data]'  # for the next command" in capsys.readouterr().out
-    card = (tmp_path / "out" / "README.md").read_text()
-    lines = (
-        "# plays",
-        "| validation loss | 1.2500 nats a token |",
-        "| updates | 7 |",
-        "| bits per byte | 1.8034 |",
-        "| data | books, owt |",
-        "activation: gelu",
-        "license: unknown",
-        'model = AutoModelForCausalLM.from_pretrained("out")',
-        'model = scalegpt.load("out")\nprint(model.generate("Once", max_new_tokens=100))',
-        "hf upload USER/out out",
-    )
-    assert yaml.safe_load(card.split("---")[1])["library_name"] == "transformers"
-    for line in lines:
-        assert line in card, line
     count = sum(x.size for x in load_file(tmp_path / "out" / "model.safetensors").values())
+    card = (tmp_path / "out" / "README.md").read_text()
     assert f"A GPT of {count:,} parameters, trained with scalegpt" in card
     values = json.loads((tmp_path / "out" / "config.json").read_text())
     assert values["activation_function"] == "gelu" and values["attn_pdrop"] == 0.1

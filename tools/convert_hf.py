@@ -37,6 +37,7 @@ from scalegpt.model.flops import parameter_count
 from scalegpt.model.gpt import GPT, Block, Context, head_table, logits
 from scalegpt.model.layers import rms_norm, rotary_tables
 from scalegpt.processes.command import python, run_command
+from scalegpt.run.card import write_card
 from scalegpt.step import sharding
 from scalegpt.step.build import build_for_use
 from scalegpt.weights import export, huggingface, predecessors, trained
@@ -161,7 +162,7 @@ def export_(flags: argparse.Namespace) -> int:
     print(f"read {flags.run}, step {loaded.step}: {describe(loaded.config.model)}", flush=True)
     write = export.export_hf if flags.format == "hf" else export.export_own
     with new_folder(out) as scratch:
-        write(loaded, scratch)
+        write_card(scratch, loaded, write(loaded, scratch))
     name = shlex.quote(str(out))
     print(f"{wrote(out, loaded.config.model, began)}\nnext:")
     print(f"  {python()} tools/convert_hf.py check {shlex.quote(flags.run)} {name}")
@@ -171,7 +172,7 @@ def export_(flags: argparse.Namespace) -> int:
         print(f'  {python()} -m scalegpt.generate --hf {name} --prompt "..."')
     if flags.format == "hf":
         print(f'  transformers: AutoModelForCausalLM.from_pretrained("{out}")')
-    print(f"  licence, use and upload: {name}/README.md")
+    print(f"  model card, where the licence is to be chosen: {name}/README.md")
     return 0
 
 

@@ -130,7 +130,7 @@ class Console:
         columns |= {key: form.format(row[key]) for key, form in _SHOWN.items() if key in row}
         if "rl/reward" in row:  # the loss hovers around 0 and says nothing
             del columns["train/loss"]
-        columns |= {key: f"{key} {row[key]:.4g}" for key in row if _of_task(key)}
+        columns |= {key: f"{key} {row[key]:.4g}" for key in row if of_task(key)}
         if "perf/step_seconds" in row:  # without evaluations and saves, which come on top
             left = (self._total - row["step"]) * row["perf/step_seconds"]
             columns["left"] = f"left {tqdm.format_interval(left)}"
@@ -251,7 +251,7 @@ class Metrics:
 
     def evaluation(self, row: Row) -> None:
         """Write a row of EVAL_KEYS, val/NAME/loss or /reward and tasks' keys, which gets `time`."""
-        other = {key for key in row.keys() - set(EVAL_KEYS) if not _of_task(key)}
+        other = {key for key in row.keys() - set(EVAL_KEYS) if not of_task(key)}
         assert all(re.fullmatch("val/.+/(loss|reward)", key) for key in other), other
         self._write(row)
 
@@ -298,6 +298,6 @@ class Metrics:
             writer.close()
 
 
-def _of_task(key: str) -> bool:
+def of_task(key: str) -> bool:
     task, _, name = key.partition("/")
     return task not in ("val", "rl") and name in TASK_KEYS

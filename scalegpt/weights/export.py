@@ -4,12 +4,10 @@ Many programs read the formats of transformers, but not every model fits one; ou
 """
 
 import json
-import shlex
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from flax import traverse_util
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
@@ -17,20 +15,19 @@ from safetensors.numpy import save_file
 from scalegpt.config.recipe import ModelConfig
 from scalegpt.data import tokenizer
 from scalegpt.errors import Mistake
-from scalegpt.model.flops import parameter_count
 from scalegpt.weights.huggingface import FORMATS, OWN_TYPE
 from scalegpt.weights.places import Format
 from scalegpt.weights.tensor_files import SAFE
 from scalegpt.weights.tokenizer_files import tokenizer_files
-from scalegpt.weights.trained import Trained, evaluation
+from scalegpt.weights.trained import Trained
 
 
-def export_hf(model: Trained, folder: Path) -> None:
+def export_hf(model: Trained, folder: Path) -> str:
     """Write a model into an empty folder, which `transformers` loads without our code.
 
     The format is the first that can say what the model is. The padding of the vocabulary is cut
-    off, and where the format has tensors that the model has not they change nothing. Raises Mistake
-    with the reasons for a model that no format expresses.
+    off, and where the format has tensors that the model has not they change nothing, which the text
+    that is returned says. Raises Mistake with the reasons for a model that no format expresses.
     """
     config, reasons = model.config.model, []
     for format_ in FORMATS.values():
@@ -49,23 +46,20 @@ def export_hf(model: Trained, folder: Path) -> None:
     files["config.json"] = {**values, **marks, "dtype": "float32"}
     files["generation_config.json"] = {"_from_model_config": True, **marks}
     tensors, added = tensors_of(format_, config, model.params)
-    use = _USE.format(folder=folder.name)
-    if added:
-        use += (
-            f"The model has no {added}; {format_.name}'s format has, and they change nothing.\n\n"
-        )
-    if "tokenizer.json" not in files:
-        use += "It came without a tokenizer: only `model` can be loaded, for token ids.\n\n"
-    _write(folder, tensors, files, model, use, "transformers")
+    _write(folder, tensors, files)
+    if not added:
+        return ""
+    return f"The model has no {added}; {format_.name}'s format has, and they change nothing."
 
 
-def export_own(model: Trained, folder: Path) -> None:
+def export_own(model: Trained, folder: Path) -> str:
     """Write a model's leaves bit for bit, each under its path, with its shape and tokenizer."""
     leaves = traverse_util.flatten_dict(model.params, sep="/")
     tensors = {path: np.ascontiguousarray(leaf) for path, leaf in leaves.items()}
     values = {"model_type": OWN_TYPE, "model": model.config.model.model_dump()}
     values["tokenizer"] = model.tokenizer
-    _write(folder, tensors, {"config.json": values}, model, "", OWN_TYPE)
+    _write(folder, tensors, {"config.json": values})
+    return ""
 
 
 def tensors_of(
@@ -93,66 +87,7 @@ def tensors_of(
     return tensors, " and ".join(sorted(added))
 
 
-_USE = """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
-model = AutoModelForCausalLM.from_pretrained("{folder}")
-```
-
-"""
-_CARD = """---
-library_name: {library}
-tags: [{tags}]
-license: unknown
----
-# {title}
-
-A GPT of {parameters:,} parameters, {origin} scalegpt.
-
-| | |
-|---|---|
-{table}
-
-## Use
-
-{use}```python
-import scalegpt
-
-model = scalegpt.load("{folder}")
-print(model.{call})
-```
-
-## Licence
-
-None is chosen yet. Whoever publishes these weights does, in place of `unknown` in the first lines
-of this file; the text they were trained on, and weights they began with, may have a say. scalegpt
-itself is under the MIT licence, which does not extend to what it trains.
-
-## Upload
-
-```
-hf auth login
-hf upload USER/{folder} {path}
-```
-
-Afterwards `USER/{folder}` is the name to load the model by.
-
-## Configuration
-
-```yaml
-{config}```
-"""
-
-
-def _write(
-    folder: Path,
-    tensors: dict[str, np.ndarray],
-    files: dict[str, Any],
-    model: Trained,
-    use: str,
-    library: str,
-) -> None:
+def _write(folder: Path, tensors: dict[str, np.ndarray], files: dict[str, Any]) -> None:
     for name, content in files.items():
         text = json.dumps(content, indent=2, ensure_ascii=False)
         (folder / name).write_text(text + "\n", encoding="utf-8")
@@ -165,34 +100,3 @@ def _write(
         ) from None
     # safetensors makes a file that only its owner may read.
     (folder / SAFE).chmod((folder / "config.json").stat().st_mode)
-    config = model.config
-    figures = {**_figures(model), "context": f"{config.model.block_size} tokens"}
-    has_text = "tokenizer.json" in files or files["config.json"].get("tokenizer")
-    values = config.model_dump() if model.step else {"model": config.model.model_dump()}
-    card = _CARD.format(
-        library=library,
-        tags=", ".join(dict.fromkeys([OWN_TYPE, files["config.json"]["model_type"]])),
-        title=Path(model.name).name,
-        parameters=parameter_count(config.model),
-        origin="trained with" if model.step else "converted by",
-        table="\n".join(f"| {key} | {value} |" for key, value in figures.items()),
-        use=use,
-        folder=folder.name,
-        path=shlex.quote(folder.name),
-        call='generate("Once", max_new_tokens=100)' if has_text else "logits([5, 17])",
-        config=yaml.safe_dump(values, sort_keys=False, allow_unicode=True),
-    )
-    (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-def _figures(model: Trained) -> dict[str, str]:
-    """Return the rows of the card's table: data, updates and the evaluation at this checkpoint."""
-    figures = {"data": ", ".join(Path(path).name for path in model.config.data.weights if path)}
-    if model.step:
-        figures["updates"] = f"{model.step:,}"
-    row = evaluation(model)
-    if "val/loss" in row:
-        figures["validation loss"] = f"{row['val/loss']:.4f} nats a token"
-    if "val/bits_per_byte" in row:
-        figures["bits per byte"] = f"{row['val/bits_per_byte']:.4f}"
-    return {key: value for key, value in figures.items() if value}
