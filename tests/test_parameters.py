@@ -13,7 +13,7 @@ from scalegpt.model.layers import project
 from scalegpt.model.parameters import Parameter, parameters
 from scalegpt.step import build, memory, sharding
 from scalegpt.step.optimizer import decay_mask, optimizer
-from scalegpt.weights.export import gpt2_tensors
+from scalegpt.weights import export, gpt2
 
 L, D, T = 3, 32, 16
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
@@ -87,7 +87,7 @@ def test_a_new_matrix_is_counted_sharded_decayed_and_muons(config):
 def test_a_new_matrix_does_not_vanish_from_gpt2s_format(config):
     shapes = {path: np.zeros(x.shape, np.float32) for path, x in parameters(config.model).items()}
     with pytest.raises(AssertionError, match="gate_kernel"):
-        gpt2_tensors(config.model, shapes)
+        export.tensors_of(gpt2.FORMAT, config.model, shapes)
 
 
 @pytest.mark.parametrize(
