@@ -411,7 +411,7 @@ def test_every_mesh_gets_the_same_values(tmp_path):
     alone = read(folder)
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
     abstract = build_for_use(alone.config, mesh, 1).abstract.params
-    spread = huggingface.load_params(folder, alone.config.model, abstract)
+    spread = huggingface.read(folder).load_params(alone.config.model, abstract)
     assert_same_tensors(leaves(alone.params), leaves(spread))
     jax.tree.map(lambda x, place: x.sharding == place.sharding or pytest.fail(), spread, abstract)
     kernel = spread["h"]["attn"]["qkv_kernel"]

@@ -117,16 +117,14 @@ def import_(flags: argparse.Namespace) -> int:
     refuse_existing(out)
     if path := predecessors.find(flags.source):
         source = predecessors.read(path, flags.n_head, flags.block_size)
-        model, spec, load_params = source.model, source.tokenizer, source.load_params
     elif flags.n_head or flags.activation:
         raise Mistake(
             "--n-head and --activation are for checkpoints of nanoGPT, nanogpt-jax and gpt-jax; "
             f"{flags.source} is none"
         )
     else:
-        path = huggingface.locate(flags.source)
-        model, spec = huggingface.describe(path)
-        load_params = partial(huggingface.load_params, path)
+        source = huggingface.read(huggingface.locate(flags.source))
+    model, spec = source.model, source.tokenizer
     if flags.data:
         spec = tokenizer_of(flags.data, model)
     keys = ("block_size", "vocab_multiple", "dropout", "activation")
@@ -136,9 +134,9 @@ def import_(flags: argparse.Namespace) -> int:
         {"model": values, "data": {"path": ""}, "run": {"out_dir": str(out)}}, "this command line"
     )
     kind = tokenizer.kind(spec) if spec else "none"
-    print(f"reading {path}: {describe(config.model)}, tokenizer: {kind}", flush=True)
+    print(f"reading {source.path}: {describe(config.model)}, tokenizer: {kind}", flush=True)
     steps = build_for_use(config, one_device(), 1)
-    params = load_params(config.model, steps.abstract.params)
+    params = source.load_params(config.model, steps.abstract.params)
     meta = {"config": config.model_dump(), "tokenizer": spec, "data": {}, "best_loss": math.inf}
     with new_folder(out) as scratch:
         checkpoints = Checkpoints(scratch)

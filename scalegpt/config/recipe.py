@@ -118,7 +118,7 @@ class ModelConfig(Section):
     """width of the residual stream"""
     block_size: Positive = 1024
     """context length, in tokens"""
-    vocab_size: Positive | None = None
+    vocab_size: Annotated[Integer, Field(ge=1, le=2**30)] | None = None
     """number of token ids; taken from the data set when not given"""
     isolate: bool | None = None
     """attention stays within a conversation, or with plain text within a document, and learned

@@ -40,10 +40,10 @@ def weights(config: Config, abstract: Any) -> tuple[Any, str]:
         source.close()
         name = f"{name}, step {step}"
     else:
-        folder = huggingface.locate(name)
-        stored = huggingface.describe(folder)[0]
+        opened = huggingface.read(huggingface.locate(name))
+        stored = opened.model
         model = config.model.model_copy(update={"vocab_size": stored.vocab_size})
-        params = huggingface.load_params(folder, model, abstract)
+        params = opened.load_params(model, abstract)
     if (new := config.model.vocab_size - stored.vocab_size) > 0:
         params = grown(params, stored.vocab_size, config.run.seed, abstract)
         name += f"; {new} new ids begin as the mean of the others"

@@ -8,7 +8,7 @@ names and shapes of GPT-2's format, whose places `gpt2` knows.
 import re
 import zipfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,30 +19,16 @@ from flax import serialization, traverse_util
 from scalegpt.config.recipe import ModelConfig
 from scalegpt.data.token_files import read_meta
 from scalegpt.errors import Mistake, counted
+from scalegpt.model.parameters import parameters
 from scalegpt.weights import gpt2, huggingface, tensor_files
-from scalegpt.weights.tensor_files import Read, Shapes
+from scalegpt.weights.places import Place
+from scalegpt.weights.source import Source, open_source
 
 CKPT = "ckpt.pt"
 _ORBAX = ("_METADATA", "checkpoint")  # either is in a folder of Orbax; the second in old ones
 _GPT2_VOCABULARIES = (50257, 50304)  # nanoGPT pads GPT-2's to a multiple of 64
 # Linear layers, which PyTorch stores [out, in].
 _LINEAR = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-
-
-class Checkpoint(NamedTuple):
-    """A predecessor's checkpoint that is opened; `tensors` are named as in GPT-2's format."""
-
-    path: Path
-    model: ModelConfig
-    tokenizer: dict[str, Any] | None
-    tensors: tuple[Shapes, Read]
-
-    def load_params(self, model: ModelConfig, abstract_params: Any) -> Any:
-        """Return the parameters, as `huggingface.load_params` does for a folder."""
-        leaves = traverse_util.flatten_dict(abstract_params, sep="/")
-        places = gpt2.places(self.model).items()
-        places = {name: place for name, place in places if place.leaf in leaves}
-        return huggingface.fill(self.path, self.model, places, self.tensors, model, abstract_params)
 
 
 def find(source: str) -> Path | None:
@@ -64,7 +50,7 @@ def find(source: str) -> Path | None:
     return checkpoints[0] if checkpoints else None
 
 
-def read(path: Path, n_head: int | None, block_size: int | None) -> Checkpoint:
+def read(path: Path, n_head: int | None, block_size: int | None) -> Source:
     """Open a checkpoint that `find` has found.
 
     n_head: needed for those by Flax, which do not store it. block_size: of a model with rotary
@@ -81,7 +67,7 @@ def read(path: Path, n_head: int | None, block_size: int | None) -> Checkpoint:
     return _flax(path, n_head, block_size or 1024)
 
 
-def _nanogpt(path: Path) -> Checkpoint:
+def _nanogpt(path: Path) -> Source:
     match tensor_files.load_torch(path):
         case {"model": state, "model_args": dict(arguments), **more}:
             shapes, read = tensor_files.torch_tensors(path, state)
@@ -104,14 +90,20 @@ def _nanogpt(path: Path) -> Checkpoint:
     if (data / "meta.pkl").is_file():
         meta = read_meta(data)[0]
         spec = meta["tokenizer"] if meta["vocab_size"] == model.vocab_size else None
-    return Checkpoint(path, model, spec, (shapes, transposed))
+    return open_source(path, model, spec, _places(model), (shapes, transposed))
+
+
+def _places(model: ModelConfig) -> dict[str, Place]:
+    """Return the places of GPT-2's format but for biases and positions that the model has not."""
+    leaves = parameters(model)
+    return {name: x for name, x in gpt2.places(model).items() if x.leaf in leaves}
 
 
 def _gpt2(model: ModelConfig) -> dict[str, Any] | None:
     return {"kind": "gpt2"} if model.vocab_size in _GPT2_VOCABULARIES else None
 
 
-def _flax(path: Path, n_head: int | None, block_size: int) -> Checkpoint:
+def _flax(path: Path, n_head: int | None, block_size: int) -> Source:
     try:
         tree = _orbax(path) if path.is_dir() else serialization.msgpack_restore(path.read_bytes())
     except Exception as error:  # neither format has an exception of its own for other files
@@ -156,7 +148,7 @@ def _flax(path: Path, n_head: int | None, block_size: int) -> Checkpoint:
         tensor = tensors.pop(name)
         return _halves(tensor, n_head) if rope and ".c_attn." in name else tensor
 
-    return Checkpoint(path, model, _gpt2(model), (shapes, read))
+    return open_source(path, model, _gpt2(model), _places(model), (shapes, read))
 
 
 def _orbax(path: Path) -> Any:

@@ -164,16 +164,13 @@ def from_run(
     raise AssertionError("unreachable")
 
 
-def from_hugging_face(
-    source: str, mesh: Mesh, microbatch: int, dtype: str | None = None
-) -> Trained:
+def from_hugging_face(name: str, mesh: Mesh, microbatch: int, dtype: str | None = None) -> Trained:
     """Load the model of a folder or of a Hugging Face repository, as `locate` finds it."""
-    folder = huggingface.locate(source)
-    model, tokenizer = huggingface.describe(folder)
-    config = _with_dtype(config_of(model), dtype)
+    opened = huggingface.read(huggingface.locate(name))
+    config = _with_dtype(config_of(opened.model), dtype)
     steps = build_for_use(config, mesh, microbatch)
-    params = huggingface.load_params(folder, config.model, steps.abstract.params)
-    return Trained(source, config, tokenizer, None, steps, params)
+    params = opened.load_params(config.model, steps.abstract.params)
+    return Trained(name, config, opened.tokenizer, None, steps, params)
 
 
 def config_of(model: ModelConfig) -> Config:
