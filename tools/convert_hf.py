@@ -2,7 +2,7 @@
 
 python tools/convert_hf.py import gpt2 --out out/gpt2
 python tools/convert_hf.py import ../nanoGPT/out-shakespeare-char/ckpt.pt --out out/char
-python tools/convert_hf.py export --run out/NAME --out NAME
+python tools/convert_hf.py export --run out/NAME --out NAME [--push OWNER/NAME]
 python tools/convert_hf.py check out/gpt2 gpt2
 
 Exit codes: 0 done; 1 `check` found a difference; 2 the user's mistake.
@@ -40,7 +40,7 @@ from scalegpt.processes.command import python, run_command
 from scalegpt.run.card import write_card
 from scalegpt.step import sharding
 from scalegpt.step.build import build_for_use
-from scalegpt.weights import export, huggingface, predecessors, trained
+from scalegpt.weights import export, hub, huggingface, predecessors, trained
 
 
 def main(argv: list[str]) -> int:
@@ -96,6 +96,12 @@ def parser() -> command_line.Parser:
         choices=("hf", "scalegpt"),
         default="hf",
         help="hf: GPT-2's, for transformers; scalegpt: any model",
+    )
+    sub.add_argument(
+        "--push",
+        metavar="OWNER/NAME",
+        help="upload the folder to this repository of Hugging Face, private if it is new; one that "
+        "has files is refused",
     )
 
     sub = command("check", check, "compare the logits of two models, in float32")
@@ -156,20 +162,26 @@ def export_(flags: argparse.Namespace) -> int:
     """Make a folder for transformers, or for --hf, with the weights of a run."""
     began, out = time.perf_counter(), flags.out
     refuse_existing(out)
+    if flags.push:
+        hub.check(flags.push)  # before the work, which may take minutes
     loaded = trained.from_run(flags.run, flags.checkpoint, one_device(), 1)
     print(f"read {flags.run}, step {loaded.step}: {describe(loaded.config.model)}", flush=True)
     write = export.export_hf if flags.format == "hf" else export.export_own
     with new_folder(out) as scratch:
-        write_card(scratch, loaded, write(loaded, scratch))
+        write_card(scratch, loaded, write(loaded, scratch), flags.push)
     name = shlex.quote(str(out))
-    print(f"{wrote(out, loaded.config.model, began)}\nnext:")
+    print(wrote(out, loaded.config.model, began), flush=True)
+    if flags.push:
+        print(f"uploading to {flags.push} ...", flush=True)
+        print(f"uploaded to {hub.push(out, flags.push)}")
+    print("next:")
     print(f"  {python()} tools/convert_hf.py check {shlex.quote(flags.run)} {name}")
     if spec := huggingface.describe(out)[1]:  # GPT-2's format has no ids without a text
         if "tokenizer.json" in tokenizer.kind(spec) and not find_spec("tokenizers"):
             print("  pip install 'scalegpt[data]'  # for the next command, which needs tokenizers")
         print(f'  {python()} -m scalegpt.generate --hf {name} --prompt "..."')
     if flags.format == "hf":
-        print(f'  transformers: AutoModelForCausalLM.from_pretrained("{out}")')
+        print(f'  transformers: AutoModelForCausalLM.from_pretrained("{flags.push or out}")')
     print(f"  model card, where the licence is to be chosen: {name}/README.md")
     return 0
 

@@ -5,6 +5,7 @@ data that are here say, and no more: weights of others have no figures.
 """
 
 import json
+import re
 import shlex
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -210,7 +211,7 @@ def _shown(figure: Figure) -> str:
 
 def _index(title: str, figures: list[Figure]) -> dict[str, Any]:
     """Return the figures as the Hub wants them, grouped by what they were measured on."""
-    results = {}
+    results: dict[str, list[dict[str, Any]]] = {}
     for figure in figures:
         metric = {"type": figure.metric, "name": figure.title, "value": figure.value}
         results.setdefault(figure.dataset, []).append(metric)
@@ -218,7 +219,11 @@ def _index(title: str, figures: list[Figure]) -> dict[str, Any]:
     return {
         "name": title,
         "results": [
-            {"task": task, "dataset": {"type": dataset, "name": dataset}, "metrics": metrics}
+            {
+                "task": task,
+                "dataset": {"type": re.sub(r"[^\w.-]+", "-", dataset), "name": dataset},
+                "metrics": metrics,
+            }
             for dataset, metrics in results.items()
         ],
     }
