@@ -35,7 +35,16 @@ _TITLES = {
     "val/accuracy": "accuracy on pairs",
     "val/reward": "reward of held-out prompts",
 }
-_GGUF = ("gpt2", "llama", "mistral", "qwen2", "qwen3")  # model_types that llama.cpp converts, too
+# model_types that llama.cpp converts; it computes as usual whatever config.json says of these keys,
+# and knows no tokenizer of bytes or of characters.
+_GGUF = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
+_GGUF_ONLY = {
+    "activation_function": "gelu_new",
+    "hidden_act": "silu",
+    "n_inner": None,
+    "scale_attn_weights": True,
+    "sliding_window": None,
+}
 
 _CARD = """---
 {metadata}---
@@ -306,13 +315,9 @@ def _use(values: dict[str, Any], spec: Any, has_text: bool, notes: str, name: st
     if not has_text:
         return text
     text += _VLLM.format(name=shlex.quote(name))
-    # llama.cpp's GPT-2 has the usual width and the approximate GELU, whatever config.json says, and
-    # it knows no tokenizer of bytes or of characters.
-    differs = values.get("n_inner") not in (None, 4 * values.get("n_embd", 0))
-    differs |= values.get("activation_function") == "gelu"
-    base = spec["base"] if chat else spec
-    known = tokenizer.kind(base) not in ("byte", "char")
-    if values["model_type"] in _GGUF and known and not differs:
+    usual = all(values.get(key, value) == value for key, value in _GGUF_ONLY.items())
+    known = tokenizer.kind(spec["base"] if chat else spec) not in ("byte", "char")
+    if values["model_type"] in _GGUF and usual and known:
         folder = shlex.quote(Path(name).name)
         download = f"hf download {name} --local-dir {folder}\n" if "/" in name else ""
         text += _LLAMA_CPP.format(download=download, folder=folder)
