@@ -224,12 +224,11 @@ def _index(title: str, figures: list[Figure]) -> dict[str, Any]:
     for figure in figures:
         metric = {"type": figure.metric, "name": figure.title, "value": figure.value}
         results.setdefault(figure.dataset, []).append(metric)
-    task = {"type": "text-generation", "name": "Text Generation"}
     return {
         "name": title,
         "results": [
             {
-                "task": task,
+                "task": {"type": "text-generation", "name": "Text Generation"},
                 "dataset": {"type": re.sub(r"[^\w.-]+", "-", dataset), "name": dataset},
                 "metrics": metrics,
             }
