@@ -27,11 +27,12 @@ import pytest
 from filelock import FileLock, Timeout
 
 from scalegpt.config import command_line
-from scalegpt.data import prepare
+from scalegpt.data import prepare, token_files
 from scalegpt.data.prepare import Corpus, write_dataset
 from scalegpt.data.tokenizer import char_tokenizer, load
 from scalegpt.files import text_files
 
+FILES = ["meta.json", "train.bin", "train.idx", "val.bin", "val.idx"]
 DATA = Path(__file__).resolve().parents[1] / "data"
 
 
@@ -124,8 +125,10 @@ def test_shakespeare_has_nanogpts_tokens_and_meta_describes_them(shakespeare, tm
             "documents": 1,
             "max_id": int(ids[split].max()),
             "sha256": hashlib.sha256((tmp_path / f"{split}.bin").read_bytes()).hexdigest(),
+            "index": hashlib.sha256((tmp_path / f"{split}.idx").read_bytes()).hexdigest(),
         }
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["meta.json", "train.bin", "val.bin"]
+        assert np.fromfile(tmp_path / f"{split}.idx", "<u8").tolist() == [ids[split].size]
+    assert sorted(p.name for p in tmp_path.iterdir()) == FILES
     again = script("shakespeare", "--input", shakespeare, "--out", tmp_path)
     assert again.returncode == 0 and "already prepared" in again.stdout
     other = script("shakespeare", "--input", tmp_path / "meta.json", "--out", tmp_path)
@@ -595,6 +598,42 @@ def test_without_separation_no_mark_is_set(tmp_path, capsys):
         assert ("nothing separates documents" in capsys.readouterr().out) == told
 
 
+@pytest.mark.parametrize("spec", ["byte", {"kind": "char", "chars": "abcd"}])
+def test_the_index_says_where_each_document_ends(tmp_path, spec):
+    """Of documents in pieces, of batches, and of empty ones; what is damaged is made anew."""
+    texts = ["ab" * 3, "d", "", "abcd", "c" * 700_000, "", "ba" * 400_000, "c"]
+
+    def made():
+        parts = [("val" if i % 2 else "train", iter([t[:2], t[2:]])) for i, t in enumerate(texts)]
+        return Corpus(load(spec), parts, 1000)
+
+    meta = write_dataset(tmp_path, made, "x", 0, False)
+    opened, mark = token_files.open_dataset(tmp_path), int(spec == "byte")
+    for split, ends in (("train", opened.train_ends), ("val", opened.val_ends)):
+        parts = [text for i, text in enumerate(texts) if (i % 2 == 1) == (split == "val")]
+        assert ends.dtype == "<u8" and meta[split]["documents"] == len(parts) == len(ends)
+        assert ends.tolist() == np.cumsum([len(text) + mark for text in parts]).tolist()
+        alone = token_files.open_split(tmp_path / f"{split}.bin", split)
+        assert alone.ends.tolist() == ends.tolist()
+    index = (tmp_path / "train.idx").read_bytes()
+    for damaged, message in (
+        (index[:-8], r"24 bytes but meta.json says 32"),
+        (index[8:] + index[-8:], "train.idx is not the file that meta.json"),
+    ):
+        (tmp_path / "train.idx").write_bytes(damaged)
+        with pytest.raises(ValueError, match=message):
+            token_files.open_dataset(tmp_path)
+    (tmp_path / "train.idx").unlink()
+    with pytest.raises(ValueError, match="has no train.idx; copy it"):
+        token_files.open_dataset(tmp_path)
+    assert write_dataset(tmp_path, made, "x", 0, False) == meta, "it was not whole"
+    assert (tmp_path / "train.idx").read_bytes() == index
+    del meta["train"]["index"], meta["val"]["index"]  # as earlier versions wrote it
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    assert token_files.open_dataset(tmp_path).train_ends is None
+    assert token_files.open_dataset(tmp_path).fingerprint == opened.fingerprint
+
+
 def test_what_is_there_is_kept_until_the_new_is_whole(tmp_path):
     first = write_dataset(tmp_path, lambda: corpus(["a", "b"]), "one", 0, False)
     assert write_dataset(tmp_path, pytest.fail, "one", 0, False) == first
@@ -682,7 +721,7 @@ def test_fault_24_a_killed_preparation_leaves_nothing_whole_and_no_workers(tmp_p
         time.sleep(0.05)
     assert not any(map(lives, workers))
     write_dataset(out, lambda: corpus(["a", "b"]), "x", 0, False)
-    assert sorted(p.name for p in out.iterdir()) == ["meta.json", "train.bin", "val.bin"]
+    assert sorted(p.name for p in out.iterdir()) == FILES
 
 
 def test_who_waits_for_a_lock_that_is_removed_makes_it_anew(tmp_path, monkeypatch):

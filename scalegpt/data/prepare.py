@@ -1,7 +1,8 @@
 """Documents become token files, for data/*/prepare.py: train.bin, val.bin and meta.json.
 
-A token file is nanoGPT's: headerless little-endian uint16 (uint32 above 65,536 ids). Text streams
-through in constant memory, or is refused by its size. Prompts become JSON lines instead.
+A token file is nanoGPT's: headerless little-endian uint16 (uint32 above 65,536 ids). Those of text
+have train.idx and val.idx beside them, which say where documents end. Text streams through in
+constant memory, or is refused by its size. Prompts become JSON lines instead.
 Files get their names when they are whole, so that a killed process leaves no half of one.
 """
 
@@ -13,7 +14,7 @@ import re
 import shlex
 import shutil
 import signal
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -30,7 +31,7 @@ from tqdm import tqdm
 
 from scalegpt.config import command_line
 from scalegpt.config.presets import data_folder
-from scalegpt.data.token_files import file_of, narrowest
+from scalegpt.data.token_files import INDEX, file_of, index_of, narrowest
 from scalegpt.data.tokenizer import Tokenizer, kind, load
 from scalegpt.errors import Mistake, counted
 from scalegpt.files.folder import local_path
@@ -170,8 +171,8 @@ def _only_writer(out: Path) -> Iterator[None]:
 
 def _remove_partial(out: Path) -> None:
     for split in SPLITS:
-        for of_kind in ("text", "prompts"):
-            (out / f"{file_of(split, of_kind)}.partial").unlink(missing_ok=True)
+        for name in (index_of(split), *(file_of(split, k) for k in ("text", "prompts"))):
+            (out / f"{name}.partial").unlink(missing_ok=True)
 
 
 def _prepared(out: Path, source: str) -> dict[str, Any] | None:
@@ -180,7 +181,10 @@ def _prepared(out: Path, source: str) -> dict[str, Any] | None:
         return None
     meta = read_object(out / "meta.json", "; see --force and --out")
     paths = {split: out / file_of(split, meta.get("kind")) for split in SPLITS}
+    indexed = {index_of(s): meta[s] for s in SPLITS if "index" in meta.get(s, {})}
+    paths |= {name: out / name for name in indexed}
     sizes = {s: path.stat().st_size for s, path in paths.items() if path.is_file()}
+    indices = {n: part.get("documents", 0) * INDEX.itemsize for n, part in indexed.items()}
     match meta:
         case {"kind": "prompts", "train": {"bytes": int(train)}, "val": {"bytes": int(val)}}:
             if sizes != {"train": train, "val": val}:
@@ -191,7 +195,7 @@ def _prepared(out: Path, source: str) -> dict[str, Any] | None:
             "val": {"tokens": int(val)},
         }:
             width = np.dtype(dtype).itemsize
-            if sizes != {"train": train * width, "val": val * width}:
+            if sizes != {"train": train * width, "val": val * width} | indices:
                 return None
     if (stored := meta.get("source", "something unknown")) != source:
         raise Mistake(f"{out} holds {stored!r}, not {source!r}: see --force and --out")
@@ -211,9 +215,10 @@ def write_bins(
 ) -> dict[str, Any]:
     """Write train.bin.partial and val.bin.partial; return their entries for meta.json.
 
-    encoded: split, ids and what they add to its entry: bytes, documents and perhaps more. An id
-    below 0 is ~id. text_bytes: the end of the progress bar, or None for one without end. Raises
-    Mistake for an empty split.
+    encoded: split, ids and what they add to its entry: bytes, documents and perhaps more; of text
+    also `ends`, after how many of these ids a document ends, for train.idx.partial and
+    val.idx.partial. An id below 0 is ~id. text_bytes: the end of the progress bar, or None for one
+    without end. Raises Mistake for an empty split.
     """
 
     def largest(ids: np.ndarray) -> int:
@@ -248,14 +253,23 @@ def _write_rows(
 ) -> dict[str, Any]:
     """Write the files of a kind of data from split, content and facts of each row, which add up."""
     counts = {s: Counter(tokens=0, bytes=0, documents=0) for s in SPLITS}
-    digests = {split: hashlib.sha256() for split in SPLITS}
+    names = {split: file_of(split, kind) for split in SPLITS}
+    files, digests = {}, defaultdict(hashlib.sha256)
     bar = tqdm(total=text_bytes, unit="B", unit_scale=True, disable=None)
     with bar, ExitStack() as stack:
-        paths = {split: out / f"{file_of(split, kind)}.partial" for split in SPLITS}
-        files = {s: stack.enter_context(open(path, "wb")) for s, path in paths.items()}
+
+        def write(name: str, content: Any) -> None:
+            if name not in files:
+                files[name] = stack.enter_context(open(out / f"{name}.partial", "wb"))
+            files[name].write(content)
+            digests[name].update(content)
+
+        for name in names.values():
+            write(name, b"")
         for split, content, facts in rows:
-            files[split].write(content)
-            digests[split].update(content)
+            if (ends := facts.pop("ends", None)) is not None:
+                write(index_of(split), (counts[split]["tokens"] + ends).astype(INDEX))
+            write(names[split], content)
             for key, value in facts.items():
                 before = counts[split][key]
                 counts[split][key] = max(before, value) if key in _MOST else before + value
@@ -263,7 +277,11 @@ def _write_rows(
     for split in SPLITS:
         if not counts[split]["tokens"]:
             raise Mistake(f"no document is in the {split} split: give more text")
-    return {s: {**counts[s], "sha256": digests[s].hexdigest()} for s in SPLITS}
+    return {
+        s: {**counts[s], "sha256": digests[names[s]].hexdigest()}
+        | ({"index": digests[index].hexdigest()} if (index := index_of(s)) in files else {})
+        for s in SPLITS
+    }
 
 
 def _publish(out: Path, meta: dict[str, Any]) -> None:
@@ -271,9 +289,10 @@ def _publish(out: Path, meta: dict[str, Any]) -> None:
     old, new = ([file_of(s, kind) for s in SPLITS] for kind in (_kind(out), meta.get("kind")))
     (out / "meta.json.partial").write_text(json.dumps(meta, indent=1))
     (out / "meta.json").unlink(missing_ok=True)
-    for name in {*old} - {new[0]}:
+    for name in {*old, *map(index_of, SPLITS)} - {new[0]}:
         (out / name).unlink(missing_ok=True)
-    for name in (*new, "meta.json"):
+    indices = [index_of(split) for split in SPLITS if "index" in meta[split]]
+    for name in (*new, *indices, "meta.json"):
         with open(out / f"{name}.partial", "rb+") as file:
             os.fsync(file.fileno())
         os.replace(file.name, out / name)
@@ -360,14 +379,15 @@ def _encode(batch: list, separate: bool, dtype: np.dtype, tokenizer: Tokenizer |
     mark = np.array([tokenizer.eot] if separate and tokenizer.eot is not None else [], np.int32)
     encoded = []
     for split in SPLITS:
-        parts, n_bytes, n_documents = [mark[:0]], 0, 0
+        parts, ends, n_ids, n_bytes = [mark[:0]], [], 0, 0
         for piece, last in ((piece, last) for where, piece, last in batch if where == split):
             parts += [tokenizer.encode(piece), mark if last else mark[:0]]
+            n_ids += len(parts[-2]) + len(parts[-1])
             n_bytes += len(piece.encode(errors="surrogatepass"))
-            n_documents += last
+            ends += [n_ids] * last
         if tokenizer.name == "byte":  # its end-of-text mark is a byte of the text
-            n_bytes += n_documents * mark.size
-        added = {"bytes": n_bytes, "documents": n_documents}
+            n_bytes += len(ends) * mark.size
+        added = {"bytes": n_bytes, "documents": len(ends), "ends": np.array(ends, INDEX)}
         encoded.append((split, np.concatenate(parts).astype(dtype), added))
     return encoded
 

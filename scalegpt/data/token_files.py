@@ -2,7 +2,9 @@
 
 A dataset is a folder, or a URL of one, with `train.bin` and `val.bin`: headerless little-endian
 uint16 or uint32 ids. `meta.json` (written by `data/*/prepare.py`) or nanoGPT's `meta.pkl` says what
-the ids mean; without either they are taken for nanoGPT's GPT-2 ids in uint16. Conversations,
+the ids mean; without either they are taken for nanoGPT's GPT-2 ids in uint16. A text's `train.idx`
+says where each of its documents ends: after how many tokens of the file, its end-of-text mark
+included, as little-endian uint64. Folders of earlier versions have none. Conversations,
 by meta.json of the kind "chat", are int32: ~id, below 0, is read but not predicted, and each begins
 with ~bos, which is nowhere else. Of kind "pairs" every second has the rejected answer to the prompt
 of the one before. Data of kind "prompts" are JSON lines, train.jsonl and val.jsonl.
@@ -35,12 +37,18 @@ KINDS = ("text", "chat", "pairs", "prompts")
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4"), "int32": np.dtype("<i4")}
 META = ("meta.json", "meta.pkl")
 CHUNK = 1 << 24  # ids per check: large enough to run at disk speed, small in memory
+INDEX = np.dtype("<u8")
 SLOW = 1 << 28  # files above this many bytes get a progress bar
 
 
 def file_of(split: str, kind: str) -> str:
     """Return the name of a split's file in a data set of this kind."""
     return f"{split}.jsonl" if kind == "prompts" else f"{split}.bin"
+
+
+def index_of(split: str) -> str:
+    """Return the name of the file that says where the documents of a split end."""
+    return f"{split}.idx"
 
 
 def narrowest(vocab_size: int) -> np.dtype:
@@ -63,11 +71,13 @@ class Dataset:
     val_bytes_per_token: float | None  # UTF-8 bytes of the text a predicted token stands for
     fingerprint: str  # changes with the tokens; a run continued on other data can be refused
     kind: str = "text"  # one of KINDS
+    train_ends: np.ndarray | None = None  # where each document ends, if the folder says so
+    val_ends: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """One opened file of a dataset; `tokens`, `bytes_per_token` and `kind` as in Dataset."""
+    """One opened file of a dataset; the fields are as in Dataset."""
 
     name: str
     tokenizer: dict | str
@@ -75,6 +85,7 @@ class Split:
     tokens: np.ndarray | PackedRows
     bytes_per_token: float | None
     kind: str = "text"
+    ends: np.ndarray | None = None
 
 
 def open_dataset(path: str | Path, cache_dir: str | None = None) -> Dataset:
@@ -86,7 +97,7 @@ def open_dataset(path: str | Path, cache_dir: str | None = None) -> Dataset:
     """
     name, folder, meta = _locate(str(path), ("train", "val"), cache_dir)
     kind = meta.get("kind", "text")
-    splits, hashed = {}, [meta["dtype"], meta["vocab_size"]]
+    splits, indices, hashed = {}, {}, [meta["dtype"], meta["vocab_size"]]
     for split in ("train", "val"):
         file, stated_hash = folder / file_of(split, kind), meta.get(split, {}).get("sha256")
         if kind == "prompts":
@@ -95,6 +106,7 @@ def open_dataset(path: str | Path, cache_dir: str | None = None) -> Dataset:
             hashed += [len(splits[split]), stated_hash]
             continue
         tokens = splits[split] = _open_tokens(file, meta)
+        indices[split] = _open_index(file, meta)
         # Both ends tell other data of equal size apart, whatever meta.json says of it.
         ends = tokens[: 1 << 16].tobytes() + tokens[-(1 << 16) :].tobytes()
         hashed += [len(tokens), stated_hash, hashlib.sha256(ends).hexdigest()]
@@ -107,6 +119,8 @@ def open_dataset(path: str | Path, cache_dir: str | None = None) -> Dataset:
         val_bytes_per_token=_bytes_per_token(meta, "val", splits["val"]),
         fingerprint=hashlib.sha256(json.dumps(hashed).encode()).hexdigest()[:16],
         kind=kind,
+        train_ends=indices.get("train"),
+        val_ends=indices.get("val"),
     )
 
 
@@ -129,7 +143,8 @@ def open_split(path: str | Path, split: str, cache_dir: str | None = None) -> Sp
         )
     tokens = _open_tokens(file, meta)
     rate = _bytes_per_token(meta, split, tokens)
-    return Split(name, meta["tokenizer"], meta["vocab_size"], tokens, rate, kind)
+    ends = _open_index(file, meta)
+    return Split(name, meta["tokenizer"], meta["vocab_size"], tokens, rate, kind, ends)
 
 
 def _locate(
@@ -142,7 +157,7 @@ def _locate(
     folder = expanded(path).resolve()
     if remote:
         files = [file_of(split, kind) for kind in ("text", "prompts") for split in splits]
-        folder = stage(path, (*META, *files), cache_dir)
+        folder = stage(path, (*META, *files, *map(index_of, splits)), cache_dir)
     if folder.is_file():
         raise Mistake(
             f"data.path: {folder} is a file; point data.path at its folder {folder.parent}, or, if "
@@ -178,6 +193,31 @@ def _open_tokens(file: Path, meta: dict) -> np.memmap:
     if "sha256" in facts and tokens.nbytes <= SLOW:  # a larger one takes too long to read
         _check_hash(file, facts["sha256"])
     return tokens
+
+
+def _open_index(file: Path, meta: dict) -> np.ndarray | None:
+    """Map the index of a token file's documents, uint64 [documents], or None if it has none."""
+    facts = meta.get(file.stem, {})
+    if "index" not in facts:
+        return None
+    index = file.with_name(index_of(file.stem))
+    if not index.is_file():
+        raise Mistake(f"{file.parent} has no {index.name}; copy it, or run prepare.py again")
+    size, expected = index.stat().st_size, facts.get("documents", 0) * INDEX.itemsize
+    if not size or size != expected:
+        raise Mistake(
+            f"{index} has {counted(size, 'byte')} but meta.json says {expected:,}; copy it or run "
+            "prepare.py again"
+        )
+    ends = np.memmap(index, INDEX, "r")
+    if size <= SLOW:
+        _check_hash(index, facts["index"])
+    if ends[-1] != facts["tokens"]:
+        raise Mistake(
+            f"{index}: its documents end at token {ends[-1]:,}, {file.name} at "
+            f"{facts['tokens']:,}; run prepare.py again"
+        )
+    return ends
 
 
 def _bytes_per_token(meta: dict, split: str, tokens: np.memmap) -> float | None:
@@ -223,7 +263,8 @@ def _read_meta_json(file: Path) -> dict:
         missing = [prefix + k for k in keys if not isinstance(part, dict) or k not in part]
         if missing:
             raise Mistake(f"{file} lacks {', '.join(missing)}; {again}")
-        for key in {"vocab_size", "tokens", "max_id", "bytes", "longest"} & part.keys():
+        counts = {"vocab_size", "tokens", "max_id", "bytes", "longest", "documents"}
+        for key in counts & part.keys():
             most = LARGEST if key == "vocab_size" else 2**63 - 1
             if type(part[key]) is not int or not 0 <= part[key] <= most:
                 raise Mistake(f"{file}: {prefix}{key} is {part[key]!r}, not a count; {again}")
