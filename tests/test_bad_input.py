@@ -12,11 +12,13 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import math
 import os
 import random
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -25,6 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import yaml
 from conftest import ROOT
 from safetensors import SafetensorError
@@ -513,11 +516,11 @@ for command, rest in (("generate", ["--prompt=green"]), ("evaluate", [])):
         ("a config.json nested without end", ["--hf=mine", "--text=t"], {"t": "x", "mine":
          copy("hf", {"config.json": DEEP})}, "nested too deeply"),
         ("a config.json of another model", ["--hf=mine", "--text=t"], {"t": "x", "mine": copy("hf",
-         {"config.json": {"model_type": "llama"}})}, "model_type is 'llama', not gpt2"),
+         {"config.json": {"model_type": "bert"}})}, "model_type is 'bert', and only gpt2, "),
         ("sizes of another model", ["--hf=mine", "--text=t"], {"t": "x", "mine": copy("hf",
          {"config.json": {"n_embd": 64}})}, "does not hold the model", "(64,)"),
         ("sizes that are bools", ["--hf=mine", "--text=t"], {"t": "x", "mine": copy("hf",
-         {"config.json": {"n_layer": True}})}, "does not give n_layer"),
+         {"config.json": {"n_layer": True}})}, "n_layer is True: Input should be"),
         ("sizes without end", ["--hf=mine", "--text=t"], {"t": "x", "mine": copy("hf",
          {"config.json": {"n_layer": 10**9}})}, "model.n_layer=1000000000", "10000"),
         ("weights missing", ["--hf=mine", "--text=t"], {"t": "x", "mine": copy("hf",
@@ -676,6 +679,93 @@ for name, argv, files, *words in [
      "--tolerance=-1.0"),
 ]:
     bad(f"convert: {name}", CONVERT, argv, *words, files=files)
+
+# What a download may be: the model is `mine`, and what is changed there is said.
+SAFE, INDEX, TORCH = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
+
+
+def shards(*parts: dict[str, float], **weight_map: str) -> dict[str, Any]:
+    """Files of tensors of one number each, and their index, instead of model.safetensors."""
+    tensors = ({k: np.float32([x]) for k, x in part.items()} for part in parts)
+    files = {f"{i}.safetensors": safetensors.numpy.save(part) for i, part in enumerate(tensors)}
+    return {SAFE: None, INDEX: json.dumps({"weight_map": weight_map}), **files}
+
+
+def header(length: int | None = None, **offsets: list[int]) -> bytes:
+    """A safetensors file of 8 bytes of numbers, whose header says what it will."""
+    text = {k: {"dtype": "F32", "shape": [1], "data_offsets": x} for k, x in offsets.items()}
+    return struct.pack("<Q", length or len(json.dumps(text))) + json.dumps(text).encode() + bytes(8)
+
+
+def with_number(number: float) -> Any:
+    """The last number of the file becomes this one."""
+    return lambda content: content[:-4] + struct.pack("<f", number)
+
+
+HTML, POINTER = "<!DOCTYPE html>\n<html>", "version https://git-lfs.github.com/spec/v1\noid sha:0"
+for name, edits, *words in [
+    *((f"{key}={value}", {"config.json": {key: value}}, f"config.json: {key} is", said)
+      for said, key, values in (
+          ("valid integer", "n_embd", ("32", 32.0, None, [32], {}, True)),
+          ("greater than", "n_embd", (0, -1)), ("less than", "n_embd", (2**40, 10**30)),
+          ("valid integer", "n_positions", (None, "16")), ("valid integer", "vocab_size", (None,)),
+          ("number", "layer_norm_epsilon", ("1e-5", math.nan, math.inf)),
+          ("greater", "layer_norm_epsilon", (0, -1e-5)),
+          ("it has 'gelu_new'", "activation_function", ("quick_gelu", None, ["relu"])),
+          ("valid boolean", "scale_attn_weights", (1, "yes")),
+          ("quantised; take them as", "quantization_config", ({"bits": 4}, {"method": "awq"})),
+          ("and only gpt2, ", "model_type", (None, "", 5, ["gpt2"], {}, "gpt3")),
+      ) for value in values),
+    # Sizes that no disk would hold are never allocated.
+    ("layers", {"config.json": {"n_layer": 2000}}, "does not hold", "missing: h.", " more"),
+    ("rows", {"config.json": {"vocab_size": 2**30}}, "wte.weight is (", ", not (1073741824, "),
+    ("positions", {"config.json": {"n_positions": 2**31 - 1}}, "wpe.weight is (", "(2147483647,"),
+    ("width in the MLP", {"config.json": {"n_inner": 2**20}}, "c_fc.bias is (", "not (1048576,)"),
+    ("an empty object", {"config.json": "{}"}, "model_type is None"),
+    ("sizes left out", {"config.json": '{"model_type": "gpt2"}'}, "json: vocab_size is missing",
+     "  n_layer is missing"),
+    ("no config.json", {"config.json": None}, "cannot read mine/config.json", "nanoGPT"),
+    *((f"{what} for {file}", {file: text, **{x: None for x in gone}}, f"mine/{file}", said, again)
+      for file, *gone in (["config.json"], [SAFE], [INDEX, SAFE])
+      for what, text, said, again in (
+          ("a web page", HTML, "it is a web page", "; download it again"),
+          ("a pointer", POINTER, "it is a Git LFS pointer", "git lfs pull"),
+          ("nothing", "", "it is an empty file", "; download it again"),
+      )),
+    ("an adapter", {"config.json": None, SAFE: None, "adapter_config.json": "{}"}, "PEFT adapter",
+     "merge_and_unload"),
+    *((f"{file} alone", {SAFE: None, file: "x"}, f"has no {SAFE}", f"; {file} is {said}")
+      for file, said in (
+          ("model.gguf", "llama.cpp's"), ("model.onnx", "ONNX"), ("tf_model.h5", "TensorFlow's"),
+          ("flax_model.msgpack", "Flax's"), (f"{TORCH}.index.json", "PyTorch's in parts"),
+          ("1-of-2.safetensors", "of another name"))),
+    ("a header of 2^60 bytes", {SAFE: header(2**60, a=[0, 8])}, f"read mine/{SAFE}", "again"),
+    ("overlapping tensors", {SAFE: header(a=[0, 4], b=[0, 4])}, f"cannot read mine/{SAFE}"),
+    ("tensors beyond the end", {SAFE: header(a=[0, 4], b=[4, 12])}, f"cannot read mine/{SAFE}"),
+    ("no tensors", {SAFE: safetensors.numpy.save({})}, "does not hold", "missing: wte.weight"),
+    ("numbers of 64 bits", {SAFE: safetensors.numpy.save({"wte.weight": np.zeros(1)})}, "as F64"),
+    ("NaN", {SAFE: with_number(math.nan)}, "holds numbers that are not finite", "take others"),
+    ("infinity", {SAFE: with_number(-math.inf)}, "holds numbers that are not finite"),
+    ("a missing shard", shards({"a": 1}, a="0.safetensors", b="1.safetensors"),
+     "cannot read mine/1.safetensors", "again"),
+    ("a tensor in another shard", shards({"a": 1}, {"b": 1}, a="1.safetensors", b="0.safetensors"),
+     "mine/0.safetensors has no b, which", "again"),
+    ("a tensor in no shard", shards({"a": 1}, a="0.safetensors", b="0.safetensors"), "has no b"),
+    ("a tensor in two shards", shards({"a": 1}, {"a": 2, "b": 1}, a="0.safetensors",
+     b="1.safetensors"), "both mine/1.safetensors and another file", "have a", "again"),
+    ("an index of no tensors", shards(), "has no weight_map", "again"),
+    ("a tensor twice", shards({"wte.weight": 1, "transformer.wte.weight": 1},
+     **{"wte.weight": "0.safetensors"}), "with and without the prefix of"),
+]:
+    files = {"mine": copy("hf", edits)}
+    bad(f"convert: {name}", CONVERT, "import mine --out=out/x", *words, files=files)
+for name, source, *words in [
+    ("a file of llama.cpp", "mine/x.gguf", "x.gguf is llama.cpp's"),
+    ("a file of weights", f"mine/{SAFE}", "give its folder, mine"),
+    ("a config.json", "mine/config.json", "give its folder, mine"),
+]:
+    bad(f"convert: {name}", CONVERT, f"import {source} --out=out/x", *words,
+        files={"mine": copy("hf", {"x.gguf": "GGUF"})})
 
 for name, argv, *words in [
     ("no command", "", "list", "prune", "required"),

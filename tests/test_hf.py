@@ -711,7 +711,7 @@ def test_all_wrong_tensors_are_listed_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "llama"}, "model_type is 'llama', not gpt2"),
+        ({"model_type": "bert"}, "model_type is 'bert', and only gpt2, "),
         ({"activation_function": "quick_gelu"}, "is 'quick_gelu', which our .* it has 'gelu_new',"),
         ({"scale_attn_by_inverse_layer_idx": True}, "layer_idx is True, .* it has False"),
         ({"add_cross_attention": True}, "add_cross_attention is True"),

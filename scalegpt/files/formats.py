@@ -1,6 +1,7 @@
 """What a file holds is told by its first bytes, whatever its name ends in."""
 
 import codecs
+from pathlib import Path
 
 HEAD = 4096  # so many first bytes are looked at
 _MAGIC = {
@@ -20,6 +21,7 @@ _MAGIC = {
     b"PAR1": "Parquet",
     b"ARROW1\0\0": "Arrow",
     b"Obj\x01": "Avro",
+    b"GGUF": "GGUF (llama.cpp's)",
     b"\x89HDF": "HDF5",
     b"SQLite format 3\0": "an SQLite database",
     b"version https://git-lfs.github.com/spec/": "a Git LFS pointer (git lfs pull gets the file)",
@@ -37,6 +39,16 @@ def known_format(head: bytes) -> str:
     if head[257:262] == b"ustar":
         return "a tar archive"
     return next((name for magic, name in _MAGIC.items() if head.startswith(magic)), "")
+
+
+def stand_in(path: Path) -> str:
+    """Return what lies where a download should: nothing, a web page or a file of another format, in
+    words, or "" for any other. Raises OSError."""
+    with open(path, "rb") as file:
+        head = file.read(HEAD)
+    if head.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")):
+        return "a web page"
+    return known_format(head) if head else "an empty file"
 
 
 def not_text(head: bytes) -> str:

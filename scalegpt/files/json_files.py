@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from scalegpt.errors import Mistake
+from scalegpt.files.formats import stand_in
 
 
 def parse(text: str) -> Any:
@@ -25,7 +26,8 @@ def read_object(path: Path, hint: str = "") -> dict[str, Any]:
     except OSError as error:
         raise Mistake(f"cannot read {path}: {error.strerror}{hint}") from None
     except ValueError as error:  # of JSON or of UTF-8
-        raise Mistake(f"{path} is not JSON: {error}{hint}") from None
+        what = stand_in(path)
+        raise Mistake(f"{path} is not JSON: {f'it is {what}' if what else error}{hint}") from None
     if not isinstance(values, dict):
         raise Mistake(f"{path} holds a {type(values).__name__}, not a JSON object{hint}")
     return values

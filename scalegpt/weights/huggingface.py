@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from scalegpt.config.loading import validate_sections
+from scalegpt.config.loading import shown, validate_sections
 from scalegpt.config.recipe import ModelConfig
 from scalegpt.data import tokenizer
 from scalegpt.errors import Mistake
@@ -19,7 +19,7 @@ from scalegpt.model.parameters import parameters
 from scalegpt.weights import gpt2
 from scalegpt.weights.places import Place
 from scalegpt.weights.source import Source, open_source
-from scalegpt.weights.tensor_files import INDEX, SAFE, TORCH, open_tensors
+from scalegpt.weights.tensor_files import INDEX, SAFE, TORCH, instead, open_tensors
 from scalegpt.weights.tokenizer_files import read_file
 
 HUB_SECONDS = 15  # without an answer from Hugging Face, there is no network
@@ -49,7 +49,7 @@ def locate(source: str) -> Path:
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source) or folder.exists():
         raise Mistake(
             f"{source} is not a folder with config.json and model.safetensors, nor the name of a "
-            f"repository of Hugging Face, as gpt2 or OWNER/NAME{_OTHERS}"
+            f"repository of Hugging Face, as gpt2 or OWNER/NAME{instead(folder) or _OTHERS}"
         )
     print(f"{source} is no folder here; looking for it on Hugging Face ...", file=sys.stderr)
     return _download(source)
@@ -90,7 +90,7 @@ def describe(folder: Path) -> tuple[ModelConfig, dict[str, Any] | None]:
     reason for a model that ours cannot express.
     """
     path = folder / "config.json"
-    hint = "" if path.exists() else _OTHERS
+    hint = "; download it again" if path.exists() else instead(folder) or _OTHERS
     if is_run(folder):
         hint = f"; {folder} is the folder of a run, no model of Hugging Face"
     values = read_object(path, hint)
@@ -98,9 +98,9 @@ def describe(folder: Path) -> tuple[ModelConfig, dict[str, Any] | None]:
         if (spec := values.get("tokenizer")) is not None:
             tokenizer.check(spec)
         return model_of(values.get("model", {}), path), spec
-    if (kind := values.get("model_type")) not in FORMATS:
-        known = " or ".join(FORMATS)
-        raise Mistake(f"{path}: model_type is {kind!r}, not {known}")
+    if str(kind := values.get("model_type")) not in FORMATS:
+        known = ", ".join([*FORMATS, OWN_TYPE])
+        raise Mistake(f"{path}: model_type is {shown(kind)}, and only {known} are read")
     model = model_of(FORMATS[kind].describe(values, path), path)
     return model, _tokenizer(folder, model.vocab_size)
 

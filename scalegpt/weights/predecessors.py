@@ -39,6 +39,8 @@ def find(source: str) -> Path | None:
     path = Path(source).expanduser()
     if (path / "config.json").is_file():  # of Hugging Face
         return None
+    if path.is_file() and tensor_files.instead(path):
+        return None
     if path.is_file() or any((path / name).is_file() for name in _ORBAX):
         return path
     if (path / CKPT).is_file():
