@@ -27,6 +27,7 @@ from scalegpt.config.recipe import ModelConfig
 from scalegpt.data import tokenizer
 from scalegpt.data.chat import encode_conversation, encode_prompt
 from scalegpt.evaluate import main as evaluate
+from scalegpt.model import layers
 from scalegpt.model.gpt import head_table, logits
 from scalegpt.run import resume
 from scalegpt.step import build, sharding
@@ -45,6 +46,13 @@ SIZES = {
     "odd": ODD,
     "odd, with a head of its own": ODD | {"tie_word_embeddings": False},
     "odd, exact GELU": ODD | {"activation_function": "gelu"},
+    "odd, ReLU, narrow within, a large epsilon": ODD
+    | {"activation_function": "relu", "n_inner": 70, "layer_norm_epsilon": 0.02},
+    "odd, unscaled attention, SiLU": ODD
+    | {"scale_attn_weights": False, "activation_function": "swish"},
+    # As BioMedLM and other models of stanford-crfm.
+    "odd, attention scaled by layer": ODD
+    | {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True},
 }
 
 
@@ -133,7 +141,8 @@ def test_fault_10_logits_are_transformers_own_both_ways(size, tmp_path):
     # Not 50256 as the end: it must lie in the vocabulary.
     ends = {"bos_token_id": None, "eos_token_id": None}
     small = {"n_layer": 2, "vocab_size": 307, "n_positions": 48}
-    reference = GPT2LMHeadModel(GPT2Config(**small | SIZES[size], **ends)).eval()
+    config = GPT2Config(**small | SIZES[size], **ends, attn_implementation="eager")
+    reference = GPT2LMHeadModel(config).eval()
     with torch.no_grad():
         for name, value in reference.named_parameters():
             if value.ndim == 1:  # as made, biases are 0 and LayerNorms 1: swaps would not show
@@ -155,9 +164,26 @@ def test_fault_10_logits_are_transformers_own_both_ways(size, tmp_path):
     assert not any(report.values()), report
     with torch.no_grad():
         assert np.abs(again.eval()(ids).logits.numpy() - ours).max() < 2e-4
-    assert_same_tensors(
-        *(load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "ours"))
-    )
+    tensors = [load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "ours")]
+    for i in range(config.n_layer if config.scale_attn_by_inverse_layer_idx else 0):
+        for name in ("weight", "bias"):  # the format's own key is not written: queries are scaled
+            c_attn = tensors[0][f"transformer.h.{i}.attn.c_attn.{name}"]
+            c_attn[..., : config.n_embd] /= i + 1
+    assert_same_tensors(*tensors)
+
+
+@pytest.mark.oracle
+def test_every_activation_is_the_function_that_transformers_has_under_its_name():
+    torch = pytest.importorskip("torch", reason="compares with transformers, which needs torch")
+    from transformers.activations import ACT2FN
+
+    x = np.linspace(-12, 12, 4001, dtype=np.float32)
+    ours = {name: np.asarray(function(x)) for name, function in layers.ACTIVATIONS.items()}
+    for name in ACT2FN.keys() - {"prelu", "xielu"}:  # which have parameters
+        theirs = ACT2FN[name](torch.from_numpy(x)).numpy()
+        same = {x for x, values in ours.items() if np.abs(theirs - values).max() < 5e-6}
+        known = {gpt2.ACTIVATIONS[name]} if name in gpt2.ACTIVATIONS else set()
+        assert same == known, name
 
 
 @pytest.mark.slow
@@ -411,7 +437,7 @@ def test_every_mesh_gets_the_same_values(tmp_path):
     alone = read(folder)
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
     abstract = build_for_use(alone.config, mesh, 1).abstract.params
-    spread = huggingface.read(folder).load_params(alone.config.model, abstract)
+    spread = huggingface.open_folder(folder).load_params(alone.config.model, abstract)
     assert_same_tensors(leaves(alone.params), leaves(spread))
     jax.tree.map(lambda x, place: x.sharding == place.sharding or pytest.fail(), spread, abstract)
     kernel = spread["h"]["attn"]["qkv_kernel"]
@@ -713,7 +739,7 @@ def test_all_wrong_tensors_are_listed_at_once(tmp_path):
     [
         ({"model_type": "bert"}, "model_type is 'bert', and only gpt2, "),
         ({"activation_function": "quick_gelu"}, "is 'quick_gelu', which our .* it has 'gelu_new',"),
-        ({"scale_attn_by_inverse_layer_idx": True}, "layer_idx is True, .* it has False"),
+        ({"scale_attn_by_inverse_layer_idx": 1}, "layer_idx is 1: Input should be a valid bool"),
         ({"add_cross_attention": True}, "add_cross_attention is True"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is .* take them as they were"),
         ({"n_head": 4}, "n_embd=51 is not divisible by model.n_head=4"),

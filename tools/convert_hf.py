@@ -129,7 +129,7 @@ def import_(flags: argparse.Namespace) -> int:
             f"{flags.source} is none"
         )
     else:
-        source = huggingface.read(huggingface.locate(flags.source))
+        source = huggingface.open_folder(huggingface.locate(flags.source))
     model, spec = source.model, source.tokenizer
     if flags.data:
         spec = tokenizer_of(flags.data, model)

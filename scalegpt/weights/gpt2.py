@@ -6,12 +6,15 @@ Its Conv1D kernels are [in, out] as ours are.
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from scalegpt.config.recipe import ModelConfig
 from scalegpt.config.types import Positive, Share, Width
 from scalegpt.errors import Mistake
 from scalegpt.model.layers import LAYER_NORM_EPS
 from scalegpt.weights.places import Format, Place
 from scalegpt.weights.settings import Settings
+from scalegpt.weights.tensor_files import Read
 
 # Ours -> the names that transformers has for the function, up to rounding; the first is written.
 _ACTIVATIONS = {
@@ -66,9 +69,9 @@ class _Settings(Settings):
     activation_function: Literal[tuple(ACTIVATIONS)] = "gelu_new"
     layer_norm_epsilon: Share = LAYER_NORM_EPS
     scale_attn_weights: bool = True
-    scale_attn_by_inverse_layer_idx: Literal[False] = False
     add_cross_attention: Literal[False] = False
     tie_word_embeddings: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False  # see _adapt
     # reorder_and_upcast_attn has the softmax in float32, which ours always is.
 
 
@@ -137,4 +140,19 @@ def _config(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-FORMAT = Format("GPT-2", "transformer.", _describe, places, _config)
+def _adapt(values: dict[str, Any], read: Read) -> Read:
+    """Divide layer i's queries by i + 1, if the file's program divides their products by that."""
+    if not values.get("scale_attn_by_inverse_layer_idx"):
+        return read
+
+    def adapted(name: str) -> np.ndarray:
+        tensor = read(name)
+        if ".attn.c_attn." not in name:
+            return tensor
+        query, key_and_value = np.split(tensor, [tensor.shape[-1] // 3], axis=-1)
+        return np.concatenate([query / (1 + int(name.split(".")[1])), key_and_value], axis=-1)
+
+    return adapted
+
+
+FORMAT = Format("GPT-2", "transformer.", _describe, places, _config, _adapt)

@@ -124,15 +124,13 @@ def _tokenizer(folder: Path, vocab_size: int) -> dict[str, Any] | None:
     return known if vocab_size == 50257 else None
 
 
-def own_places(model: ModelConfig) -> dict[str, Place]:
-    """Return the place of every tensor of our own format, where `model` is the file's."""
-    return {path: Place(path, None, x.shape) for path, x in parameters(model).items()}
-
-
-def read(folder: Path) -> Source:
+def open_folder(folder: Path) -> Source:
     """Open the model in a folder. Raises Mistake as `describe`, and where its tensors are not those
     that its config.json asks for."""
     model, spec = describe(folder)
-    kind = read_object(folder / "config.json")["model_type"]
-    places = own_places(model) if kind == OWN_TYPE else FORMATS[kind].places(model)
-    return open_source(folder, model, spec, places, open_tensors(folder))
+    values, (shapes, read) = read_object(folder / "config.json"), open_tensors(folder)
+    if (kind := values["model_type"]) == OWN_TYPE:
+        places = {path: Place(path, None, x.shape) for path, x in parameters(model).items()}
+    else:
+        places, read = FORMATS[kind].places(model), FORMATS[kind].adapt(values, read)
+    return open_source(folder, model, spec, places, (shapes, read))

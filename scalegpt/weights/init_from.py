@@ -40,7 +40,7 @@ def weights(config: Config, abstract: Any) -> tuple[Any, str]:
         source.close()
         name = f"{name}, step {step}"
     else:
-        opened = huggingface.read(huggingface.locate(name))
+        opened = huggingface.open_folder(huggingface.locate(name))
         stored = opened.model
         model = config.model.model_copy(update={"vocab_size": stored.vocab_size})
         params = opened.load_params(model, abstract)

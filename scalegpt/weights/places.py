@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from scalegpt.config.recipe import ModelConfig
+from scalegpt.weights.tensor_files import Read
 
 
 class Place(NamedTuple):
@@ -57,7 +58,8 @@ class Format(NamedTuple):
     name: of its program's class, for messages. describe: config.json's values and its path -> keys
     of our model section; raises Mistake, by name, for what our model lacks. places: the place of
     every tensor, named without `prefix`. config: what config.json says of a model; raises Mistake
-    for what the format cannot express.
+    for what the format cannot express. adapt: config.json's values and the function that reads a
+    tensor -> one that returns it changed, where the file's program computes with it otherwise.
     """
 
     name: str
@@ -65,3 +67,4 @@ class Format(NamedTuple):
     describe: Callable[[dict[str, Any], Path], dict[str, Any]]
     places: Callable[[ModelConfig], dict[str, Place]]
     config: Callable[[ModelConfig], dict[str, Any]]
+    adapt: Callable[[dict[str, Any], Read], Read] = lambda values, read: read

@@ -166,7 +166,7 @@ def from_run(
 
 def from_hugging_face(name: str, mesh: Mesh, microbatch: int, dtype: str | None = None) -> Trained:
     """Load the model of a folder or of a Hugging Face repository, as `locate` finds it."""
-    opened = huggingface.read(huggingface.locate(name))
+    opened = huggingface.open_folder(huggingface.locate(name))
     config = _with_dtype(config_of(opened.model), dtype)
     steps = build_for_use(config, mesh, microbatch)
     params = opened.load_params(config.model, steps.abstract.params)
