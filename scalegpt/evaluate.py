@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from scalegpt.config import Config, DataConfig, command_line, loading
-from scalegpt.config.differences import NOT_SHAPING
+from scalegpt.config.differences import OF_THE_RUN
 from scalegpt.data import tokenizer
 from scalegpt.data.generated import TASKS
 from scalegpt.data.packing import pack
@@ -325,7 +325,7 @@ def _check(flags: argparse.Namespace) -> None:
 def _refuse_other_model(config: Config, model: trained.Trained) -> None:
     """Raise Mistake if the config says that the model is another than the weights make it."""
     loaded = model.config.model
-    for key in sorted(config.model.model_fields_set - (NOT_SHAPING - {"block_size"})):
+    for key in sorted(config.model.model_fields_set - OF_THE_RUN - {"vocab_multiple"}):
         if getattr(config.model, key) != getattr(loaded, key):
             raise Mistake(
                 f"model.{key}={getattr(config.model, key)}, but {model.name} of run.init_from has "

@@ -1,5 +1,6 @@
 """Architectures made of known parts: against transformers, on meshes, and what they refuse."""
 
+import json
 import shlex
 
 import jax
@@ -12,6 +13,7 @@ from scalegpt.config import Config
 from scalegpt.config.command_line import parse
 from scalegpt.config.recipe import ModelConfig
 from scalegpt.model.flops import parameter_count
+from scalegpt.model.layers import rotary_tables
 from scalegpt.model.parameters import parameters
 from scalegpt.step import build_for_training, muon, sharding
 from scalegpt.weights import init_from
@@ -33,6 +35,26 @@ def test_presets_have_the_published_number_of_parameters(vocabulary, name):
 
 
 # --- transformers
+
+
+@pytest.mark.oracle
+def test_llama_3_2_rotates_as_published():
+    pytest.importorskip("torch", reason="the second opinion needs torch")
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    # config.json of Llama-3.2-1B
+    text = """{"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 8192, "rope_type": "llama3", "rope_theta": 500000.0}"""
+    theirs = LlamaConfig(head_dim=64, rope_parameters=json.loads(text))
+    frequencies = ROPE_INIT_FUNCTIONS["llama3"](theirs, "cpu")[0].numpy()
+    model = ModelConfig(preset="llama-1b")
+    cos, _ = rotary_tables(2, model.head_dim, model.rope_base, model.rope_scaling)
+    np.testing.assert_allclose(cos[1], np.cos(frequencies), rtol=0, atol=1e-6)
+    _, sin = rotary_tables(100_001, model.head_dim, model.rope_base, model.rope_scaling)
+    slow = np.sin(100_000 * frequencies.astype(np.float64))[-8:]
+    np.testing.assert_allclose(sin[-1, -8:], slow, rtol=0, atol=1e-4)
+
 
 SIZE = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4)
 SIZE |= dict(vocab_size=50, max_position_embeddings=32)
@@ -221,15 +243,59 @@ def test_what_a_mesh_cannot_split_is_refused(keys, message):
         sharding.check_divisible(model, mesh)
 
 
-def test_keys_to_set_for_other_weights_can_be_typed_as_they_are_shown(monkeypatch):
+SHAPE = {"n_embd": 32, "n_head": 4, "vocab_size": 5, "position": "rope"}
+
+
+@pytest.fixture
+def begins(monkeypatch):
+    """A function that has a run begin with weights of a model, and says what is wrong with that."""
+
+    def check(stored, **keys):
+        argv = ["--data.path=x", "--run.out_dir=y", "--run.init_from=z"]
+        argv += [f"--model.{k}={json.dumps(v).strip(chr(34))}" for k, v in (SHAPE | keys).items()]
+        monkeypatch.setattr(init_from, "source_model", lambda config: (stored, None))
+        config = init_from.shaped_as(stored, parse(argv, "test", {})[0])
+        try:
+            init_from.check(config, None)
+        except ValueError as error:
+            return argv, str(error)
+        return config.model
+
+    return check
+
+
+def test_keys_to_set_for_other_weights_can_be_typed_as_they_are_shown(begins):
+    argv, message = begins(ModelConfig(**SHAPE, bias=True), n_kv_head=2, bias=False)
+    assert "another model: model.n_kv_head: None -> 2; model.bias: True -> False" in message
+    flags = shlex.split(message.partition("to start from it set ")[2])
+    model = parse([*argv, *flags], "test", {})[0].model
+    assert model.n_kv_head is None and model.bias
+
+
+def test_weights_go_on_with_longer_texts_by_other_rotations_and_windows(begins):
     scaling = {"rope_type": "linear", "factor": 2.0}
-    keys = {"n_embd": 32, "n_head": 4, "vocab_size": 5, "position": "rope"}
-    stored = ModelConfig(**keys, rope_scaling=scaling)
-    given = ["--data.path=x", "--run.out_dir=y", "--run.init_from=z"]
-    given += [f"--model.{key}={value}" for key, value in (keys | {"n_kv_head": 2}).items()]
-    monkeypatch.setattr(init_from, "source_model", lambda config: (stored, None))
-    with pytest.raises(ValueError, match="another model: model.n_kv_head: None -> 2") as error:
-        init_from.check(parse(given, "test", {})[0], None)
-    flags = shlex.split(str(error.value).partition("to start from it set ")[2])
-    model = parse([*given, *flags], "test", {})[0].model
-    assert model.n_kv_head is None and model.rope_scaling == stored.rope_scaling
+    stored = ModelConfig(**SHAPE, block_size=64, rope_base=500.0, window=8, window_pattern="SL")
+    same = begins(stored)
+    assert (same.block_size, same.rope_base, same.windows[:3]) == (64, 500, (8, None, 8))
+    model = begins(stored, block_size=128, rope_scaling=scaling, rope_base=1e4, window=None)
+    assert (model.block_size, model.rope_scaling.factor, model.rope_base) == (128, 2, 1e4)
+    assert ModelConfig(**model.model_dump()) == model and set(model.windows) == {None}
+    learned = ModelConfig(**SHAPE | {"position": "learned"}, block_size=64)
+    assert "block_size: 64 -> 128" in begins(learned, position="learned", block_size=128)[1]
+    assert begins(learned, position="learned", block_size=32).block_size == 32
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"n_inner": 128},
+        {"n_kv_head": 4, "head_size": 8},
+        {"attention_scale": 8**-0.5},
+        {"norm": "rmsnorm", "norm_eps": 1e-6},
+        {"bias": True, "qkv_bias": True},
+        {"mlp": "swiglu", "activation": "relu2"},
+    ],
+)
+def test_what_means_the_same_is_no_other_model(begins, keys):
+    plain = {key: keys[key] for key in ("norm", "bias", "mlp") if key in keys}
+    assert isinstance(begins(ModelConfig(**SHAPE | plain), **keys), ModelConfig)

@@ -76,7 +76,9 @@ def parser() -> command_line.Parser:
     sub.add_argument(
         "--out", required=True, type=local_path, help="run folder to make, such as out/gpt2"
     )
-    sub.add_argument("--block-size", type=int, help="keep only so many positions")
+    sub.add_argument(
+        "--block-size", type=int, help="positions, of which learned ones can only be cropped"
+    )
     sub.add_argument("--n-head", type=int, help="heads, which nanogpt-jax and gpt-jax do not store")
     sub.add_argument(
         "--activation",

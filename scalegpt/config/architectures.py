@@ -34,6 +34,14 @@ LLAMA = {
     "bias": False,
 }
 _LLAMA3 = {**LLAMA, "block_size": 8192, "rope_base": 500_000.0, "norm_eps": 1e-5}
+_LLAMA32 = {  # whose weights were trained on texts of up to 131,072 tokens in the end
+    **_LLAMA3,
+    "tie_word_embeddings": True,
+    "rope_scaling": {
+        **{"rope_type": "llama3", "factor": 32.0, "original_max_position_embeddings": 8192},
+        **{"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    },
+}
 
 
 def _size(n_layer: int, n_head: int, n_kv_head: int, n_embd: int, n_inner: int) -> dict[str, Any]:
@@ -59,8 +67,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "llama-60m": {**LLAMA, "block_size": 1024, **_size(8, 8, 8, 512, 1376)},
     "llama-130m": {**LLAMA, "block_size": 1024, **_size(12, 12, 12, 768, 2048)},
     "llama-350m": {**LLAMA, "block_size": 1024, **_size(24, 16, 16, 1024, 2736)},
-    # Llama 3.2 1B and 3B, which have rope_scaling besides, and Llama 3 8B; vocabulary 128,256.
-    "llama-1b": {**_LLAMA3, **_size(16, 32, 8, 2048, 8192), "tie_word_embeddings": True},
-    "llama-3b": {**_LLAMA3, **_size(28, 24, 8, 3072, 8192), "tie_word_embeddings": True},
+    # Llama 3.2 1B and 3B, and Llama 3 8B; vocabulary 128,256.
+    "llama-1b": {**_LLAMA32, **_size(16, 32, 8, 2048, 8192)},
+    "llama-3b": {**_LLAMA32, **_size(28, 24, 8, 3072, 8192)},
     "llama-8b": {**_LLAMA3, **_size(32, 32, 8, 4096, 14336)},
 }

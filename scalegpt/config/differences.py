@@ -94,8 +94,10 @@ def unread(config: Config) -> dict[str, str]:
     return {key: why for why, applies, keys in cases if applies for key in keys.split()}
 
 
-# These keys of a model may differ from those of the run whose weights it starts from.
-NOT_SHAPING = {
+# A run that starts from weights has its own of these keys of a model, all others are theirs.
+OF_THE_RUN = {
     *(key.partition(".")[2] for key in _NEUTRAL if key.startswith("model.")),
-    *("dtype", "dropout", "init", "block_size", "vocab_multiple", "isolate"),
+    *("dtype", "dropout", "init", "isolate"),
 }
+# It may give others of these, to go on with longer texts, as no parameter has a shape by them.
+OF_LENGTH = {"block_size", "rope_base", "rope_scaling", "window", "window_pattern"}

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shlex
 from functools import partial
 from typing import Any
 
@@ -13,12 +12,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from scalegpt.checkpoints.checkpoints import PARAMS, Checkpoints, open_checkpoints
 from scalegpt.config import Config
-from scalegpt.config.differences import NOT_SHAPING
+from scalegpt.config.differences import OF_LENGTH, OF_THE_RUN, unread
 from scalegpt.config.loading import validate
 from scalegpt.config.recipe import ModelConfig, muons
 from scalegpt.data import tokenizer
 from scalegpt.errors import Mistake
 from scalegpt.files.run_folder import FOLDER, is_run
+from scalegpt.model.layers import RMS_NORM_EPS
 from scalegpt.model.lora import TABLES, is_adapter, joined, parted
 from scalegpt.weights import adapters, huggingface
 
@@ -49,6 +49,9 @@ def weights(config: Config, abstract: Any) -> tuple[Any, str]:
         name += f"; {new} new ids begin as the mean of the others"
         if config.objective.name in ("dpo", "grpo"):
             name += "\nwarning: these weights have not learned to answer, as --config sft teaches"
+    before, now = _meaning(stored, config), _meaning(config.model, config)
+    for key in sorted(key for key in OF_LENGTH if before.get(key) != now.get(key)):
+        name += f"; model.{key}: {before.get(key)} -> {now.get(key)}"
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), factors)
     return joined(params, zeros), name
 
@@ -168,9 +171,11 @@ def shaped_as(model: ModelConfig, config: Config) -> Config:
 
     The number of ids is the data's. Muon's rate for embeddings follows, where it is not given.
     """
-    shape = ModelConfig.model_fields.keys() - NOT_SHAPING | {"block_size", "vocab_multiple"}
-    keys = shape - {"vocab_size"} - config.model.model_fields_set
+    keys = ModelConfig.model_fields.keys() - OF_THE_RUN - {"vocab_size"}
+    keys -= config.model.model_fields_set
     same = config.model.model_copy(update={key: getattr(model, key) for key in keys})
+    if same.window is None:  # given, so that a pattern of the weights has nothing to say
+        same = same.model_copy(update={"window_pattern": "S"})
     optim = config.optim
     if optim.name == "muon" and "embedding_lr" not in optim.model_fields_set:
         rate = muons(same.model_dump())["embedding_lr"]
@@ -181,14 +186,14 @@ def shaped_as(model: ModelConfig, config: Config) -> Config:
 def check(config: Config, tokenizer_spec: Any) -> None:
     """Raise Mistake unless run.init_from holds a model of this shape, for the same tokens.
 
-    The model may have more positions than this run and, in Hugging Face's format, other padding. It
-    may lack the marks of a chat, which this run adds. The message names the keys to set.
+    The model may have other keys `OF_LENGTH`, though not fewer learned positions than this run, and
+    in Hugging Face's format other padding. It may lack the marks of a chat, which this run adds.
+    The message names the keys to set.
     """
     source = config.run.init_from
-    shaping = [key for key in type(config.model).model_fields if key not in NOT_SHAPING]
+    own = OF_THE_RUN | OF_LENGTH | (set() if is_run(source) else {"vocab_multiple"})
+    shaping = [key for key in ModelConfig.model_fields if key not in own]
     model, spec = source_model(config)
-    if is_run(source):
-        shaping += ["vocab_multiple"]
     # First, as the shapes of a model for another tokenizer would be of no use.
     both_known = spec is not None and tokenizer_spec is not None
     grows = both_known and tokenizer.is_chat_of(tokenizer_spec, spec)
@@ -209,12 +214,13 @@ def check(config: Config, tokenizer_spec: Any) -> None:
             f"lora.rank={config.lora.rank} is more than model.n_embd={model.n_embd}, the largest "
             f"rank of a matrix of {source}; 16 is usual"
         )
-    if model.block_size < config.model.block_size:
+    if model.block_size < config.model.block_size and config.model.position == "learned":
         shaping += ["block_size"]
     if grows and model.vocab_size < config.model.vocab_size:
         shaping.remove("vocab_size")
-    stored, wanted = model.model_dump(), config.model.model_dump()
-    if differ := [key for key in shaping if stored[key] != wanted[key]]:
+    means, wants = _meaning(model, config), _meaning(config.model, config)
+    if differ := [key for key in shaping if means.get(key) != wants.get(key)]:
+        stored, wanted = model.model_dump(), config.model.model_dump()
         changes = "; ".join(f"model.{key}: {stored[key]} -> {wanted[key]}" for key in differ)
         keys = " ".join(f"--model.{key}={_shown(stored[key])}" for key in differ)
         raise Mistake(
@@ -222,6 +228,20 @@ def check(config: Config, tokenizer_spec: Any) -> None:
         )
 
 
+def _meaning(model: ModelConfig, config: Config) -> dict[str, Any]:
+    """Return the keys of a run's model that something reads, and for null what it stands for."""
+    config = config.model_copy(update={"model": model})
+    values = model.model_dump() | {
+        "n_kv_head": model.kv_heads,
+        "head_size": model.head_dim,
+        "n_inner": model.inner,
+        "attention_scale": model.attention_scale or model.head_dim**-0.5,
+    }
+    if model.norm == "rmsnorm" and model.norm_eps is None:
+        values["norm_eps"] = RMS_NORM_EPS
+    return {key: value for key, value in values.items() if f"model.{key}" not in unread(config)}
+
+
 def _shown(value: Any) -> str:
     """Return a value as a command line has it."""
-    return value if isinstance(value, str) else shlex.quote(json.dumps(value))
+    return value if isinstance(value, str) else json.dumps(value)
