@@ -69,9 +69,9 @@ def parser() -> command_line.Parser:
     sub.add_argument(
         "source",
         metavar="SOURCE",
-        help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, "
-        "another repository, or a folder with config.json and weights; or a checkpoint of nanoGPT "
-        "(ckpt.pt), nanogpt-jax or gpt-jax (checkpoint_...)",
+        help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, another repository, or a folder with "
+        f"config.json and weights, of model_type {', '.join(huggingface.FORMATS)}; or a checkpoint "
+        "of nanoGPT (ckpt.pt), nanogpt-jax or gpt-jax (checkpoint_...)",
     )
     sub.add_argument(
         "--out", required=True, type=local_path, help="run folder to make, such as out/gpt2"
