@@ -505,11 +505,11 @@ def test_a_change_of_the_curve_can_be_allowed(data, unbroken, tmp_path, capsys):
     checkpoints.close()
 
 
-def test_checkpoints_keep_the_command_that_made_them(data, unbroken):
+def test_checkpoints_keep_the_command_and_the_devices_that_made_them(data, unbroken):
     meta = open_checkpoints(unbroken).meta(STEPS)
     program, module, name, *argv = shlex.split(meta["command"])
     assert (program, module, name) == (python(), "-m", "scalegpt.train")
-    assert argv == arguments(data, unbroken)
+    assert argv == arguments(data, unbroken) and meta["devices"] == "8 x cpu"
 
 
 def test_permission_to_change_is_of_one_start(data, tmp_path):
