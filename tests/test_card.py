@@ -12,6 +12,7 @@ from matplotlib import image
 from scalegpt.checkpoints.checkpoints import Checkpoints
 from scalegpt.config.command_line import parse
 from scalegpt.data.token_files import open_dataset
+from scalegpt.run.card import figures
 from scalegpt.step import sharding
 from scalegpt.step.build import build_for_use
 from scalegpt.step.update import State
@@ -129,3 +130,17 @@ def test_of_weights_of_others_the_card_knows_no_figures(tmp_path):
         assert ("vllm" in card) == (form == "hf")
         assert [*rows_of(card)] == ["model", "format", "tokenizer"]
         assert yaml.safe_load(card.split("```yaml")[1].strip("\n`")).keys() == {"model"}
+
+
+def test_losses_of_pairs_and_rewards_are_not_called_losses_of_tokens():
+    row = {"step": 5, "val/loss": 0.5, "val/loss_stderr": 0.1, "val/accuracy": 0.75, "time": 7.0}
+    assert [(f.title, f.value, f.error) for f in figures("pairs", row)] == [
+        ("validation loss", 0.5, 0.1),
+        ("accuracy on pairs", 0.75, None),
+    ]
+    row = {"val/reward": 0.5, "val/best_reward": 0.75, "val/ended": 1.0, "sort/pass@1": 0.25}
+    assert [(f.dataset, f.metric, f.title) for f in figures("sums", row)] == [
+        ("sums", "reward", "reward of held-out prompts"),
+        ("sort", "pass@1", "sort: pass@1"),
+    ]
+    assert not [*figures("text", {"val/loss": None, "train/loss": 2.0})], "null: not finite"

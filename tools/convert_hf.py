@@ -184,7 +184,7 @@ def export_(flags: argparse.Namespace) -> int:
         print(f'  {python()} -m scalegpt.generate --hf {name} --prompt "..."')
     if flags.format == "hf":
         print(f'  transformers: AutoModelForCausalLM.from_pretrained("{flags.push or out}")')
-    print(f"  model card, where the licence is to be chosen: {name}/README.md")
+    print(f"  use, upload and the licence, which is yours to choose: {name}/README.md")
     return 0
 
 

@@ -160,30 +160,23 @@ def write_card(folder: Path, model: Trained, notes: str, repository: str | None 
         draw([history]).savefig(folder / CURVES, format="png")
     row = {k: v for row in history.rows if row["step"] == model.step for k, v in row.items()}
     names = ", ".join(Path(path).name for path in model.config.data.weights)
-    figures = list(_figures(names, row))
+    measured = list(figures(names, row))
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    title, spec, config = Path(model.name).name, model.tokenizer, model.config
+    title = Path(model.name).name or folder.name  # of a run named .
+    spec, config = model.tokenizer, model.config
     has_text = spec is not None and tokenizer.kind(spec) != "ids"
-    ours = values["model_type"] == OWN_TYPE
-    metadata = {
-        "library_name": OWN_TYPE if ours else "transformers",
-        **({"pipeline_tag": "text-generation"} if has_text else {}),
-        "tags": list(dict.fromkeys([OWN_TYPE, values["model_type"]])),
-        "license": "unknown",
-        **({"model-index": [_index(title, figures)]} if figures else {}),
-    }
     table = {
         **_training(model, history, row),
-        **{figure.title: _shown(figure) for figure in figures},
+        **{figure.title: _shown(figure) for figure in measured},
         **_best(model, history),
         "model": _architecture(config.model),
-        "format": f"{'its own' if ours else values['architectures'][0]}, float32",
+        "format": f"{values.get('architectures', ['its own'])[0]}, {values.get('dtype', 'float32')}",
         "tokenizer": _tokenizer(model),
     }
     kept = config.model_dump() if model.step else {"model": config.model.model_dump()}
     upload = _UPLOAD.format(name=folder.name, folder=shlex.quote(folder.name))
     text = _CARD.format(
-        metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True),
+        metadata=_yaml(_metadata(title, values["model_type"], has_text, measured)),
         title=title,
         parameters=parameter_count(config.model),
         origin="trained with" if model.step else "converted by",
@@ -191,12 +184,12 @@ def write_card(folder: Path, model: Trained, notes: str, repository: str | None 
         table="\n".join(f"| {key} | {value} |" for key, value in table.items() if value),
         use=_use(values, spec, has_text, notes, repository or folder.name),
         upload="" if repository else upload,
-        config=yaml.safe_dump(kept, sort_keys=False, allow_unicode=True),
+        config=_yaml(kept),
     )
     (folder / "README.md").write_text(text, encoding="utf-8", errors="replace")
 
 
-def _figures(data: str, row: Row) -> Iterator[Figure]:
+def figures(data: str, row: Row) -> Iterator[Figure]:
     """Yield the figures in what metrics.jsonl has of a step. data: the names of the data sets."""
     loss, error = row.get("val/loss"), row.get("val/loss_stderr")
     for key, value in row.items():
@@ -218,23 +211,33 @@ def _shown(figure: Figure) -> str:
     return f"{figure.value:.4f}{error}"
 
 
-def _index(title: str, figures: list[Figure]) -> dict[str, Any]:
-    """Return the figures as the Hub wants them, grouped by what they were measured on."""
+def _metadata(
+    title: str, model_type: str, has_text: bool, measured: list[Figure]
+) -> dict[str, Any]:
+    """Return what the Hub reads: how to load the model, and its figures by what they are of."""
     results: dict[str, list[dict[str, Any]]] = {}
-    for figure in figures:
+    for figure in measured:
         metric = {"type": figure.metric, "name": figure.title, "value": figure.value}
         results.setdefault(figure.dataset, []).append(metric)
+    index = [
+        {
+            "task": {"type": "text-generation", "name": "Text Generation"},
+            "dataset": {"type": re.sub(r"[^\w.-]+", "-", dataset), "name": dataset},
+            "metrics": metrics,
+        }
+        for dataset, metrics in results.items()
+    ]
     return {
-        "name": title,
-        "results": [
-            {
-                "task": {"type": "text-generation", "name": "Text Generation"},
-                "dataset": {"type": re.sub(r"[^\w.-]+", "-", dataset), "name": dataset},
-                "metrics": metrics,
-            }
-            for dataset, metrics in results.items()
-        ],
+        "library_name": OWN_TYPE if model_type == OWN_TYPE else "transformers",
+        **({"pipeline_tag": "text-generation"} if has_text else {}),
+        "tags": list(dict.fromkeys([OWN_TYPE, model_type])),
+        "license": "unknown",
+        **({"model-index": [{"name": title, "results": index}]} if measured else {}),
     }
+
+
+def _yaml(values: dict[str, Any]) -> str:
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def _training(model: Trained, history: History, row: Row) -> dict[str, str]:
