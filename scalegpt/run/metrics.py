@@ -146,6 +146,9 @@ class Console:
                 total=self._total,
                 file=self._stream,
                 nrows=20,  # a terminal that says 0 shows the line, too
+                # Not drawn before it has a description: `say` of another thread would not take
+                # the line away before tqdm's start_t, which is set after the first drawing.
+                delay=1e-9,
                 leave=not self.on_terminal,
                 bar_format="{desc} |{bar}| {percentage:3.0f}%",
             )
