@@ -2,10 +2,12 @@
 what counts as right."""
 
 import string
+import sys
 import textwrap
 
 import numpy as np
 import pytest
+from terminal import Screen
 from test_prepare import bins, module
 
 from scalegpt.data import generated, rewards, tokenizer
@@ -79,9 +81,11 @@ def test_another_task_is_a_mistake():
         generated.examples("revers", 0, 1)
 
 
-def test_prepare_writes_conversations_with_tests_held_out(tmp_path):
+def test_prepare_writes_conversations_with_tests_held_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", screen := Screen())
     argv = ["--tasks=spell,add", "--count=60", f"--out={tmp_path / 'x'}"]
     assert module("tasks").main(argv) == 0
+    assert "/126 [" in screen.getvalue() and screen.lines == [""], "a bar of one line, then none"
     ids, meta = bins(tmp_path / "x")
     assert meta["kind"] == "chat" and meta["dtype"] == "int32" and meta["vocab_size"] == 263
     assert meta["train"]["documents"] == 120 and meta["val"]["documents"] == 6
@@ -100,7 +104,6 @@ def test_prepare_writes_conversations_with_tests_held_out(tmp_path):
         ("--tasks=spell,ad", "no task 'ad'"),
         ("--tasks=add,add", "names a task twice"),
         ("--count=0", "--count=0 must be at least 1"),
-        ("--input=x", "data/chat/prepare.py"),
         ("--count=61", "holds 'tasks=.*count=60"),
     ):
         with pytest.raises(ValueError, match=message):

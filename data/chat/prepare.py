@@ -308,11 +308,12 @@ def write(args: argparse.Namespace, files: list[Path]) -> dict[str, Any]:
     codec = codec or char_tokenizer(characters).chat()
     bpe = codec.name not in ("byte", "char")  # English: 4.4 bytes a token of gpt2's
     check_disk(args.out, n_characters * 4 / (4 if bpe else 1))
+    total = len(fractions) * (2 if tally.kind == "pairs" else 1)
     tally = Tally(tally.format, args.prompts)
     if args.prompts:
-        splits = write_prompts(args.out, prompts(codec, args, files, limit, tally))
+        splits = write_prompts(args.out, prompts(codec, args, files, limit, tally), total)
     else:
-        splits = write_bins(args.out, encoded(codec, args, files, limit, tally), None)
+        splits = write_bins(args.out, encoded(codec, args, files, limit, tally), total)
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     for ids in tally.examples:
         learned = f", learned where it is {'green' if color else 'within [[ ]]'}"

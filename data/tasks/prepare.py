@@ -27,17 +27,17 @@ from scalegpt.data.prepare import (
 )
 from scalegpt.data.prompts import Example
 from scalegpt.data.tokenizer import Tokenizer
-from scalegpt.errors import Mistake
+from scalegpt.errors import Mistake, counted
 from scalegpt.processes.command import python, run_command
 from scalegpt.weights.tokenizer_files import named
 
 VAL_SHARE = 0.05
 
 
-def examples(tasks: list[str], count: int, seed: int) -> Iterator[tuple[str, Example]]:
-    """Yield split and example, those of all tasks in turn."""
-    for split, source, n in (("train", "train", count), ("val", "test", round(VAL_SHARE * count))):
-        for index in range(max(1, n)):
+def examples(tasks: list[str], counts: dict[str, int], seed: int) -> Iterator[tuple[str, Example]]:
+    """Yield split and example, those of all tasks in turn. counts: of each task, in each split."""
+    for split, source in (("train", "train"), ("val", "test")):
+        for index in range(counts[split]):
             for task in tasks:
                 yield split, generated.example(task, seed, index, source)
 
@@ -55,7 +55,7 @@ def encoded(
 
 
 def main(argv: list[str]) -> int:
-    parser = script_parser(__doc__, __file__, workers=False)
+    parser = script_parser(__doc__, __file__, workers=False, reads=False)
     more = parser.add_argument
     more(
         "--tasks",
@@ -71,8 +71,6 @@ def main(argv: list[str]) -> int:
     )
     more("--prompts", action="store_true", help="the questions, for a run that writes the answers")
     args = parser.parse_args(argv)
-    if args.input:
-        raise Mistake("--input is not for this set; for your own see data/chat/prepare.py")
     if args.count < 1:
         raise Mistake(f"--count={args.count} must be at least 1")
     tasks = args.tasks.split(",")
@@ -84,12 +82,13 @@ def main(argv: list[str]) -> int:
     def write() -> dict[str, Any]:
         codec = named(args.tokenizer).chat()
         check_disk(args.out, args.count * len(tasks) * 4 * 60)  # an int32 for each byte
-        made = examples(tasks, args.count, args.seed)
+        counts = {"train": args.count, "val": max(1, round(VAL_SHARE * args.count))}
+        made, total = examples(tasks, counts, args.seed), sum(counts.values()) * len(tasks)
         if args.prompts:
             prompts = ((s, x, len(encode_prompt(codec, x["messages"]))) for s, x in made)
-            splits = write_prompts(args.out, prompts)
+            splits = write_prompts(args.out, prompts, total)
         else:
-            splits = write_bins(args.out, encoded(codec, made), None)
+            splits = write_bins(args.out, encoded(codec, made), total)
         kind = "prompts" if args.prompts else "chat"
         return {**described(codec, np.dtype("<i4"), splits), "kind": kind}
 
@@ -97,10 +96,10 @@ def main(argv: list[str]) -> int:
     names |= {"seed": args.seed} | ({"prompts": True} if args.prompts else {})
     source = " ".join(f"{name}={value}" for name, value in names.items())
     meta = publish(args.out, write, source, args.force)
-    what = "prompts" if args.prompts else "conversations"
+    what = "prompt" if args.prompts else "conversation"
     for split in ("train", "val"):
         facts = meta[split]
-        print(f"{split}: {facts['documents']:,} {what}, {facts['tokens']:,} tokens")
+        print(f"{split}: {counted(facts['documents'], what)}, {facts['tokens']:,} tokens")
     flags = training_flags(meta["kind"], args.tokenizer, args.out)
     print(f"to train on these: {python()} -m scalegpt.train {flags}")
     return 0

@@ -82,7 +82,7 @@ def write_dataset(
         check_disk(out, corpus.text_bytes * dtype.itemsize / (4 if bpe else 1))
         if processes is None:  # to start processes costs seconds: only where it pays
             processes = (os.cpu_count() or 1) // 2 if bpe and corpus.text_bytes > 50e6 else 0
-        splits = write_bins(out, _encoded(corpus, dtype, processes), corpus.text_bytes)
+        splits = write_bins(out, _encoded(corpus, dtype, processes), corpus.text_bytes, "bytes")
         several = any(splits[split]["documents"] > 1 for split in SPLITS)
         if several and corpus.separate and tokenizer.eot is None:
             print("nothing separates documents: this tokenizer has no end-of-text mark")
@@ -211,14 +211,17 @@ def _kind(out: Path) -> str:
 
 
 def write_bins(
-    out: Path, encoded: Iterable[tuple[str, np.ndarray, dict[str, int]]], text_bytes: int | None
+    out: Path,
+    encoded: Iterable[tuple[str, np.ndarray, dict[str, int]]],
+    total: int,
+    unit: str = "documents",
 ) -> dict[str, Any]:
     """Write train.bin.partial and val.bin.partial; return their entries for meta.json.
 
     encoded: split, ids and what they add to its entry: bytes, documents and perhaps more; of text
     also `ends`, after how many of these ids a document ends, for train.idx.partial and
-    val.idx.partial. An id below 0 is ~id. text_bytes: the end of the progress bar, or None for one
-    without end. Raises Mistake for an empty split.
+    val.idx.partial. An id below 0 is ~id. total: the end of the progress bar, or None for one
+    without end; it counts what `unit` names in those entries. Raises Mistake for an empty split.
     """
 
     def largest(ids: np.ndarray) -> int:
@@ -228,14 +231,16 @@ def write_bins(
         (split, ids, {**added, "tokens": ids.size, "max_id": largest(ids)})
         for split, ids, added in encoded
     )
-    return _write_rows(out, "text", rows, text_bytes)
+    return _write_rows(out, "text", rows, total, unit)
 
 
-def write_prompts(out: Path, prompts: Iterable[tuple[str, dict[str, Any], int]]) -> dict[str, Any]:
+def write_prompts(
+    out: Path, prompts: Iterable[tuple[str, dict[str, Any], int]], total: int
+) -> dict[str, Any]:
     """Write train.jsonl.partial and val.jsonl.partial; return their entries for meta.json.
 
-    prompts: split, example and the number of its prompt's tokens. Raises Mistake for an empty
-    split, and for files of other origin in the folder.
+    prompts: split, example and the number of its prompt's tokens; `total` of them. Raises Mistake
+    for an empty split, and for files of other origin in the folder.
     """
     for name in (file_of(split, "prompts") for split in SPLITS):
         if (out / name).exists() and _kind(out) != "prompts":
@@ -245,17 +250,18 @@ def write_prompts(out: Path, prompts: Iterable[tuple[str, dict[str, Any], int]])
         for split, example, n in prompts
         for line in [f"{json.dumps(example, ensure_ascii=False)}\n".encode()]
     )
-    return _write_rows(out, "prompts", rows, None)
+    return _write_rows(out, "prompts", rows, total, "documents")
 
 
 def _write_rows(
-    out: Path, kind: str, rows: Iterable[tuple[str, Any, dict[str, int]]], text_bytes: int | None
+    out: Path, kind: str, rows: Iterable[tuple[str, Any, dict[str, int]]], total: int, unit: str
 ) -> dict[str, Any]:
     """Write the files of a kind of data from split, content and facts of each row, which add up."""
     counts = {s: Counter(tokens=0, bytes=0, documents=0) for s in SPLITS}
     names = {split: file_of(split, kind) for split in SPLITS}
     files, digests = {}, defaultdict(hashlib.sha256)
-    bar = tqdm(total=text_bytes, unit="B", unit_scale=True, disable=None)
+    shown = {"unit": "B", "unit_scale": True} if unit == "bytes" else {"unit": " conversations"}
+    bar = tqdm(total=total, **shown, leave=False, disable=None)
     with bar, ExitStack() as stack:
 
         def write(name: str, content: Any) -> None:
@@ -273,7 +279,7 @@ def _write_rows(
             for key, value in facts.items():
                 before = counts[split][key]
                 counts[split][key] = max(before, value) if key in _MOST else before + value
-            bar.update(facts["bytes"])
+            bar.update(facts[unit])
     for split in SPLITS:
         if not counts[split]["tokens"]:
             raise Mistake(f"no document is in the {split} split: give more text")
@@ -398,13 +404,16 @@ def stable_fraction(text: str, seed: int = 0) -> float:
     return int.from_bytes(key.digest(), "big") / 2**64
 
 
-def script_parser(description: str, script: str, workers: bool = True) -> argparse.ArgumentParser:
+def script_parser(
+    description: str, script: str, workers: bool = True, reads: bool = True
+) -> argparse.ArgumentParser:
     """Return a parser with the flags of every data/*/prepare.py; `script` is its __file__.
 
-    workers: whether it encodes in several processes.
+    workers: whether it encodes in several processes. reads: whether from text of the user's.
     """
     parser = command_line.Parser(description=description)
-    parser.add_argument("--input", type=os.path.expanduser, help="local text to use")
+    if reads:
+        parser.add_argument("--input", type=os.path.expanduser, help="local text to use")
     parser.add_argument(
         "--out",
         type=local_path,
