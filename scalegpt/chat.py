@@ -82,7 +82,9 @@ def _parser() -> command_line.Parser:
     trained.add_flags(parser)
     parser.add_argument("--system", help="system message of each conversation")
     parser.add_argument("--prompt", help="answer this, and leave")
-    parser.add_argument("--max-new-tokens", type=int, default=512, help="of an answer, at most")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=512, help="of an answer, at most (default: 512)"
+    )
     sampling.add_flags(parser)
     parser.add_argument("--json", action="store_true", help="print conversations, as /save does")
     parser.add_argument("--serve", action="store_true", help="serve a page, and OpenAI's API")

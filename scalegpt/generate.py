@@ -87,7 +87,9 @@ def _parser() -> command_line.Parser:
     source.add_argument("--prompt", action="append", help="text to continue; can be repeated")
     source.add_argument("--prompt-file", type=Path, help="file with the text to continue")
     parser.add_argument("--num-samples", type=int, default=1, help="continuations of each prompt")
-    parser.add_argument("--max-new-tokens", type=int, default=200, help="of each, at most")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=200, help="of each, at most (default: 200)"
+    )
     sampling.add_flags(parser)
     parser.add_argument(
         "--stop",

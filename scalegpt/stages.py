@@ -106,7 +106,7 @@ def main(argv: list[str]) -> int:
         if name and name not in names:
             raise Mistake(f"{what}={name} is none of the stages {', '.join(names)}")
     last = flags.stop_after or names[-1]
-    if code := train(stages[: names.index(last) + 1]):
+    if code := train(stages, names.index(last) + 1):
         return code
     begun = [stage for stage in stages if (stage.folder / "config.yaml").is_file()]
     print(f"\n{table(begun)}\n", flush=True)
@@ -220,12 +220,12 @@ def finished(stage: Stage) -> bool:
     )
 
 
-def train(stages: Sequence[Stage]) -> int:
-    """Do what is left of these stages. Returns 0, or the exit code of the one that has failed."""
+def train(stages: Sequence[Stage], count: int) -> int:
+    """Do what is left of the first `count` stages. Returns 0, or the exit code of what failed."""
     streams.make_optional()
     children = Children()
     try:
-        for number, stage in enumerate(stages, 1):
+        for number, stage in enumerate(stages[:count], 1):
             title = f"=== {stage.name} (stage {number} of {len(stages)})"
             if finished(stage):
                 print(f"{title}: done", flush=True)

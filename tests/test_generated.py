@@ -122,6 +122,9 @@ def test_prepare_writes_prompts_alone(tmp_path, capsys):
     assert capsys.readouterr().out.endswith(train)
     with pytest.raises(ValueError, match="prompts=True"):
         module("tasks").main(argv[1:])
+    (tmp_path / "x" / "val.jsonl").unlink()
+    with pytest.raises(Mistake, match=r"no val.jsonl; .* val.jsonl, .*chat/prepare.py .*--prompts"):
+        open_dataset(tmp_path / "x")
 
 
 # --- what counts as right

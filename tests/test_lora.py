@@ -76,6 +76,7 @@ def trained(config, updates=4, tokens=None, base=None):
     ("argv", "said"),
     [
         (["--run.init_from=null"], "lora.rank=4 trains a change of weights that are there; set --"),
+        (["--model.depth=2"], "optim.name=muon, which model.depth chooses, is for whole matrices"),
         (["--optim.name=muon"], "optim.name=muon is for whole matrices, and lora.rank=4 trains tw"),
         (["--optim.average=0.1"], "optim.average=0.1 would average the factors that lora.rank=4 t"),
     ],

@@ -297,6 +297,18 @@ def test_a_batch_that_does_not_divide_names_one_that_does(sequences, works):
     sharding.batch_layout(BatchConfig(sequences=works), mesh_of())
 
 
+def test_the_batch_of_rollouts_is_named_by_what_sets_it():
+    config = Config(
+        model=dict(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=8),
+        objective=dict(name="grpo"),
+        grpo=dict(prompts=3, samples=4, reward="exact"),
+        data=dict(path=""),
+        run=dict(out_dir="none", init_from="other"),
+    )
+    with pytest.raises(ValueError, match="grpo.prompts x grpo.samples=12 does not .* that does is"):
+        step.build_steps(config, mesh_of(), "float32", "xla")
+
+
 def test_a_microbatch_that_does_not_divide_names_those_that_do():
     with pytest.raises(ValueError, match=r"batch.microbatch=5 .*could be 1, 2, 3, 4, 6, 12$"):
         sharding.batch_layout(BatchConfig(sequences=96, microbatch=5), mesh_of())

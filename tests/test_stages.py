@@ -94,7 +94,8 @@ def test_each_stage_starts_from_the_one_before_with_data_of_its_own(tmp_path, mo
     assert "prepare.py's flags" not in capsys.readouterr().out
     # By a signal, as a shell says it.
     Recorder(monkeypatch, -9)
-    assert stages.main([file, "--out", str(out)]) == 137
+    assert stages.main([file, "--out", str(out), "--stop-after=sft"]) == 137
+    assert "=== base (stage 1 of 3)\n" in capsys.readouterr().out, "stages are counted in the file"
 
 
 @pytest.mark.parametrize(

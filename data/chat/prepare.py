@@ -119,7 +119,9 @@ def read(
             yield place, example
     if len(faults) > skip:
         more = (
-            f"\n{len(faults) - 1:,} more rows are bad, the next {faults[1]}" if faults[1:] else ""
+            f"\n{counted(len(faults) - 1, 'more bad row')}, the next {faults[1]}"
+            if faults[1:]
+            else ""
         )
         at_least = "at least " * (len(faults) > MOST_FAULTS)
         raise Mistake(
@@ -150,6 +152,11 @@ def split_at(fractions: list[float], val_fraction: float, source: str) -> float:
     """
     if not fractions:
         raise Mistake(f"no conversation in {source}")
+    if len({*fractions}) == 1:
+        raise Mistake(
+            f"{counted(len(fractions), 'conversation')} with one first question in {source}: "
+            "training and validation need one each; give at least one with another question"
+        )
     limit = max(val_fraction, math.nextafter(min(fractions), 1))
     if max(fractions) < limit:
         raise Mistake(

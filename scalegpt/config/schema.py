@@ -440,9 +440,10 @@ class Config(Section):
                 "to a run or to a model such as gpt2-xl"
             )
         if rank and self.optim.name != "adamw":
+            source = ", which model.depth chooses," if self.model.depth else ""
             raise Mistake(
-                f"optim.name={self.optim.name} is for whole matrices, and lora.rank={rank} trains "
-                "two factors of each; set --optim.name=adamw"
+                f"optim.name={self.optim.name}{source} is for whole matrices, and lora.rank={rank} "
+                "trains two factors of each; set --optim.name=adamw"
             )
         if rank and self.optim.average:
             raise Mistake(

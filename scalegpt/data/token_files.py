@@ -168,14 +168,18 @@ def _locate(
     meta = read_meta(folder)[0]
     for file in (file_of(split, meta.get("kind")) for split in splits):
         if not (folder / file).is_file():
-            raise Mistake(f"{path} has no {file}; {_how_to_make(folder)}")
+            how = _how_to_make(folder, meta.get("kind", "text"))
+            raise Mistake(f"{path} has no {file}; {how}")
     return posixpath.basename(path.rstrip("/")) if remote else folder.name, folder, meta
 
 
-def _how_to_make(folder: Path) -> str:
-    script = recipe(folder.name) or f"{recipe('text')} --input YOUR_TEXT"
+def _how_to_make(folder: Path, kind: str = "text") -> str:
+    files = " and ".join(file_of(split, kind) for split in ("train", "val"))
+    other = "text" if kind == "text" else "chat"
+    script = recipe(folder.name) or f"{recipe(other)} --input YOUR_{other.upper()}"
+    prompts = "--prompts " * (kind == "prompts")
     return (
-        f"point data.path at a folder with train.bin and val.bin, or make one: python {script} "
+        f"point data.path at a folder with {files}, or make one: python {script} {prompts}"
         f"--out {folder} (--tokenizer byte for a small model)"
     )
 

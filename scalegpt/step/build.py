@@ -99,7 +99,9 @@ def build_steps(config: Config, mesh: Mesh, dtype: str, implementation: str) -> 
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     most = max(1, CPU_TOKENS // config.row_width) if on_cpu else None
     objective = objective_of(config)
-    layout = sharding.batch_layout(config.batch, mesh, most, objective.group)
+    rolls = config.objective.name == "grpo"
+    key = "grpo.prompts x grpo.samples" if rolls else "batch.sequences"
+    layout = sharding.batch_layout(config.batch, mesh, most, objective.group, key)
     model = GPT(config.model, jnp.dtype(dtype), implementation, config.lora)
     init = partial(initial_state, config, model)
     boxed = jax.eval_shape(init)

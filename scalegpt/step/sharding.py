@@ -131,17 +131,21 @@ def row_shards(mesh: Mesh | AbstractMesh) -> int:
 
 
 def batch_layout(
-    batch: BatchConfig, mesh: Mesh | AbstractMesh, most: int | None = None, group: int = 1
+    batch: BatchConfig,
+    mesh: Mesh | AbstractMesh,
+    most: int | None = None,
+    group: int = 1,
+    key: str = "batch.sequences",
 ) -> tuple[int, int]:
     """Return (A, M): microbatches of an update, and sequences of each over all devices.
 
     most: the largest microbatch of a device, in sequences, if batch.microbatch is not given.
-    group: so many sequences stay together on a device. Every batch of batch.growth is a multiple of
-    M, too. Raises Mistake, naming numbers that work.
+    group: so many sequences stay together on a device. key: what a user sets batch.sequences by.
+    Every batch of batch.growth is a multiple of M, too. Raises Mistake, naming numbers that work.
     """
     shards = row_shards(mesh)
     unit, pairs = shards * group, ", in pairs" if group == 2 else ""
-    sizes = {"batch.sequences": batch.sequences}
+    sizes = {key: batch.sequences}
     sizes |= {f"batch.growth[{update}]": size for update, size in batch.growth.items()}
     for name, size in sizes.items():
         if size % unit:
