@@ -871,6 +871,9 @@ def test_every_key_of_the_model_is_either_in_gpt2s_format_or_refused():
         *("isolate", "bos"),  # on a text that is one conversation
     }
     assert written | without_effect | set(gpt2._ONLY) == set(ModelConfig.model_fields)
+    for keys, can in ({"window": 4}, "has nothing of the kind"), ({"n_kv_head": 1}, "only say 2"):
+        with pytest.raises(ValueError, match=f"GPT-2's format .*{can}"):
+            gpt2.FORMAT.config(ModelConfig(n_layer=1, n_head=2, n_embd=8, **keys))
 
 
 # --- check

@@ -120,8 +120,9 @@ def _config(model: ModelConfig) -> dict[str, Any]:
     }
     for key, known in fits.items():
         if (value := getattr(model, key)) not in known:
-            only = " or ".join(map(str, known))
-            raise Mistake(f"model.{key}={value}: GPT-2's format can only say {only}")
+            only = " or ".join(str(x) for x in known if x is not None)
+            can = f"can only say {only}" if only else "has nothing of the kind"
+            raise Mistake(f"model.{key}={value}: GPT-2's format {can}")
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
