@@ -207,7 +207,8 @@ def train(
     with phases("restore"):
         start = checkpoints.continue_from() or 0
     with phases("self-check"):
-        startup.same_everywhere(startup.facts(config, meta["data"], start))
+        marks = {d.name: f"{d.fingerprint} {d.index}" for d in datasets}
+        startup.same_everywhere(startup.facts(config, marks, start))
     if start > 0:
         changes = carry_over(config, meta, checkpoints.meta(start), start, notes.append)
     with phases("restore" if start else "weights"):

@@ -590,6 +590,7 @@ OTHER = {  # a value that differs from the default, where adding one will not do
     "batch.growth": {7: 960},
     "data.path": "moved",
     "data.cache_dir": "x",
+    "data.shuffle": "documents",
     "optim.lr": 7e-4,
     "model.norm": "rmsnorm",
     "model.init": "zero_out",

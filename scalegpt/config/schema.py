@@ -85,6 +85,9 @@ class DataConfig(Section):
     """folder or URL with train.bin, val.bin, meta.json; or a mixture {path: weight, ...}"""
     prepare: bool = False
     """make missing token files with scalegpt's data/NAME/prepare.py, where NAME is the folder's"""
+    shuffle: Literal["windows", "documents"] = "windows"
+    """what each epoch has in a new order: the windows of the file, or also its documents, before
+    they are cut into windows; documents need train.idx, which prepare.py writes"""
     prefetch: Annotated[Integer, Field(ge=1, le=1000)] = 2
     """batches read ahead"""
     cache_dir: Place | None = None

@@ -16,6 +16,7 @@ import numpy as np
 from grain.experimental import index_shuffle
 
 from scalegpt.config import BatchConfig
+from scalegpt.data.documents import DocumentText
 from scalegpt.data.packing import PackedRows
 from scalegpt.data.prompts import Prompts
 from scalegpt.data.token_files import Dataset, check_tokens, open_dataset
@@ -77,7 +78,10 @@ class TrainOrder:
 
 
 def train_order(
-    tokens: np.ndarray | PackedRows | Prompts, block_size: int, seed: int, stream: int = 0
+    tokens: np.ndarray | DocumentText | PackedRows | Prompts,
+    block_size: int,
+    seed: int,
+    stream: int = 0,
 ) -> TrainOrder:
     """Return the order of a file's windows, rows, pairs of rows or prompts, as `TrainOrder`."""
     if isinstance(tokens, PackedRows | Prompts):
@@ -86,7 +90,7 @@ def train_order(
     return TrainOrder(len(tokens), block_size, seed, stream)
 
 
-def rows_together(tokens: np.ndarray | PackedRows | Prompts) -> int:
+def rows_together(tokens: Any) -> int:
     """Return how many rows that follow each other in a file do so in a batch, 2 of pairs."""
     return tokens.together if isinstance(tokens, PackedRows) else 1
 
@@ -159,13 +163,13 @@ class TrainBatches:
     host's m, those in `rows`, are read. Neither M nor the split over hosts changes which B windows
     a step has. Where B grows, so does A = B // M.
 
-    datasets: token arrays, 1-D, or packed conversations. weights: each dataset's share of the rows,
-    of any sum.
+    datasets: token arrays, 1-D, texts of documents, or packed conversations. weights: each
+    dataset's share of the rows, of any sum.
     """
 
     def __init__(
         self,
-        datasets: Sequence[np.ndarray | PackedRows | Prompts],
+        datasets: Sequence[np.ndarray | DocumentText | PackedRows | Prompts],
         weights: Sequence[float],
         block_size: int,
         seed: int,
@@ -212,28 +216,42 @@ class TrainBatches:
     def windows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Return (dataset, first token), both int64 [A * R], of this host's rows of `step`.
 
-        Of conversations it is the number of the row.
+        Of conversations it is the number of the row, of texts of documents what their `window`
+        takes.
         """
         first, size = self.batch.rows_after(step), self.batch.sequences_at(step + 1)
         rows = first + (np.arange(0, size, self.microbatch)[:, None] + self.rows).reshape(-1)
         pairs, side = np.divmod(rows, self.together)  # of other data than pairs, rows and 0
         if len(self.tokens) == 1:
-            return np.zeros_like(rows), self.orders[0].window(pairs) * self.together + side
+            return np.zeros_like(rows), self._starts(0, pairs) * self.together + side
         dataset, within = mixture_index(pairs, self.parts)
         starts = np.empty_like(rows)
         for d in np.unique(dataset).tolist():
             in_dataset = dataset == d
-            starts[in_dataset] = self.orders[d].window(within[in_dataset])
+            starts[in_dataset] = self._starts(d, within[in_dataset])
         return dataset, starts * self.together + side
+
+    def _starts(self, d: int, rows: np.ndarray) -> np.ndarray:
+        order, starts = self.orders[d], self.orders[d].window(rows)
+        if isinstance(self.tokens[d], DocumentText):
+            starts += rows // order.n_windows * len(self.tokens[d])
+        return starts
 
 
 def _read(
-    tokens: np.ndarray | PackedRows, starts: np.ndarray, batch: np.ndarray, rows: np.ndarray
+    tokens: np.ndarray | DocumentText | PackedRows,
+    starts: np.ndarray,
+    batch: np.ndarray,
+    rows: np.ndarray,
 ) -> None:
     """Copy windows into rows of `batch`; a slice a row reads faster than a gather by index."""
     width, packed = batch.shape[1], isinstance(tokens, PackedRows)
+    documents = isinstance(tokens, DocumentText)
     for row, start in zip(rows.tolist(), starts.tolist(), strict=True):
-        batch[row] = tokens[start] if packed else tokens[start : start + width]
+        if documents:
+            batch[row] = tokens.window(start, width)
+        else:
+            batch[row] = tokens[start] if packed else tokens[start : start + width]
 
 
 class EvalBatches:

@@ -16,6 +16,7 @@ from scalegpt.config.presets import recipe
 from scalegpt.config.types import LARGEST
 from scalegpt.data import tokenizer
 from scalegpt.data.batches import TrainBatches, rows_together, train_order
+from scalegpt.data.documents import DocumentText
 from scalegpt.data.packing import PackedRows, one_in_each_row, pack
 from scalegpt.data.token_files import Dataset, check_tokens, file_of, open_dataset
 from scalegpt.errors import Mistake
@@ -48,6 +49,11 @@ def open_datasets(config: Config, alive: Callable[[], None] = lambda: None) -> l
             dataset = _in_rows(dataset, config.model.block_size)
         elif dataset.kind == "text":
             check_tokens(dataset, config.model.block_size)
+            if config.data.shuffle == "documents" and dataset.train_ends is None:
+                raise Mistake(
+                    f"data.shuffle=documents, but {dataset.name} has no train.idx, which says "
+                    "where documents end; prepare it again, with --force"
+                )
         if datasets and not tokenizer.same(dataset.tokenizer, datasets[0].tokenizer):
             raise Mistake(
                 f"{dataset.name} and {datasets[0].name} have different tokenizers; "
@@ -212,11 +218,21 @@ def train_batches(
 
     microbatch: its sequences over all devices. Of prompts only their places can be read.
     """
-    batch = config.batch
+    batch, tokens = config.batch, [d.train for d in datasets]
     if datasets[0].kind == "prompts":
         batch = BatchConfig(sequences=config.grpo.prompts)
+    if datasets[0].kind == "text" and config.data.shuffle == "documents":
+        tokens = [
+            DocumentText(
+                d.train,
+                d.train_ends,
+                tokenizer.load(d.tokenizer).eot,
+                f"scalegpt/{config.run.seed}/{stream}",
+            )
+            for stream, d in enumerate(datasets)
+        ]
     return TrainBatches(
-        [d.train for d in datasets],
+        tokens,
         list(config.data.weights.values()),
         config.row_width,
         config.run.seed,
@@ -229,12 +245,14 @@ def train_batches(
 def windows_of(config: Config, datasets: list[Dataset], update: int) -> list[tuple[str, int]]:
     """Return (data set, first token) of every row of an update's batch; updates count from 1.
 
-    Of a row of conversations it is the first one's, and of prompts the number of each.
+    Of a row of conversations it is the first one's, and of prompts the number of each. It is where
+    the token is in the file, whatever the order of documents.
     """
     batches, number = train_batches(config, datasets, 1, np.zeros(1, int)), update - 1
     indices, starts = batches.windows(number // config.grpo.updates)
     places = []
-    for dataset, start in zip(map(datasets.__getitem__, indices), starts.tolist(), strict=True):
-        packed = isinstance(dataset.train, PackedRows)
-        places.append((dataset.name, dataset.train.first_token(start) if packed else start))
+    for i, start in zip(indices.tolist(), starts.tolist(), strict=True):
+        tokens = batches.tokens[i]
+        found = isinstance(tokens, DocumentText | PackedRows)
+        places.append((datasets[i].name, tokens.first_token(start) if found else start))
     return places

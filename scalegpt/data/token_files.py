@@ -73,6 +73,7 @@ class Dataset:
     kind: str = "text"  # one of KINDS
     train_ends: np.ndarray | None = None  # where each document ends, if the folder says so
     val_ends: np.ndarray | None = None
+    index: str = ""  # changes with them
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +122,7 @@ def open_dataset(path: str | Path, cache_dir: str | None = None) -> Dataset:
         kind=kind,
         train_ends=indices.get("train"),
         val_ends=indices.get("val"),
+        index=" ".join(meta.get(split, {}).get("index", "")[:16] for split in ("train", "val")),
     )
 
 

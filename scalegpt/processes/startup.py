@@ -191,7 +191,8 @@ def on_tpu() -> bool:
 def facts(config: Config, data: Mapping[str, str], latest: int | None) -> dict[str, str]:
     """Return what must be the same in all processes of a run: config, data, latest checkpoint.
 
-    data: name -> fingerprint. The folders of data and their caches may differ between hosts.
+    data: name -> mark of its tokens and documents. The folders of data and their caches may differ
+    between hosts.
     """
     keys = config.model_dump(
         exclude={"distributed": True, "run": {"out_dir"}, "data": {"path", "cache_dir", "prepare"}}
