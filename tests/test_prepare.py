@@ -84,7 +84,7 @@ def wiki_jsonl(wiki, tmp_path_factory):
 
 
 def read(script, *paths, errors="strict", **options):
-    kinds = script.kinds_of(paths, options.pop("plain", False), errors)
+    kinds = script.kinds_of(paths, "text", options.pop("plain", False), errors)
     return script.read_documents(kinds, "text", errors, **options)
 
 
@@ -399,7 +399,7 @@ def test_what_is_no_text_is_refused_by_what_it_is_also_where_errors_are_replaced
         (gzip.compress(archive.getvalue()), "is a tar archive"),
         (gzip.compress(gzip.compress(b"text")), "is gzip"),
         (b"PK\x03\x04" + bytes(99), "is a zip archive"),
-        (b"PAR1\x15\x04", "is Parquet"),
+        (gzip.compress(b"PAR1\x15\x04"), "is Parquet"),
         (b"\x89PNG\r\n\x1a\n", "is a PNG image"),
         ("text".encode("utf-16"), "is UTF-16 text"),
         ("text".encode("utf-32"), "is UTF-32 text"),
@@ -427,11 +427,11 @@ def test_a_folder_of_several_kinds_is_refused_and_a_pattern_says_which_are_meant
     (tmp_path / "empty.txt").touch()
     for name, content in (("a.txt", "prose"), ("b.jsonl", '{"text": "one"}')):
         (tmp_path / name).write_text(content)
-        kinds = text.kinds_of(text_files.find_files(str(tmp_path)), False, "strict")
+        kinds = text.kinds_of(text_files.find_files(str(tmp_path)), "text", False, "strict")
         with pytest.raises(ValueError, match=f"README.md.*by a pattern, as '.*{name[1:]}', or"):
             text.check_one_kind(str(tmp_path), kinds)
-    text.check_one_kind(str(tmp_path), text.kinds_of([*kinds], True, "strict"))
-    text.check_one_kind(str(tmp_path), text.kinds_of([*kinds][1:2], False, "strict"))
+    text.check_one_kind(str(tmp_path), text.kinds_of([*kinds], "text", True, "strict"))
+    text.check_one_kind(str(tmp_path), text.kinds_of([*kinds][1:2], "text", False, "strict"))
 
 
 def test_links_are_followed_and_lead_to_each_file_once(tmp_path):
@@ -487,8 +487,11 @@ def test_a_separator_divides_plain_text(tmp_path, monkeypatch):
         ([], "--input is missing"),
         (["--input", "nowhere.txt"], "'nowhere.txt'"),
         (["--input", "empty.txt"], "no text in empty.txt"),
-        (["--input", "a.jsonl", "--key", "body"], "line 1: nothing under --key 'body' in ['text']"),
-        (["--input", "null.jsonl"], "line 1: under --key 'text' is null, no text; leave such"),
+        (
+            ["--input", "a.jsonl", "--key", "body"],
+            "line 1: nothing under --text-key 'body' in ['text']",
+        ),
+        (["--input", "null.jsonl"], "line 1: under --text-key 'text' is null, no text; leave such"),
         (["--input", "a.jsonl", "--tokenizer", "gpt5"], "'gpt5'"),
         (["--input", "a.jsonl", "--val-fraction", "1"], "between 0 and 1, got 1.0"),
         (["--input", "a.jsonl"], "none of 2 documents goes to validation by --val-fraction=0.005"),

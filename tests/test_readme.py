@@ -120,7 +120,7 @@ def test_commands_are_found_in_blocks_between_backticks_and_in_synopses():
     assert any(command.endswith("--print-config") for command in found)
     assert any("--distributed.process_id=" in command for command in found)
     synopsis = next(command for command in found if "--errors" in command)
-    assert "--tokenizer gpt2 --key text" in " ".join(synopsis.split())
+    assert "--tokenizer gpt2 --text-key text" in " ".join(synopsis.split())
     assert {command.split()[1] for command in found} >= {
         *(f"tools/{name}.py" for name in ("bench", "sizing", "ablation", "parity", "crash_test")),
         *(f"tools/{name}.py" for name in ("checkpoint", "convert_hf", "tpu")),

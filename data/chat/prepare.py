@@ -42,7 +42,7 @@ from scalegpt.data.prepare import (
 )
 from scalegpt.data.tokenizer import Tokenizer, char_tokenizer
 from scalegpt.errors import Mistake, counted
-from scalegpt.files.text_files import find_files
+from scalegpt.files.text_files import absolute, find_files
 from scalegpt.processes.command import python, run_command
 from scalegpt.processes.streams import visible
 from scalegpt.weights.tokenizer_files import named
@@ -376,9 +376,9 @@ def main(argv: list[str]) -> int:
         if (value := getattr(args, name)) < 0:
             raise Mistake(f"--{name.replace('_', '-')}={value} must be 0 or more")
     files = find_files(args.input)
-    if any(args.out.resolve() in path.resolve().parents for path in files):
+    if any(args.out.resolve() in Path(absolute(path)).parents for path in files):
         raise Mistake(f"--out {args.out} holds input files: choose another folder")
-    given = {**vars(args), "input": Path(args.input).resolve()}
+    given = {**vars(args), "input": absolute(args.input)}
     shaping = [k for k in given if k not in _NOT_SHAPING and given[k] != parser.get_default(k)]
     source = " ".join(["chat", *(f"--{k.replace('_', '-')}={given[k]}" for k in shaping)])
     meta = publish(args.out, partial(write, args, files), source, args.force)

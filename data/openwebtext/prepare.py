@@ -18,7 +18,7 @@ from typing import Any
 from scalegpt.data.prepare import Corpus, check_disk, script_parser, write_dataset
 from scalegpt.data.tokenizer import Tokenizer
 from scalegpt.errors import Mistake
-from scalegpt.files.text_files import find_files
+from scalegpt.files.text_files import absolute, find_files
 from scalegpt.processes.command import run_command
 from scalegpt.weights.tokenizer_files import named
 
@@ -87,7 +87,7 @@ def main(argv: list[str]) -> int:
     )
     args = parser.parse_args(argv)
     tokenizer = named(args.tokenizer)
-    source = f"{Path(args.input).resolve() if args.input else REPOSITORY}, {args.tokenizer}"
+    source = f"{absolute(args.input) if args.input else REPOSITORY}, {args.tokenizer}"
     meta = write_dataset(
         args.out,
         lambda: corpus(tokenizer, load_text(args.input, args.out)),

@@ -1,9 +1,9 @@
-"""Turn your own text into token files: a file, a folder or a pattern of plain text or JSON lines.
+"""Turn your own text into token files: plain text, JSON lines or Parquet, of a disk or a URL.
 
 A plain file is one document, or several between which --separator stands; each line of JSON lines
-is one, under --key. What a file is, also whether it is packed (gzip, xz, bzip2, zstd), is told by
-what it holds. A hash of its text decides whether a document goes to validation; of a single
-document, the end does.
+and each row of Parquet is one, under --text-key. What a file is, also whether it is packed (gzip,
+xz, bzip2, zstd), is told by what it holds. A hash of its text decides whether a document goes to
+validation; of a single document, the end does.
 """
 
 if __name__ == "__main__":
@@ -18,8 +18,9 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from glob import has_magic
 from itertools import chain
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from scalegpt.data.prepare import (
     Corpus,
@@ -30,31 +31,45 @@ from scalegpt.data.prepare import (
 )
 from scalegpt.data.tokenizer import char_tokenizer
 from scalegpt.errors import Mistake
-from scalegpt.files import json_files
-from scalegpt.files.text_files import PACKED, decoded, find_files, parts
+from scalegpt.files import json_files, parquet
+from scalegpt.files.folder import is_url
+from scalegpt.files.text_files import (
+    PACKED,
+    absolute,
+    decoded,
+    find_files,
+    parts,
+    size_of,
+)
 from scalegpt.processes.command import run_command
 from scalegpt.weights.tokenizer_files import named
 
 _NOT_SHAPING = ("out", "workers", "force")
 ENOUGH = 200  # tokens of training text for each id; a rule of thumb
 HASHED = 1 << 16  # the first so many characters of a document decide its split
-LINES, PLAIN, CARD, EMPTY = "JSON lines", "plain text", "a data set's card", "empty"
+LINES, PLAIN, TABLE = "JSON lines", "plain text", "Parquet"
+CARD, EMPTY = "a data set's card", "empty"
 _JSON = re.compile(r'(\[\s*)?\{\s*"[^"\n]*"\s*:')  # the start of an object, or of a list of these
 Read = Callable[[], Iterator[Document]]  # reads the documents from the first on, when called
+File = Path | str  # a str is a URL
 
 
-def kinds_of(files: list[Path], plain: bool, errors: str) -> dict[Path, str]:
+def kinds_of(files: list[File], key: str, plain: bool, errors: str) -> dict[File, str]:
     """Return what each file is read as; `plain`: as text, also what looks like something else.
 
-    Raises Mistake for a file that is no text, or is JSON that has other than one object a line.
+    key: the column of the texts in a Parquet file. Raises Mistake for a file that is no text, is
+    JSON that has other than one object a line, or is Parquet that has no such column.
     """
-    return {path: _kind(path, plain, errors) for path in files}
+    return {path: _kind(path, key, plain, errors) for path in files}
 
 
-def _kind(path: Path, plain: bool, errors: str) -> str:
+def _kind(path: File, key: str, plain: bool, errors: str) -> str:
+    if parquet.has_column(path, key):
+        return TABLE
     text = _decoded(path, errors)
     first = next(text, "")
-    name = (path.stem if path.suffix.lower() in PACKED else path.name).lower()
+    pure = PurePath(path)
+    name = (pure.stem if pure.suffix.lower() in PACKED else pure.name).lower()
     if not first or plain:
         return PLAIN if first else EMPTY
     if name.endswith((".jsonl", ".ndjson")):
@@ -79,19 +94,19 @@ def _kind(path: Path, plain: bool, errors: str) -> str:
     return PLAIN
 
 
-def check_one_kind(folder: str, kinds: dict[Path, str]) -> None:
+def check_one_kind(folder: str, kinds: dict[File, str]) -> None:
     """Raise Mistake for a folder of several kinds: its documents hardly lie in all of them."""
     first = {kind: path for path, kind in reversed(kinds.items()) if kind != EMPTY}
     if len(first) > 1:
         found = " and ".join(f"{kind} ({path})" for kind, path in first.items())
-        likely = first.get(LINES) or first[PLAIN]
+        likely = PurePath(first.get(TABLE) or first.get(LINES) or first[PLAIN])
         raise Mistake(
             f"{folder} holds {found}: say which are meant by a pattern, as "
             f"'{folder}/**/*{likely.suffix}', or read all as plain text by --plain"
         )
 
 
-def summary(kinds: dict[Path, str]) -> Iterator[str]:
+def summary(kinds: dict[File, str]) -> Iterator[str]:
     """Yield lines that say which files were read as what, and how many of each kind."""
     groups = Counter((_ending(path), kind) for path, kind in kinds.items())
     first = {(_ending(path), kind): path for path, kind in reversed(kinds.items())}
@@ -102,23 +117,31 @@ def summary(kinds: dict[Path, str]) -> Iterator[str]:
         yield f"and files of {len(groups) - 20:,} more endings"
 
 
-def _ending(path: Path) -> str:
-    packed = path.suffix.lower() in PACKED
-    return "".join(path.suffixes[-2:] if packed else path.suffixes[-1:]) or "without ending"
+def _ending(path: File) -> str:
+    suffixes = PurePath(path).suffixes
+    packed = suffixes and suffixes[-1].lower() in PACKED
+    return "".join(suffixes[-2 if packed else -1 :]) or "without ending"
+
+
+def _unpacked(path: File, kind: str) -> int:
+    """Return a guess of how many bytes of text a byte of the file stands for."""
+    return 4 if PurePath(path).suffix.lower() in PACKED else 2 if kind == TABLE else 1
 
 
 def read_documents(
-    kinds: dict[Path, str], key: str, errors: str, separator: str | None = None
+    kinds: dict[File, str], key: str, errors: str, separator: str | None = None
 ) -> Iterator[Document]:
     """Yield the documents that are not empty.
 
-    key: where a JSON line holds its text. errors: "strict", or "replace" for bad UTF-8. separator:
-    what stands between the documents of a plain file. Raises Mistake, naming the file and the place
-    of a fault.
+    key: where a JSON line or row of Parquet holds its text. errors: "strict", or "replace" for bad
+    UTF-8. separator: what stands between the documents of a plain file. Raises Mistake, naming the
+    file and the place of a fault.
     """
     for path, kind in kinds.items():
         text = _decoded(path, errors)
-        if kind == LINES:
+        if kind == TABLE:
+            yield from filter(None, parquet.texts(path, key, errors))
+        elif kind == LINES:
             yield from filter(None, _json_texts(path, text, key, errors))
         elif separator:
             yield from filter(None, (p.strip("\r\n") for p in parts(path, text, separator)))
@@ -185,11 +208,11 @@ def _cut(document: Document, start: int, stop: int | None) -> Iterator[str]:
             return
 
 
-def _decoded(path: Path, errors: str) -> Iterator[str]:
+def _decoded(path: File, errors: str) -> Iterator[str]:
     return decoded(path, errors, ", and --errors replace reads on")
 
 
-def _json_texts(path: Path, chunks: Iterator[str], key: str, errors: str) -> Iterator[str]:
+def _json_texts(path: File, chunks: Iterator[str], key: str, errors: str) -> Iterator[str]:
     for number, line in enumerate(parts(path, chunks, "\n"), 1):
         if not line.strip():
             continue
@@ -200,13 +223,13 @@ def _json_texts(path: Path, chunks: Iterator[str], key: str, errors: str) -> Ite
         if not isinstance(row, dict) or key not in row:
             keys = sorted(row) if isinstance(row, dict) else type(row).__name__
             raise Mistake(
-                f"{path}, line {number}: nothing under --key {key!r} in {keys}; --plain reads all "
-                "files as the text they are"
+                f"{path}, line {number}: nothing under --text-key {key!r} in {keys}; --plain reads "
+                "all files as the text they are"
             )
         if not isinstance(row[key], str):
             raise Mistake(
-                f"{path}, line {number}: under --key {key!r} is {json.dumps(row[key])[:40]}, no "
-                "text; leave such lines out"
+                f"{path}, line {number}: under --text-key {key!r} is {json.dumps(row[key])[:40]}, "
+                "no text; leave such lines out"
             )
         try:  # JSON can spell half a surrogate pair, which UTF-8 cannot
             yield row[key].encode("utf-16", "surrogatepass").decode("utf-16", errors)
@@ -224,7 +247,13 @@ def main(argv: list[str]) -> int:
         default="gpt2",
         help="gpt2 (default), byte, char, tokenizer.json or the folder of a run, data set or model",
     )
-    more("--key", default="text", help="where a JSON line holds its text (default: text)")
+    more(
+        "--text-key",
+        "--key",
+        dest="key",
+        default="text",
+        help="where a JSON line or row of Parquet holds its text (default: text)",
+    )
     more("--separator", help="what stands between the documents of a plain file: '<|endoftext|>'")
     more("--plain", action="store_true", help="read every file as plain text, also JSON")
     more("--val-fraction", type=float, default=0.005, help="for validation (default: %(default)s)")
@@ -238,21 +267,21 @@ def main(argv: list[str]) -> int:
     )
     args = parser.parse_args(argv)
     if args.input is None:
-        raise Mistake("--input is missing: a file, a folder or a pattern of text files")
+        raise Mistake("--input is missing: a file, a folder, a pattern of text files, or a URL")
     if not 0 < args.val_fraction < 1:
         raise Mistake(f"--val-fraction must be between 0 and 1, got {args.val_fraction}")
     inputs = {"train": args.input, "val": args.val_input}
     files = {split: find_files(name) for split, name in inputs.items() if name}
     all_files = [path for group in files.values() for path in group]
-    if any(args.out.resolve() in path.resolve().parents for path in all_files):
+    if any(args.out.resolve() in Path(absolute(path)).parents for path in all_files):
         raise Mistake(f"--out {args.out} holds input files: choose another folder")
-    kinds: dict[Path, str] = {}
+    kinds: dict[File, str] = {}
 
     def corpus() -> Corpus:
         readers: dict[str, Read] = {}
         for split in files:
-            found = kinds_of(files[split], args.plain, args.errors)
-            if os.path.isdir(inputs[split]):
+            found = kinds_of(files[split], args.key, args.plain, args.errors)
+            if os.path.isdir(name := inputs[split]) or (is_url(name) and not has_magic(name)):
                 check_one_kind(inputs[split], found)
             readers[split] = partial(read_documents, found, args.key, args.errors, args.separator)
             if next(readers[split](), None) is None:
@@ -267,10 +296,10 @@ def main(argv: list[str]) -> int:
             documents = ((split, text) for split, read in readers.items() for text in read())
         else:
             documents = split_documents(readers["train"], args.val_fraction, args.seed)
-        sizes = (p.stat().st_size * (4 if p.suffix.lower() in PACKED else 1) for p in all_files)
+        sizes = (size_of(path) * _unpacked(path, kind) for path, kind in kinds.items())
         return Corpus(tokenizer, documents, sum(sizes))
 
-    given = {**vars(args), "input": Path(args.input).resolve()}
+    given = {**vars(args), "input": absolute(args.input)}
     shaping = [k for k in given if k not in _NOT_SHAPING and given[k] != parser.get_default(k)]
     source = " ".join(["text", *(f"--{k.replace('_', '-')}={given[k]}" for k in shaping)])
     meta = write_dataset(args.out, corpus, source, args.workers, args.force)

@@ -1,6 +1,7 @@
 """Text files are found and read, packed or not, by what they hold; what is no text is refused.
 
-A byte order mark at the start of a file is no part of its text.
+A file is a path on a disk, or a URL that fsspec reads. A byte order mark at its start is no part of
+its text.
 """
 
 import bz2
@@ -12,17 +13,21 @@ import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from io import BufferedReader
 from itertools import chain
 from pathlib import Path
 
 from fsspec.utils import glob_translate
 
 from scalegpt.errors import Mistake
+from scalegpt.files.folder import is_url, open_url
 from scalegpt.files.formats import HEAD, not_text
 
 PACKED = (".gz", ".xz", ".bz2", ".zst")  # the usual ends of their names
 BLOCK = 1 << 20  # bytes read at once
 MOST_HELD = 1 << 28  # characters of a text that has to be held in memory
+_ZSTD = rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"  # a frame, or one to skip
 _OPENERS = {
     rb"\x1f\x8b": gzip.open,
     rb"\xfd7zXZ\0": lzma.open,
@@ -30,12 +35,14 @@ _OPENERS = {
 }
 
 
-def find_files(pattern: str) -> list[Path]:
+def find_files(pattern: str) -> list[Path | str]:
     """Return the file, a folder's files at any depth but the hidden, or the matches, sorted.
 
-    Links are followed, and a file that has several names is there once. Raises Mistake if there is
-    none, and for a link that leads nowhere.
+    Links are followed, and a file that has several names is there once; of a URL, the files are
+    URLs. Raises Mistake if there is none, and for a link that leads nowhere.
     """
+    if is_url(pattern):
+        return _behind(pattern)
     path = Path(pattern)
     if path.is_dir():
         found = _below(path)
@@ -51,6 +58,51 @@ def find_files(pattern: str) -> list[Path]:
     if not files:
         raise Mistake(f"no file, folder or pattern of files {pattern!r}: check --input")
     return [*files.values()]
+
+
+def _behind(url: str) -> list[str]:
+    """Return the URLs of the file, the folder's files or the matches of a URL, sorted."""
+    fs, root = open_url(url, "read")
+    try:
+        if fs.isfile(root):
+            return [url]
+        names = filter(fs.isfile, fs.glob(root)) if glob.has_magic(root) else fs.find(root)
+        hidden = re.compile(r"/\.").search
+        files = sorted(name for name in names if not hidden(name.removeprefix(root)))
+    except Exception as error:  # each file system has errors of its own
+        raise Mistake(f"cannot read {url}: {error}") from error
+    if not files:
+        raise Mistake(f"no file, folder or pattern of files {url!r}: check --input")
+    return [fs.unstrip_protocol(name) for name in files]
+
+
+def absolute(pattern: str | Path) -> str | Path:
+    """Return a file, folder or pattern independent of the working directory; a URL as it is."""
+    return pattern if is_url(pattern) else Path(pattern).resolve()
+
+
+@contextmanager
+def opened(file: Path | str) -> Iterator[BufferedReader]:
+    """Yield a file's bytes as a file object. Raises OSError, and Mistake where a URL fails."""
+    if not is_url(file):
+        with open(file, "rb") as stream:
+            yield stream
+        return
+    fs, name = open_url(str(file), "read")
+    try:
+        stream = fs.open(name, "rb")
+    except Exception as error:  # each file system has errors of its own
+        raise Mistake(f"cannot read {file}: {error}") from error
+    with BufferedReader(stream, BLOCK) as buffered:
+        yield buffered
+
+
+def size_of(file: Path | str) -> int:
+    """Return the bytes of a file; 0 for a URL that does not say."""
+    if is_url(file):
+        fs, name = open_url(str(file), "read")
+        return fs.size(name) or 0
+    return Path(file).stat().st_size
 
 
 def _matching(pattern: str) -> Iterator[Path]:
@@ -80,26 +132,28 @@ def _below(path: Path) -> Iterator[Path]:
         yield from (Path(folder, name) for name in files if not name.startswith("."))
 
 
-def blocks(path: Path) -> Iterator[bytes]:
+def blocks(path: Path | str) -> Iterator[bytes]:
     """Yield the bytes of a file, unpacked if it is gzip, xz, bzip2 or zstd, part by part.
 
     Raises Mistake when the file cannot be read, is damaged or ends early.
     """
     try:
-        with open(path, "rb") as file:
-            head = file.read(16)
-        if re.match(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", head):  # a frame, or one to skip
-            yield from _zstd_blocks(path)
-            return
-        unpack = next((u for magic, u in _OPENERS.items() if re.match(magic, head)), open)
-        with unpack(path, "rb") as file:
-            while block := file.read(BLOCK):
-                yield block
+        with opened(path) as packed:
+            head = packed.peek(16)
+            if re.match(_ZSTD, head):
+                yield from _zstd_blocks(path, packed)
+                return
+            unpack = next(
+                (u for magic, u in _OPENERS.items() if re.match(magic, head)), nullcontext
+            )
+            with unpack(packed) as file:
+                while block := file.read(BLOCK):
+                    yield block
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise Mistake(f"cannot read {path}: {error}") from error
 
 
-def decoded(path: Path, errors: str = "strict", hint: str = "") -> Iterator[str]:
+def decoded(path: Path | str, errors: str = "strict", hint: str = "") -> Iterator[str]:
     """Yield the text of a UTF-8 file in parts, none of them empty.
 
     errors: "strict", or "replace" for bytes that are not UTF-8. hint: how to get the latter, for
@@ -132,7 +186,7 @@ def read_text(path: str | Path) -> str:
     return "".join(decoded(Path(path)))
 
 
-def parts(path: Path, chunks: Iterable[str], separator: str) -> Iterator[str]:
+def parts(path: Path | str, chunks: Iterable[str], separator: str) -> Iterator[str]:
     """Yield what stands between separators in the text of a file, which comes in chunks.
 
     Raises Mistake for a part too long to be held in memory.
@@ -151,23 +205,22 @@ def parts(path: Path, chunks: Iterable[str], separator: str) -> Iterator[str]:
     yield "".join([*held, tail])
 
 
-def _zstd_blocks(path: Path) -> Iterator[bytes]:
+def _zstd_blocks(path: Path | str, file: BufferedReader) -> Iterator[bytes]:
     try:
         import zstandard
     except ImportError as error:
         raise Mistake(f"{path} needs zstandard: pip install 'scalegpt[data]'") from error
     # zstandard's stream_reader would take the end of a truncated file for the end of the text.
     frame, packed = None, b""
-    with open(path, "rb") as file:
-        try:
-            while packed := packed or file.read(BLOCK >> 4):  # 64 KiB may unpack to 64 MiB
-                frame = frame or zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
-                if block := frame.decompress(packed):
-                    yield block
-                packed = frame.unused_data
-                if frame.eof:
-                    frame = None
-        except zstandard.ZstdError as error:
-            raise EOFError(error) from error
+    try:
+        while packed := packed or file.read(BLOCK >> 4):  # 64 KiB may unpack to 64 MiB
+            frame = frame or zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
+            if block := frame.decompress(packed):
+                yield block
+            packed = frame.unused_data
+            if frame.eof:
+                frame = None
+    except zstandard.ZstdError as error:
+        raise EOFError(error) from error
     if frame:
         raise EOFError("the file ends within a frame")

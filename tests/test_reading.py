@@ -1,0 +1,104 @@
+"""Texts are read from Parquet and from URLs, in memory that no file decides on."""
+
+import gzip
+from itertools import islice
+
+import fsspec
+import pytest
+from test_prepare import bins, module, read
+
+from scalegpt.errors import Mistake
+from scalegpt.files import parquet, text_files
+
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
+TEXTS = ["first\r\n", "", "zwei \u00e4\u0000\ufeff", None, "<|endoftext|> \U0001f600", "last"] * 20
+
+
+def table(path, key="text", values=TEXTS, **options):
+    columns = {"id": range(len(values)), key: values, "score": [0.5] * len(values)}
+    pq.write_table(pa.table(columns), path, **options)
+    return path
+
+
+@pytest.mark.parametrize("type_", [pa.string(), pa.large_string(), pa.binary()])
+def test_parquet_gives_the_texts_of_its_column_in_order(tmp_path, type_):
+    path = table(tmp_path / "a", values=pa.array(TEXTS, type_), row_group_size=7)
+    assert list(read(module("text"), path)) == [text for text in TEXTS if text]
+    assert list(parquet.texts(path, "text", "strict")) == [text or "" for text in TEXTS]
+
+
+def test_faults_of_parquet_are_named_before_anything_is_read(tmp_path):
+    text, path = module("text"), tmp_path / "a.parquet"
+    for make, message in (
+        (lambda: table(path, key="body"), "no column 'text' among id, body, score; name the col"),
+        (lambda: table(path, values=[1, 2]), "the column 'text' holds int64, no text; name the"),
+        (lambda: table(path, values=[["a"]]), "holds list<.*, no text; name the column"),
+        (lambda: path.write_bytes(table(path).read_bytes()[:-9]), "cannot read .*a.parquet: "),
+        (lambda: path.write_bytes(b"PAR1"), "cannot read .*a.parquet: "),
+    ):
+        make()
+        with pytest.raises(Mistake, match=message):
+            text.kinds_of([table(tmp_path / "whole.parquet"), path], "text", False, "strict")
+    # The footer is whole and what it speaks of is not.
+    footer = pq.read_metadata(table(path, values=["some text"] * 9, use_dictionary=False))
+    content, page = bytearray(path.read_bytes()), footer.row_group(0).column(1).data_page_offset
+    content[page : page + 20] = b"\xff" * 20
+    path.write_bytes(content)
+    with pytest.raises(Mistake, match="cannot read .*a.parquet: "):
+        list(read(text, path))
+    table(path, values=pa.array([b"good", b"\xff"], pa.binary()))
+    with pytest.raises(Mistake, match="a.parquet, row 2 is not UTF-8: invalid start byte; --err"):
+        list(read(text, path))
+    assert list(read(text, path, errors="replace")) == ["good", "\ufffd"]
+
+
+def test_a_small_parquet_of_long_texts_is_read_in_bounded_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_files, "MOST_HELD", 1 << 20)
+    monkeypatch.setattr(parquet, "MOST_HELD", 1 << 20)
+    long = pa.DictionaryArray.from_arrays(pa.array([0] * 5000, pa.int32()), ["a" * 1_000_000])
+    path = table(tmp_path / "bomb", values=long, store_schema=False)
+    assert path.stat().st_size < 1 << 17
+    before = pa.total_allocated_bytes()
+    rows, most = parquet.texts(path, "text", "strict"), 0
+    for content in islice(rows, 40):
+        assert len(content) == 1_000_000
+        most = max(most, pa.total_allocated_bytes() - before)
+    assert most < 20e6
+    table(path, values=["a" * (1 << 20) + "a"])
+    with pytest.raises(Mistake, match="bomb, row 1 has more than 1,048,576 bytes"):
+        next(parquet.texts(path, "text", "strict"))
+
+
+def test_urls_are_read_as_files_are(tmp_path):
+    text, memory = module("text"), fsspec.filesystem("memory")
+    local = {
+        "b.txt.gz": gzip.compress(b"packed"),
+        "deep/a.parquet": table(tmp_path / "a").read_bytes(),
+        ".hidden/c.txt": b"hidden",
+    }
+    for name, content in local.items():
+        memory.pipe(f"/corpus/{name}", content)
+    packed, rows = "memory://corpus/b.txt.gz", "memory://corpus/deep/a.parquet"
+    for pattern, files in (
+        ("memory://corpus", [packed, rows]),
+        ("memory://corpus/*.gz", [packed]),
+        ("memory://corpus/**/*.parquet", [rows]),
+    ):
+        found = text_files.find_files(pattern)
+        assert [name.replace(":///", "://") for name in found] == files
+    for nothing in ("memory://nowhere", "memory://corpus/*.zip"):
+        with pytest.raises(Mistake, match=f"no file, folder or pattern of files '{nothing[:12]}"):
+            text_files.find_files(nothing)
+    with pytest.raises(Mistake, match="cannot read nothing://x.*pip install"):
+        text_files.find_files("nothing://x")
+    args = ["--val-fraction", "0.6", "--tokenizer", "byte"]
+    folder = tmp_path / "local"
+    (folder / "deep").mkdir(parents=True)
+    for name in ("b.txt.gz", "deep/a.parquet"):
+        (folder / name).write_bytes(local[name])
+    for name, source in (("here", f"{folder}/**/*.*"), ("there", "memory://corpus/**/*.*")):
+        text.main(["--input", source, "--out", str(tmp_path / name), *args])
+    (here, meta), (there, _) = bins(tmp_path / "here"), bins(tmp_path / "there")
+    assert all((here[split] == there[split]).all() for split in here)
+    assert meta["train"]["documents"] + meta["val"]["documents"] == 1 + 4 * 20
