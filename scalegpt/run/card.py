@@ -170,7 +170,7 @@ def write_card(folder: Path, model: Trained, notes: str, repository: str | None 
         **{figure.title: _shown(figure) for figure in measured},
         **_best(model, history),
         "model": _architecture(config.model),
-        "format": f"{values.get('architectures', ['its own'])[0]}, {values.get('dtype', 'float32')}",
+        "format": f"{(values.get('architectures') or ['its own'])[0]}, float32",
         "tokenizer": _tokenizer(model),
     }
     kept = config.model_dump() if model.step else {"model": config.model.model_dump()}
