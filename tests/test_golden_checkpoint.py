@@ -6,10 +6,12 @@ import signal
 import tarfile
 
 import golden
+import jax
 import pytest
 
 from scalegpt import train
 from scalegpt.checkpoints.checkpoints import open_checkpoints
+from scalegpt.weights.tokenizer_files import named
 
 
 def test_an_earlier_checkpoint_is_read_evaluated_and_continued(tmp_path, monkeypatch, capsys):
@@ -37,3 +39,13 @@ def test_an_earlier_checkpoint_is_read_evaluated_and_continued(tmp_path, monkeyp
         signal.signal(number, handler)
     assert f"continuing from step {golden.SAVED} in" in capsys.readouterr().out
     assert golden.train_losses() == pytest.approx(expected["train_losses"], rel=1e-4)
+
+
+def test_the_tokenizer_of_a_run_is_read_on_the_cpu(tmp_path, monkeypatch):
+    """Preparing data beside a run must not take its TPU."""
+    with tarfile.open(golden.FOLDER / "run.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    asked = []
+    monkeypatch.setattr(jax.config, "update", lambda *setting: asked.append(setting))
+    assert named(str(tmp_path / "run")).name == "byte"
+    assert asked[0] == ("jax_platforms", "cpu")

@@ -23,8 +23,12 @@ def named(name: str) -> Tokenizer:
     if name in ("gpt2", "byte"):
         return tokenizer.load(name)
     if is_run(name):
-        from scalegpt.checkpoints.checkpoints import open_checkpoints  # JAX, which few need here
+        import jax  # which few need here
 
+        from scalegpt.checkpoints.checkpoints import open_checkpoints
+
+        # This needs no accelerator, and a TPU would be taken from whatever trains on it.
+        jax.config.update("jax_platforms", "cpu")
         checkpoints = open_checkpoints(name)
         spec = checkpoints.meta(checkpoints.find("best"))["tokenizer"]
         checkpoints.close()
