@@ -353,6 +353,28 @@ def test_what_config_json_says_and_what_to_type_next(make_run, tmp_path, capsys,
 # --- what a user may have
 
 
+def test_every_key_of_gpt2s_config_is_checked_or_changes_nothing(tmp_path):
+    """Such as those of distilgpt2 and DialoGPT, whose other keys are GPT-2's own."""
+    from transformers import GPT2Config
+
+    without_effect = {
+        **{f"{part}_pdrop": 0.1 for part in ("resid", "embd", "attn")},
+        **{"summary_type": "cls_index", "summary_use_proj": True, "summary_activation": None},
+        **{"summary_proj_to_labels": True, "summary_first_dropout": 0.1, "use_cache": False},
+        **{"bos_token_id": 50256, "eos_token_id": 50256, "pad_token_id": None},
+        **{"initializer_range": 0.02, "reorder_and_upcast_attn": True},
+    }
+    known = gpt2._Settings.model_fields.keys() - {"quantization_config"}  # of all architectures
+    assert set(GPT2Config.__annotations__) - {"model_type"} == known | without_effect.keys()
+    old = {
+        **{"n_ctx": 37, "_num_labels": 1, "id2label": {"0": "LABEL_0"}, "torch_dtype": "float16"},
+        **{"task_specific_params": {"conversational": {"max_length": 1000}}},
+        **{"architectures": ["GPT2LMHeadModel"], "gradient_checkpointing": True},
+    }
+    folder = write(tmp_path / "hf", {}, **without_effect, **old)
+    assert huggingface.describe(folder)[0] == odd()
+
+
 def test_names_and_masks_of_old_files_are_read(tmp_path):
     """The official files: no prefix, causal masks beside the weights, a copy of the tied head."""
     tensors = weights(odd())
@@ -652,6 +674,28 @@ def test_a_runs_or_data_sets_folder_names_its_tokenizer(tmp_path):
     (tmp_path / "own" / "config.json").write_text(json.dumps(config | {"tokenizer": None}))
     with pytest.raises(ValueError, match="own came without a tokenizer; .*--tokenizer"):
         named(str(tmp_path / "own"))
+
+
+def test_vocabulary_and_merges_without_tokenizer_json_are_read_as_transformers_reads_them(tmp_path):
+    """As of GPT-2s in other languages from before that file."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import AutoTokenizer
+
+    texts = ["Äpfel und Birnen's  kosten 123 €\n", "Äpfel und Nüsse, und Brot"]
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, 300, special_tokens=["<|endoftext|>"], show_progress=False)
+    size = bpe.get_vocab_size() + 1
+    folder = write(tmp_path / "hf", {}, vocab_size=size)
+    bpe.save_model(str(folder))
+    (folder / "added_tokens.json").write_text(json.dumps({"Brot": size - 1}))
+    ours, theirs = named(str(folder)), AutoTokenizer.from_pretrained(folder)
+    assert size - 1 in ours.encode(texts[1])
+    for text in texts:
+        assert theirs(text)["input_ids"] == ours.encode(text).tolist()
+        assert theirs.decode(ours.encode(text).tolist()) == text
+    assert ours.eot == theirs.eos_token_id and ours.vocab_size == len(theirs) == size
+    (folder / "merges.txt").unlink()
+    assert huggingface.describe(folder)[1] is None
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from scalegpt.weights import gpt2
 from scalegpt.weights.places import Place
 from scalegpt.weights.source import Source, open_source
 from scalegpt.weights.tensor_files import INDEX, SAFE, TORCH, instead, open_tensors
-from scalegpt.weights.tokenizer_files import read_file
+from scalegpt.weights.tokenizer_files import read_file, read_merges
 
 HUB_SECONDS = 15  # without an answer from Hugging Face, there is no network
 OWN_TYPE = "scalegpt"  # model_type of our own format, which names tensors by their path in params
@@ -35,6 +35,7 @@ _TOKENIZER = (
     "generation_config.json",
     "vocab.json",
     "merges.txt",
+    "added_tokens.json",
 )
 
 
@@ -102,7 +103,7 @@ def describe(folder: Path) -> tuple[ModelConfig, dict[str, Any] | None]:
         known = ", ".join([*FORMATS, OWN_TYPE])
         raise Mistake(f"{path}: model_type is {shown(kind)}, and only {known} are read")
     model = model_of(FORMATS[kind].describe(values, path), path)
-    return model, _tokenizer(folder, model.vocab_size)
+    return model, _tokenizer(folder, kind, model.vocab_size)
 
 
 def model_of(values: dict[str, Any], path: Path) -> ModelConfig:
@@ -113,14 +114,16 @@ def model_of(values: dict[str, Any], path: Path) -> ModelConfig:
     return model
 
 
-def _tokenizer(folder: Path, vocab_size: int) -> dict[str, Any] | None:
+def _tokenizer(folder: Path, model_type: str, vocab_size: int) -> dict[str, Any] | None:
     known = {"kind": "gpt2"}
     if (path := folder / "tokenizer.json").is_file():
         spec = read_file(path)
         return known if tokenizer.same(spec, known) else spec
     if (path := folder / "vocab.json").is_file():
-        same = tokenizer.same({"json": {"model": {"vocab": read_object(path)}}}, known)
-        return known if same else None
+        if tokenizer.same({"json": {"model": {"vocab": read_object(path)}}}, known):
+            return known
+        # Another model_type may cut texts into other words.
+        return read_merges(path) if model_type == "gpt2" else None
     return known if vocab_size == 50257 else None
 
 

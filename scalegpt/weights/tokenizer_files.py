@@ -76,6 +76,26 @@ def read_file(path: Path) -> dict[str, Any]:
     return {"kind": "chat", "base": same or base}
 
 
+def read_merges(vocab: Path) -> dict[str, Any] | None:
+    """Return the spec of a tokenizer of GPT-2's kind in the files of before tokenizer.json, which
+    are vocab.json, merges.txt and maybe added_tokens.json. None without merges; raises Mistake."""
+    if not (merges := vocab.with_name("merges.txt")).is_file():
+        return None
+    ids = read_object(vocab)
+    try:
+        lines = merges.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Mistake(f"cannot read {merges}: {error}; download it again") from None
+    pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+    more = read_object(path) if (path := vocab.with_name("added_tokens.json")).is_file() else {}
+    content = _byte_level(ids, pairs, True)
+    content["added_tokens"] = [
+        *(_special(ids[mark], mark) for mark in (END_OF_TEXT,) if mark in ids),
+        *(_special(id_, token) | {"special": False} for token, id_ in more.items()),
+    ]
+    return {"kind": "tokenizer.json", "name": vocab.name, "json": content}
+
+
 def tokenizer_files(spec: Any, block_size: int) -> dict[str, Any]:
     """Return each file's JSON value by its name; {} where there is no tokenizer, or no text.
 
