@@ -116,6 +116,20 @@ def test_cached_logits_are_the_uncached_ones_at_every_position(kind, chunks):
     assert int(cache.used) == BLOCK
 
 
+def test_rotations_are_made_for_the_cache_and_not_for_all_of_block_size():
+    """Which is a million positions and more in some models."""
+    steps = steps_of({"position": "rope", "block_size": 2**20})
+    cache = Cache(((jnp.zeros((1, 2, 8, 4)),) * 2,) * 2, jnp.array([0]), jnp.int32(0))
+
+    def advance(params):
+        tokens = jnp.array([[1, 2, 3]])
+        return steps.model.apply({"params": separate_layers(params)}, tokens, cache=cache)[0]
+
+    traced = jax.make_jaxpr(advance)(steps.abstract.params)
+    assert traced.out_avals[0].shape == (1, 3, 8)
+    assert sum(np.size(x) for x in traced.consts) < 1000
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_greedy_text_is_a_naive_loop_over_the_model(tied):
     """Also past block_size: from then on the model sees the last block_size tokens."""

@@ -317,7 +317,8 @@ class GPT(_Layer):
         x = self._embed(self._token_table()[tokens], positions)
         rotary = None
         if c.position == "rope":
-            tables = rotary_tables(c.block_size, c.head_dim, c.rope_base, c.rope_scaling)
+            slots = cache.layers[0][0].shape[2]  # block_size may be far more than any text needs
+            tables = rotary_tables(slots, c.head_dim, c.rope_base, c.rope_scaling)
             rotary = tuple(jnp.asarray(table)[positions] for table in tables)
         context, layers = Context(x, tokens, rotary), []
         for i in range(c.n_layer):
