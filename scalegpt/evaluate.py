@@ -74,6 +74,8 @@ def main(argv: list[str]) -> int:
             names += [Path(file or task).name for task, file in task_files.items()]
             step = "" if model.step is None else f", step {model.step}"
             title = f"{model.name}{step}, on {', '.join(names)}"
+            if inputs.splits and model.config.model.begins_in_batch:
+                title += ", attention within each document"
             print(_json(model, results) if flags.json else f"{title}\n{_table(results)}")
         return group.farewell(0)
 
@@ -217,6 +219,8 @@ def _refuse_not_finite(model: trained.Trained, results: list[_Result]) -> None:
 
 def _json(model: trained.Trained, results: list[_Result]) -> str:
     row: dict[str, Any] = {"model": model.name, "step": model.step}
+    if model.config.model.begins_in_batch:
+        row["document_mask"] = True
     for name, figures, count, unit in results:
         for key, (value, error) in figures.items():
             row |= {f"{name}/{key}": value, f"{name}/{key}_stderr": error}

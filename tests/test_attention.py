@@ -25,7 +25,13 @@ ON_CPU = ("xla", "flax", "splash")
 
 
 def run(implementation, q, k, v, **keys):
-    """causal_attention, with splash in the interpreter; "stored": what xla is on a CPU's mesh."""
+    """causal_attention, with splash in the interpreter; "stored": what xla is on a CPU's mesh;
+    "cudnn": what JAX's own program makes of that kernel's arguments, for the kernel needs a GPU."""
+    if implementation == "cudnn":
+        return attention._cudnn(
+            *(q, k, v, keys.get("segments"), keys.get("window"), keys.get("scale")),
+            implementation="xla",
+        )
     if implementation == "splash":
         return attention._splash(q, k, v, **keys, interpret=True)
     if implementation == "stored":
@@ -337,7 +343,7 @@ def test_zero_dropout_is_no_dropout(implementation):
 SEGMENTS = np.array([[0] * 30 + [30] * 1 + [31] * 97, [0] * 128, [0] * 64 + [64] * 64, [7] * 128])
 
 
-@pytest.mark.parametrize("implementation", ["xla", "stored", "flax", "splash"])
+@pytest.mark.parametrize("implementation", ["xla", "stored", "flax", "splash", "cudnn"])
 def test_a_position_sees_its_own_segment_only(implementation):
     x = inputs((4, 128, 2, 32))
     segments = jnp.asarray(SEGMENTS, jnp.int32)
@@ -350,19 +356,13 @@ def test_a_position_sees_its_own_segment_only(implementation):
     assert all((a == 0).all() for a in alone)
 
 
-def test_cudnn_has_no_segments():
-    x = jnp.zeros((4, 128, 2, 32), "bfloat16")
-    with pytest.raises(ValueError, match="'cudnn' has no segments"):
-        causal_attention(x, x, x, implementation="cudnn", segments=jnp.asarray(SEGMENTS))
+def test_with_segments_cudnn_is_taken_where_it_is_asked_for():
     for asked in ("auto", "xla"):
         assert resolve(asked, "cuda", 1024, 0, "bfloat16", isolate=True) == "xla"
+    assert resolve("cudnn", "cuda", 1024, 0, "bfloat16", isolate=True) == "cudnn"
     assert (
         resolve("auto", "tpu", 2048, 0, "bfloat16", device_kind="TPU v5e", isolate=True) == "splash"
     )
-    with pytest.raises(
-        ValueError, match="'cudnn' cannot keep conversations apart.* use auto or xla"
-    ):
-        resolve("cudnn", "cuda", 1024, 0, "bfloat16", isolate=True)
 
 
 # --- the choice, and mistakes

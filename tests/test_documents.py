@@ -1,16 +1,34 @@
-"""The documents of a text: their order in an epoch, against a plain loop over lists."""
+"""The documents of a text: their order in an epoch, and what keeps them apart, in plain loops."""
 
 import hashlib
+import json
 import time
 import tracemalloc
+from functools import cache
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_run
 
+from scalegpt import evaluate, train
+from scalegpt.checkpoints import manifest
 from scalegpt.config import BatchConfig
+from scalegpt.config.command_line import parse
+from scalegpt.config.differences import curve_diff
+from scalegpt.config.recipe import ModelConfig
+from scalegpt.config.types import BEGINS
 from scalegpt.data import documents as module
-from scalegpt.data.batches import TrainBatches, TrainOrder
+from scalegpt.data.batches import EvalBatches, TrainBatches, TrainOrder
+from scalegpt.data.datasets import open_datasets, resolved, windows_of
 from scalegpt.data.documents import DocumentText
+from scalegpt.data.prepare import Corpus, write_dataset
+from scalegpt.data.tokenizer import load
+from scalegpt.model.gpt import GPT
+from scalegpt.step.loss import row_losses
+from scalegpt.step.objective import target_count
 
 EOT = 0
 
@@ -176,3 +194,195 @@ def test_a_thousand_million_documents_take_no_memory_and_no_start():
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert started < 1 and peak < 32 << 20
+
+
+# --- masks
+
+
+@pytest.mark.parametrize(
+    "source, key",
+    [("index", None), ("index", "k"), ("marks", None), ("no mark", None), ("no mark", "k")],
+)
+def test_windows_say_where_documents_begin(source, key, monkeypatch):
+    """A document begins with the mark before it; without one, its first token is not predicted."""
+    monkeypatch.setattr(module, "BUCKET", 8)
+    mark = source != "no mark"
+    tokens, ends = written(np.random.default_rng(1).integers(1, 9, 40), mark)
+    text = DocumentText(tokens, None if source == "marks" else ends, EOT, key, marked=True)
+    expected, begun = [], []
+    for document in (
+        epoch_of(tokens, ends, mark, key, 2, 8)
+        if key
+        else np.split(tokens, ends[:-1].astype(int) - mark)
+    ):
+        expected += list(document)
+        begun += [True, *[False] * (len(document) - 1)][: len(document)]
+    for start in range(0, len(tokens), 5):
+        window = text.window(2 * len(tokens) + start, 12)
+        cut = window < 0
+        plain = np.where(cut, ~window, window)
+        assert (plain % BEGINS).tolist() == expected[start : start + 12]
+        begins = np.array(begun[start : start + 12])
+        if source == "marks":  # also where the first document begins without, and at the end
+            begins = plain % BEGINS == EOT
+        assert (plain >= BEGINS).tolist() == begins.tolist()
+        assert (cut == (begins & (plain % BEGINS != EOT))).all()
+    batches = EvalBatches(DocumentText(tokens, ends, EOT, marked=True), 16, 3, np.arange(3))
+    read = np.concatenate([batch for batch in batches])
+    targets = read[:, 1:]
+    assert batches.tokens == (targets >= 0).sum() == len(tokens) - 1 - (0 if mark else 39)
+    assert (targets[targets >= 0] % BEGINS > 0).sum() <= len(tokens)
+
+
+TINY = dict(n_layer=2, n_head=2, n_embd=16, block_size=24, vocab_size=20, vocab_multiple=8)
+MODELS = {
+    "learned": dict(bias=True),
+    "rope": dict(position="rope", value_embeddings=True, tie_word_embeddings=False),
+}
+
+
+@cache
+def model_and_params(kind, attention="xla", isolate=True):
+    config = ModelConfig(**TINY, **MODELS[kind], isolate=isolate)
+    model = GPT(config, jnp.dtype("float32"), attention)
+    shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
+    rng = np.random.default_rng(0)
+    return model, jax.tree.map(
+        lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), jnp.float32), shapes["params"]
+    )
+
+
+@cache
+def losses_of(kind, attention="xla", isolate=True):
+    """A function of tokens to the cross-entropy of each target, and the gradient of their sum."""
+    model, params = model_and_params(kind, attention, isolate)
+
+    def total(params, tokens):
+        each = row_losses(model, params, tokens, None, summed=False)
+        return each.sum(), each
+
+    gradient = jax.jit(jax.grad(total, has_aux=True))
+    return lambda tokens: gradient(params, np.asarray(tokens, np.int32))[::-1]
+
+
+@pytest.mark.parametrize("kind, attention", [("learned", "xla"), ("rope", "flax")])
+def test_a_document_has_the_loss_that_it_has_alone(kind, attention):
+    """With a mark before each, which is also what ends the one before, and without."""
+    texts = [[0, 3, 4, 5, 6], [0, 7, 8], [0], [0, 9, 10, 11, 12, 13, 14, 15]]
+    for mark in (True, False):
+        parts = [np.array(text if mark else text[1:], np.int32) for text in texts]
+        row = np.concatenate([p + BEGINS * (np.arange(len(p)) == 0) for p in parts])
+        if not mark:
+            row[row >= BEGINS] = ~row[row >= BEGINS]
+        row = np.concatenate([row, np.full(25 - len(row), -1)])[None]
+        got, _ = losses_of(kind, attention)(row)
+        at = 0
+        for i, part in enumerate(parts):
+            following = [0] if mark and i + 1 < len(parts) else []
+            alone = np.concatenate([part, following, np.full(25 - len(part) - len(following), -1)])
+            want, _ = losses_of(kind, attention, None)(alone[None])
+            n = len(part) + len(following) - 1 if len(part) else 0
+            np.testing.assert_allclose(got[0, at : at + n], want[0, :n], rtol=0, atol=1e-5)
+            at += len(part)
+        count = sum(map(len, parts)) - (1 if mark else sum(len(part) > 0 for part in parts))
+        assert float(target_count(row)) == count == (np.asarray(got) != 0).sum()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_masks_change_no_bit_where_a_window_holds_one_document(kind):
+    rows = np.random.default_rng(2).integers(1, 20, (3, 25)).astype(np.int32)
+    rows[1, 0] += BEGINS  # it may begin with the window, or before
+    got, grads = losses_of(kind)(rows)
+    want, plain = losses_of(kind, isolate=None)(rows % BEGINS)
+    assert np.asarray(got).tobytes() == np.asarray(want).tobytes()
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(plain), strict=True
+    ):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), path
+
+
+# --- runs
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """200 short texts as a data set of bytes, a tenth of them for validation."""
+    folder = tmp_path_factory.mktemp("texts") / "texts"
+    parts = [("train" if i % 10 else "val", f"{i} is {i * i % 97}. " * (i % 5)) for i in range(200)]
+    write_dataset(folder, lambda: Corpus(load("byte"), parts, 9000), "x", 0, False)
+    return folder
+
+
+def given(data, out="out", **changes):
+    return parse(tiny_run.arguments(data, out, **changes), "test", {})[0]
+
+
+def test_what_a_run_needs_to_know_documents(texts, tmp_path):
+    plain, masked = given(texts), given(texts, data__document_mask="true")
+    config = resolved(masked, open_datasets(masked))
+    assert (config.model.isolate, config.model.bos) == (True, None) and config.model.begins_in_batch
+    changes = ["model.isolate: None -> True", "data.document_mask: False -> True"]
+    assert curve_diff(resolved(plain, open_datasets(plain)), config) == changes
+    measures = {manifest.measure({"config": c.model_dump()}) for c in (plain, masked)}
+    assert len(measures) == 2
+    apart = given(texts, data__document_mask="true", model__isolate="false")
+    with pytest.raises(ValueError, match="document_mask=true .* model.isolate=false does not"):
+        resolved(apart, open_datasets(apart))
+    old = tiny_run.write_data(tmp_path / "plays", tiny_run.TEXT)  # without marks or an index
+    asked = given(old, data__document_mask="true")
+    with pytest.raises(ValueError, match="plays has neither train.idx nor end-of-text marks"):
+        resolved(asked, open_datasets(asked))
+    with pytest.raises(ValueError, match="shuffle=documents, but plays has no train.idx"):
+        open_datasets(given(old, data__shuffle="documents"))
+    # An update's windows are named by where they are in the file.
+    config = given(texts, data__shuffle="documents")
+    tokens = open_datasets(config)[0].train
+    text = DocumentText(tokens, open_datasets(config)[0].train_ends, 0, "scalegpt/1337/0")
+    order = TrainOrder(len(tokens), tiny_run.T, 1337)
+    starts = order.window(np.arange(tiny_run.ROWS)).tolist()
+    assert windows_of(config, open_datasets(config), 1) == [
+        ("texts", text.first_token(start)) for start in starts
+    ]
+    assert [text.first_token(start) for start in starts] != starts
+
+
+@pytest.mark.slow
+def test_a_run_with_masks_continues_bitwise_on_any_mesh_and_is_evaluated_so(
+    texts, tmp_path, monkeypatch, capsys
+):
+    keys = {"data.shuffle": "documents", "data.document_mask": "true", "model.dropout": 0}
+    argv = tiny_run.arguments(texts, tmp_path / "whole", **keys)
+    tiny_run.stop_after(monkeypatch)
+    assert train.main(argv) == 0
+    assert "within each document, by its index" in capsys.readouterr().out
+    argv = tiny_run.arguments(texts, tmp_path / "run", **keys)
+    tiny_run.stop_after(monkeypatch, 7)
+    assert train.main(argv) == 3
+    tiny_run.stop_after(monkeypatch)
+    assert train.main(argv) == 0
+    whole = {key: tiny_run.rows(tmp_path / "whole", key) for key in ("train/loss", "val/loss")}
+    assert whole == {key: tiny_run.rows(tmp_path / "run", key) for key in whole}
+    mesh = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
+    assert train.main(tiny_run.arguments(texts, tmp_path / "mesh", **keys, **mesh)) == 0
+    for key, rows in whole.items():
+        others = tiny_run.rows(tmp_path / "mesh", key)
+        assert rows.keys() == others.keys()
+        np.testing.assert_allclose([*others.values()], [*rows.values()], rtol=0, atol=1e-5)
+    capsys.readouterr()
+    options = ["--run", str(tmp_path / "run"), "--checkpoint", "latest", "--windows", "12"]
+    assert evaluate.main([*options, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert abs(found["val/loss"] - whole["val/loss"][tiny_run.STEPS]) < 1e-6
+    assert found["document_mask"] is True
+    assert train.main([*argv, "--run.replay=3"]) == 0
+    told = capsys.readouterr().out
+    assert "texts:" in told and " is " in told
+    # Without masks it is another measure, and another curve.
+    other = tiny_run.arguments(
+        *(texts, tmp_path / "run"), **keys | {"data.document_mask": "false", "optim.steps": 14}
+    )
+    with pytest.raises(ValueError, match="data.document_mask: True -> False"):
+        train.main(other)
+    assert train.main([*other, "--run.allow_config_change=true"]) == 0
+    told = capsys.readouterr().out
+    assert "the best is sought anew" in told and "spikes are measured against" in told

@@ -842,7 +842,7 @@ def test_what_was_allowed_is_said_and_kept_and_a_best_of_other_text_is_none(data
         continued("1", **allow | {"batch.sequences": 32})
     for mark, change in (("2", allow), ("1", {"eval.windows": 5})):
         changed, meta, said = continued(mark, **change)
-        assert meta["best_loss"] == 9.0 and "1.5000, was measured on other text or windows" in said
+        assert meta["best_loss"] == 9.0 and "1.5000, was measured on other text, windows" in said
         assert changed == (["data.path: other tokens in a"] if mark == "2" else [])
     *_, said = continued("1", **{"eval.windows": 5, "optim.steps": 4, "run.allow_config_change": 1})
     assert "measured" not in said, "a finished run measures nothing more"

@@ -180,7 +180,8 @@ def steps(folder: Folder) -> dict[int, Manifest | str]:
 
 
 def measure(meta: dict[str, Any]) -> str:
-    """Return what a checkpoint's val_loss is measured on, as text to compare: tokens and windows.
+    """Return what a checkpoint's val_loss is measured on, as text to compare: tokens and windows,
+    and whether documents are kept apart.
 
     meta: of a checkpoint, as `Checkpoints.save` was given it.
     """
@@ -190,6 +191,8 @@ def measure(meta: dict[str, Any]) -> str:
     shares = [weight / sum(weights) for weight in weights]
     windows = config.get("eval", {}).get("windows"), config.get("model", {}).get("block_size")
     parts = [list(meta.get("data", {}).values()), shares, windows]
+    if config.get("data", {}).get("document_mask"):
+        parts += ["document_mask"]
     if reward := config.get("grpo", {}).get("reward"):  # val_loss is the negative of a reward
         parts += [reward, config["grpo"]["max_new_tokens"]]
     return json.dumps(parts)

@@ -82,7 +82,7 @@ def unread(config: Config) -> dict[str, str]:
         ("lora.rank", config.lora.rank, "optim.decay"),
         ("no eval.tasks", not config.eval.tasks, "eval.task_examples"),
         (f"objective.name={name}", name not in ("sft", "dpo"), "eval.answers"),
-        (f"objective.name={name}", name != "text", "data.shuffle"),
+        (f"objective.name={name}", name != "text", "data.shuffle data.document_mask"),
         ("objective.name=grpo", name == "grpo", "eval.train_windows eval.sample_every"),
         ("objective.name=grpo", name == "grpo", "eval.sample_prompt run.spike"),
         ("grpo.updates=1", config.grpo.updates == 1, "grpo.clip_low grpo.clip_high"),

@@ -122,7 +122,7 @@ class ModelConfig(Section):
     """number of token ids; taken from the data set when not given"""
     isolate: bool | None = None
     """attention stays within a conversation, or with plain text within a document, and learned
-    positions begin anew with each; default: with conversations only"""
+    positions begin anew with each; default: with conversations, and with data.document_mask"""
     bos: Whole | None = None
     """the id that a conversation begins with, for isolate; follows from the data"""
     vocab_multiple: Width = 128
@@ -221,6 +221,11 @@ class ModelConfig(Section):
         if self.rope_scaling and self.rope_scaling.rope_type == "yarn" and self.rope_base <= 1:
             raise Mistake(f"model.rope_base={self.rope_base} must be above 1 for yarn")
         return self
+
+    @property
+    def begins_in_batch(self) -> bool:
+        """Whether batches say where documents begin, by BEGINS; data.document_mask has it so."""
+        return bool(self.isolate) and self.bos is None
 
     @property
     def head_dim(self) -> int:

@@ -88,6 +88,9 @@ class DataConfig(Section):
     shuffle: Literal["windows", "documents"] = "windows"
     """what each epoch has in a new order: the windows of the file, or also its documents, before
     they are cut into windows; documents need train.idx, which prepare.py writes"""
+    document_mask: bool = False
+    """attention stays within a document, positions begin anew with each, and nothing is predicted
+    from another one; documents are as train.idx says, else as end-of-text marks do"""
     prefetch: Annotated[Integer, Field(ge=1, le=1000)] = 2
     """batches read ahead"""
     cache_dir: Place | None = None

@@ -26,6 +26,7 @@ def number(value: Any) -> Any:
 
 
 LARGEST = 2**31 - 1  # JAX counts in int32
+BEGINS = 1 << 30  # is added to the id of a token that begins a document, where a batch says so
 Integer = Annotated[int, BeforeValidator(number)]
 Positive = Annotated[Integer, Field(ge=1, le=LARGEST)]
 Whole = Annotated[Integer, Field(ge=0, le=LARGEST)]

@@ -258,8 +258,9 @@ class EvalBatches:
     """The fixed windows of a validation file, in order: self[i] is int32 [len(rows), T + 1].
 
     Window j is tokens j*T to j*T + T, so the whole file's windows predict every token but the
-    first exactly once. Past the end of the file, and past the first `windows` if given, ids are -1,
-    and the loss leaves these targets out. Batch i is windows i*R to i*R + R - 1, of which this host
+    first exactly once, but for the first of documents that say so (`DocumentText`). Past the end of
+    the file, and past the first `windows` if given, ids are -1, and the loss leaves these targets
+    out. Batch i is windows i*R to i*R + R - 1, of which this host
     reads `rows`. `tokens` counts the targets that are not -1, over all batches and hosts. spread:
     the windows lie evenly over the whole file, instead of side by side at its begin.
 
@@ -269,7 +270,7 @@ class EvalBatches:
 
     def __init__(
         self,
-        tokens: np.ndarray | PackedRows,
+        tokens: np.ndarray | DocumentText | PackedRows,
         block_size: int,
         rows_per_batch: int,
         rows: np.ndarray,
@@ -283,7 +284,9 @@ class EvalBatches:
             )
         if windows is not None and windows < 1:
             raise Mistake(f"eval.windows={windows} must be at least 1, or null for all")
-        self.array, self.block_size = tokens if self.packed else np.asarray(tokens), block_size
+        self.documents = isinstance(tokens, DocumentText)
+        self.array = np.asarray(tokens) if isinstance(tokens, np.ndarray) else tokens
+        self.block_size = block_size
         self.rows_per_batch, self.rows = rows_per_batch, np.asarray(rows, np.int64)
         self.together, step, targets = 1, block_size, len(tokens) - 1
         if self.packed:
@@ -299,11 +302,21 @@ class EvalBatches:
         if self.packed:
             read = (self.array[self.start(i)] for i in range(self.windows))
             self.tokens = sum(int((row >= 0).sum()) for row in read)
+        elif self.documents and self.array.masks:
+            read = (self.read(i) for i in range(self.windows))
+            self.tokens = sum(int((row[1:] >= 0).sum()) for row in read)
 
     def start(self, window: int) -> int:
         """Return the first token of a window, or the number of the row that it is."""
         pair, side = divmod(window, self.together)  # of other data than pairs, the window and 0
         return pair * self.spacing * self.together + side
+
+    def read(self, window: int) -> np.ndarray:
+        """Return the ids of a window, which may end with the file."""
+        start, width = self.start(window), self.block_size + 1
+        if self.documents:
+            return self.array.window(start, width)
+        return self.array[start] if self.packed else self.array[start : start + width]
 
     def __len__(self) -> int:
         return -(-self.windows // self.rows_per_batch)
@@ -314,9 +327,7 @@ class EvalBatches:
         batch = np.full((len(self.rows), self.block_size + 1), -1, np.int32)
         for row, window in enumerate((i * self.rows_per_batch + self.rows).tolist()):
             if window < self.windows:
-                start = self.start(window)
-                end = start + self.block_size + 1
-                values = self.array[start] if self.packed else self.array[start:end]
+                values = self.read(window)
                 batch[row, : len(values)] = values
         return batch
 

@@ -7,6 +7,7 @@ from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -110,8 +111,11 @@ def resolved(config: Config, datasets: list[Dataset]) -> Config:
     """
     config = config.with_vocab(max(d.vocab_size for d in datasets))
     chat, asked = datasets[0].kind == "chat", config.model.isolate
-    isolate = chat if asked is None else asked
-    bos = _bos(datasets[0]) if isolate else None
+    masked = datasets[0].kind == "text" and config.data.document_mask
+    isolate = chat or masked if asked is None else asked
+    if masked:
+        _check_documents(isolate, datasets)
+    bos = _bos(datasets[0]) if isolate and not masked else None
     # Of plain text null stays null, as earlier runs have it.
     model = {"isolate": True if isolate else asked, "bos": bos}
     config = config.model_copy(update={"model": config.model.model_copy(update=model)})
@@ -147,6 +151,33 @@ def _with_answers(config: Config, datasets: list[Dataset]) -> Config:
     width = min(block, -(-(longest + most) // step) * step)
     objective = config.objective.model_copy(update={"width": width})
     return config.model_copy(update={"objective": objective})
+
+
+def _check_documents(isolate: bool, datasets: list[Dataset]) -> None:
+    """Raise Mistake unless data.document_mask can keep documents apart."""
+    if not isolate:
+        raise Mistake(
+            "data.document_mask=true keeps documents apart, and model.isolate=false does not; "
+            "leave one of them out"
+        )
+    for dataset in datasets:
+        for split, ends in (("train", dataset.train_ends), ("val", dataset.val_ends)):
+            if ends is None and tokenizer.load(dataset.tokenizer).eot is None:
+                raise Mistake(
+                    f"data.document_mask=true, but {dataset.name} has neither {split}.idx nor "
+                    "end-of-text marks, which say where documents end; prepare it again, with "
+                    "--force"
+                )
+
+
+def text_of(
+    tokens: np.ndarray, ends: np.ndarray | None, spec: dict | str, **options: Any
+) -> DocumentText:
+    """Return the documents of a token file, from its index and its tokenizer.
+
+    options: as of DocumentText.
+    """
+    return DocumentText(tokens, ends, tokenizer.load(spec).eot, **options)
 
 
 def _bos(dataset: Dataset) -> int:
@@ -221,15 +252,12 @@ def train_batches(
     batch, tokens = config.batch, [d.train for d in datasets]
     if datasets[0].kind == "prompts":
         batch = BatchConfig(sequences=config.grpo.prompts)
-    if datasets[0].kind == "text" and config.data.shuffle == "documents":
+    shuffled, marked = config.data.shuffle == "documents", config.data.document_mask
+    if datasets[0].kind == "text" and (shuffled or marked):
+        keys = [f"scalegpt/{config.run.seed}/{i}" if shuffled else None for i in range(len(tokens))]
         tokens = [
-            DocumentText(
-                d.train,
-                d.train_ends,
-                tokenizer.load(d.tokenizer).eot,
-                f"scalegpt/{config.run.seed}/{stream}",
-            )
-            for stream, d in enumerate(datasets)
+            text_of(d.train, d.train_ends, d.tokenizer, key=key, marked=marked)
+            for d, key in zip(datasets, keys, strict=True)
         ]
     return TrainBatches(
         tokens,

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from scalegpt.config.types import BEGINS
 from scalegpt.errors import Mistake
 
 # Documents that are shuffled among themselves, a power of 2. A window costs one search in the index
@@ -30,11 +31,14 @@ class Parts(NamedTuple):
 
 
 class DocumentText:
-    """A token file with the index of its documents, which windows are read from.
+    """A token file with its documents, which windows are read from.
 
-    tokens: the file's ids. ends: where each document ends; it is read where it is needed, and may
-    be longer than memory. eot: the tokenizer's end-of-text mark, or None. key: of the orders in
-    which epochs have the documents; None: all have that of the file.
+    tokens: the file's ids. ends: the index, where each document ends; it is read where it is
+    needed, and may be longer than memory. None: wherever there is a mark. eot: the tokenizer's
+    end-of-text mark, or None. key: of the orders in which epochs have the documents; None: all have
+    that of the file. marked: windows say where documents begin. BEGINS is added to the first id of
+    each, and where that is no end-of-text mark, it is not predicted, as what comes before it is
+    another document: it is there as its complement, like padding.
 
     With a key, an epoch's text is a permutation of the file's documents, each whole. Buckets of
     `BUCKET` consecutive documents follow each other as in the file, and within each the documents
@@ -46,24 +50,44 @@ class DocumentText:
     apart in the file.
     """
 
-    def __init__(self, tokens: np.ndarray, ends: np.ndarray, eot: int | None, key: str | None):
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        ends: np.ndarray | None,
+        eot: int | None,
+        key: str | None = None,
+        marked: bool = False,
+    ):
         # Plain views: an element of a memmap object costs more than its page.
         self.tokens, self.ends = (
             np.asarray(x) if isinstance(x, np.ndarray) else x for x in (tokens, ends)
         )
-        self.key, self.documents = key, len(ends)
-        last = {int(tokens[int(end) - 1]) for end in (ends[0], ends[-1]) if end}
+        self.eot, self.key, self.marked = eot, key, marked
+        self.documents = 0 if ends is None else len(ends)
+        last = {int(tokens[int(ends[i]) - 1]) for i in (0, -1) if self.documents and ends[i]}
         self.mark = int(last == {eot})  # tokens by which a document begins before the last one ends
         self._bucket = lru_cache(CACHED)(self._shuffled)
 
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @property
+    def masks(self) -> bool:
+        """Whether windows may have targets that are not predicted."""
+        return self.marked and self.documents > 0 and not self.mark
+
     def window(self, start: int, width: int) -> np.ndarray:
-        """Return the `width` tokens from `start` on: of epoch e from e times the length on."""
+        """Return the `width` tokens from `start` on, fewer at the end, int32: of epoch e from e
+        times the length on."""
         parts = self.parts(start, width)
         read = [self.tokens[a : a + n] for a, n in zip(parts.places, parts.lengths, strict=True)]
-        return np.concatenate(read).astype(np.int32)
+        ids = np.concatenate(read).astype(np.int32)
+        if self.marked:
+            begins = (np.cumsum(parts.lengths) - parts.lengths)[parts.whole]
+            cut = begins[ids[begins] != (-1 if self.eot is None else self.eot)]
+            ids[begins] += BEGINS
+            ids[cut] = ~ids[cut]
+        return ids
 
     def first_token(self, start: int) -> int:
         """Return where in the file the token at `start` is."""
@@ -73,6 +97,10 @@ class DocumentText:
         """Return the parts of documents that are the `width` tokens from `start` on."""
         epoch, position = divmod(start, len(self))
         stop, found = min(position + width, len(self)), []
+        if self.ends is None:
+            marks = position + np.flatnonzero(self.tokens[position:stop] == self.eot)
+            places = np.union1d([position], marks)
+            return Parts(places, np.diff(places, append=stop), np.isin(places, marks))
         while position < stop:
             borders, places = self._bucket(epoch, self._bucket_at(epoch, position))
             if (np.diff(borders) < 0).any() or not borders[0] <= position < borders[-1]:

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from scalegpt.data.batches import EvalBatches
+from scalegpt.data.datasets import text_of
+from scalegpt.data.packing import PackedRows
 from scalegpt.data.token_files import Split
 from scalegpt.data.tokenizer import Tokenizer
 from scalegpt.errors import Mistake
@@ -86,8 +88,16 @@ def text_evaluator(
     rows_per_batch = steps.layout[1]
     rows = sharding.local_rows(steps.mesh, rows_per_batch)
     block = steps.model.config.block_size
+    all_tokens = [split.tokens for split in splits]
+    if steps.model.config.begins_in_batch:
+        all_tokens = [
+            s.tokens
+            if isinstance(s.tokens, PackedRows)
+            else text_of(s.tokens, s.ends, s.tokenizer, marked=True)
+            for s in splits
+        ]
     all_batches = [
-        EvalBatches(split.tokens, block, rows_per_batch, rows, windows, spread) for split in splits
+        EvalBatches(tokens, block, rows_per_batch, rows, windows, spread) for tokens in all_tokens
     ]
 
     def evaluate(params: Any) -> Figures:

@@ -52,10 +52,13 @@ def _of_losses(
     config: Config, datasets: list[Dataset], steps: Steps, check_stop: Callable[[], None]
 ) -> Callable[[Any], dict[str, Any]]:
     splits = [
-        Split(d.name, d.tokenizer, d.vocab_size, d.val, d.val_bytes_per_token) for d in datasets
+        Split(d.name, d.tokenizer, d.vocab_size, d.val, d.val_bytes_per_token, ends=d.val_ends)
+        for d in datasets
     ]
     weights = list(config.data.weights.values())
-    trained_on = [replace(s, tokens=d.train) for s, d in zip(splits, datasets, strict=True)]
+    trained_on = [
+        replace(s, tokens=d.train, ends=d.train_ends) for s, d in zip(splits, datasets, strict=True)
+    ]
     windows, train_windows = config.eval.windows, config.eval.train_windows
 
     def evaluator(splits: list[Split], windows: int | None, spread: bool) -> Any:

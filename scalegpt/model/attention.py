@@ -48,9 +48,9 @@ def resolve(
     JAX's name for the chip, like "TPU v3". dropout: the training rate of attention dropout. dtype:
     the compute dtype. capability: JAX's compute capability of a GPU, as "7.5" of a T4; "gpu" is
     AMD's platform too, whose capability is no number, as "gfx90a". isolate: whether attention stays
-    within a conversation. "auto" means splash on a TPU from 2048 positions on, cuDNN on an NVIDIA
-    GPU from Ampere on in bfloat16, else XLA. Raises Mistake for an unknown name or a choice that
-    cannot work.
+    within a conversation or document. "auto" means splash on a TPU from 2048 positions on, cuDNN on
+    an NVIDIA GPU from Ampere on in bfloat16 without isolate, else XLA. Raises Mistake for an
+    unknown name or a choice that cannot work.
     """
     if platform not in PLATFORMS:
         raise Mistake(f"unknown platform {platform!r}: use one of {', '.join(PLATFORMS)}")
@@ -67,8 +67,6 @@ def resolve(
             (jnp.dtype(dtype) != jnp.bfloat16, f"needs dtype bfloat16, not {dtype}"),
             # Hopper could do 256; 128 is what every GPU that has the kernel can do.
             (head_dim % 8 or head_dim > 128, f"needs a head dim of 8, 16 .. 128, not {head_dim}"),
-            # JAX would give it a mask [B, 1, T, T], as large as the scores that it spares.
-            (isolate, "cannot keep conversations apart, as model.isolate asks"),
         ),
         "splash": (
             (platform != "tpu", f"needs a TPU, not {platform!r}"),
@@ -85,7 +83,8 @@ def resolve(
     if implementation == "auto":
         if not obstacles["splash"] and block_size >= 2048:
             return "splash"
-        return "xla" if obstacles["cudnn"] else "cudnn"
+        # With segments, JAX gives cuDNN's kernel a mask [B, 1, T, T].
+        return "xla" if obstacles["cudnn"] or isolate else "cudnn"
     if implementation not in IMPLEMENTATIONS:
         raise Mistake(f"unknown attention {implementation!r}: use 'auto' or {IMPLEMENTATIONS}")
     if obstacles.get(implementation):
@@ -119,7 +118,7 @@ def causal_attention(
     dropout_rate: the chance that a weight is dropped; "xla" and "flax" can, and drop the same ones.
     dropout_keys: [B] typed PRNG keys, one a row, so that what a row drops depends neither on the
     mesh nor on its microbatch; needed if dropout_rate > 0.
-    segments: [B,T] integers; a position sees only those with its own. "cudnn" has none.
+    segments: [B,T] integers; a position sees only those with its own.
     window: how many positions one sees, itself included, if not all. scale: of q k', if not
     1 / sqrt(K). Raises Mistake for what the implementation cannot do. Sources: Vaswani et al. 2017,
     eq. 1; arXiv:2305.13245 (fewer heads of keys and values).
@@ -138,8 +137,6 @@ def causal_attention(
         )
     if dropout_rate and implementation in ("cudnn", "splash"):
         raise Mistake(f"{implementation!r} has no dropout, got {dropout_rate}: use 'xla'")
-    if segments is not None and implementation == "cudnn":
-        raise Mistake("'cudnn' has no segments: use 'xla'")
     drop = _dropout(dropout_rate, dropout_keys, q.shape)
     if implementation == "xla":
         if dropout_rate or on_cpu():
@@ -148,10 +145,7 @@ def causal_attention(
     if implementation == "flax":
         return _flax(q, k, v, drop, segments, window, scale)
     if implementation == "cudnn":
-        sides = window and (window - 1, 0)
-        return jax.nn.dot_product_attention(
-            q, k, v, is_causal=True, scale=scale, local_window_size=sides, implementation="cudnn"
-        )
+        return _cudnn(q, k, v, segments, window, scale)
     if implementation == "splash":
         return _splash(q, k, v, segments, window, scale)
     raise Mistake(f"unknown attention {implementation!r}: resolve() gives {IMPLEMENTATIONS}")
@@ -405,6 +399,28 @@ def _flax(
         attn_weights_value_einsum=lambda spec, w, v: jnp.einsum(
             spec, drop(w, all_, all_).astype(v.dtype), v
         ),
+    )
+
+
+def _cudnn(
+    q: Array,
+    k: Array,
+    v: Array,
+    segments: Array | None,
+    window: int | None,
+    scale: float | None,
+    implementation: str = "cudnn",
+) -> Array:
+    sides, mask = window and (window - 1, 0), None
+    if segments is not None:
+        mask = (segments[:, :, None] == segments[:, None])[:, None]
+    return jax.nn.dot_product_attention(
+        *(q, k, v),
+        mask=mask,
+        is_causal=True,
+        scale=scale,
+        local_window_size=sides,
+        implementation=implementation,
     )
 
 

@@ -54,7 +54,7 @@ class Cache:
 class Context:
     """A context holds what all layers read besides their input: x0, the input of the first one
     [B, T, D], the tokens [B, T], the cos and sin that `rotate` takes, and the `starts` [B, T] of
-    each token's conversation where these are kept apart."""
+    each token's conversation or document where these are kept apart."""
 
     x0: Array
     tokens: Array
@@ -261,13 +261,17 @@ class GPT(_Layer):
 
     @nn.compact
     def __call__(
-        self, tokens: Array, dropout_keys: Array | None = None, cache: Cache | None = None
+        self,
+        tokens: Array,
+        dropout_keys: Array | None = None,
+        cache: Cache | None = None,
+        begins: Array | None = None,
     ) -> Any:
         """Return the hidden states of whole texts or, with a cache, of tokens that continue it.
 
         These are two programs: `_whole_texts` to train and evaluate, `_decode` to write. In the
-        first, dropout_keys [B], one typed key a row, switch dropout on. Raises Mistake when T
-        exceeds block_size.
+        first, dropout_keys [B], one typed key a row, switch dropout on, and begins [B, T], of bool,
+        keep documents apart that begin there. Raises Mistake when T exceeds block_size.
         """
         if (length := tokens.shape[1]) > self.config.block_size:
             raise Mistake(
@@ -275,16 +279,20 @@ class GPT(_Layer):
             )
         if cache is not None:
             return self._decode(tokens, cache)
-        return self._whole_texts(tokens, dropout_keys)
+        return self._whole_texts(tokens, dropout_keys, begins)
 
-    def _whole_texts(self, tokens: Array, dropout_keys: Array | None) -> Array:
+    def _whole_texts(
+        self, tokens: Array, dropout_keys: Array | None, begins: Array | None
+    ) -> Array:
         c, length = self.config, tokens.shape[1]
         # The table is gathered before it is looked up: for some shapes XLA aborts on a look-up in a
         # vocabulary that is split over tensor inside manual axes.
         table = constrain(constrain(self._token_table(), "act_vocab", None), None, None)
         starts, positions = None, slice(length)
         if c.bos is not None:
-            starts = conversation_starts(tokens, c.bos)
+            begins = tokens == c.bos
+        if begins is not None:
+            starts = starts_of(begins)
             positions = jnp.arange(length) - starts
         x = self._embed(table[tokens], positions)
         x = dropout(x, c.dropout, dropout_keys, 3 * c.n_layer)
@@ -357,14 +365,14 @@ class GPT(_Layer):
         return Norm(c, self.dtype, self.attention, name="ln_f")(x)
 
 
-def conversation_starts(tokens: Array, bos: int) -> Array:
-    """Return for each of tokens [B, T] the position of the last `bos` up to it, or 0: [B, T].
+def starts_of(begins: Array) -> Array:
+    """Return for each position of begins [B, T] the last up to it that is true, or 0: [B, T].
 
-    Tokens of one conversation have the same, and learned positions count from there. Rotations
-    need no such count, as only the distance of two positions matters to them.
+    Tokens of one conversation or document have the same, and learned positions count from there.
+    Rotations need no such count, as only the distance of two positions matters to them.
     """
-    positions = jnp.arange(tokens.shape[1])
-    return jax.lax.cummax(jnp.where(tokens == bos, positions, 0), axis=1)
+    positions = jnp.arange(begins.shape[1])
+    return jax.lax.cummax(jnp.where(begins, positions, 0), axis=1)
 
 
 def separate_layers(params: Any) -> Any:

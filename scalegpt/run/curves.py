@@ -24,7 +24,7 @@ UNITS = ((1, "seconds"), (60, "minutes"), (3600, "hours"))
 MOST_POINTS = 1000  # of a curve; where a run has more rows, neighbours are averaged
 EARLY = 0.03  # the first losses are all high, and would leave no room for the differences
 SIZE = {"dpi": 144, "layout": "constrained"}  # at 10 inches, text is as large as a README's
-NOT_COMPARABLE = "these losses do not compare: text, windows or tokenizers differ"
+NOT_COMPARABLE = "these losses do not compare: text, windows, masks or tokenizers differ"
 
 
 def draw(histories: Sequence[History]) -> Any:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from scalegpt.checkpoints.checkpoints import open_checkpoints
 from scalegpt.config import Config
+from scalegpt.config.types import BEGINS
 from scalegpt.data import tokenizer
 from scalegpt.data.datasets import train_batches, windows_of
 from scalegpt.data.token_files import Dataset
@@ -113,7 +114,7 @@ def _texts(
     """Yield lines for the examples of an update: not finite first, then the largest losses."""
     codec = tokenizer.load(datasets[0].tokenizer)
     texts = train_batches(config, datasets, 1, np.zeros(1, int))[update - 1][:, 0]
-    texts = np.where(texts < 0, ~texts, texts)
+    texts = np.where(texts < 0, ~texts, texts) % BEGINS
     windows = windows_of(config, datasets, update)
     yield "loss      data set:first token   text"
     order = np.argsort(np.where(np.isfinite(losses), -losses, -math.inf), kind="stable")

@@ -58,8 +58,7 @@ def describe(config: Config, datasets: list[Dataset], steps: Steps) -> str:
         [
             *[f"recipe   {line}" for line in recipe if line],
             f"model    {steps.parameters:,} parameters, matrix products in {steps.model.dtype},"
-            f" attention by {steps.model.attention}"
-            + (" within each conversation" if config.model.isolate else ""),
+            f" attention by {steps.model.attention}" + _apart(config, datasets),
             *_lora_lines(config, steps),
             *_objective_lines(config),
             f"data     {sizes}, tokenizer {kind(datasets[0].tokenizer)}, vocabulary of "
@@ -74,6 +73,15 @@ def describe(config: Config, datasets: list[Dataset], steps: Steps) -> str:
             *advice(config, passes, *least_seconds(config)),
         ]
     )
+
+
+def _apart(config: Config, datasets: list[Dataset]) -> str:
+    if not config.model.isolate:
+        return ""
+    if not config.model.begins_in_batch:
+        return " within each conversation"
+    indexed = all(d.train_ends is not None and d.val_ends is not None for d in datasets)
+    return f" within each document, by {'its index' if indexed else 'end-of-text marks'}"
 
 
 def epochs(config: Config, datasets: list[Dataset], step: int) -> dict[str, float]:

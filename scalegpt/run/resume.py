@@ -171,7 +171,7 @@ def carry_over(
         else:
             say(
                 f"the best {config.goal} so far, {config.as_goal(stored['best_loss']):.4f}, was "
-                "measured on other text or windows; the best is sought anew"
+                "measured on other text, windows or masks; the best is sought anew"
             )
     return changes
 

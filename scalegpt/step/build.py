@@ -217,7 +217,7 @@ def resolve(config: Config, mesh: Mesh) -> tuple[str, str]:
         c.head_dim,
         device.device_kind,
         capability,
-        c.bos is not None,
+        bool(c.isolate),
     )
 
 

@@ -10,6 +10,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from scalegpt.config.recipe import ModelConfig
+from scalegpt.config.types import BEGINS
 from scalegpt.model.custom_gradients import logsumexp
 from scalegpt.model.gpt import GPT, head_table, logits
 from scalegpt.model.layers import constrain
@@ -72,11 +73,15 @@ def row_losses(
 
     A token that is read but not predicted is there as ~id, its bitwise complement, which is below
     0. So the mark lies on the target itself, and no second array could be shifted against it.
-    Padding is -1 = ~0.
+    Padding is -1 = ~0. Likewise BEGINS is added to an id that begins a document, if the model's
+    config has these kept apart so.
     """
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    inputs = jnp.where(inputs < 0, ~inputs, inputs)
-    hidden = model.apply({"params": params}, inputs, dropout_keys)
+    inputs, begins = jnp.where(inputs < 0, ~inputs, inputs), None
+    if model.config.begins_in_batch:
+        begins, inputs = inputs >= BEGINS, inputs % BEGINS
+        targets = jnp.where(targets < 0, targets, targets % BEGINS)
+    hidden = model.apply({"params": params}, inputs, dropout_keys, begins=begins)
     table = head_table(params)
     losses_of = partial(token_losses, config=model.config, summed=summed, temperature=temperature)
     mesh = jax.sharding.get_abstract_mesh()
