@@ -6,6 +6,7 @@ Shapes: M rows of a batch, W positions, K scored positions, D embed, V vocab.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from typing import Any
 
 import flax.linen as nn
@@ -25,6 +26,7 @@ from scalegpt.step.build import Steps
 # (parameters, n rows, the progress bar's label or "") -> for each row in order, the sum of its
 # log-likelihoods in nats, float64 [n], and whether greedy decoding gives the continuation [n].
 Scorer = Callable[[Any, list["Row"], str], tuple[np.ndarray, np.ndarray]]
+FEWEST_SLOTS = 32  # of a row, for ids to score
 
 
 @dataclass(frozen=True)
@@ -41,36 +43,37 @@ class Row:
 def log_likelihood(
     hidden: Array, table: Array, targets: Array, config: ModelConfig
 ) -> tuple[Array, Array]:
-    """Return the sum of each row's log-likelihoods [M], and whether greedy decoding agrees [M].
+    """Return each target's log-likelihood [M, K], and whether greedy decoding gives it [M, K].
 
-    hidden [M, K, D], table [V, D], targets [M, K] with -1 where nothing is scored. Logits exist for
-    `loss_chunk` positions at a time. Greedy takes the first of equals, as torch and NumPy do.
+    hidden [M, K, D], table [V, D], targets [M, K]; below 0, where nothing is scored, they give any
+    value. Logits exist for `loss_chunk` positions at a time. Greedy takes the first of equals, as
+    torch and NumPy do.
     """
 
     def part(args: tuple[Array, Array]) -> tuple[Array, Array]:
         hidden, targets = args
         scores = constrain(logits(hidden, table, config), "batch", "position", "act_vocab")
-        ids, scored = jnp.arange(scores.shape[-1]), targets >= 0
+        ids = jnp.arange(scores.shape[-1])
         target = jnp.where(ids == targets[..., None], scores, 0).sum(-1, keepdims=True)
         # The same as argmax(scores) != targets, which takes twice the time on a CPU.
         beaten = (scores > target) | ((scores == target) & (ids < targets[..., None]))
-        total = jnp.where(scored, target[..., 0] - jax.nn.logsumexp(scores, -1), 0).sum(-1)
-        return total, ~(scored & beaten.any(-1)).any(-1)
+        return target[..., 0] - jax.nn.logsumexp(scores, -1), ~beaten.any(-1)
 
     rows, slots, width = hidden.shape
     chunk = min(config.loss_chunk, slots)
     pad = -slots % chunk
     hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0))).reshape(rows, -1, chunk, width)
     targets = jnp.pad(targets, ((0, 0), (0, pad)), constant_values=-1).reshape(rows, -1, chunk)
-    totals, greedy = jax.lax.map(part, (hidden.swapaxes(0, 1), targets.swapaxes(0, 1)))
-    return totals.sum(0), greedy.all(0)
+    parts = jax.lax.map(part, (hidden.swapaxes(0, 1), targets.swapaxes(0, 1)))
+    return tuple(x.swapaxes(0, 1).reshape(rows, -1)[:, :slots] for x in parts)
 
 
 def scorer(steps: Steps, check_stop: Callable[[], None] = lambda: None) -> Scorer:
     """Return a function that scores rows; every process of a run must call it together.
 
     A row's width follows from its own length alone, and no row sees another, so that no figure
-    depends on microbatch or mesh. One program is compiled for each of a few widths. check_stop:
+    depends on microbatch or mesh. One program is compiled for each of a few widths. Rows that
+    differ in their last id alone, as the letters of a question do, are computed as one. check_stop:
     called before each batch.
     """
     everywhere = NamedSharding(steps.mesh, PartitionSpec())
@@ -78,7 +81,7 @@ def scorer(steps: Steps, check_stop: Callable[[], None] = lambda: None) -> Score
     batch = steps.layout[1]
     local = sharding.local_rows(steps.mesh, batch)
 
-    def dispatch(params: Any, rows: list[Row], shape: tuple[int, int]) -> Any:
+    def dispatch(params: Any, rows: list[list[Row]], shape: tuple[int, int]) -> Any:
         check_stop()
         arrays = [
             sharding.to_global(a[local], local, steps.eval_sharding, batch)
@@ -90,11 +93,19 @@ def scorer(steps: Steps, check_stop: Callable[[], None] = lambda: None) -> Score
     def run(params: Any, rows: list[Row], what: str) -> tuple[np.ndarray, np.ndarray]:
         sums, greedy = np.zeros(len(rows)), np.zeros(len(rows), bool)
         groups = _groups(rows, batch, steps.model)
-        dispatched = (dispatch(params, [rows[i] for i in group], shape) for shape, group in groups)
+        dispatched = (
+            dispatch(params, [[rows[i] for i in same] for same in group], shape)
+            for shape, group in groups
+        )
         with progress(what, len(rows), "row") as bar:
-            for (_, group), result in zip(groups, fetch(dispatched), strict=True):
-                sums[group], greedy[group] = (x[: len(group)] for x in result)
-                bar.update(len(group))
+            for (_, group), (values, agreed) in zip(groups, fetch(dispatched), strict=True):
+                for line, same in enumerate(group):
+                    end = 0
+                    for i in same:
+                        part = slice(end, end := end + rows[i].scored)
+                        sums[i] = values[line, part].sum(dtype=np.float64)
+                        greedy[i] = agreed[line, part].all()
+                bar.update(sum(map(len, group)))
         return sums, greedy
 
     return run
@@ -115,7 +126,7 @@ def _score_batch(
 def token_logits(steps: Steps, params: Any, ids: np.ndarray) -> np.ndarray:
     """Return the logits [T, V] float32 after each of `ids` [T], on every process of a run."""
     model, batch = steps.model, steps.layout[1]
-    width, _ = _padded_shape(Row(np.append(ids, 0), 1), model)
+    width, _ = _padded_shape(Row(np.append(ids, 0), 1), 1, model)
     tokens = np.zeros((batch, width), np.int32)
     tokens[:, : len(ids)] = ids
     local = sharding.local_rows(steps.mesh, batch)
@@ -132,34 +143,55 @@ def _first_row(model: GPT, params: Any, tokens: Array) -> Array:
         return logits(hidden[0], head_table(params), model.config)
 
 
-def _groups(rows: list[Row], batch: int, model: GPT) -> list[tuple[tuple[int, int], np.ndarray]]:
-    """Sort rows into batches of one padded shape: ((W, K), indices of at most `batch` rows)."""
-    by_shape: dict[tuple[int, int], list[int]] = {}
+def _groups(
+    rows: list[Row], batch: int, model: GPT
+) -> list[tuple[tuple[int, int], list[list[int]]]]:
+    """Sort rows into batches of one padded shape: ((W, K), at most `batch` lists of indices).
+
+    The rows of a list have the same inputs, which are all ids but the last.
+    """
+    lists, by_inputs = list[list[int]](), dict[bytes, list[int]]()
+    most = min(FEWEST_SLOTS, model.config.block_size)  # so that none needs more for another
     for i, row in enumerate(rows):
-        by_shape.setdefault(_padded_shape(row, model), []).append(i)
+        inputs = sha256(row.ids[:-1].tobytes()).digest()
+        same = by_inputs.get(inputs, [])
+        if not same or sum(rows[j].scored for j in same) + row.scored > most:
+            by_inputs[inputs] = same = []
+            lists.append(same)
+        same.append(i)
+    by_shape: dict[tuple[int, int], list[list[int]]] = {}
+    for same in lists:
+        scored = sum(rows[i].scored for i in same)
+        by_shape.setdefault(_padded_shape(rows[same[0]], scored, model), []).append(same)
     return [
-        (shape, np.array(indices[i : i + batch]))
-        for shape, indices in sorted(by_shape.items())
-        for i in range(0, len(indices), batch)
+        (shape, lists[i : i + batch])
+        for shape, lists in sorted(by_shape.items())
+        for i in range(0, len(lists), batch)
     ]
 
 
-def _padded_shape(row: Row, model: GPT) -> tuple[int, int]:
-    """Return (W, K) for a row: powers of two, so that few programs are compiled."""
+def _padded_shape(row: Row, scored: int, model: GPT) -> tuple[int, int]:
+    """Return (W, K) for a row and what is scored there: powers of two, so that few programs are
+    compiled."""
     length, block_size = len(row.ids) - 1, model.config.block_size
     assert 0 < row.scored <= length <= block_size, (row.scored, length)
-    shortest = 32 if model.attention == "xla" else 128  # the tiles of the attention kernels
+    shortest = FEWEST_SLOTS if model.attention == "xla" else 128  # the attention kernels' tiles
     width = min(block_size, max(shortest, 1 << (length - 1).bit_length()))
-    return width, min(width, shortest if row.scored <= shortest else width)
+    return width, min(width, shortest if scored <= shortest else width)
 
 
-def _padded(rows: list[Row], batch: int, width: int, slots: int) -> tuple[np.ndarray, ...]:
-    """Return inputs [M, W], and positions and targets [M, K] to score, padded on the right."""
+def _padded(rows: list[list[Row]], batch: int, width: int, slots: int) -> tuple[np.ndarray, ...]:
+    """Return inputs [M, W], and positions and targets [M, K] to score, padded on the right.
+
+    rows: those of each line, which have the same inputs; they are scored one after the other.
+    """
     inputs = np.zeros((batch, width), np.int32)
     positions, targets = np.zeros((batch, slots), np.int32), np.full((batch, slots), -1, np.int32)
-    for i, row in enumerate(rows):
-        length = len(row.ids) - 1
-        inputs[i, :length] = row.ids[:-1]
-        positions[i, : row.scored] = np.arange(length - row.scored, length)
-        targets[i, : row.scored] = row.ids[-row.scored :]
+    for i, same in enumerate(rows):
+        length, end = len(same[0].ids) - 1, 0
+        inputs[i, :length] = same[0].ids[:-1]
+        for row in same:
+            part = slice(end, end := end + row.scored)
+            positions[i, part] = np.arange(length - row.scored, length)
+            targets[i, part] = row.ids[-row.scored :]
     return inputs, positions, targets
