@@ -250,6 +250,9 @@ def test_seed_decides_and_other_texts_do_not(steps):
     assert (run(1) == run(1)).all() and (run(1) != run(2)).any()
     one, five = run(1, 1), run(1, 5)
     assert (five[0] == one[0]).all() and len({tuple(ids) for ids in five.tolist()}) == 5
+    # With a seed of its own, a text does not depend on its place either.
+    own = run([7, 8])
+    assert (run([8, 7]) == own[::-1]).all() and (own[0] != own[1]).any()
 
 
 @pytest.mark.oracle

@@ -123,7 +123,7 @@ def test_commands_are_found_in_blocks_between_backticks_and_in_synopses():
     assert "--tokenizer gpt2 --text-key text" in " ".join(synopsis.split())
     assert {command.split()[1] for command in found} >= {
         *(f"tools/{name}.py" for name in ("bench", "sizing", "ablation", "parity", "crash_test")),
-        *(f"tools/{name}.py" for name in ("checkpoint", "convert_hf", "tpu")),
+        *(f"tools/{name}.py" for name in ("checkpoint", "convert_hf", "lm_eval", "tpu")),
         *(f"data/{path.parent.name}/prepare.py" for path in ROOT.glob("data/*/prepare.py")),
     }
 

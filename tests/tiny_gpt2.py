@@ -9,7 +9,7 @@ import pytest
 BLOCK = 96
 
 
-def save(folder: Path) -> Any:
+def save(folder: Path, vocab_size: int = 50257) -> Any:
     """Write it; returns the torch model."""
     torch = pytest.importorskip("torch", reason="the second opinion on GPT-2 needs torch")
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -17,7 +17,12 @@ def save(folder: Path) -> Any:
     torch.set_num_threads(1)  # more would only wait for each other, and for JAX's
     torch.manual_seed(0)
     config = GPT2Config(
-        n_layer=2, n_head=2, n_embd=32, n_positions=BLOCK, vocab_size=50257, initializer_range=0.3
+        n_layer=2,
+        n_head=2,
+        n_embd=32,
+        n_positions=BLOCK,
+        vocab_size=vocab_size,
+        initializer_range=0.3,
     )
     model = GPT2LMHeadModel(config).eval()
     with torch.no_grad():

@@ -10,7 +10,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from scalegpt.data.token_files import Dataset
 from scalegpt.data.tokenizer import Tokenizer
 from scalegpt.errors import Mistake, counted
 from scalegpt.inference.answers import for_any_parameters
-from scalegpt.inference.decode import Decoder
+from scalegpt.inference.decode import Decoder, batches
 from scalegpt.inference.results import Figures, mean, progress
 from scalegpt.inference.sampling import Sampler
 from scalegpt.step.build import Steps
@@ -145,13 +144,8 @@ def answers(
     """
     block, batch = write.steps.model.config.block_size, write.steps.layout[1]
     found: list[np.ndarray] = [np.zeros(0, np.int32)] * len(prompts)
-    lengths = [len(prompt) for prompt in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: lengths[i])
-    # The decoder's widths are powers of two, so that these groups are each of one width.
-    groups = [[*g] for _, g in groupby(order, lambda i: (lengths[i] - 1).bit_length())]
-    batches = [g[i : i + batch] for g in groups for i in range(0, len(g), batch)]
     with progress(what, len(prompts), "answer") as bar:
-        for number, indices in enumerate(batches):
+        for number, indices in enumerate(batches(prompts, batch)):
             check_stop()
             rows = [prompts[i] for i in indices]
             rows += [rows[0]] * (batch - len(rows))  # so that all batches are of one size
@@ -163,7 +157,7 @@ def answers(
                 if ended.all():
                     break
             for i, row in zip(indices, np.stack(ids, 1), strict=False):
-                row = row[: block + 1 - lengths[i]]
+                row = row[: block + 1 - len(prompts[i])]
                 found[i] = row[: np.argmax(row == codec.end) + 1] if codec.end in row else row
             bar.update(len(indices))
     return found

@@ -69,13 +69,13 @@ def continued(
     prompts: Sequence[np.ndarray],
     *,
     max_new_tokens: int,
-    seed: int = 1337,
+    seed: int | Sequence[int] = 1337,
     stops: Sequence[str] = (),
 ) -> Iterator[list[Continuation]]:
     """Continue each prompt until end of text, a stop string or max_new_tokens.
 
-    Yields all texts after each token; the same objects, which grow. Every process of a run must
-    call this together.
+    Yields all texts after each token; the same objects, which grow. seed: as of `Decoder.ids`.
+    Every process of a run must call this together.
     """
     texts = [Continuation(codec, stops, prompt) for prompt in prompts]
     for ids in write.ids(prompts, max_new_tokens, seed, codec):

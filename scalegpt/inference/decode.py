@@ -8,6 +8,7 @@ about the same length compiles anything anew.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import flax.linen as nn
@@ -59,11 +60,12 @@ class Decoder:
         self,
         prompts: Sequence[np.ndarray],
         max_new_tokens: int,
-        seed: int = 1337,
+        seed: int | Sequence[int] = 1337,
         codec: Tokenizer | None = None,
     ) -> Iterator[np.ndarray]:
         """Yield the next id of each of N prompts, int32 [N], max_new_tokens times.
 
+        seed: of all texts together, or of each, so that none depends on its place among the others.
         prompts: ids, at least one each, of any lengths. Past block_size a text is continued from
         its last block_size tokens; all positions then shift, so the cache is of no use and each
         token costs a whole forward pass. codec: of a chat, so that a calculator writes the results
@@ -74,7 +76,11 @@ class Decoder:
         texts += [list(texts[0]) for _ in range(-len(texts) % shards)]  # so that the rows divide
         longest = min(block, max(map(len, texts)))
         from_cache = min(max_new_tokens, 1 + block - longest)
-        key = jax.random.key(seed)
+        if isinstance(seed, Sequence):
+            seeds = [*seed, *[seed[0]] * (len(texts) - len(prompts))]
+            key = jax.vmap(jax.random.key)(np.array(seeds, np.uint32))
+        else:
+            key = jax.random.key(seed)
         results = [Results(codec) for _ in texts] if codec and codec.marks else []
         new, state = self._read(texts, key, 0, from_cache)
         for i in range(1, max_new_tokens):
@@ -175,7 +181,8 @@ def _draw(
     """Append tokens [N, P] to the cache and draw the ids [N] that follow them, for step i."""
     with nn.logical_axis_rules(tuple(sharding.RULES.items())):
         scores, cache = next_scores(model, vocab_size, params, tokens, cache)
-        ids = sample_token(scores, jax.random.fold_in(key, i), sampler, seen)
+        fold_in = jax.vmap(jax.random.fold_in, (0, None)) if key.ndim else jax.random.fold_in
+        ids = sample_token(scores, fold_in(key, i), sampler, seen)
         if seen is not None:
             seen = seen.at[jnp.arange(len(ids)), ids].set(True)
         return constrain(ids, None), (cache, seen)
@@ -189,6 +196,14 @@ def next_scores(
     scores = logits(hidden[:, -1], head_table(params), model.config)
     # Gathered over the vocabulary once: sorting it while it is split would move it repeatedly.
     return constrain(scores, "batch", None)[:, :vocab_size], cache
+
+
+def batches(prompts: Sequence[Sequence[int] | np.ndarray], size: int) -> list[list[int]]:
+    """Return the indices of prompts in batches of at most `size`, each of one padded width."""
+    lengths = [len(prompt) for prompt in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: lengths[i])
+    groups = [[*g] for _, g in groupby(order, lambda i: (lengths[i] - 1).bit_length())]
+    return [g[i : i + size] for g in groups for i in range(0, len(g), size)]
 
 
 def padded(texts: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.ndarray]:

@@ -3,7 +3,7 @@
 Shapes: M rows of a batch, W positions, K scored positions, D embed, V vocab.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -17,6 +17,7 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
 from scalegpt.config.recipe import ModelConfig
+from scalegpt.errors import Mistake
 from scalegpt.inference.results import fetch, progress
 from scalegpt.model.gpt import GPT, head_table, logits
 from scalegpt.model.layers import constrain
@@ -38,6 +39,17 @@ class Row:
 
     ids: np.ndarray
     scored: int
+
+
+def row_of(context: Sequence[int], scored: Sequence[int], block_size: int, what: str) -> Row:
+    """Return the row of a context and its continuation; one that is too long loses its beginning.
+
+    Raises Mistake, naming `what` is scored, where nothing of the context would be left.
+    """
+    if not 0 < len(scored) <= block_size:
+        raise Mistake(f"{what[:40]!r} has {len(scored)} tokens, the model room for {block_size}")
+    ids = np.concatenate([context, scored]).astype(np.int32)
+    return Row(ids[-(block_size + 1) :], len(scored))
 
 
 def log_likelihood(

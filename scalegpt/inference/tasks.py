@@ -27,7 +27,7 @@ from scalegpt.data.tokenizer import Tokenizer
 from scalegpt.errors import Mistake
 from scalegpt.files import json_files
 from scalegpt.files.text_files import read_text
-from scalegpt.inference.likelihood import Row, Scorer, scorer
+from scalegpt.inference.likelihood import Row, Scorer, row_of, scorer
 from scalegpt.inference.results import Figures, mean
 from scalegpt.step.build import Steps
 
@@ -129,11 +129,7 @@ def encode_pair(codec: Tokenizer, context: str, continuation: str, block_size: i
         raise Mistake(f"the context is empty, and tokenizer {codec.name} has no mark for that")
     else:
         context_ids, scored_ids = np.array([codec.eot], np.int32), codec.encode(continuation)
-    if not 0 < len(scored_ids) <= block_size:
-        raise Mistake(
-            f"{continuation[:40]!r} has {len(scored_ids)} tokens, the model room for {block_size}"
-        )
-    return Row(np.concatenate([context_ids, scored_ids])[-(block_size + 1) :], len(scored_ids))
+    return row_of(context_ids, scored_ids, block_size, continuation)
 
 
 def figures(task: Task, sums: np.ndarray, greedy: np.ndarray) -> Figures:
