@@ -754,6 +754,9 @@ for name, edits, *words in [
     ("a tensor in two shards", shards({"a": 1}, {"a": 2, "b": 1}, a="0.safetensors",
      b="1.safetensors"), "both mine/1.safetensors and another file", "have a", "again"),
     ("an index of no tensors", shards(), "has no weight_map", "again"),
+    ("a tokenizer of nothing", {"tokenizer.json": "{}"}, "is not a Hugging Face tokenizer.json"),
+    ("merges that are none", {"tokenizer.json": None, "vocab.json": '{"a": 0}', "merges.txt":
+     b"\xff"}, "cannot read mine/merges.txt", "again"),
     ("a tensor twice", shards({"wte.weight": 1, "transformer.wte.weight": 1},
      **{"wte.weight": "0.safetensors"}), "with and without the prefix of"),
 ]:

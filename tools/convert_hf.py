@@ -142,6 +142,8 @@ def import_(flags: argparse.Namespace) -> int:
         {"model": values, "data": {"path": ""}, "run": {"out_dir": str(out)}}, "this command line"
     )
     kind = tokenizer.kind(spec) if spec else "none"
+    if "tokenizer.json" in kind and find_spec("tokenizers"):
+        tokenizer.load(spec)  # raises Mistake for a damaged one
     print(f"reading {source.path}: {describe(config.model)}, tokenizer: {kind}", flush=True)
     steps = build_for_use(config, one_device(), 1)
     params = source.load_params(config.model, steps.abstract.params)
