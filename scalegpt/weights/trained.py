@@ -22,7 +22,7 @@ from scalegpt.step.build import Steps, build_for_use
 from scalegpt.step.sharding import all_devices, make_mesh
 from scalegpt.weights import adapters, huggingface
 
-_PLACES = ("run", "config", "data", "text", "file", "prompt_file")
+_PLACES = ("run", "config", "data", "text", "file", "prompt_file", "include_path")
 _SECTIONS = {"mesh": MeshConfig, "distributed": DistributedConfig}
 
 
