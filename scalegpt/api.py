@@ -17,6 +17,7 @@ from scalegpt.files.run_folder import is_run
 from scalegpt.inference.continuation import Continuation, continued, prompt_ids
 from scalegpt.inference.decode import Decoder, decoder
 from scalegpt.inference.likelihood import token_logits
+from scalegpt.inference.results import Figures
 from scalegpt.inference.sampling import Sampler
 from scalegpt.inference.text_loss import encoded_text, text_evaluator
 from scalegpt.processes.exits import Exit
@@ -233,9 +234,19 @@ class Model:
 
         The text is read in windows of block_size tokens. Raises Mistake for one without a target.
         """
+        return self._figures(text)["loss"][0]
+
+    def bits_per_byte(self, text: str) -> float:
+        """Return the same per UTF-8 byte, in bits, so that models of other tokenizers compare."""
+        figures = self._figures(text)
+        if "bits_per_byte" not in figures:
+            raise Mistake("the ids of this tokenizer stand for no text, which has no bytes")
+        return figures["bits_per_byte"][0]
+
+    def _figures(self, text: str) -> Figures:
         split = encoded_text(text, self.tokenizer, "the text")
         evaluate, _ = text_evaluator(self.trained.steps, [split], [1.0], None, shown=False)
-        return evaluate(self.params)["loss"][0]
+        return evaluate(self.params)
 
     def logits(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Return the logits [T, V] float32 after each of `ids` [T], at most block_size of them."""

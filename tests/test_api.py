@@ -45,7 +45,9 @@ def test_it_writes_what_the_command_writes(run, model, capsys):
 def test_it_judges_as_the_command_does_and_its_logits_are_that_loss(run, model, tmp_path, capsys):
     (tmp_path / "text").write_text(TEXT)
     assert evaluate.main(["--run", run, "--text", str(tmp_path / "text"), "--json"]) == 0
-    assert model.loss(TEXT) == pytest.approx(json.loads(capsys.readouterr().out)["text/loss"])
+    said = json.loads(capsys.readouterr().out)
+    assert model.loss(TEXT) == pytest.approx(said["text/loss"])
+    assert model.bits_per_byte(TEXT) == pytest.approx(said["text/bits_per_byte"])
     ids = model.tokenizer.encode(TEXT)[: model.config.model.block_size]
     logits = model.logits(ids)
     assert logits.shape == (len(ids), model.config.model.vocab_size)

@@ -553,7 +553,7 @@ def test_trap_9_nanogpts_folder_is_read_as_it_is(tmp_path, shakespeare):
     itos, stoi = dict(enumerate(chars)), {c: i for i, c in enumerate(chars)}
     (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 65, "itos": itos, "stoi": stoi}))
     dataset = open_dataset(folder)
-    assert dataset.vocab_size == 65 and dataset.val_bytes_per_token is None
+    assert dataset.vocab_size == 65 and dataset.val_bytes_per_token == 1.0  # all of it is ASCII
     assert dataset.tokenizer == {"kind": "char", "chars": chars}
     assert (len(dataset.train), len(dataset.val)) == (1_003_854, 111_540)
     text = "".join(dataset.tokenizer["chars"][i] for i in dataset.train[:14])

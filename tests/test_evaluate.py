@@ -185,6 +185,22 @@ def test_without_a_mark_the_first_token_and_its_bytes_do_not_count(tmp_path, gpt
     assert split.tokens.tolist() == [1, 0, 1] and split.bytes_per_token == 3 / 2
     split = text_loss.text_split(str(tmp_path / "text"), gpt2_tokenizer)
     assert split.tokens[0] == 50256 and split.bytes_per_token == 5 / (len(split.tokens) - 1)
+    numbers = tokenizer.load({"kind": "ids", "vocab_size": 9})  # of which no text is known
+    assert text_loss.encoded_text("5 1 7", numbers, "x").bytes_per_token is None
+
+
+def test_each_part_of_a_mixture_has_bits_where_its_bytes_are_known():
+    none = np.zeros(0)
+    known, other, unknown = (
+        text_loss.Split(name, "byte", 256, none, rate)
+        for name, rate in (("a", 2.0), ("b", 4.0), ("c", None))
+    )
+    losses = np.array([[math.log(4), 0.1], [math.log(16), 0.2]])
+    found = text_loss.text_figures([known, other], [0.25, 0.75], losses)
+    assert found["a/bits_per_byte"] == pytest.approx((1.0, 0.1 / math.log(2) / 2))
+    assert found["b/bits_per_byte"][0] == pytest.approx(1.0) == found["bits_per_byte"][0]
+    found = text_loss.text_figures([known, unknown], [0.25, 0.75], losses)
+    assert "a/bits_per_byte" in found and {"bits_per_byte", "c/bits_per_byte"}.isdisjoint(found)
 
 
 @pytest.mark.slow

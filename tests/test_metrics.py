@@ -101,6 +101,7 @@ def test_keys_that_scripts_rely_on_stay():
         "val/ended",
         "val/length",
         "train/eval_loss",
+        "train/eval_bits_per_byte",
         "time",
     )
 

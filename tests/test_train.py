@@ -770,9 +770,10 @@ def test_norms_epoch_and_training_loss_are_logged_as_asked(data, tmp_path, capsy
         assert row["train/epoch"] == row["step"] * ROWS / (windows - 1)
     flags = ["--split", "train", "--windows", str(windows), "--json"]
     assert evaluate.main(["--run", str(tmp_path / "run"), "--checkpoint", "4", *flags]) == 0
-    same = json.loads(capsys.readouterr().out)["train/loss"]
-    found = rows(tmp_path / "run", "train/eval_loss")
-    assert list(found) == [0, 4] and found[4] == pytest.approx(same, rel=1e-5)
+    same = json.loads(capsys.readouterr().out)
+    for key in ("loss", "bits_per_byte"):
+        found = rows(tmp_path / "run", f"train/eval_{key}")
+        assert list(found) == [0, 4] and found[4] == pytest.approx(same[f"train/{key}"], rel=1e-5)
 
 
 def test_an_out_dir_that_is_a_file_is_a_message(data, tmp_path):

@@ -74,6 +74,7 @@ class Dataset:
     train_ends: np.ndarray | None = None  # where each document ends, if the folder says so
     val_ends: np.ndarray | None = None
     index: str = ""  # changes with them
+    train_bytes_per_token: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +124,7 @@ def open_dataset(path: str | Path, cache_dir: str | None = None) -> Dataset:
         train_ends=indices.get("train"),
         val_ends=indices.get("val"),
         index=" ".join(meta.get(split, {}).get("index", "")[:16] for split in ("train", "val")),
+        train_bytes_per_token=_bytes_per_token(meta, "train", splits["train"]),
     )
 
 
@@ -227,9 +229,17 @@ def _open_index(file: Path, meta: dict) -> np.ndarray | None:
 
 
 def _bytes_per_token(meta: dict, split: str, tokens: np.memmap) -> float | None:
+    """Return the UTF-8 bytes of the text that a predicted token stands for, None if not known."""
     facts = meta.get(split, {})
     count = len(tokens) if meta.get("kind", "text") == "text" else facts.get("trained")
-    return facts["bytes"] / count if facts.get("bytes") and count else None
+    if facts.get("bytes") and count:
+        return facts["bytes"] / count
+    match meta["tokenizer"]:  # nanoGPT's data of characters, which do not count their bytes
+        case {"kind": "char", "chars": chars} if meta.get("kind", "text") == "text":
+            if tokens.nbytes <= SLOW:  # a larger one takes too long to read
+                sizes = np.array([len(char.encode(errors="surrogatepass")) for char in chars])
+                return float(sizes[tokens].mean())
+    return None
 
 
 def check_tokens(dataset: Dataset, block_size: int) -> None:

@@ -114,17 +114,21 @@ def text_figures(splits: list[Split], weights: list[float], losses: np.ndarray) 
     """Return loss, perplexity and, where all splits know their bytes, bits_per_byte.
 
     losses [splits, 2]: mean loss and standard error of each. The figures of several splits are
-    means by `weights`, and NAME/loss is that of one. Perplexity's error is by the delta method.
+    means by `weights`; of one there is NAME/loss, and NAME/bits_per_byte where it knows its bytes.
+    Perplexity's error is by the delta method.
     """
     loss, error = weighted(weights, losses)
     perplexity = math.exp(min(loss, 700))  # math.exp(710) overflows
     figures = {"loss": (loss, error), "perplexity": (perplexity, perplexity * error)}
-    if all(split.bytes_per_token for split in splits):
-        rates = np.array([[split.bytes_per_token] for split in splits])
-        figures["bits_per_byte"] = weighted(weights, losses / math.log(2) / rates)
+    rates = np.array([[split.bytes_per_token or math.nan] for split in splits])
+    bits = losses / math.log(2) / rates
+    if not np.isnan(rates).any():
+        figures["bits_per_byte"] = weighted(weights, bits)
     if len(splits) > 1:
-        parts = zip(splits, losses.tolist(), strict=True)
-        figures |= {f"{split.name}/loss": tuple(part) for split, part in parts}
+        for split, loss_of, bits_of in zip(splits, losses.tolist(), bits.tolist(), strict=True):
+            figures[f"{split.name}/loss"] = tuple(loss_of)
+            if split.bytes_per_token:
+                figures[f"{split.name}/bits_per_byte"] = tuple(bits_of)
     return figures
 
 
@@ -151,5 +155,5 @@ def encoded_text(text: str, codec: Tokenizer, name: str) -> Split:
         ids = np.concatenate([[codec.eot], ids])
     if len(ids) < 2:
         raise Mistake(f"{name} holds no text to predict")
-    rate = size / (len(ids) - 1)
+    rate = None if codec.name == "ids" else size / (len(ids) - 1)  # of ids no text is known
     return Split(Path(name).name, codec.spec(), codec.vocab_size, ids.astype(np.int32), rate)

@@ -57,7 +57,8 @@ def _of_losses(
     ]
     weights = list(config.data.weights.values())
     trained_on = [
-        replace(s, tokens=d.train, ends=d.train_ends) for s, d in zip(splits, datasets, strict=True)
+        replace(s, tokens=d.train, ends=d.train_ends, bytes_per_token=d.train_bytes_per_token)
+        for s, d in zip(splits, datasets, strict=True)
     ]
     windows, train_windows = config.eval.windows, config.eval.train_windows
 
@@ -78,7 +79,10 @@ def _of_losses(
         figures = val_figures(params)
         row = {f"val/{key}": value for key, (value, _) in figures.items()}
         if train_windows:
-            row["train/eval_loss"] = train_figures(params)["loss"][0]
+            figures_there = train_figures(params)
+            row["train/eval_loss"] = figures_there["loss"][0]
+            if "bits_per_byte" in figures_there:
+                row["train/eval_bits_per_byte"] = figures_there["bits_per_byte"][0]
         if ended:
             check_stop()
             row["val/ended"] = ended(params)

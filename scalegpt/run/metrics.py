@@ -58,7 +58,8 @@ TRAIN_KEYS = (
     "memory/host_gib",
     "time",
 )
-# A mixture adds val/NAME/loss for each of its data sets, and each of eval.tasks adds TASK_KEYS.
+# A mixture adds val/NAME/loss and val/NAME/bits_per_byte for each of its data sets, and each of
+# eval.tasks adds TASK_KEYS.
 EVAL_KEYS = (
     "step",
     "val/loss",
@@ -73,6 +74,7 @@ EVAL_KEYS = (
     "val/ended",
     "val/length",
     "train/eval_loss",
+    "train/eval_bits_per_byte",
     "time",
 )
 # Rows of some runs have more: every log.norms_every updates norm/NAME of each parameter, with
