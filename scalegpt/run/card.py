@@ -170,7 +170,9 @@ def write_card(folder: Path, model: Trained, notes: str, repository: str | None 
         **{figure.title: _shown(figure) for figure in measured},
         **_best(model, history),
         "model": _architecture(config.model),
-        "format": f"{(values.get('architectures') or ['its own'])[0]}, float32",
+        "format": ", ".join(
+            [*values.get("architectures", ["scalegpt"]), values.get("dtype", "float32")]
+        ),
         "tokenizer": _tokenizer(model),
     }
     kept = config.model_dump() if model.step else {"model": config.model.model_dump()}
