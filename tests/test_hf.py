@@ -881,43 +881,11 @@ def test_nothing_is_overwritten_and_an_interrupted_import_leaves_nothing(tmp_pat
 
 def test_rope_is_refused_with_the_reason_and_the_way_out(make_run, tmp_path):
     run = make_run("run", position="rope")
-    with pytest.raises(ValueError, match="position=rope: .* only say learned; use --format sc"):
+    with pytest.raises(
+        ValueError, match="--format scalegpt does\n  GPT-2: .*position=rope, not learned"
+    ):
         convert("export", "--run", run, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_every_key_of_the_model_is_either_in_gpt2s_format_or_refused():
-    """A new key must be put into one of the two, or exported models would lose it in silence."""
-    written = {
-        "n_layer",
-        "n_head",
-        "n_embd",
-        "block_size",
-        "vocab_size",
-        "dropout",
-        "bias",
-        "tie_word_embeddings",
-        "activation",
-        *("qkv_bias", "n_inner", "norm_eps", "attention_scale", "n_kv_head", "head_size"),
-    }
-    without_effect = {
-        "preset",
-        "depth",
-        "vocab_multiple",
-        *("rope_base", "rope_scaling", "softcap", "window_pattern"),
-        "norm_gain",  # of rmsnorm and qk_norm
-        "dtype",
-        "attention",
-        "scan_layers",
-        "remat",
-        "loss_chunk",
-        "init",
-        *("isolate", "bos"),  # on a text that is one conversation
-    }
-    assert written | without_effect | set(gpt2._ONLY) == set(ModelConfig.model_fields)
-    for keys, can in ({"window": 4}, "has nothing of the kind"), ({"n_kv_head": 1}, "only say 2"):
-        with pytest.raises(ValueError, match=f"GPT-2's format .*{can}"):
-            gpt2.FORMAT.config(ModelConfig(n_layer=1, n_head=2, n_embd=8, **keys))
 
 
 # --- check

@@ -29,17 +29,18 @@ def export_hf(model: Trained, folder: Path) -> str:
     off, and where the format has tensors that the model has not they change nothing, which the text
     that is returned says. Raises Mistake with the reasons for a model that no format expresses.
     """
-    config, reasons = model.config.model, []
-    for format_ in FORMATS.values():
-        try:
-            values = format_.config(config)
-        except Mistake as error:
-            reasons.append(str(error))
-        else:
-            break
-    else:
-        reason = "\n  ".join(reasons)
-        raise Mistake(f"{model.name} has {reason}; use --format scalegpt")
+    config = model.config.model
+    misfits = {format_: format_.misfits(config) for format_ in FORMATS.values()}
+    format_ = min(misfits, key=lambda x: len(misfits[x]))
+    if misfits[format_]:
+        raise Mistake(
+            f"no format of transformers says what {model.name} is; --format scalegpt does\n"
+            + "\n".join(
+                f"  {x.name}: {'; '.join(reasons)}"
+                for x, reasons in sorted(misfits.items(), key=lambda item: len(item[1]))
+            )
+        )
+    values = format_.config(config)
     files = tokenizer_files(model.tokenizer, config.block_size)
     codec = tokenizer.load(model.tokenizer) if model.tokenizer else None
     marks = {"bos_token_id": codec and codec.eot, "eos_token_id": codec and codec.end}

@@ -10,7 +10,6 @@ import numpy as np
 
 from scalegpt.config.recipe import ModelConfig
 from scalegpt.config.types import Positive, Share, Width
-from scalegpt.errors import Mistake
 from scalegpt.model.layers import LAYER_NORM_EPS
 from scalegpt.weights.places import Format, Place
 from scalegpt.weights.settings import Settings
@@ -110,19 +109,16 @@ def places(model: ModelConfig) -> dict[str, Place]:
     return places
 
 
-def _config(model: ModelConfig) -> dict[str, Any]:
-    usual = None, model.head_dim**-0.5
-    fits = {
+def _fits(model: ModelConfig) -> dict[str, tuple]:
+    return {
         **{key: (only,) for key, only in _ONLY.items()},
         "n_kv_head": (None, model.n_head),
         "head_size": (None, model.n_embd / model.n_head),
-        "attention_scale": (*usual, 1.0),
+        "attention_scale": (None, model.head_dim**-0.5, 1.0),
     }
-    for key, known in fits.items():
-        if (value := getattr(model, key)) not in known:
-            only = " or ".join(str(x) for x in known if x is not None)
-            can = f"can only say {only}" if only else "has nothing of the kind"
-            raise Mistake(f"model.{key}={value}: GPT-2's format {can}")
+
+
+def _config(model: ModelConfig) -> dict[str, Any]:
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -135,7 +131,7 @@ def _config(model: ModelConfig) -> dict[str, Any]:
         "activation_function": _ACTIVATIONS[model.activation][0],
         "layer_norm_epsilon": model.norm_eps or LAYER_NORM_EPS,
         "n_inner": model.n_inner,
-        "scale_attn_weights": model.attention_scale in usual,
+        "scale_attn_weights": model.attention_scale in (None, model.head_dim**-0.5),
         "tie_word_embeddings": model.tie_word_embeddings,
         **{f"{part}_pdrop": model.dropout for part in ("embd", "attn", "resid")},
     }
@@ -156,4 +152,4 @@ def _adapt(values: dict[str, Any], read: Read) -> Read:
     return adapted
 
 
-FORMAT = Format("GPT-2", "transformer.", _describe, places, _config, _adapt)
+FORMAT = Format("GPT-2", "transformer.", _describe, places, _config, _fits, _adapt)

@@ -16,7 +16,7 @@ from scalegpt.files.folder import expanded
 from scalegpt.files.json_files import read_object
 from scalegpt.files.run_folder import is_run
 from scalegpt.model.parameters import parameters
-from scalegpt.weights import gpt2
+from scalegpt.weights import gpt2, llama, nanochat
 from scalegpt.weights.places import Place
 from scalegpt.weights.source import Source, open_source
 from scalegpt.weights.tensor_files import INDEX, SAFE, TORCH, instead, open_tensors
@@ -25,7 +25,7 @@ from scalegpt.weights.tokenizer_files import read_file, read_merges
 HUB_SECONDS = 15  # without an answer from Hugging Face, there is no network
 OWN_TYPE = "scalegpt"  # model_type of our own format, which names tensors by their path in params
 # By model_type; an export takes the first that can say what the model is.
-FORMATS = {"gpt2": gpt2.FORMAT}
+FORMATS = {"gpt2": gpt2.FORMAT, **llama.FORMATS, "nanochat": nanochat.FORMAT}
 _OTHERS = (
     "; python tools/convert_hf.py import reads checkpoints of nanoGPT, nanogpt-jax and gpt-jax"
 )

@@ -57,9 +57,10 @@ class Format(NamedTuple):
 
     name: of its program's class, for messages. describe: config.json's values and its path -> keys
     of our model section; raises Mistake, by name, for what our model lacks. places: the place of
-    every tensor, named without `prefix`. config: what config.json says of a model; raises Mistake
-    for what the format cannot express. adapt: config.json's values and the function that reads a
-    tensor -> one that returns it changed, where the file's program computes with it otherwise.
+    every tensor, named without `prefix`. config: what config.json says of a model that fits. fits:
+    of a model's keys that cannot all be said, the values that can be. adapt: config.json's values
+    and the function that reads a tensor -> one that returns it changed, where the file's program
+    computes with it otherwise.
     """
 
     name: str
@@ -67,4 +68,16 @@ class Format(NamedTuple):
     describe: Callable[[dict[str, Any], Path], dict[str, Any]]
     places: Callable[[ModelConfig], dict[str, Place]]
     config: Callable[[ModelConfig], dict[str, Any]]
+    fits: Callable[[ModelConfig], dict[str, tuple]]
     adapt: Callable[[dict[str, Any], Read], Read] = lambda values, read: read
+
+    def misfits(self, model: ModelConfig) -> list[str]:
+        """Return what the format cannot say of a model, as ["model.qk_norm=True, not False"]."""
+        misfits = []
+        for key, known in self.fits(model).items():
+            if (value := getattr(model, key)) not in known:
+                only = " or ".join(str(x) for x in known if x is not None)
+                misfits.append(
+                    f"model.{key}={value}, {f'not {only}' if only else 'which it lacks'}"
+                )
+        return misfits

@@ -16,8 +16,8 @@ from scalegpt.errors import Mistake
 from scalegpt.weights.places import Place
 from scalegpt.weights.tensor_files import Read, Shapes
 
-# Causal masks that old versions of transformers saved beside the weights.
-_BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")
+# Causal masks and frequencies that old versions of transformers saved beside the weights.
+_BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias|layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 _HEAD = "lm_head.weight"
 _LINES = 12  # of a message
 
