@@ -822,6 +822,14 @@ def test_muon_moves_a_tied_table_by_smaller_steps():
         assert ("embedding_lr" in muon_line(config)) == (expected == 0.5)
 
 
+def test_a_modern_run_of_before_there_was_another_softcap_keeps_its_own():
+    new = ModelConfig(preset="modern", n_layer=2)
+    assert new.softcap == "tanh" and ModelConfig(**new.model_dump()) == new
+    old = new.model_dump(exclude={"softcap"})
+    assert ModelConfig(**old).softcap == "rsqrt" and ModelConfig(**old).preset == "modern"
+    assert "softcap" not in new.model_fields_set and "qk_norm" in new.model_fields_set
+
+
 def test_depth_12_is_the_tuned_recipe_and_the_rest_follows_by_the_rules():
     c = parse("--model.depth=12", *GIVEN)
     assert (c.model.n_layer, c.model.n_embd, c.model.n_head) == (12, 768, 6)

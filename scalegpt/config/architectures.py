@@ -22,6 +22,7 @@ MODERN = {
     "tie_word_embeddings": False,
     "embedding_norm": True,
     "logit_softcap": 15.0,
+    "softcap": "tanh",
     "bias": False,
 }
 # The architecture of arXiv:2302.13971, of any size.
@@ -60,8 +61,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         for name, (n, h, d) in GPT2_SIZES.items()
     },
     "modern": MODERN,
-    # What NanoChatForCausalLM of transformers computes: the cap is another function.
-    "nanochat": {**MODERN, "softcap": "tanh"},
+    # What NanoChatForCausalLM of transformers computes.
+    "nanochat": MODERN,
     "llama": LLAMA,
     # Of arXiv:2307.05695 (ReLoRA); GaLore and others compare on these.
     "llama-60m": {**LLAMA, "block_size": 1024, **_size(8, 8, 8, 512, 1376)},

@@ -1,5 +1,6 @@
 """The model and optimizer sections, with their presets, decide the loss curve; no JAX here."""
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, model_validator
@@ -170,9 +171,9 @@ class ModelConfig(Section):
     """gpt2: N(0, 0.02), smaller for projections into the residual stream; zero_out: 0 for those and
     for an untied head, embeddings N(0, 1), other matrices N(0, 0.25 / rows)"""
     logit_softcap: Amount = 0.0
-    """logits z become c z / sqrt(z^2 + c^2), which stays below c; 0: none"""
+    """logits z become less than c, by the function that softcap names; 0: none"""
     softcap: Literal["rsqrt", "tanh"] = "rsqrt"
-    """with logit_softcap: tanh has c tanh(z / c) instead"""
+    """with logit_softcap c: c z / sqrt(z^2 + c^2), or c tanh(z / c)"""
     residual_scalars: bool = False
     """each layer reads a x + b x0, with x0 the input of the first; a, b learned from 1 and 0"""
     value_embeddings: bool = False
@@ -188,12 +189,19 @@ class ModelConfig(Section):
     loss_chunk: Positive = 128
     """positions of each sequence whose logits are in memory at a time"""
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _fill_preset(cls, values: Any) -> Any:
+    def _fill_preset(cls, values: Any, make: Callable[[Any], "ModelConfig"]) -> "ModelConfig":
         if not isinstance(values, dict):
-            return values
-        return {**PRESETS.get(str(values.get("preset")), {}), **values}
+            return make(values)
+        preset = PRESETS.get(str(values.get("preset")), {})
+        # A run of before there was this key has stored all others that the preset sets.
+        if preset.keys() - values.keys() == {"softcap"}:
+            preset = {}
+        model = make({**preset, **values})
+        if "softcap" not in values:  # so that a run which began with another may continue
+            model.model_fields_set.discard("softcap")
+        return model
 
     @model_validator(mode="after")
     def _check(self) -> "ModelConfig":

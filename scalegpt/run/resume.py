@@ -45,17 +45,22 @@ def lock(config: Config) -> AcquireReturnProxy:
 def with_model(config: Config) -> Config:
     """Return the run with its model's shape, where that follows from the weights it begins with.
 
-    A run that continues asks its own checkpoint, as run.init_from may be gone. Raises Mistake.
+    A run that continues asks its own checkpoint, as run.init_from may be gone; and it keeps its
+    softcap, if it began when its preset had another. Raises Mistake.
     """
-    if not config.run.init_from:
+    preset_caps = config.model.softcap == "tanh" and "softcap" not in config.model.model_fields_set
+    if not (config.run.init_from or preset_caps):
         return config
-    good = _good_checkpoints(config.run.out_dir)
-    model = (
-        validate(good[-1]["config"], config.run.out_dir).model
-        if good
-        else init_from.source_model(config)[0]
-    )
-    return init_from.shaped_as(model, config)
+    if good := _good_checkpoints(config.run.out_dir):
+        model = validate(good[-1]["config"], config.run.out_dir).model
+    elif config.run.init_from:
+        model = init_from.source_model(config)[0]
+    else:
+        return config
+    if config.run.init_from:
+        return init_from.shaped_as(model, config)
+    same = config.model.model_copy(update={"softcap": model.softcap})
+    return config.model_copy(update={"model": same})
 
 
 def stored_config(
