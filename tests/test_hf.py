@@ -622,6 +622,92 @@ def test_the_end_of_text_is_what_the_tokenizers_folder_says(tmp_path):
     assert exported["tokenizer_config.json"]["eos_token"] == "<END>"
 
 
+def llama_2(texts: list[str]) -> dict:
+    """A tokenizer.json as Llama 2's: pieces, bytes for what they lack, and <s> before a text."""
+    content = sentencepiece(texts)
+    content["pre_tokenizer"] = None
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    steps = [{"type": "Prepend", "prepend": "▁"}, space]
+    content["normalizer"] = {"type": "Sequence", "normalizers": steps}
+    return content | {"post_processor": template("<s>", 1)}
+
+
+def llama_3(texts: list[str]) -> dict:
+    """A tokenizer.json as Llama 3's: BPE over bytes, cut by a pattern, and many added tokens."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE(ignore_merges=True))
+    cut = pre_tokenizers.Split(
+        Regex(r"\p{N}{1,3}|\s*[\r\n]+| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+"), "isolated"
+    )
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([cut, bytes_])
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet))
+    begin = bpe.get_vocab_size()
+    bpe.add_special_tokens(["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"])
+    bpe.add_tokens(["<tool>"])
+    content = json.loads(bpe.to_str())
+    plain = {
+        "type": "ByteLevel",
+        "add_prefix_space": True,
+        "trim_offsets": False,
+        "use_regex": True,
+    }
+    steps = [plain, template("<|begin_of_text|>", begin)]
+    return content | {"post_processor": {"type": "Sequence", "processors": steps}}
+
+
+def template(token: str, id_: int) -> dict:
+    single = [
+        {"SpecialToken": {"id": token, "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+    ]
+    return {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {token: {"id": token, "ids": [id_], "tokens": [token]}},
+    }
+
+
+@pytest.mark.parametrize(
+    "make, bos, eos",
+    [(llama_2, "<s>", "</s>"), (llama_3, "<|begin_of_text|>", "<|end_of_text|>")],
+)
+def test_tokenizers_with_a_first_token_keep_ids_and_text_both_ways(
+    make, bos, eos, shared_data, tmp_path
+):
+    from transformers import AutoTokenizer
+
+    text = (shared_data / "tinyshakespeare" / "input.txt").read_text()[:20_000]
+    content, folder = make([text]), write(tmp_path / "theirs")
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    config = {"bos_token": bos, "eos_token": eos, "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    theirs = AutoTokenizer.from_pretrained(folder)
+    spec = huggingface.describe(folder)[1]
+    codec = tokenizer.load(spec)
+    assert codec.begin == theirs.bos_token_id and codec.end == codec.eot == theirs.eos_token_id
+    (tmp_path / "ours").mkdir()
+    for name, value in tokenizer_files(spec, 64).items():
+        (tmp_path / "ours" / name).write_text(json.dumps(value))
+    again = AutoTokenizer.from_pretrained(tmp_path / "ours")
+    assert (again.bos_token, again.eos_token) == (bos, eos) and len(again) == codec.vocab_size
+    for words in (text, " é日本 a  . 's ’ \r\n\t 1234  😀 Ā<tool> x", "a", ""):
+        ids = theirs(words)["input_ids"]
+        assert ids[0] == codec.bos
+        assert ids == codec.encode_prompt(words).tolist() == again(words)["input_ids"], words
+        assert ids[1:] == codec.encode(words).tolist()
+        whole = theirs.decode(ids[1:], clean_up_tokenization_spaces=False)
+        assert codec.decode(ids[1:]) == whole == again.decode(ids[1:])
+    assert named(str(tmp_path / "ours")).bos is None, "data of one's own have none before a text"
+    config["add_bos_token"] = False
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert "bos" not in huggingface.describe(folder)[1]
+
+
 def test_a_template_of_the_tokenizer_is_not_exported(tmp_path):
     """Training never saw the token that it puts before a text."""
     from transformers import AutoTokenizer

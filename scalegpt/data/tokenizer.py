@@ -53,6 +53,7 @@ class Tokenizer:
     piecewise: a text may be cut before a space or newline that follows a non-space, and encoding
     the pieces one by one gives the same ids as encoding the whole.
     marks: the ids of MARKS by name, or {} for a tokenizer that is not for chats.
+    bos: id that weights of others expect before a text, such as Llama's <s>, or None.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Tokenizer:
     _decode: Callable[[np.ndarray], str]
     _spec: dict[str, Any]
     marks: dict[str, int] = field(default_factory=dict)
+    bos: int | None = None
     _part: Callable[[int], bytes | None] = lambda id_: (
         None
     )  # of an id whose text is half a character
@@ -76,11 +78,12 @@ class Tokenizer:
         return np.asarray(self._encode(text), np.int32)
 
     def encode_prompt(self, text: str) -> np.ndarray:
-        """Encode as `encode`, but turn `<|endoftext|>` into the id `eot` if there is one."""
-        if self.eot is None:
-            return self.encode(text)
-        parts = [ids for part in text.split(END_OF_TEXT) for ids in ([self.eot], self.encode(part))]
-        return np.concatenate(parts[1:]).astype(np.int32)
+        """Encode as `encode` after `bos`, but turn `<|endoftext|>` into the id `eot`, where the
+        tokenizer has these."""
+        first = [] if self.bos is None else [self.bos]
+        texts = [text] if self.eot is None else text.split(END_OF_TEXT)
+        parts = [ids for part in texts for ids in ([self.eot], self.encode(part))]
+        return np.concatenate([first, *parts[1:]]).astype(np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray, marks: bool = False) -> str:
         """Return the text of `ids`, with U+FFFD for bytes that are not UTF-8.
@@ -124,11 +127,17 @@ class Tokenizer:
 
         eot = self.eot if self.eot is not None and self.eot < vocab_size else None
         marks = self.marks if max(self.marks.values(), default=0) < vocab_size else {}
-        return replace(self, vocab_size=vocab_size, eot=eot, _encode=encode, marks=marks)
+        bos = self.bos if self.bos is not None and self.bos < vocab_size else None
+        return replace(self, vocab_size=vocab_size, eot=eot, _encode=encode, marks=marks, bos=bos)
 
     def spec(self) -> dict[str, Any]:
         """Return a JSON value from which `load` makes the same tokenizer again."""
         return self._spec
+
+    @property
+    def begin(self) -> int | None:
+        """The mark that stands before the first token of a text."""
+        return self.eot if self.bos is None else self.bos
 
     @property
     def end(self) -> int | None:
@@ -229,7 +238,7 @@ def check(spec: Any) -> None:
         case {"kind": "ids", "vocab_size": int(size)} if size > 0:
             return
         case {"kind": "tokenizer.json", "name": str(), "json": dict(), **rest}:
-            if isinstance(rest.get("eot", ""), str):
+            if isinstance(rest.get("eot", ""), str) and isinstance(rest.get("bos", ""), str):
                 return
         case {"kind": "chat", "base": {"kind": "ids" | "chat" as other}}:
             raise Mistake(f"marks of a chat go beside a tokenizer of text, not beside {other}")
@@ -387,7 +396,8 @@ def _hugging_face(spec: dict[str, Any]) -> Tokenizer:
         token = bpe.id_to_token(id_) or ""  # of BPE over bytes, if all of its characters are
         return bytes(map(BYTES.index, token)) if {*token} <= {*BYTES} else None
 
-    return Tokenizer(name, size, eot, piecewise, encode, decode, spec, _part=part)
+    bos = marks.get(spec.get("bos"))
+    return Tokenizer(name, size, eot, piecewise, encode, decode, spec, bos=bos, _part=part)
 
 
 def _chat(base: Tokenizer, spec: dict[str, Any]) -> Tokenizer:

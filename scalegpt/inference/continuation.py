@@ -32,7 +32,7 @@ class Continuation:
         # A SentencePiece-like tokenizer drops the space before a text's first word. So the text is
         # decoded after some tokens of prompt, less what these are by themselves.
         self._before = list(self.prompt[-16:])
-        marks = {self.codec.eot, *self.codec.marks.values()}
+        marks = {self.codec.bos, self.codec.eot, *self.codec.marks.values()}
         for i in [i for i, token in enumerate(self._before) if token in marks][-1:]:
             del self._before[: i + 1]  # a new text begins after a mark
         self._known = len(self.codec.decode(self._before))
@@ -96,7 +96,7 @@ def continuations(*arguments: Any, **options: Any) -> list[Continuation]:
 
 
 def prompt_ids(codec: Tokenizer, text: str) -> np.ndarray:
-    """Encode a prompt; an empty one becomes the end-of-text mark, which begins a new text.
+    """Encode a prompt; an empty one becomes the mark that begins a text.
 
     Raises Mistake for a prompt that is not UTF-8, or empty where the tokenizer has no mark.
     """
@@ -107,6 +107,6 @@ def prompt_ids(codec: Tokenizer, text: str) -> np.ndarray:
     ids = codec.encode_prompt(text)
     if len(ids):
         return ids
-    if codec.eot is None:
+    if codec.begin is None:
         raise Mistake("the prompt is empty, and this tokenizer has no mark to start from")
-    return np.array([codec.eot])
+    return np.array([codec.begin])

@@ -144,15 +144,15 @@ def text_split(path: str, codec: Tokenizer) -> Split:
 
 
 def encoded_text(text: str, codec: Tokenizer, name: str) -> Split:
-    """Encode a text, after an end-of-text mark if the tokenizer has one.
+    """Encode a text, after the mark that begins one if the tokenizer has it.
 
     name: of the text, or of its file. Raises Mistake for a text without anything to predict.
     """
     ids, size = codec.encode(text), len(text.encode())
-    if codec.eot is None:  # nothing predicts the first token, so its bytes must not count
+    if codec.begin is None:  # nothing predicts the first token, so its bytes must not count
         size -= len(codec.decode(ids[:1]).encode())
     else:
-        ids = np.concatenate([[codec.eot], ids])
+        ids = np.concatenate([[codec.begin], ids])
     if len(ids) < 2:
         raise Mistake(f"{name} holds no text to predict")
     rate = None if codec.name == "ids" else size / (len(ids) - 1)  # of ids no text is known

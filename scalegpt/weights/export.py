@@ -43,7 +43,7 @@ def export_hf(model: Trained, folder: Path) -> str:
     values = format_.config(config)
     files = tokenizer_files(model.tokenizer, config.block_size)
     codec = tokenizer.load(model.tokenizer) if model.tokenizer else None
-    marks = {"bos_token_id": codec and codec.eot, "eos_token_id": codec and codec.end}
+    marks = {"bos_token_id": codec and codec.begin, "eos_token_id": codec and codec.end}
     files["config.json"] = {**values, **marks, "dtype": "float32"}
     files["generation_config.json"] = {"_from_model_config": True, **marks}
     tensors, added = tensors_of(format_, config, model.params)

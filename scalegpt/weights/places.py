@@ -77,7 +77,6 @@ class Format(NamedTuple):
         for key, known in self.fits(model).items():
             if (value := getattr(model, key)) not in known:
                 only = " or ".join(str(x) for x in known if x is not None)
-                misfits.append(
-                    f"model.{key}={value}, {f'not {only}' if only else 'which it lacks'}"
-                )
+                can = f"not {only}" if only else "which it lacks"
+                misfits.append(f"model.{key}={value}, {can}")
         return misfits

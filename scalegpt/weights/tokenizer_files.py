@@ -76,6 +76,20 @@ def read_file(path: Path) -> dict[str, Any]:
     return {"kind": "chat", "base": same or base}
 
 
+def of_weights(path: Path) -> dict[str, Any]:
+    """Return the spec of the tokenizer.json beside weights of others, as `read_file`, with the
+    token that its template puts before each text: they know no text without it."""
+    spec, config = read_file(path), path.with_name("tokenizer_config.json")
+    if "json" not in spec or config.is_file() and read_object(config).get("add_bos_token") is False:
+        return spec
+    template = spec["json"].get("post_processor") or {}
+    for part in template.get("processors", [template]):
+        match part:
+            case {"single": [{"SpecialToken": {"id": str(token)}}, {"Sequence": _}]}:
+                return {**spec, "bos": token}
+    return spec
+
+
 def read_merges(vocab: Path) -> dict[str, Any] | None:
     """Return the spec of a tokenizer of GPT-2's kind in the files of before tokenizer.json, which
     are vocab.json, merges.txt and maybe added_tokens.json. None without merges; raises Mistake."""
@@ -106,7 +120,8 @@ def tokenizer_files(spec: Any, block_size: int) -> dict[str, Any]:
     if spec is None or tokenizer.kind(spec) == "ids":
         return {}
     codec = tokenizer.load(spec)
-    match codec.spec().get("base", codec.spec()):
+    base = codec.spec().get("base", codec.spec())
+    match base:
         case "gpt2" | {"kind": "gpt2"}:
             content, mark = _gpt2(), END_OF_TEXT
         case "byte" | {"kind": "byte"}:
@@ -117,8 +132,10 @@ def tokenizer_files(spec: Any, block_size: int) -> dict[str, Any]:
         case {"json": content}:
             names = {t["id"]: t["content"] for t in content.get("added_tokens", [])}
             mark = names.get(codec.eot)
-            # A template would put tokens around a text that training has not seen there.
-            content = {**content, "post_processor": None, "truncation": None, "padding": None}
+            content = {**content, "truncation": None, "padding": None}
+            if codec.bos is None or codec.marks:
+                # A template would put tokens around a text that training has not seen there.
+                content["post_processor"] = None
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": block_size,
@@ -126,6 +143,8 @@ def tokenizer_files(spec: Any, block_size: int) -> dict[str, Any]:
     }
     if mark:
         config |= {"bos_token": mark, "eos_token": mark}
+    if codec.bos is not None:
+        config["bos_token"] = base["bos"]
     if codec.marks:
         content, chat = _for_chats(tokenizer.load(codec.spec()["base"]), content, mark)
         config |= chat
