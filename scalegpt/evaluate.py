@@ -31,9 +31,10 @@ from scalegpt.errors import Mistake
 from scalegpt.files.cache import keep_compiled
 from scalegpt.files.run_folder import local
 from scalegpt.inference import chat_tasks, tasks
+from scalegpt.inference.core import Core
 from scalegpt.inference.decode import decoder
 from scalegpt.inference.likelihood import scorer
-from scalegpt.inference.results import Figures
+from scalegpt.inference.results import Result
 from scalegpt.inference.sampling import Sampler
 from scalegpt.inference.text_loss import text_evaluator, text_split
 from scalegpt.processes import startup
@@ -47,11 +48,7 @@ class _Inputs(NamedTuple):
     model: trained.Trained
     splits: list[Split]
     weights: list[float]
-    opened: list[tasks.Task | chat_tasks.ChatTask]
-
-
-# Name of a text or task, its figures, and over how many samples of which unit they are.
-_Result = tuple[str, Figures, int, str]
+    opened: list[tasks.Task | Core | chat_tasks.ChatTask]
 
 
 def main(argv: list[str]) -> int:
@@ -123,6 +120,9 @@ def _load(
         )
         for name, file in task_files.items()
     ]
+    for task in opened:
+        if isinstance(task, Core) and not task.whole:
+            print("note: these are not the 22 tasks of CORE: their mean is not it", file=sys.stderr)
     if not flags.seen:
         _refuse_seen(model, opened)
     if flags.text:
@@ -180,7 +180,7 @@ def _facts(inputs: _Inputs) -> dict[str, str]:
     }
 
 
-def _results(flags: argparse.Namespace, config: Config | None, inputs: _Inputs) -> list[_Result]:
+def _results(flags: argparse.Namespace, config: Config | None, inputs: _Inputs) -> list[Result]:
     (model, splits, weights, opened), results = inputs, []
     if splits:
         block = model.config.model.block_size
@@ -195,21 +195,21 @@ def _results(flags: argparse.Namespace, config: Config | None, inputs: _Inputs) 
         file = Path(flags.data) if flags.data else None
         name = file.stem if file and file.is_file() else flags.split or "val"
         name = "text" if flags.text else name
-        results.append((name, evaluate(model.params), count, "tokens"))
+        results.append((name, evaluate(model.params), {"tokens": count}))
     score, write = scorer(model.steps), None
     for task in opened:
-        if isinstance(task, tasks.Task):
-            figures = tasks.run(task, score, model.params, shown=True)
+        if not isinstance(task, chat_tasks.ChatTask):
+            results += tasks.run(task, score, model.params, shown=True)
         else:
             codec, sampler = model.codec(), Sampler(flags.temperature, top_k=0)
             write = write or decoder(model.steps, model.params, sampler, codec.vocab_size)
             figures = chat_tasks.run(task, write, codec, flags.samples, shown=True)
-        results.append((task.name, figures, task.count, "examples"))
+            results.append((task.name, figures, {"examples": task.count}))
     return results
 
 
-def _refuse_not_finite(model: trained.Trained, results: list[_Result]) -> None:
-    for name, figures, _, _ in results:
+def _refuse_not_finite(model: trained.Trained, results: list[Result]) -> None:
+    for name, figures, _ in results:
         if not all(math.isfinite(value) for value, _ in figures.values()):
             raise Mistake(
                 f"a figure of {model.name} over {name} is not finite: the tokens are others "
@@ -217,21 +217,22 @@ def _refuse_not_finite(model: trained.Trained, results: list[_Result]) -> None:
             )
 
 
-def _json(model: trained.Trained, results: list[_Result]) -> str:
+def _json(model: trained.Trained, results: list[Result]) -> str:
     row: dict[str, Any] = {"model": model.name, "step": model.step}
     if model.config.model.begins_in_batch:
         row["document_mask"] = True
-    for name, figures, count, unit in results:
+    for name, figures, counts in results:
         for key, (value, error) in figures.items():
             row |= {f"{name}/{key}": value, f"{name}/{key}_stderr": error}
-        row[f"{name}/{unit}"] = count
+        row |= {f"{name}/{unit}": count for unit, count in counts.items()}
     return json.dumps(row)
 
 
-def _table(results: list[_Result]) -> str:
+def _table(results: list[Result]) -> str:
     lines = [
-        (f"{name}/{key}", f"{value:.6g}", f"± {error:.3g}", f"{count:,} {unit}")
-        for name, figures, count, unit in results
+        (f"{name}/{key}", f"{value:.6g}", f"± {error:.3g}", ", ".join(counted))
+        for name, figures, counts in results
+        for counted in [[f"{count:,} {unit}" for unit, count in counts.items() if count]]
         for key, (value, error) in figures.items()
     ]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -275,7 +276,9 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help="with its --file, if it has one; several are possible",
     )
-    parser.add_argument("--file", action="append", default=[], help="the task's examples")
+    parser.add_argument(
+        "--file", action="append", default=[], help="the task's examples, or core's folder"
+    )
     parser.add_argument(
         "--limit", type=int, help="first so many examples (default: all of a file, or 200)"
     )
@@ -313,8 +316,9 @@ def _check(flags: argparse.Namespace) -> None:
         raise Mistake(
             f"--samples={flags.samples} would all be the same greedy answer; give --temperature 1"
         )
-    for path in [*flags.file, *([flags.text] if flags.text else [])]:
-        if not Path(path).is_file():
+    files = dict(zip(with_files, flags.file, strict=True)) | {"text": flags.text or None}
+    for name, path in files.items():
+        if path is not None and not Path(path).is_file() and name != "core":
             raise Mistake(f"there is no file {path}")
     if flags.task and not (flags.data or flags.text) and (flags.windows or flags.split):
         raise Mistake("--windows and --split are of text; a --task alone has --limit")

@@ -617,6 +617,8 @@ for name, argv, files, *words in [
     ("an unknown task", [RUN, "--task=mmlu", "--file=t"], {"t": LINE}, "'mmlu'", "hellaswag"),
     ("a task without a file", [RUN, "--task=lambada"], {}, "--file"),
     ("a task whose file is missing", TASK, {}, "there is no file t"),
+    ("core without a mark between texts", [RUN, "--task=core", "--file=t"], {"t/x": ""},
+     "tokenizer char has none"),
     ("a task of nothing", TASK, {"t": "\n"}, "t is empty"),
     ("a task not JSON", TASK, {"t": LINE + '{"te'}, "t, line 2,", "not JSON"),
     ("a task nested without end", TASK, {"t": DEEP}, "t, line 1,", "nested too deeply"),

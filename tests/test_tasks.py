@@ -383,6 +383,31 @@ def all_rows(out_dir):
     return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
 
 
+def small_bundle(folder):
+    """A bundle of two tasks of core, whose prompts fit into 32 tokens and do not."""
+    near = [
+        {"query": "cat sat", "choices": ["on", "xz"], "gold": 0},
+        {"query": "sat on", "choices": ["zx", "the"], "gold": 1},
+    ]
+    far = [{**row, "query": f"{row['query']}, the cat sat on the mat"} for row in near]
+    table, listed = ["Eval Task,Random baseline"], []
+    (folder / "eval_data").mkdir()
+    for label, examples in (("near", near), ("far", far)):
+        write(folder / "eval_data" / f"{label}.jsonl", examples * 2)
+        table.append(f"{label},50")
+        listed.append(
+            {
+                "label": label,
+                "dataset_uri": f"{label}.jsonl",
+                "num_fewshot": [1],
+                "icl_task_type": "multiple_choice",
+            }
+        )
+    (folder / "core.yaml").write_text(json.dumps({"icl_tasks": listed}))
+    (folder / "eval_meta_data.csv").write_text("\n".join(table))
+    return folder
+
+
 @pytest.mark.slow
 def test_eval_tasks_are_scored_at_each_evaluation(data, tmp_path, capsys):
     """With the figures of the command, and without being part of what must stay as it was."""
@@ -394,24 +419,39 @@ def test_eval_tasks_are_scored_at_each_evaluation(data, tmp_path, capsys):
     files = {
         "multiple_choice": str(write(tmp_path / "choices", choices)),
         "lambada": str(write(tmp_path / "words", words)),
+        "core": str(small_bundle(tmp_path)),
     }
     keys = {"eval.tasks": json.dumps(files), "eval.task_examples": 3}
     out_dir = tmp_path / "run"
     assert train.main(arguments(data, out_dir, **keys)) == 0
-    assert "multiple_choice/acc_norm" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "multiple_choice/acc_norm" in shown and "core/mean" in shown
+    assert "core/near/acc" not in shown, "core's tasks fill the console"
     rows = [row for row in all_rows(out_dir) if "val/loss" in row]
     assert [row["step"] for row in rows] == [0, 2, 4]
     asked = ["--run", str(out_dir), "--checkpoint", "latest", "--limit", "3", "--json"]
     for name, file in files.items():
         asked += ["--task", name, "--file", file]
     assert evaluate.main(asked) == 0
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert found["multiple_choice/examples"] == 3
+    out, err = capsys.readouterr()
+    found = json.loads(out.splitlines()[-1])
+    assert found["multiple_choice/examples"] == found["core/near/examples"] == 3
+    assert (found["core/near/cut"], found["core/far/cut"], found["core/tasks"]) == (0, 6, 2)
+    assert "note: these are not the 22 tasks of CORE" in err
+    assert found["core/mean"] == (found["core/near/centered"] + found["core/far/centered"]) / 2
+    assert {key for key in rows[-1] if key.startswith("core/")} == {
+        "core/mean",
+        "core/near/acc",
+        "core/far/acc",
+    }
     for key in (
         "multiple_choice/acc",
         "multiple_choice/acc_norm",
         "lambada/acc",
         "lambada/perplexity",
+        "core/mean",
+        "core/near/acc",
+        "core/far/acc",
     ):
         assert rows[-1][key] == pytest.approx(found[key], rel=1e-6), key
         assert all(key in row for row in rows)
@@ -435,6 +475,7 @@ def test_eval_tasks_are_scored_at_each_evaluation(data, tmp_path, capsys):
         ({"lambada": "/nowhere/x.jsonl"}, "cannot read /nowhere/x.jsonl"),
         ({"lambda": "x"}, "eval.tasks.lambda.*'hellaswag', 'lambada', 'mul.* 'spell' or 'count'"),
         ({"lambada": 3}, "eval.tasks.lambada"),
+        ({"core": "/nowhere"}, "there is no /nowhere/core.yaml; core wants the folder of https://"),
         ({"lambada": None}, "lambada needs a file, {lambada: FILE}"),
         ({"sort": "x"}, "sort has no file; write {sort: null}, not x"),
         ({"sort": None}, "task sort is asked in a conversation"),

@@ -159,7 +159,7 @@ class GrpoConfig(Section):
     """leave answers that did not end out of what is learned"""
 
 
-FileTask = Literal["hellaswag", "lambada", "multiple_choice", "gsm8k"]
+FileTask = Literal["hellaswag", "lambada", "multiple_choice", "core", "gsm8k"]
 GeneratedTask = Literal["reverse", "sort", "add", "spell", "count"]
 Task = Literal[FileTask, GeneratedTask]
 
@@ -190,8 +190,8 @@ class EvalConfig(Section):
     """the text that samples continue, with conversations the question that they answer; by default
     none, they begin anew or answer a held-out question"""
     tasks: Annotated[dict[Task, Name | None], AfterValidator(_with_their_files)] = {}
-    """also score these tasks, {task: jsonl file}, or null for one that has no file; see
-    `python -m scalegpt.evaluate --help`"""
+    """also score these tasks, {task: jsonl file}, core with its folder, or null for one that has no
+    file; see `python -m scalegpt.evaluate --help`"""
     task_examples: Positive | None = None
     """how many examples of each task are scored, from its first on; default: all of its file, or
     200"""

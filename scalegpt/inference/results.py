@@ -11,6 +11,8 @@ from tqdm import tqdm
 
 # Name of a figure -> (value, standard error).
 Figures = dict[str, tuple[float, float]]
+# What was measured, its figures, and over how many of what, such as {"examples": 200}.
+Result = tuple[str, Figures, dict[str, int]]
 
 
 def fetch(results: Iterable[tuple[Array, ...]]) -> Iterator[list[np.ndarray]]:

@@ -4,6 +4,9 @@ A task is a file with one JSON object a line, plain or packed as .xz, .gz, .bz2 
 hellaswag        activity_label, ctx_a, ctx_b, endings and label, as published
 lambada          text, whose last word is to be guessed, or context and continuation
 multiple_choice  context (or query), choices, and label (or gold), the right one's index from 0
+core             nanochat's folder eval_bundle: DCLM's 22 tasks, each also centred (0 is guessing, 1
+                 all right), and CORE, the mean of these; cut: prompts that lost their beginning,
+                 as they are longer than the model's context
 
 A model that answers in a conversation is asked a multiple_choice there: its choices get letters,
 and the likeliest of these as an answer counts, by its logits over the letters alone.
@@ -14,6 +17,7 @@ import re
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +29,11 @@ from scalegpt.data.chat import encode_prompt
 from scalegpt.data.token_files import Dataset
 from scalegpt.data.tokenizer import Tokenizer
 from scalegpt.errors import Mistake
-from scalegpt.files import json_files
-from scalegpt.files.text_files import read_text
+from scalegpt.inference import core, examples
+from scalegpt.inference.core import Core
+from scalegpt.inference.examples import Fields
 from scalegpt.inference.likelihood import Row, Scorer, row_of, scorer
-from scalegpt.inference.results import Figures, mean
+from scalegpt.inference.results import Figures, Result, mean
 from scalegpt.step.build import Steps
 
 
@@ -48,39 +53,34 @@ class Task:
     def ids(self) -> list[np.ndarray]:
         return [row.ids for row in self.rows]
 
-    @property
-    def count(self) -> int:
-        return len(self.gold)
+    def results(self, sums: np.ndarray, greedy: np.ndarray) -> list[Result]:
+        """Return what its rows' log-likelihoods say."""
+        return [(self.name, figures(self, sums, greedy), {"examples": len(self.gold)})]
 
 
 def open_task(
     name: str, path: str | Path, codec: Tokenizer, block_size: int, limit: int | None = None
-) -> Task:
+) -> Task | Core:
     """Read and encode a task, or its first `limit` examples.
 
     Raises Mistake, with file and line, for a line that is no example of this task, and for a choice
     that does not fit into block_size.
     """
+    if name == "core":
+        return core.open_bundle(path, codec, block_size, limit)
     task = Task(name, [], [], [])
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            context, choices, gold = _PARSERS[name](_Fields(_value(line)))
-            if name == "multiple_choice" and codec.marks:
-                choices, rows = lettered(codec, context, choices, block_size)
-            else:
-                # The harness joins context and choice by a space, its "target_delimiter".
-                rows = [encode_pair(codec, context, f" {c}", block_size) for c in choices]
-        except ValueError as error:
-            raise Mistake(f"{path}, line {number}, is no example of {name}: {error}") from None
+
+    def encoded(fields: Fields) -> tuple[int, list[str], list[Row]]:
+        context, choices, gold = _PARSERS[name](fields)
+        if name == "multiple_choice" and codec.marks:
+            return gold, *lettered(codec, context, choices, block_size)
+        # The harness joins context and choice by a space, its "target_delimiter".
+        return gold, choices, [encode_pair(codec, context, f" {c}", block_size) for c in choices]
+
+    for _, (gold, choices, rows) in islice(examples.read(path, name, encoded), limit):
         task.gold.append(gold)
         task.lengths.append([len(c) for c in choices])
         task.rows.extend(rows)
-        if len(task.gold) == limit:
-            break
-    if not task.gold:
-        raise Mistake(f"{path} is empty")
     return task
 
 
@@ -153,9 +153,9 @@ def figures(task: Task, sums: np.ndarray, greedy: np.ndarray) -> Figures:
     return {"acc": mean(correct), "acc_norm": mean(correct_norm)}
 
 
-def run(task: Task, score: Scorer, params: Any, shown: bool = False) -> Figures:
+def run(task: Task | Core, score: Scorer, params: Any, shown: bool = False) -> list[Result]:
     """Score a task with these parameters; shown: with a progress bar."""
-    return figures(task, *score(params, task.rows, task.name if shown else ""))
+    return task.results(*score(params, task.rows, task.name if shown else ""))
 
 
 def in_training(
@@ -182,66 +182,18 @@ def in_training(
     def evaluate(params: Any) -> dict[str, float]:
         row = {}
         for task in opened:
-            scores = run(task, score, params)
-            row |= {f"{task.name}/{key}": value for key, (value, _) in scores.items()}
+            for name, scores, _ in run(task, score, params):
+                scores.pop("centered", None)  # which follows from acc
+                row |= {f"{name}/{key}": value for key, (value, _) in scores.items()}
         return row
 
     return evaluate
 
 
-def _value(line: str) -> Any:
-    try:
-        return json_files.parse(line)
-    except ValueError as error:
-        raise Mistake(f"not JSON: {error}") from None
-
-
-class _Fields:
-    """The fields of a line's JSON object, by type; a missing or wrong one raises Mistake."""
-
-    def __init__(self, row: Any) -> None:
-        if not isinstance(row, dict):
-            raise Mistake(f"it holds a {type(row).__name__}, not an object")
-        self._row = row
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._row
-
-    def text(self, *names: str) -> str:
-        name, value = self._find(names)
-        if not isinstance(value, str):
-            raise Mistake(f"{name} is {value!r}, not a text")
-        return value
-
-    def texts(self, name: str) -> list[str]:
-        value = self._find((name,))[1]
-        if (
-            not isinstance(value, list)
-            or len(value) < 2
-            or not all(isinstance(text, str) for text in value)
-        ):
-            raise Mistake(f"{name} is {value!r}, not a list of two texts or more")
-        return value
-
-    def index(self, choices: list[str], *names: str) -> int:
-        name, value = self._find(names)
-        number = int(value) if isinstance(value, str) and value.strip().isdigit() else value
-        if type(number) is not int or not 0 <= number < len(choices):
-            raise Mistake(f"{name} is {value!r}, not the index of one of {len(choices)} choices")
-        return number
-
-    def _find(self, names: tuple[str, ...]) -> tuple[str, Any]:
-        for name in names:
-            if name in self._row:
-                return name, self._row[name]
-        present = ", ".join(map(repr, self._row)) or "nothing"
-        raise Mistake(f"it has no {' or '.join(map(repr, names))}, only {present}")
-
-
 Example = tuple[str, list[str], int]  # context, choices, which is right
 
 
-def _hellaswag(row: _Fields) -> Example:
+def _hellaswag(row: Fields) -> Example:
     context = row.text("ctx_a") + " " + row.text("ctx_b").capitalize()
     choices = [_clean(ending) for ending in row.texts("endings")]
     context = _clean(row.text("activity_label") + ": " + context)
@@ -254,7 +206,7 @@ def _clean(text: str) -> str:
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
-def _lambada(row: _Fields) -> Example:
+def _lambada(row: Fields) -> Example:
     if "continuation" in row:
         context, word = row.text("context"), row.text("continuation").removeprefix(" ")
     elif "text" not in row:
@@ -264,7 +216,7 @@ def _lambada(row: _Fields) -> Example:
     return context, _not_empty([word]), 0
 
 
-def _multiple_choice(row: _Fields) -> Example:
+def _multiple_choice(row: Fields) -> Example:
     choices = _not_empty(row.texts("choices"))
     return row.text("context", "query"), choices, row.index(choices, "label", "gold")
 
@@ -275,9 +227,9 @@ def _not_empty(choices: list[str]) -> list[str]:
     return choices
 
 
-_PARSERS: dict[str, Callable[[_Fields], Example]] = {
+_PARSERS: dict[str, Callable[[Fields], Example]] = {
     "hellaswag": _hellaswag,
     "lambada": _lambada,
     "multiple_choice": _multiple_choice,
 }
-NAMES = tuple(_PARSERS)
+NAMES = (*_PARSERS, "core")

@@ -195,7 +195,7 @@ def figures(data: str, row: Row) -> Iterator[Figure]:
     """Yield the figures in what metrics.jsonl has of a step. data: the names of the data sets."""
     loss, error = row.get("val/loss"), row.get("val/loss_stderr")
     for key, value in row.items():
-        task, _, metric = key.partition("/")
+        task, _, metric = key.rpartition("/")
         if value is None or not (key in _TITLES or of_task(key)):
             continue
         its_error = None

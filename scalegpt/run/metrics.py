@@ -59,7 +59,7 @@ TRAIN_KEYS = (
     "time",
 )
 # A mixture adds val/NAME/loss and val/NAME/bits_per_byte for each of its data sets, and each of
-# eval.tasks adds TASK_KEYS.
+# eval.tasks adds TASK_KEYS, of core also for its parts, as core/piqa/acc.
 EVAL_KEYS = (
     "step",
     "val/loss",
@@ -81,7 +81,17 @@ EVAL_KEYS = (
 # pairs dpo/NAME, and with rewards rl/NAME.
 PREFIXES = ("norm/", "dpo/", "rl/")
 SHOWN = 3  # answers with their rewards that a person sees after each evaluation
-TASK_KEYS = ("acc", "acc_norm", "perplexity", "pass@1", "flexible_pass@1", "ended", "length")
+TASK_KEYS = (
+    "acc",
+    "acc_norm",
+    "perplexity",
+    "pass@1",
+    "flexible_pass@1",
+    "ended",
+    "length",
+    "score",
+    "mean",
+)
 # What the console shows of a row, in this order.
 _SHOWN = {
     "train/loss": "loss {:.4f}",
@@ -132,7 +142,9 @@ class Console:
         columns |= {key: form.format(row[key]) for key, form in _SHOWN.items() if key in row}
         if "rl/reward" in row:  # the loss hovers around 0 and says nothing
             del columns["train/loss"]
-        columns |= {key: f"{key} {row[key]:.4g}" for key in row if of_task(key)}
+        # The 22 tasks of core would fill a screen; their mean is there.
+        shown = [key for key in row if of_task(key) and key.count("/") == 1]
+        columns |= {key: f"{key} {row[key]:.4g}" for key in shown}
         if "perf/step_seconds" in row:  # without evaluations and saves, which come on top
             left = (self._total - row["step"]) * row["perf/step_seconds"]
             columns["left"] = f"left {tqdm.format_interval(left)}"
@@ -305,4 +317,4 @@ class Metrics:
 
 def of_task(key: str) -> bool:
     task, _, name = key.partition("/")
-    return task not in ("val", "rl") and name in TASK_KEYS
+    return task not in ("val", "rl") and name.rpartition("/")[2] in TASK_KEYS
