@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from test_hf import read, scores
 
 from scalegpt.config import Config
+from scalegpt.config.architectures import PRESETS
 from scalegpt.config.command_line import parse
 from scalegpt.config.recipe import ModelConfig
 from scalegpt.errors import Mistake
@@ -330,6 +331,14 @@ def test_a_model_that_no_format_says_is_refused_with_the_reasons_the_nearest_fir
     assert lines[0] == "  NanoChat: model.value_embeddings=True, not False"
     assert [line.split(":")[0].strip() for line in lines].count("Llama") == 1
     assert len(lines) == len(huggingface.FORMATS) and not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_has_a_format(name):
+    model = ModelConfig(preset=name, vocab_size=50)
+    fitting = [kind for kind, x in huggingface.FORMATS.items() if not x.misfits(model)]
+    kind = {"modern": "nanochat"}.get(name, name.split("-")[0])
+    assert fitting[:1] == [kind]
 
 
 @pytest.mark.parametrize("kind, qk_norm", [("llama", False), ("qwen3", True)])

@@ -983,7 +983,7 @@ def test_check_finds_the_layer_where_two_models_part(tmp_path, capsys):
     for name, said in (
         ("transformer.h.1.mlp.c_proj.bias", "in layer 1"),
         ("transformer.wpe.weight", "in the embedding"),
-        ("transformer.ln_f.weight", "in the last LayerNorm"),
+        ("transformer.ln_f.weight", "in the last norm"),
     ):
         other = {**tensors, name: tensors[name] + 0.01 * np.sin(np.arange(51)).astype(np.float32)}
         b = write(tmp_path / "b", other)

@@ -97,7 +97,8 @@ def parser() -> command_line.Parser:
         "--format",
         choices=("hf", "scalegpt"),
         default="hf",
-        help="hf: GPT-2's, for transformers; scalegpt: any model",
+        help="hf: the first of GPT-2's, Llama's, Mistral's, Qwen2's, Qwen3's and NanoChat's that "
+        "says what the model is, for transformers; scalegpt: any model",
     )
     sub.add_argument(
         "--push",
@@ -180,7 +181,7 @@ def export_(flags: argparse.Namespace) -> int:
         print(f"uploaded to {hub.push(out, flags.push)}")
     print("next:")
     print(f"  {python()} tools/convert_hf.py check {shlex.quote(flags.run)} {name}")
-    if spec := huggingface.describe(out)[1]:  # GPT-2's format has no ids without a text
+    if spec := huggingface.describe(out)[1]:  # formats of transformers have no ids without a text
         if "tokenizer.json" in tokenizer.kind(spec) and not find_spec("tokenizers"):
             print("  pip install 'scalegpt[data]'  # for the next command, which needs tokenizers")
         print(f'  {python()} -m scalegpt.generate --hf {name} --prompt "..."')
@@ -221,7 +222,7 @@ def first_difference(sources: tuple[str, str], tokens: np.ndarray) -> str:
     names = [
         "in the embedding",
         *(f"in layer {i}" for i in range(len(states[0]) - 3)),
-        "in the last LayerNorm",
+        "in the last norm",
         "in the head",
     ]
     for name, a, b in zip(names, *states, strict=True):
