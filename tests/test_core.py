@@ -5,6 +5,7 @@ import json
 import math
 import random
 import zlib
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -270,6 +271,12 @@ def test_what_cannot_be_scored_is_refused(tmp_path):
         core._rows("language_modeling", [np.arange(3), np.arange(3)], 50)
     with pytest.raises(ValueError, match="tokenizer char has none: take a model"):
         tasks.open_task("core", bundle(tmp_path), tokenizer.char_tokenizer(["abc"]), 99)
+
+
+def test_a_prompt_begins_with_the_token_that_begins_a_text(tmp_path):
+    for codec, first in ((BYTES, 0), (replace(BYTES, bos=7), 7)):
+        rows = tasks.open_task("core", bundle(tmp_path, 3), codec, 300).rows
+        assert {int(row.ids[0]) for row in rows} == {first}
 
 
 @pytest.mark.slow

@@ -142,11 +142,11 @@ def open_bundle(
     more than block_size tokens lose their beginning. Raises Mistake for a folder that is none, a
     line that is no example, and an answer that alone is too long.
     """
-    folder, bos = Path(path), codec.marks.get("bos", codec.eot)
+    folder, bos = Path(path), codec.begin
     if bos is None:
         raise Mistake(
-            f"core begins each prompt with the mark between texts, and tokenizer {codec.name} has "
-            "none: take a model whose tokenizer has one, such as gpt2"
+            f"core puts the mark that begins a text before each prompt, and tokenizer {codec.name} "
+            "has none: take a model whose tokenizer has one, such as gpt2"
         )
     tasks, baselines = _listed(folder / "core.yaml"), _baselines(folder / "eval_meta_data.csv")
     for task in tasks:
