@@ -1,5 +1,7 @@
 """Exports write in other programs what the model writes here: transformers' own pipeline."""
 
+import json
+
 import convert_hf
 import jax
 import numpy as np
@@ -19,6 +21,7 @@ from scalegpt.inference.sampling import Sampler
 from scalegpt.model.parameters import parameters
 from scalegpt.step import sharding
 from scalegpt.weights import huggingface, trained
+from scalegpt.weights.tokenizer_files import cuts_as_qwen2
 
 SIZES = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 64}
 # model_type that is exported -> keys of a model of that shape.
@@ -70,7 +73,11 @@ def test_every_format_has_a_shape_here():
 @pytest.mark.oracle
 @pytest.mark.parametrize(
     ("kind", "spec"),
-    [("gpt2", "gpt2"), ("gpt2", "byte"), *((kind, CHARS) for kind in huggingface.FORMATS)],
+    [
+        ("gpt2", "gpt2"),
+        ("gpt2", "byte"),
+        *((kind, CHARS) for kind in huggingface.FORMATS if kind != "qwen2"),
+    ],
 )
 def test_transformers_pipeline_writes_what_the_model_writes(kind, spec, tmp_path):
     model, write = exported(tmp_path, spec, **SHAPES[kind])
@@ -83,6 +90,17 @@ def test_transformers_pipeline_writes_what_the_model_writes(kind, spec, tmp_path
         options = {"max_new_tokens": 24, "do_sample": False, "return_full_text": False}
         assert write(prompt, **options)[0]["generated_text"] == texts[-1]
     assert texts[0] != texts[1] and len({*texts[0], *texts[1]}) > 3, "else any model would do"
+
+
+@pytest.mark.oracle
+def test_a_qwen2_needs_a_tokenizer_that_cuts_as_qwen2s(tmp_path):
+    """Of this model_type, transformers 5 reads any tokenizer.json as Qwen2's, whatever it says."""
+    with pytest.raises(ValueError, match="as Qwen2 does, and this model's tokenizer cuts otherw"):
+        exported(tmp_path, CHARS, **SHAPES["qwen2"])
+    from transformers import Qwen2Tokenizer
+
+    theirs = Qwen2Tokenizer()
+    assert cuts_as_qwen2(json.loads(theirs.backend_tokenizer.to_str()))
 
 
 @pytest.mark.oracle

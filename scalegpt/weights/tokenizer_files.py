@@ -12,6 +12,11 @@ from scalegpt.errors import Mistake
 from scalegpt.files.json_files import read_object
 from scalegpt.files.run_folder import is_run
 
+_QWEN2_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
 
 def named(name: str) -> Tokenizer:
     """Return the tokenizer that a user has named.
@@ -108,6 +113,15 @@ def read_merges(vocab: Path) -> dict[str, Any] | None:
         *(_special(id_, token) | {"special": False} for token, id_ in more.items()),
     ]
     return {"kind": "tokenizer.json", "name": vocab.name, "json": content}
+
+
+def cuts_as_qwen2(content: dict[str, Any]) -> bool:
+    """Tell whether a tokenizer.json cuts texts as transformers' Qwen2Tokenizer does in any case."""
+    nfc = (content.get("normalizer") or {}).get("type") == "NFC"
+    match content.get("pre_tokenizer"):
+        case {"pretokenizers": [{"pattern": {"Regex": pattern}}, {"type": "ByteLevel"}]}:
+            return nfc and pattern == _QWEN2_PATTERN
+    return False
 
 
 def tokenizer_files(spec: Any, block_size: int) -> dict[str, Any]:

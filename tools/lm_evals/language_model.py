@@ -54,12 +54,12 @@ class LanguageModel(TemplateLM):
     @property
     def eot_token_id(self) -> int:
         """The id that stands for an empty context."""
-        if self.codec.eot is None:
+        if self.codec.begin is None:
             raise Mistake(
                 f"a context is empty, and tokenizer {self.codec.name} has no end-of-text mark to "
                 "take its place; leave this task out"
             )
-        return self.codec.eot
+        return self.codec.begin
 
     @property
     def max_length(self) -> int:
