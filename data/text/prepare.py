@@ -16,7 +16,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from glob import has_magic
 from itertools import chain
@@ -149,9 +149,7 @@ def read_documents(
             yield chain([first], text)
 
 
-def split_documents(
-    read: Read, val_fraction: float, seed: int
-) -> Iterator[tuple[str, Iterable[str]]]:
+def split_documents(read: Read, val_fraction: float, seed: int) -> Iterator[tuple[str, Document]]:
     """Give each document to "val" with the probability `val_fraction`, by its text and the seed.
 
     Neither the order of the documents nor their number moves one to the other side. A single
@@ -189,10 +187,13 @@ def _unsplit(shares: list[float], val_fraction: float) -> str:
     return f"{message}give validation text of its own by --val-input"
 
 
-def _shares(read: Read, seed: int) -> Iterator[tuple[float, Iterable[str]]]:
+def _shares(read: Read, seed: int) -> Iterator[tuple[float, Document]]:
     """Yield each document with its place in [0, 1), a hash of its beginning."""
     for document in read():
-        chunks, head = iter([document] if isinstance(document, str) else document), ""
+        if isinstance(document, str):
+            yield stable_fraction(document[:HASHED], seed), document
+            continue
+        chunks, head = iter(document), ""
         while len(head) < HASHED and (chunk := next(chunks, "")):
             head += chunk
         yield stable_fraction(head[:HASHED], seed), chain([head], chunks)
@@ -232,11 +233,16 @@ def _json_texts(path: File, chunks: Iterator[str], key: str, errors: str) -> Ite
                 "no text; leave such lines out"
             )
         try:  # JSON can spell half a surrogate pair, which UTF-8 cannot
-            yield row[key].encode("utf-16", "surrogatepass").decode("utf-16", errors)
-        except UnicodeDecodeError as error:
-            raise Mistake(
-                f"{path}, line {number}: {error.reason}; --errors replace reads on"
-            ) from error
+            row[key].encode()
+        except UnicodeEncodeError as error:
+            if errors == "strict":
+                half = f"\\u{ord(error.object[error.start]):x}"
+                raise Mistake(
+                    f"{path}, line {number}: {half} is half a surrogate pair, no character; "
+                    "--errors replace reads on"
+                ) from None
+            row[key] = row[key].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        yield row[key]
 
 
 def main(argv: list[str]) -> int:

@@ -16,10 +16,11 @@ import shutil
 import signal
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from threading import Thread
@@ -31,6 +32,7 @@ from tqdm import tqdm
 
 from scalegpt.config import command_line
 from scalegpt.config.presets import data_folder
+from scalegpt.data.fast_encoding import Encode, faster, one_by_one
 from scalegpt.data.token_files import INDEX, file_of, index_of, narrowest
 from scalegpt.data.tokenizer import Tokenizer, kind, load
 from scalegpt.errors import Mistake, counted
@@ -39,11 +41,12 @@ from scalegpt.files.json_files import read_object
 
 SPLITS = ("train", "val")
 Document = str | Iterable[str]  # a text, or its consecutive chunks where it is too long to hold
+PART = 1 << 20  # characters of a long document that are cut, and of several short ones, at once
 MOST_WHOLE = 1 << 22  # characters encoded in one piece: tokenizers take up to 180 bytes for each
 _ANYWHERE = re.compile(r"(?s).*")  # these match a text up to the last place where it may be cut
 _BEFORE_A_SPACE = re.compile(r"(?s).*\S(?=[ \n])")
 _MOST = {"max_id", "longest"}  # facts of which a split has the largest, not the sum
-_worker_tokenizer: Tokenizer | None = None  # set in a worker when it starts
+_worker_encodes: Encode | None = None  # set in a worker when it starts
 
 
 @dataclass(frozen=True)
@@ -68,21 +71,20 @@ def write_dataset(
 
     build: makes the corpus; not called if `out` already holds `source`, unless `force`.
     source: text and settings in words; kept in meta.json and compared when called again.
-    workers: processes that encode (0, 1: this one; None: by size); the files do not depend on it.
+    workers: processes that encode, of gigatoken threads (0, 1: this one; None: by size); the files
+    do not depend on it.
     Raises Mistake for other data in `out`, too little disk or no text, and what `build` raises.
     """
     if workers is not None and workers < 0:
         raise Mistake(f"--workers={workers} must be 0, for this process alone, or more")
 
     def write() -> dict[str, Any]:
-        corpus, processes = build(), workers
+        corpus = build()
         tokenizer = corpus.tokenizer
         dtype = narrowest(tokenizer.vocab_size)
         bpe = tokenizer.name not in ("byte", "char")  # English: 4.4 bytes a token of gpt2's
         check_disk(out, corpus.text_bytes * dtype.itemsize / (4 if bpe else 1))
-        if processes is None:  # to start processes costs seconds: only where it pays
-            processes = (os.cpu_count() or 1) // 2 if bpe and corpus.text_bytes > 50e6 else 0
-        splits = write_bins(out, _encoded(corpus, dtype, processes), corpus.text_bytes, "bytes")
+        splits = write_bins(out, _encoded(corpus, dtype, workers), corpus.text_bytes, "bytes")
         several = any(splits[split]["documents"] > 1 for split in SPLITS)
         if several and corpus.separate and tokenizer.eot is None:
             print("nothing separates documents: this tokenizer has no end-of-text mark")
@@ -304,19 +306,35 @@ def _publish(out: Path, meta: dict[str, Any]) -> None:
         os.replace(file.name, out / name)
 
 
-def _encoded(corpus: Corpus, dtype: np.dtype, workers: int) -> Iterator[tuple]:
+def _encoded(corpus: Corpus, dtype: np.dtype, workers: int | None) -> Iterator[tuple]:
     """Yield `_encode`'s results in the order of documents; workers run a few batches ahead."""
-    encode = partial(_encode, separate=corpus.separate, dtype=dtype)
+    mark = corpus.tokenizer.eot if corpus.separate else None
+    encode = partial(_encode, corpus.tokenizer.name, mark, dtype)
+    batches = _batches(corpus)
+    first = next(batches)
+    cores = os.cpu_count() or 1
+    texts = [piece for _, piece, _ in first]
+    fast, said = faster(corpus.tokenizer, texts, cores if workers is None else workers)
+    if workers is None:  # to start processes costs seconds: only where it pays
+        slow = said and corpus.text_bytes > 50e6
+        workers = cores if fast else cores // 2 if slow else 0
+    if said:
+        print(said, flush=True)
+    batches, ahead = chain([first], batches), deque()
     if workers < 2:
-        for batch in _batches(corpus):
-            yield from encode(batch, tokenizer=corpus.tokenizer)
+        for batch in batches:
+            yield from encode(batch, fast or one_by_one(corpus.tokenizer))
         return
-    # spawn: a forked worker would inherit threads and a device's state
-    spec, ahead = corpus.tokenizer.spec(), deque()
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (spec,))
+    if fast:  # its own threads encode, while this one reads
+        pool, work = ThreadPoolExecutor(1), partial(encode, by=fast)
+    else:
+        # spawn: a forked worker would inherit threads and a device's state
+        start = (corpus.tokenizer.spec(),)
+        pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, start)
+        work = encode
     try:
-        for batch in _batches(corpus):
-            ahead.append(pool.submit(encode, batch))
+        for batch in batches:
+            ahead.append(pool.submit(work, batch))
             if len(ahead) > 2 * workers:
                 yield from ahead.popleft().result()
         while ahead:
@@ -328,32 +346,35 @@ def _encoded(corpus: Corpus, dtype: np.dtype, workers: int) -> Iterator[tuple]:
 def _batches(corpus: Corpus) -> Iterator[list[tuple[str, str, bool]]]:
     """Yield lists of (split, piece of a document, whether the document ends with it).
 
-    Each list holds about a million characters.
+    Each list holds about a million characters; there is at least one list.
     """
     batch, size = [], 0
     for split, document in corpus.documents:
-        chunks = [document] if isinstance(document, str) else document
-        # In short parts, so that one place to cut, far on, does not let all before it pass whole.
-        parts = (c[i : i + (1 << 20)] for c in chunks for i in range(0, len(c), 1 << 20))
-        for piece, last in _pieces(parts, corpus.tokenizer):
+        for piece, last in _pieces(document, corpus.tokenizer):
             batch.append((split, piece, last))
             size += len(piece) + 1
-            if size >= 1 << 20:
+            if size >= PART:
                 yield batch
                 batch, size = [], 0
     yield batch
 
 
-def _pieces(chunks: Iterable[str], tokenizer: Tokenizer) -> Iterator[tuple[str, bool]]:
+def _pieces(document: Document, tokenizer: Tokenizer) -> Iterator[tuple[str, bool]]:
     """Cut a document where no token of the tokenizer crosses; True comes with the end.
 
     Raises Mistake for a document that cannot be cut often enough.
     """
+    if isinstance(document, str) and len(document) <= PART:
+        yield document, True
+        return
+    chunks = [document] if isinstance(document, str) else document
+    # In short parts, so that one place to cut, far on, does not let all before it pass whole.
+    parts = (chunk[i : i + PART] for chunk in chunks for i in range(0, len(chunk), PART))
     places, held, size, last = None, [], 0, ""
     if tokenizer.piecewise:
         places = _ANYWHERE if kind(tokenizer.spec()) in ("byte", "char") else _BEFORE_A_SPACE
-    for chunk in chunks:
-        text = last + chunk  # the last place may lie between chunks
+    for part in parts:
+        text = last + part  # the last place may lie between parts
         match = places and places.match(text)
         if cut := match.end() if match else 0:
             yield "".join([*held, text[:cut]]), False
@@ -372,29 +393,32 @@ def _pieces(chunks: Iterable[str], tokenizer: Tokenizer) -> Iterator[tuple[str, 
 
 
 def _start_worker(spec: dict[str, Any]) -> None:
-    global _worker_tokenizer
-    _worker_tokenizer = load(spec)
+    global _worker_encodes
+    _worker_encodes = one_by_one(load(spec))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to answer
     # A worker would otherwise wait forever for work from a parent that was killed.
     Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 
-def _encode(batch: list, separate: bool, dtype: np.dtype, tokenizer: Tokenizer | None = None):
-    """Return (split, ids, bytes of text and documents ended) of a batch for each split."""
-    tokenizer = tokenizer or _worker_tokenizer
-    mark = np.array([tokenizer.eot] if separate and tokenizer.eot is not None else [], np.int32)
+def _encode(name: str, mark: int | None, dtype: np.dtype, batch: list, by: Encode | None = None):
+    """Return (split, ids, bytes, documents and where they end) of a batch for each split.
+
+    name: the tokenizer's. mark: follows each document. by: encodes; a worker has its own.
+    """
     encoded = []
     for split in SPLITS:
-        parts, ends, n_ids, n_bytes = [mark[:0]], [], 0, 0
-        for piece, last in ((piece, last) for where, piece, last in batch if where == split):
-            parts += [tokenizer.encode(piece), mark if last else mark[:0]]
-            n_ids += len(parts[-2]) + len(parts[-1])
-            n_bytes += len(piece.encode(errors="surrogatepass"))
-            ends += [n_ids] * last
-        if tokenizer.name == "byte":  # its end-of-text mark is a byte of the text
-            n_bytes += len(ends) * mark.size
-        added = {"bytes": n_bytes, "documents": len(ends), "ends": np.array(ends, INDEX)}
-        encoded.append((split, np.concatenate(parts).astype(dtype), added))
+        pieces = [piece for where, piece, _ in batch if where == split]
+        whole = np.array([last for where, _, last in batch if where == split], bool)
+        ids, ends = (by or _worker_encodes)(pieces)
+        ends = ends[whole]
+        if mark is not None:
+            ids, ends = np.insert(ids, ends, mark), ends + np.arange(1, ends.size + 1)
+        ascii_or_bytes = (t if t.isascii() else t.encode(errors="surrogatepass") for t in pieces)
+        n_bytes = sum(map(len, ascii_or_bytes))
+        if name == "byte" and mark is not None:  # its end-of-text mark is a byte of the text
+            n_bytes += ends.size
+        added = {"bytes": n_bytes, "documents": ends.size, "ends": ends.astype(INDEX)}
+        encoded.append((split, ids.astype(dtype), added))
     return encoded
 
 

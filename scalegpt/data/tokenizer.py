@@ -313,6 +313,13 @@ def _byte() -> Tokenizer:
     return Tokenizer("byte", 256, 0, True, encode, decode, spec, _part=lambda i: bytes([i]))
 
 
+def gpt2_ranks() -> dict[bytes, int]:
+    """Return the tokens of GPT-2 with their ids, less its end-of-text mark."""
+    import tiktoken
+
+    return tiktoken.get_encoding("gpt2")._mergeable_ranks
+
+
 def _gpt2() -> Tokenizer:
     import tiktoken
 

@@ -166,9 +166,7 @@ def tokenizer_files(spec: Any, block_size: int) -> dict[str, Any]:
 
 
 def _gpt2() -> dict[str, Any]:
-    import tiktoken
-
-    ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
+    ranks = tokenizer.gpt2_ranks()
     vocab = {"".join(BYTES[b] for b in token): rank for token, rank in ranks.items()}
     merges = [_last_merge(token, ranks) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
     merges = [["".join(BYTES[b] for b in part) for part in pair] for pair in merges]
