@@ -166,7 +166,29 @@ def tokenizer_files(spec: Any, block_size: int) -> dict[str, Any]:
 
 
 def _gpt2() -> dict[str, Any]:
-    ranks = tokenizer.gpt2_ranks()
+    return _of_ranks(tokenizer.gpt2_ranks())
+
+
+# How GPT-4 cuts a text into words, as in the tokenizer.json of Llama 3 and others.
+GPT4_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def trained(ranks: dict[bytes, int]) -> dict[str, Any]:
+    """Return the tokenizer.json of BPE over bytes in GPT-4's words, with an end-of-text mark.
+
+    ranks: the tokens with their ids, from 0 on, in the order in which they were learned.
+    """
+    words = {"type": "Split", "pattern": {"Regex": GPT4_WORDS}, "behavior": "Isolated"}
+    content = _of_ranks(ranks)
+    cutter = {**content["pre_tokenizer"], "use_regex": False}
+    both = {"type": "Sequence", "pretokenizers": [{**words, "invert": False}, cutter]}
+    return {**content, "pre_tokenizer": both}
+
+
+def _of_ranks(ranks: dict[bytes, int]) -> dict[str, Any]:
     vocab = {"".join(BYTES[b] for b in token): rank for token, rank in ranks.items()}
     merges = [_last_merge(token, ranks) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
     merges = [["".join(BYTES[b] for b in part) for part in pair] for pair in merges]
