@@ -27,7 +27,7 @@ import pytest
 from filelock import FileLock, Timeout
 
 from scalegpt.config import command_line
-from scalegpt.data import prepare, token_files
+from scalegpt.data import prepare, reading, token_files
 from scalegpt.data.prepare import Corpus, write_dataset
 from scalegpt.data.tokenizer import char_tokenizer, load
 from scalegpt.files import text_files
@@ -217,7 +217,10 @@ def test_openwebtext_reads_local_parquet_as_jsonl(wiki, wiki_jsonl, tmp_path, mo
             owt.load_text(str(tmp_path / pattern), tmp_path)
 
 
-@pytest.mark.parametrize("name", ["chat", "openwebtext", "python_stdlib", "shakespeare", "text"])
+@pytest.mark.parametrize(
+    "name",
+    ["chat", "climbmix", "fineweb_edu", "openwebtext", "python_stdlib", "shakespeare", "text"],
+)
 def test_help_says_what_each_flag_means_and_its_default(name, monkeypatch):
     class Parsed(Exception):
         pass
@@ -382,8 +385,8 @@ def test_what_a_file_is_read_as_is_told_by_what_it_holds(tmp_path):
         assert ["".join(document) for document in read(text, path)] == documents, name
     path = tmp_path / "a.json"
     assert ["".join(document) for document in read(text, path, plain=True)] == [rows]
-    kinds = {tmp_path / "a.jsonl.gz": text.LINES, tmp_path / "b": text.PLAIN}
-    kinds |= {tmp_path / f"{i}.txt": text.PLAIN for i in range(3)}
+    kinds = {tmp_path / "a.jsonl.gz": reading.LINES, tmp_path / "b": reading.PLAIN}
+    kinds |= {tmp_path / f"{i}.txt": reading.PLAIN for i in range(3)}
     assert [*text.summary(kinds)] == [
         f"read as plain text: 3 .txt, {tmp_path}/0.txt and 2 more",
         f"read as JSON lines: 1 .jsonl.gz, {tmp_path}/a.jsonl.gz",

@@ -2,6 +2,7 @@
 
 import gzip
 from itertools import islice
+from types import SimpleNamespace
 
 import fsspec
 import pytest
@@ -102,3 +103,57 @@ def test_urls_are_read_as_files_are(tmp_path):
     (here, meta), (there, _) = bins(tmp_path / "here"), bins(tmp_path / "there")
     assert all((here[split] == there[split]).all() for split in here)
     assert meta["train"]["documents"] + meta["val"]["documents"] == 1 + 4 * 20
+
+
+@pytest.mark.parametrize("name", ["fineweb_edu", "climbmix"])
+def test_published_sets_are_the_same_from_the_hub_and_from_a_local_copy(
+    tmp_path, monkeypatch, capsys, name
+):
+    """The hub is faked: it lists and hands out small files in the layout of the set."""
+    import huggingface_hub
+
+    script, folder = module(name), {"fineweb_edu": "sample/10BT", "climbmix": ""}[name]
+    (tmp_path / "hub" / folder).mkdir(parents=True)
+    names = [f"{folder}/{i:03}_00000.parquet".lstrip("/") for i in range(4)]
+    for i, file in enumerate(names):
+        table(tmp_path / "hub" / file, values=[f"{i}: text {n}" for n in range(1000)])
+    monkeypatch.setattr(script, "VALIDATION", 0.1, raising=False)
+    asked = []
+
+    def tree(self, repository, path, repo_type):
+        assert (repository, path, repo_type) == (script.REPOSITORY, folder or None, "dataset")
+        yield SimpleNamespace(path="README.md", size=1)
+        for file in reversed(names):
+            yield SimpleNamespace(path=file, size=(tmp_path / "hub" / file).stat().st_size)
+
+    def hand_out(repository, file, repo_type):
+        asked.append(file)
+        return str(tmp_path / "hub" / file)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_tree", tree)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hand_out)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    args = ["--tokenizer", "byte", "--files", "2", "--out"]
+    script.main([*args, str(tmp_path / "there")])
+    assert asked == [*([names[3]] if name == "climbmix" else []), *names[:2]]
+    assert f"{script.REPOSITORY}: {len(asked)} files, 0.0" in capsys.readouterr().out
+    script.main([*args, str(tmp_path / "here"), "--input", str(tmp_path / "hub")])
+    (here, _), (there, meta) = bins(tmp_path / "here"), bins(tmp_path / "there")
+    assert all((here[split] == there[split]).all() for split in here)
+    texts = bytes(there["train"].astype("u1")).split(b"\0")
+    assert set(texts) <= {b"", *(b"%d: text %d" % (i, n) for i in range(2) for n in range(1000))}
+    if name == "climbmix":
+        assert meta["train"]["documents"] == 2000 and meta["val"]["documents"] == 1000
+        assert bytes(there["val"].astype("u1")).startswith(b"3: text 0\0")
+    else:
+        assert meta["train"]["documents"] + meta["val"]["documents"] == 2000
+    with pytest.raises(Mistake, match="--files=0 must be 1 or more"):
+        script.main(["--files", "0", "--out", str(tmp_path / "none")])
+
+    def fails(*args, **options):
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fails)
+    with pytest.raises(Mistake, match="cannot download .*no network; start again, and what is"):
+        script.main(["--out", str(tmp_path / "none")])
+    assert not (tmp_path / "none").exists()

@@ -1,6 +1,6 @@
 """A tokenizer is trained on text: exact, the same each time, and read by all that reads one."""
 
-import importlib
+import importlib.util
 import json
 from collections import Counter
 from pathlib import Path
@@ -19,9 +19,11 @@ TEXT = Path(__file__).resolve().parents[1] / "README.md"
 
 @pytest.fixture(scope="module")
 def script():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(TEXT.parent / "data/text"))
-        yield importlib.import_module("train_tokenizer")
+    path = TEXT.parent / "data/text/train_tokenizer.py"
+    spec = importlib.util.spec_from_file_location("train_tokenizer", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")

@@ -11,16 +11,13 @@ if __name__ == "__main__":
 
     leave_on_interrupt()
 
-import json
 import math
 import os
-import re
-from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from glob import has_magic
 from itertools import chain
-from pathlib import Path, PurePath
+from pathlib import Path
 
 from scalegpt.data.prepare import (
     Corpus,
@@ -29,124 +26,18 @@ from scalegpt.data.prepare import (
     stable_fraction,
     write_dataset,
 )
+from scalegpt.data.reading import File, check_one_kind, kinds_of, read_documents, summary, text_size
 from scalegpt.data.tokenizer import char_tokenizer
 from scalegpt.errors import Mistake
-from scalegpt.files import json_files, parquet
 from scalegpt.files.folder import is_url
-from scalegpt.files.text_files import (
-    PACKED,
-    absolute,
-    decoded,
-    find_files,
-    parts,
-    size_of,
-)
+from scalegpt.files.text_files import absolute, find_files
 from scalegpt.processes.command import run_command
 from scalegpt.weights.tokenizer_files import named
 
 _NOT_SHAPING = ("out", "workers", "force")
 ENOUGH = 200  # tokens of training text for each id; a rule of thumb
 HASHED = 1 << 16  # the first so many characters of a document decide its split
-LINES, PLAIN, TABLE = "JSON lines", "plain text", "Parquet"
-CARD, EMPTY = "a data set's card", "empty"
-_JSON = re.compile(r'(\[\s*)?\{\s*"[^"\n]*"\s*:')  # the start of an object, or of a list of these
 Read = Callable[[], Iterator[Document]]  # reads the documents from the first on, when called
-File = Path | str  # a str is a URL
-
-
-def kinds_of(files: list[File], key: str, plain: bool, errors: str) -> dict[File, str]:
-    """Return what each file is read as; `plain`: as text, also what looks like something else.
-
-    key: the column of the texts in a Parquet file. Raises Mistake for a file that is no text, is
-    JSON that has other than one object a line, or is Parquet that has no such column.
-    """
-    return {path: _kind(path, key, plain, errors) for path in files}
-
-
-def _kind(path: File, key: str, plain: bool, errors: str) -> str:
-    if parquet.has_column(path, key):
-        return TABLE
-    text = _decoded(path, errors)
-    first = next(text, "")
-    pure = PurePath(path)
-    name = (pure.stem if pure.suffix.lower() in PACKED else pure.name).lower()
-    if not first or plain:
-        return PLAIN if first else EMPTY
-    if name.endswith((".jsonl", ".ndjson")):
-        return LINES
-    if name == "readme.md" and first.startswith(("---\n", "---\r\n")):
-        return CARD
-    start = first.lstrip()
-    line, newline, _ = start.partition("\n")
-    if line.startswith("{"):
-        if not newline and next(text, ""):  # a line that long is no prose
-            return LINES
-        try:
-            json_files.parse(line)
-            return LINES
-        except ValueError:
-            pass
-    if _JSON.match(start) or (name.endswith(".json") and start[:1] in ("[", "{")):
-        raise Mistake(
-            f"{path} is JSON, but not one object a line; jq -c '.[]' makes such lines of an array, "
-            "and --plain reads all files as the text they are"
-        )
-    return PLAIN
-
-
-def check_one_kind(folder: str, kinds: dict[File, str]) -> None:
-    """Raise Mistake for a folder of several kinds: its documents hardly lie in all of them."""
-    first = {kind: path for path, kind in reversed(kinds.items()) if kind != EMPTY}
-    if len(first) > 1:
-        found = " and ".join(f"{kind} ({path})" for kind, path in first.items())
-        likely = PurePath(first.get(TABLE) or first.get(LINES) or first[PLAIN])
-        raise Mistake(
-            f"{folder} holds {found}: say which are meant by a pattern, as "
-            f"'{folder}/**/*{likely.suffix}', or read all as plain text by --plain"
-        )
-
-
-def summary(kinds: dict[File, str]) -> Iterator[str]:
-    """Yield lines that say which files were read as what, and how many of each kind."""
-    groups = Counter((_ending(path), kind) for path, kind in kinds.items())
-    first = {(_ending(path), kind): path for path, kind in reversed(kinds.items())}
-    for (ending, kind), count in groups.most_common(20):
-        more = f" and {count - 1:,} more" if count > 1 else ""
-        yield f"read as {kind}: {count:,} {ending}, {first[ending, kind]}{more}"
-    if len(groups) > 20:
-        yield f"and files of {len(groups) - 20:,} more endings"
-
-
-def _ending(path: File) -> str:
-    suffixes = PurePath(path).suffixes
-    packed = suffixes and suffixes[-1].lower() in PACKED
-    return "".join(suffixes[-2 if packed else -1 :]) or "without ending"
-
-
-def _unpacked(path: File, kind: str) -> int:
-    """Return a guess of how many bytes of text a byte of the file stands for."""
-    return 4 if PurePath(path).suffix.lower() in PACKED else 2 if kind == TABLE else 1
-
-
-def read_documents(
-    kinds: dict[File, str], key: str, errors: str, separator: str | None = None
-) -> Iterator[Document]:
-    """Yield the documents that are not empty.
-
-    key: where a JSON line or row of Parquet holds its text. errors: "strict", or "replace" for bad
-    UTF-8. separator: what stands between the documents of a plain file. Raises Mistake, naming the
-    file and the place of a fault.
-    """
-    for path, kind in kinds.items():
-        text = _decoded(path, errors)
-        if kind == TABLE:
-            yield from filter(None, parquet.texts(path, key, errors))
-        elif kind == LINES:
-            yield from filter(None, _json_texts(path, text, key, errors))
-        elif separator:
-            yield from filter(None, (p.strip("\r\n") for p in parts(path, text, separator)))
-        elif first := next(text, ""):
-            yield chain([first], text)
 
 
 def split_documents(read: Read, val_fraction: float, seed: int) -> Iterator[tuple[str, Document]]:
@@ -209,42 +100,6 @@ def _cut(document: Document, start: int, stop: int | None) -> Iterator[str]:
             return
 
 
-def _decoded(path: File, errors: str) -> Iterator[str]:
-    return decoded(path, errors, ", and --errors replace reads on")
-
-
-def _json_texts(path: File, chunks: Iterator[str], key: str, errors: str) -> Iterator[str]:
-    for number, line in enumerate(parts(path, chunks, "\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json_files.parse(line)
-        except ValueError as error:
-            raise Mistake(f"{path}, line {number} is not JSON: {error}") from error
-        if not isinstance(row, dict) or key not in row:
-            keys = sorted(row) if isinstance(row, dict) else type(row).__name__
-            raise Mistake(
-                f"{path}, line {number}: nothing under --text-key {key!r} in {keys}; --plain reads "
-                "all files as the text they are"
-            )
-        if not isinstance(row[key], str):
-            raise Mistake(
-                f"{path}, line {number}: under --text-key {key!r} is {json.dumps(row[key])[:40]}, "
-                "no text; leave such lines out"
-            )
-        try:  # JSON can spell half a surrogate pair, which UTF-8 cannot
-            row[key].encode()
-        except UnicodeEncodeError as error:
-            if errors == "strict":
-                half = f"\\u{ord(error.object[error.start]):x}"
-                raise Mistake(
-                    f"{path}, line {number}: {half} is half a surrogate pair, no character; "
-                    "--errors replace reads on"
-                ) from None
-            row[key] = row[key].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        yield row[key]
-
-
 def main(argv: list[str]) -> int:
     parser = script_parser(__doc__, __file__)
     more = parser.add_argument
@@ -302,7 +157,7 @@ def main(argv: list[str]) -> int:
             documents = ((split, text) for split, read in readers.items() for text in read())
         else:
             documents = split_documents(readers["train"], args.val_fraction, args.seed)
-        sizes = (size_of(path) * _unpacked(path, kind) for path, kind in kinds.items())
+        sizes = (text_size(path, kind) for path, kind in kinds.items())
         return Corpus(tokenizer, documents, sum(sizes))
 
     given = {**vars(args), "input": absolute(args.input)}

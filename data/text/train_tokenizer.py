@@ -13,10 +13,9 @@ import json
 import os
 from collections.abc import Iterator
 
-from prepare import kinds_of, read_documents
-
 from scalegpt.config import command_line
 from scalegpt.data.fast_encoding import faster, one_by_one
+from scalegpt.data.reading import kinds_of, read_documents
 from scalegpt.data.tokenizer import END_OF_TEXT, MARKS, Tokenizer, load
 from scalegpt.errors import Mistake
 from scalegpt.files.folder import local_path

@@ -33,6 +33,7 @@ from tqdm import tqdm
 from scalegpt.config import command_line
 from scalegpt.config.presets import data_folder
 from scalegpt.data.fast_encoding import Encode, faster, one_by_one
+from scalegpt.data.reading import Document
 from scalegpt.data.token_files import INDEX, file_of, index_of, narrowest
 from scalegpt.data.tokenizer import Tokenizer, kind, load
 from scalegpt.errors import Mistake, counted
@@ -40,7 +41,6 @@ from scalegpt.files.folder import local_path
 from scalegpt.files.json_files import read_object
 
 SPLITS = ("train", "val")
-Document = str | Iterable[str]  # a text, or its consecutive chunks where it is too long to hold
 PART = 1 << 20  # characters of a long document that are cut, and of several short ones, at once
 MOST_WHOLE = 1 << 22  # characters encoded in one piece: tokenizers take up to 180 bytes for each
 _ANYWHERE = re.compile(r"(?s).*")  # these match a text up to the last place where it may be cut
