@@ -71,6 +71,16 @@ def test_a_small_parquet_of_long_texts_is_read_in_bounded_memory(tmp_path, monke
         next(parquet.texts(path, "text", "strict"))
 
 
+def test_a_small_zstd_file_of_a_long_text_is_read_in_bounded_memory(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    path = tmp_path / "bomb.zst"
+    packer = zstandard.ZstdCompressor().compressobj()
+    path.write_bytes(b"".join(packer.compress(bytes(1 << 20)) for _ in range(128)) + packer.flush())
+    assert path.stat().st_size < 5000
+    sizes = [len(block) for block in text_files.blocks(path)]
+    assert sum(sizes) == 128 << 20 and max(sizes) < 40 << 20
+
+
 def test_urls_are_read_as_files_are(tmp_path):
     text, memory = module("text"), fsspec.filesystem("memory")
     local = {

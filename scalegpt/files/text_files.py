@@ -211,16 +211,21 @@ def _zstd_blocks(path: Path | str, file: BufferedReader) -> Iterator[bytes]:
     except ImportError as error:
         raise Mistake(f"{path} needs zstandard: pip install 'scalegpt[data]'") from error
     # zstandard's stream_reader would take the end of a truncated file for the end of the text.
-    frame, packed = None, b""
+    frame, packed, held, size = None, b"", [], 0
     try:
-        while packed := packed or file.read(BLOCK >> 4):  # 64 KiB may unpack to 64 MiB
+        while packed := packed or file.read(1 << 10):  # a KiB may unpack to 32 MiB
             frame = frame or zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
-            if block := frame.decompress(packed):
-                yield block
+            held.append(frame.decompress(packed))
+            size += len(held[-1])
+            if size > BLOCK >> 2:
+                yield b"".join(held)
+                held, size = [], 0
             packed = frame.unused_data
             if frame.eof:
                 frame = None
     except zstandard.ZstdError as error:
         raise EOFError(error) from error
+    if size:
+        yield b"".join(held)
     if frame:
         raise EOFError("the file ends within a frame")
