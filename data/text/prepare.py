@@ -19,6 +19,7 @@ from glob import has_magic
 from itertools import chain
 from pathlib import Path
 
+from scalegpt.data import parts as in_parts
 from scalegpt.data.prepare import (
     Corpus,
     Document,
@@ -34,7 +35,7 @@ from scalegpt.files.text_files import absolute, find_files
 from scalegpt.processes.command import run_command
 from scalegpt.weights.tokenizer_files import named
 
-_NOT_SHAPING = ("out", "workers", "force")
+_NOT_SHAPING = ("out", "workers", "force", "part", "merge")
 ENOUGH = 200  # tokens of training text for each id; a rule of thumb
 HASHED = 1 << 16  # the first so many characters of a document decide its split
 Read = Callable[[], Iterator[Document]]  # reads the documents from the first on, when called
@@ -51,7 +52,7 @@ def split_documents(read: Read, val_fraction: float, seed: int) -> Iterator[tupl
     for share, _ in _shares(read, seed):
         shares.append(share)
         if min(shares[0], share) < val_fraction <= max(shares[0], share):
-            return (("val" if s < val_fraction else "train", d) for s, d in _shares(read, seed))
+            return by_hash(read, val_fraction, seed)
     if len(shares) > 1:
         raise Mistake(_unsplit(shares, val_fraction))
     size = sum(map(len, *read()))
@@ -63,6 +64,11 @@ def split_documents(read: Read, val_fraction: float, seed: int) -> Iterator[tupl
         )
     parts = (("train", 0, n_train), ("val", n_train, None))
     return ((split, _cut(*read(), start, stop)) for split, start, stop in parts)
+
+
+def by_hash(read: Read, val_fraction: float, seed: int) -> Iterator[tuple[str, Document]]:
+    """Give each document to its split, even if one gets nothing, as of a part of a text."""
+    return (("val" if s < val_fraction else "train", d) for s, d in _shares(read, seed))
 
 
 def _unsplit(shares: list[float], val_fraction: float) -> str:
@@ -126,6 +132,10 @@ def main(argv: list[str]) -> int:
         default="strict",
         help="refuse what is not UTF-8, or read it as U+FFFD (default: strict)",
     )
+    more("--part", metavar="I/N", help="make part I of N, counted from 0, on any machine")
+    more(
+        "--merge", action="store_true", help="make the data set of all N parts, once all are there"
+    )
     args = parser.parse_args(argv)
     if args.input is None:
         raise Mistake("--input is missing: a file, a folder, a pattern of text files, or a URL")
@@ -136,16 +146,30 @@ def main(argv: list[str]) -> int:
     all_files = [path for group in files.values() for path in group]
     if any(args.out.resolve() in Path(absolute(path)).parents for path in all_files):
         raise Mistake(f"--out {args.out} holds input files: choose another folder")
+    part = None if args.part is None else in_parts.Part.parse(args.part)
+    if part and args.merge:
+        raise Mistake("--merge takes no --part: give it once all parts are there")
+    if (part or args.merge) and args.tokenizer == "char":
+        raise Mistake(
+            "--tokenizer=char is made of all the text, of which a part has some; leave --part and "
+            "--merge out, or use byte"
+        )
     kinds: dict[File, str] = {}
+
+    def check_kinds(split: str, found: dict[File, str]) -> None:
+        if os.path.isdir(name := inputs[split]) or (is_url(name) and not has_magic(name)):
+            check_one_kind(name, found)
 
     def corpus() -> Corpus:
         readers: dict[str, Read] = {}
+        facts = {"part": str(part), "inputs": []} if part else {}
         for split in files:
             found = kinds_of(files[split], args.key, args.plain, args.errors)
-            if os.path.isdir(name := inputs[split]) or (is_url(name) and not has_magic(name)):
-                check_one_kind(inputs[split], found)
+            check_kinds(split, found)
             readers[split] = partial(read_documents, found, args.key, args.errors, args.separator)
-            if next(readers[split](), None) is None:
+            if part:
+                facts["inputs"] += [in_parts.input_facts(split, *file) for file in found.items()]
+            elif next(readers[split](), None) is None:
                 raise Mistake(f"no text in {inputs[split]}")
             kinds.update(found)
         if args.tokenizer == "char":
@@ -156,16 +180,33 @@ def main(argv: list[str]) -> int:
         if args.val_input:
             documents = ((split, text) for split, read in readers.items() for text in read())
         else:
-            documents = split_documents(readers["train"], args.val_fraction, args.seed)
+            divide = by_hash if part else split_documents
+            documents = divide(readers["train"], args.val_fraction, args.seed)
         sizes = (text_size(path, kind) for path, kind in kinds.items())
-        return Corpus(tokenizer, documents, sum(sizes))
+        return Corpus(tokenizer, documents, sum(sizes), facts=facts)
 
     given = {**vars(args), "input": absolute(args.input)}
     shaping = [k for k in given if k not in _NOT_SHAPING and given[k] != parser.get_default(k)]
     source = " ".join(["text", *(f"--{k.replace('_', '-')}={given[k]}" for k in shaping)])
-    meta = write_dataset(args.out, corpus, source, args.workers, args.force)
+    if part:
+        out = in_parts.folder_of(args.out, part, files["train"])
+        source = in_parts.source_of(source, named(args.tokenizer), all_files, part)
+        files = {split: part.share(group) for split, group in files.items()}
+        write_dataset(out, corpus, source, args.workers, args.force)
+    elif args.merge:
+        metas = in_parts.manifests(
+            args.out, partial(in_parts.source_of, source, named(args.tokenizer), all_files)
+        )
+        for split in files:
+            read = (file for meta in metas for file in meta["inputs"] if file["split"] == split)
+            check_kinds(split, {file["file"]: file["kind"] for file in read})
+        meta = in_parts.merge(args.out, metas, source, args.force)
+    else:
+        meta = write_dataset(args.out, corpus, source, args.workers, args.force)
     for line in summary(kinds):
         print(line)
+    if part:
+        return 0
     tokens, ids = meta["train"]["tokens"], meta["vocab_size"]
     if ids > 1000 and tokens < ENOUGH * ids and not os.path.isdir(args.tokenizer):
         print(

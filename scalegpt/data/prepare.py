@@ -18,7 +18,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from multiprocessing import get_context, parent_process
@@ -56,12 +56,14 @@ class Corpus:
     documents: pairs of "train" or "val" and a document, in the order they are to be written.
     text_bytes: about how much text there is, for the disk estimate and the progress bar.
     separate: whether the tokenizer's end-of-text mark follows each document.
+    facts: what meta.json says besides; with "part" in it, a split may be empty.
     """
 
     tokenizer: Tokenizer
     documents: Iterable[tuple[str, Document]]
     text_bytes: int
     separate: bool = True
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 def write_dataset(
@@ -91,7 +93,7 @@ def write_dataset(
         for split in SPLITS:
             tokens, documents = splits[split]["tokens"], splits[split]["documents"]
             print(f"{split}: {counted(tokens, 'token')}, {counted(documents, 'document')}")
-        return described(tokenizer, dtype, splits)
+        return {**described(tokenizer, dtype, splits), **corpus.facts}
 
     return publish(out, write, source, force)
 
@@ -108,15 +110,19 @@ def publish(
     """Publish what `write` leaves in the folder `out` as a data set; return meta.json's content.
 
     write: calls `write_bins` and returns meta.json's content; not called if `out` already holds
-    `source`, unless `force`. Raises Mistake for other data in `out`, and what `write` raises.
+    `source`, unless `force`. Raises Mistake for other data in `out`, for an empty split that is not
+    of a part, and what `write` raises.
     """
     if not force:
-        _prepared(out, source)  # what may not be overwritten is not even locked
+        prepared(out, source)  # what may not be overwritten is not even locked
     with _new_or_kept(out), _only_writer(out):
-        if not force and (meta := _prepared(out, source)):
+        if not force and (meta := prepared(out, source)):
             print(f"{out} is already prepared; --force does it again")
             return meta
         meta = {**write(), "source": source}
+        for split in SPLITS:
+            if not meta[split]["tokens"] and "part" not in meta:
+                raise Mistake(f"no document is in the {split} split: give more text")
         _publish(out, meta)
     return meta
 
@@ -177,11 +183,13 @@ def _remove_partial(out: Path) -> None:
             (out / f"{name}.partial").unlink(missing_ok=True)
 
 
-def _prepared(out: Path, source: str) -> dict[str, Any] | None:
+def prepared(out: Path, source: str) -> dict[str, Any] | None:
     """Return meta.json if `out` holds `source`, whole; raise Mistake if it holds other data."""
     if not os.path.lexists(out / "meta.json"):
         return None
     meta = read_object(out / "meta.json", "; see --force and --out")
+    if "parts" in meta and meta.get("source") == source:
+        return meta  # of which --merge has checked the parts, and each run does again
     paths = {split: out / file_of(split, meta.get("kind")) for split in SPLITS}
     indexed = {index_of(s): meta[s] for s in SPLITS if "index" in meta.get(s, {})}
     paths |= {name: out / name for name in indexed}
@@ -223,7 +231,7 @@ def write_bins(
     encoded: split, ids and what they add to its entry: bytes, documents and perhaps more; of text
     also `ends`, after how many of these ids a document ends, for train.idx.partial and
     val.idx.partial. An id below 0 is ~id. total: the end of the progress bar, or None for one
-    without end; it counts what `unit` names in those entries. Raises Mistake for an empty split.
+    without end; it counts what `unit` names in those entries.
     """
 
     def largest(ids: np.ndarray) -> int:
@@ -242,7 +250,7 @@ def write_prompts(
     """Write train.jsonl.partial and val.jsonl.partial; return their entries for meta.json.
 
     prompts: split, example and the number of its prompt's tokens; `total` of them. Raises Mistake
-    for an empty split, and for files of other origin in the folder.
+    for files of other origin in the folder.
     """
     for name in (file_of(split, "prompts") for split in SPLITS):
         if (out / name).exists() and _kind(out) != "prompts":
@@ -282,9 +290,6 @@ def _write_rows(
                 before = counts[split][key]
                 counts[split][key] = max(before, value) if key in _MOST else before + value
             bar.update(facts[unit])
-    for split in SPLITS:
-        if not counts[split]["tokens"]:
-            raise Mistake(f"no document is in the {split} split: give more text")
     return {
         s: {**counts[s], "sha256": digests[names[s]].hexdigest()}
         | ({"index": digests[index].hexdigest()} if (index := index_of(s)) in files else {})
@@ -297,9 +302,11 @@ def _publish(out: Path, meta: dict[str, Any]) -> None:
     old, new = ([file_of(s, kind) for s in SPLITS] for kind in (_kind(out), meta.get("kind")))
     (out / "meta.json.partial").write_text(json.dumps(meta, indent=1))
     (out / "meta.json").unlink(missing_ok=True)
-    for name in {*old, *map(index_of, SPLITS)} - {new[0]}:
+    if "parts" in meta:  # their files have their names
+        new = []
+    for name in {*old, *map(index_of, SPLITS)} - {*new[:1]}:
         (out / name).unlink(missing_ok=True)
-    indices = [index_of(split) for split in SPLITS if "index" in meta[split]]
+    indices = [index_of(split) for split in SPLITS if new and "index" in meta[split]]
     for name in (*new, *indices, "meta.json"):
         with open(out / f"{name}.partial", "rb+") as file:
             os.fsync(file.fileno())

@@ -8,6 +8,7 @@ included, as little-endian uint64. Folders of earlier versions have none. Conver
 by meta.json of the kind "chat", are int32: ~id, below 0, is read but not predicted, and each begins
 with ~bos, which is nowhere else. Of kind "pairs" every second has the rejected answer to the prompt
 of the one before. Data of kind "prompts" are JSON lines, train.jsonl and val.jsonl.
+The files of a text may be in parts, which are read as one (`joined`).
 """
 
 import hashlib
@@ -16,6 +17,7 @@ import os
 import pickle
 import posixpath
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from tqdm import tqdm
 from scalegpt.config.presets import recipe
 from scalegpt.config.types import LARGEST
 from scalegpt.data import tokenizer
+from scalegpt.data.joined import Joined, part_folder, parts_in
 from scalegpt.data.packing import PackedRows
 from scalegpt.data.prompts import Prompts
 from scalegpt.errors import Mistake, counted
@@ -66,13 +69,13 @@ class Dataset:
     name: str
     tokenizer: dict | str
     vocab_size: int
-    train: np.memmap | PackedRows | Prompts
-    val: np.memmap | PackedRows | Prompts
+    train: np.memmap | Joined | PackedRows | Prompts
+    val: np.memmap | Joined | PackedRows | Prompts
     val_bytes_per_token: float | None  # UTF-8 bytes of the text a predicted token stands for
     fingerprint: str  # changes with the tokens; a run continued on other data can be refused
     kind: str = "text"  # one of KINDS
-    train_ends: np.ndarray | None = None  # where each document ends, if the folder says so
-    val_ends: np.ndarray | None = None
+    train_ends: np.ndarray | Joined | None = None  # where each document ends, if the folder says so
+    val_ends: np.ndarray | Joined | None = None
     index: str = ""  # changes with them
     train_bytes_per_token: float | None = None
 
@@ -84,10 +87,10 @@ class Split:
     name: str
     tokenizer: dict | str
     vocab_size: int
-    tokens: np.ndarray | PackedRows
+    tokens: np.ndarray | Joined | PackedRows
     bytes_per_token: float | None
     kind: str = "text"
-    ends: np.ndarray | None = None
+    ends: np.ndarray | Joined | None = None
 
 
 def open_dataset(path: str | Path, cache_dir: str | None = None) -> Dataset:
@@ -170,7 +173,12 @@ def _locate(
     if not folder.is_dir():
         raise Mistake(f"data.path: there is no folder {folder}; {_how_to_make(folder)}")
     meta = read_meta(folder)[0]
-    for file in (file_of(split, meta.get("kind")) for split in splits):
+    if remote and "parts" in meta:
+        kinds = [kind for split in splits for kind in (file_of(split, "text"), index_of(split))]
+        n = len(parts_in(meta, splits[0]))
+        parts = [part_folder(folder, k, n).relative_to(folder) / f for k in range(n) for f in kinds]
+        stage(path, [part.as_posix() for part in parts], cache_dir)
+    for file in (file_of(split, meta.get("kind")) for split in splits if "parts" not in meta):
         if not (folder / file).is_file():
             how = _how_to_make(folder, meta.get("kind", "text"))
             raise Mistake(f"{path} has no {file}; {how}")
@@ -188,8 +196,46 @@ def _how_to_make(folder: Path, kind: str = "text") -> str:
     )
 
 
-def _open_tokens(file: Path, meta: dict) -> np.memmap:
+def _join(file: Path, meta: dict, dtype: np.dtype, counts: str, digests: str) -> Joined:
+    """Return the file that parts would be together, after a check of each one's size.
+
+    counts, digests: what meta.json calls the numbers of their elements, and their hashes. Raises
+    Mistake, which names the part.
+    """
+    facts = parts_in(meta, file.stem)
+    lengths, n = [part[counts] for part in facts], len(facts)
+
+    def path(k: int) -> Path:  # made when needed, as so many take long to make, and much memory
+        return part_folder(file.parent, k, n) / file.name
+
+    again = "copy it, or run prepare.py with --part {}/{} and --force again"
+    for k, length in enumerate(lengths):
+        part = path(k)
+        try:
+            size = part.stat().st_size
+        except OSError as error:
+            raise Mistake(f"cannot read {part}: {error.strerror}; {again.format(k, n)}") from None
+        if size != length * dtype.itemsize:
+            raise Mistake(
+                f"{part} has {counted(size, 'byte')} but meta.json says "
+                f"{length * dtype.itemsize:,}; {again.format(k, n)}"
+            )
+    if not sum(lengths):
+        raise Mistake(f"{file}: its parts are empty; run prepare.py again")
+    if sum(lengths) * dtype.itemsize <= SLOW:
+        for k, stated in enumerate(facts):
+            _check_hash(path(k), stated[digests])
+    added = None
+    if counts == "documents":  # each part's ends are counted from its own begin
+        tokens = [part["tokens"] for part in facts]
+        added = [0, *accumulate(tokens[:-1])]
+    return Joined(lambda k: np.asarray(np.memmap(path(k), dtype, "r")), lengths, dtype, added)
+
+
+def _open_tokens(file: Path, meta: dict) -> np.memmap | Joined:
     dtype, vocab_size, facts = DTYPES[meta["dtype"]], meta["vocab_size"], meta.get(file.stem, {})
+    if "parts" in meta:
+        return _join(file, meta, dtype, "tokens", "sha256")
     try:
         tokens = _map_tokens(file, dtype, facts.get("tokens"))
     except OSError as error:
@@ -203,12 +249,14 @@ def _open_tokens(file: Path, meta: dict) -> np.memmap:
     return tokens
 
 
-def _open_index(file: Path, meta: dict) -> np.ndarray | None:
+def _open_index(file: Path, meta: dict) -> np.ndarray | Joined | None:
     """Map the index of a token file's documents, uint64 [documents], or None if it has none."""
     facts = meta.get(file.stem, {})
     if "index" not in facts:
         return None
     index = file.with_name(index_of(file.stem))
+    if "parts" in meta:
+        return _join(index, meta, INDEX, "documents", "index")
     if not index.is_file():
         raise Mistake(f"{file.parent} has no {index.name}; copy it, or run prepare.py again")
     size, expected = index.stat().st_size, facts.get("documents", 0) * INDEX.itemsize
@@ -268,8 +316,10 @@ def read_meta(folder: Path) -> tuple[dict, bool]:
 def _read_meta_json(file: Path) -> dict:
     again = "run prepare.py again to rewrite it"
     meta = read_object(file, f"; {again}")
-    if meta.get("format", 1) != 1:
-        raise Mistake(f"{file}: format {meta['format']!r} is unknown, only 1; update scalegpt")
+    if meta.get("format", 1) != (2 if "parts" in meta else 1):
+        raise Mistake(
+            f"{file}: format {meta['format']!r} is unknown, only 1, or 2 of parts; update scalegpt"
+        )
     parts = {"": meta, "train.": meta.get("train"), "val.": meta.get("val")}
     needed = {"": ("format", "tokenizer", "vocab_size", "dtype", "train", "val")}
     if meta.get("kind") == "prompts":

@@ -30,6 +30,7 @@ def stage(url: str, files: Sequence[str], cache_dir: str | None = None) -> Path:
         # Eight processes of one machine must not fill its disk with eight copies.
         with FileLock(folder / "lock"):
             for file in files:
+                (folder / file).parent.mkdir(parents=True, exist_ok=True)
                 _stage_file(fs, posixpath.join(root, file), folder / file)
     except OSError as error:  # of the network or of the disk
         raise Mistake(

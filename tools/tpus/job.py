@@ -146,7 +146,7 @@ def local_data(config: Config) -> dict[str, list[str]]:
             continue
         files = [
             f"{relative(path)}/{name}"
-            for name in ("train.bin", "val.bin", "meta.json", "meta.pkl")
+            for name in ("train.bin", "val.bin", "train.idx", "val.idx", "meta.json", "meta.pkl")
             if Path(path, name).is_file()
         ]
         if f"{relative(path)}/train.bin" not in files:

@@ -1,0 +1,292 @@
+"""A text prepared in parts is the text prepared at once; what is wrong with a part is told."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from test_prepare import DATA, module
+
+from scalegpt.config import BatchConfig
+from scalegpt.data import joined
+from scalegpt.data.batches import TrainBatches
+from scalegpt.data.documents import DocumentText
+from scalegpt.data.joined import Joined, part_folder
+from scalegpt.data.parts import Part
+from scalegpt.data.token_files import open_dataset, open_split
+from scalegpt.errors import Mistake
+
+FILES = 7
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory):
+    """A folder of files, of which one is empty, what one machine makes of it, and three parts."""
+    folder = tmp_path_factory.mktemp("corpora")
+    (folder / "in").mkdir()
+    for k in range(FILES):
+        texts = [f"{k} {i} " + "word " * (i * 7 % 40) for i in range(30 * (k != 3))]
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (folder / "in" / f"{k}.jsonl").write_text(lines)
+    prepared(folder, "one")
+    for number in (2, 0, 1):
+        prepared(folder, "many", f"--part={number}/3")
+    return folder
+
+
+@pytest.fixture
+def folder(corpora, tmp_path):
+    """A copy of `corpora`, whose input stays where it is."""
+    for name in ("one", "many"):
+        shutil.copytree(corpora / name, tmp_path / name)
+    (tmp_path / "in").symlink_to(corpora / "in")
+    return tmp_path
+
+
+def prepared(folder, name, *more):
+    flags = {"--tokenizer": "byte", "--val-fraction": "0.1", "--out": str(folder / name)}
+    flags |= {"--input": str((folder / "in").resolve())}
+    flags |= dict(word.split("=", 1) for word in more if "=" in word)
+    return module("text").main(
+        [*(f"{k}={v}" for k, v in flags.items()), *(word for word in more if "=" not in word)]
+    )
+
+
+def refused(folder, message, *more):
+    """What lies there is the same after a refusal."""
+    before = {path: path.stat().st_mtime_ns for path in (folder / "many").rglob("*")}
+    with pytest.raises(Mistake, match=message):
+        prepared(folder, "many", *more)
+    assert {path: path.stat().st_mtime_ns for path in (folder / "many").rglob("*")} == before
+
+
+def test_parts_are_together_what_one_machine_makes(folder, capsys):
+    prepared(folder, "many", "--merge")
+    one, many = (json.loads((folder / n / "meta.json").read_text()) for n in ("one", "many"))
+    for key in ("train", "val", "tokenizer", "vocab_size", "dtype", "source"):
+        assert one[key] == many[key]
+    for name in ("train.bin", "val.bin"):
+        whole = b"".join((part_folder(folder / "many", k, 3) / name).read_bytes() for k in range(3))
+        assert whole == (folder / "one" / name).read_bytes()
+    assert not (folder / "many" / "train.bin").exists()
+    capsys.readouterr()
+    for more in (["--merge"], [], ["--part=1/3"]):  # a killed job is begun again as a whole
+        prepared(folder, "many", *more)
+        assert "is already prepared" in capsys.readouterr().out
+
+
+def test_the_trainer_reads_parts_as_the_one_file(folder):
+    prepared(folder, "many", "--merge")
+    one, many = open_dataset(folder / "one"), open_dataset(folder / "many")
+    assert one.fingerprint == many.fingerprint and one.index == many.index
+    assert one.val_bytes_per_token == many.val_bytes_per_token
+    for name in ("train", "val", "train_ends", "val_ends"):
+        a, b = getattr(one, name), getattr(many, name)
+        assert len(a) == len(b) and a.dtype == b.dtype and a.nbytes == b.nbytes
+        assert np.array_equal(a, b) and int(a[-1]) == int(b[-1]) and int(a[5]) == int(b[5])
+        for start in range(0, len(a), 13):
+            assert np.array_equal(a[start : start + 40], b[start : start + 40])
+    assert np.array_equal(open_split(folder / "many", "val").ends, one.val_ends)
+    sources = [
+        TrainBatches([text], [1.0], 16, 3, BatchConfig(sequences=8), 8, np.arange(8))
+        for d in (one, many)
+        for text in (d.train, DocumentText(d.train, d.train_ends, 0, "key", True))
+    ]
+    for step in (0, 1, 40, 500):
+        rows = [source[step] for source in sources]
+        assert np.array_equal(rows[0], rows[2]) and np.array_equal(rows[1], rows[3])
+
+
+def test_parts_in_a_bucket_are_copied_each_as_it_is(folder, tmp_path):
+    prepared(folder, "many", "--merge")
+    fs = fsspec.filesystem("memory")
+    fs.put(f"{folder / 'many'}", "/parts-of-a-bucket", recursive=True)
+    dataset = open_dataset("memory://parts-of-a-bucket", str(tmp_path / "cache"))
+    assert np.array_equal(dataset.train, open_dataset(folder / "one").train)
+    fs.rm("/parts-of-a-bucket/parts-3/1/val.idx")
+    with pytest.raises(Mistake, match=r"cannot read .*parts-3/1/val.idx"):
+        open_dataset("memory://parts-of-a-bucket", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("text", ["3/3", "a/b", "1", "-1/3", "0/0", "1/2/3", "1 /2"])
+def test_a_part_that_is_none_is_refused(folder, text):
+    refused(folder, f"--part={text} must be I/N, as 0/10 to 9/10", f"--part={text}")
+
+
+def test_other_parts_are_refused_before_anything_is_written(folder, tmp_path, monkeypatch):
+    part = "--part=1/3"
+    refused(folder, "holds parts of 3, not of 2; remove", "--part=1/2")
+    refused(folder, "there are 7; give N of that or less", "--part=0/8")
+    refused(folder, "takes no --part", part, "--merge")
+    refused(folder, "char is made of all the text", part, "--tokenizer=char")
+    for other in ("--seed=1", "--val-fraction=0.2", "--tokenizer=gpt2", "--separator=x"):
+        refused(folder, "holds .*, not .*: see --force and --out", part, other)
+        refused(folder, "holds .*, not .*: see --force and --out", "--merge", other)
+    with monkeypatch.context() as patch:
+        patch.setattr("scalegpt.__version__", "9.9")
+        refused(folder, r"by scalegpt [0-8].*not .*by scalegpt 9\.9", part)
+        refused(folder, r"by scalegpt [0-8].*not .*by scalegpt 9\.9", "--merge")
+    tokenizer = tmp_path / "tokenizer"
+    shutil.copytree(folder / "one", tokenizer)
+    meta = json.loads((tokenizer / "meta.json").read_text())
+    made = ("--part=0/2", f"--tokenizer={tokenizer}")
+    prepared(folder, "other", *made)
+    spec = {"kind": "char", "chars": "word 0123456789"}
+    (tokenizer / "meta.json").write_text(json.dumps({**meta, "tokenizer": spec}))
+    with pytest.raises(Mistake, match="holds .*tokenizer .*, not "):
+        prepared(folder, "other", *made)
+
+
+def test_missing_and_damaged_parts_are_named(folder, tmp_path):
+    many = folder / "many"
+    prepared(folder, "many", "--merge")
+    part, file = many / "parts-3" / "1", many / "parts-3" / "1" / "train.bin"
+    whole = file.read_bytes()
+
+    def is_told(opening, merging, *more):
+        with pytest.raises(Mistake, match=opening):
+            open_dataset(many)
+        (many / "meta.json").rename(tmp_path / "kept")
+        refused(folder, merging, "--merge")
+        (tmp_path / "kept").rename(many / "meta.json")
+
+    file.write_bytes(whole[:-2])
+    is_told("train.bin has .* bytes but meta.json says .* --part 1/3", "lacks 1 of 3 parts.*: 1;")
+    file.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
+    is_told("train.bin is not the file that", "train.bin is not what .* --part 1/3 --force")
+    file.unlink()
+    is_told("cannot read .*train.bin: No such file", "lacks 1 of 3 parts.*: 1; .* --part 1/3")
+    prepared(folder, "many", "--part=1/3")  # makes what is not whole again
+    assert file.read_bytes() == whole and len(open_dataset(many).train)
+    shutil.copytree(part, tmp_path / "copy")
+    shutil.rmtree(many / "parts-3" / "2")
+    shutil.move(tmp_path / "copy", many / "parts-3" / "2")
+    is_told("has .* bytes but", "holds .*part 1/3.*, not .*part 2/3")
+    shutil.rmtree(many / "parts-3")
+    refused(folder, "has no parts to merge", "--merge")
+
+
+def test_a_file_that_came_between_is_noticed(tmp_path, corpora):
+    shutil.copytree(corpora / "in", tmp_path / "in")
+    prepared(tmp_path, "many", "--part=0/2")
+    (tmp_path / "in" / "10.jsonl").write_text('{"text": "new"}\n')
+    refused(tmp_path, "7 files .*, not .*8 files", "--part=0/2")
+    (tmp_path / "in" / "10.jsonl").unlink()
+    facts = json.loads((tmp_path / "many" / "parts-2" / "0" / "meta.json").read_text())
+    assert [Path(f["file"]).name for f in facts["inputs"]] == ["0.jsonl", "1.jsonl", "2.jsonl"]
+    (tmp_path / "in" / "6.jsonl").write_text("no JSON at all, but named so")
+    with pytest.raises(Mistake, match="6.jsonl, line 1 is not JSON"):
+        prepared(tmp_path, "many", "--part=1/2")
+    assert not (tmp_path / "many" / "parts-2" / "1").exists()
+
+
+def test_meta_json_that_describes_its_parts_wrongly_is_refused(folder):
+    prepared(folder, "many", "--merge")
+    file = folder / "many" / "meta.json"
+    meta = json.loads(file.read_text())
+    for wrong in ([], {}, None, {"train": {}}, {"train": {"tokens": [1, "2", 3]}}):
+        file.write_text(json.dumps({**meta, "parts": wrong}))
+        with pytest.raises(Mistake, match="its parts of train are damaged"):
+            open_dataset(folder / "many")
+    columns = meta["parts"]["train"]
+    for name, wrong in (("tokens", 10**9), ("documents", -1), ("sha256", 1), ("index", None)):
+        parts = {**meta["parts"], "train": {**columns, name: [wrong, *columns[name][1:]]}}
+        file.write_text(json.dumps({**meta, "parts": parts}))
+        with pytest.raises(Mistake, match="its parts of train are damaged"):
+            open_dataset(folder / "many")
+
+
+def test_shares_follow_each_other_and_differ_by_one_at_most():
+    for items in (1, 7, 100):
+        for n in (1, 2, 3, 7, 100):
+            shares = [Part(i, n).share(range(items)) for i in range(n)]
+            assert [x for share in shares for x in share] == [*range(items)]
+            assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_a_hundred_thousand_parts_of_a_trillion_tokens_cost_what_few_do():
+    """Stand-ins for the files: of 10,000 documents of 1,000 tokens each, 10^9 documents in all."""
+    n, documents, tokens = 100_000, 10_000, 10_000_000
+    ends, opened = np.arange(1, documents + 1, dtype="<u8") * 1000, []
+
+    def part(k):
+        opened.append(k)
+        return np.broadcast_to(np.uint16(k % 50_000), tokens)
+
+    tracemalloc.start()
+    begin = time.perf_counter()
+    text = Joined(part, [tokens] * n, np.dtype("<u2"))
+    starts = [k * tokens for k in range(n)]
+    index = Joined(lambda k: ends, [documents] * n, ends.dtype, starts)
+    assert len(text) == 10**12 and len(index) == 10**9 and index[-1] == 10**12 and not opened
+    rows = np.arange(512, 520)  # what one of 128 hosts has
+    batch = (1024, 0, BatchConfig(sequences=1024), 1024, rows)
+    plain = TrainBatches([text], [1.0], *batch)
+    shuffled = TrainBatches([DocumentText(text, index, None, "key")], [1.0], *batch)
+    for step in (0, 1, 10**6):
+        first = plain.windows(step)[1] // tokens % 50_000
+        assert np.array_equal(plain[step].reshape(-1, 1025)[:, 0], first)
+        places = shuffled.windows(step)[1].tolist()
+        first = [shuffled.tokens[0].first_token(start) // tokens % 50_000 for start in places]
+        assert np.array_equal(shuffled[step].reshape(-1, 1025)[:, 0], first)
+    seconds, peak = time.perf_counter() - begin, tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(opened) < 1000 and seconds < 10 and peak < 40e6, (len(opened), seconds, peak)
+
+
+def test_no_more_files_are_open_than_may_be(monkeypatch):
+    monkeypatch.setattr(joined, "OPEN", 2)
+    calls = []
+    lengths = [3, 0, 4, 0, 0, 1, 2, 0]
+    stops = np.cumsum(lengths)
+    whole = np.arange(10, dtype="<u8")
+
+    def part(k):
+        calls.append(k)
+        return whole[stops[k] - lengths[k] : stops[k]]
+
+    stream = Joined(part, lengths, whole.dtype)
+    few = Joined(part, lengths, whole.dtype, [100] * len(lengths))
+    assert np.array_equal(few, whole + 100)
+    for start in range(-11, 12):
+        for stop in range(-11, 12):
+            assert np.array_equal(stream[start:stop], whole[start:stop])
+            assert np.array_equal(stream[start:stop:3], whole[start:stop:3])
+    assert set(calls) == {0, 2, 5, 6} and len(calls) > 100
+    assert [stream[i] for i in range(-10, 10)] == [*whole, *whole]
+    with pytest.raises(IndexError):
+        stream[10]
+
+
+@pytest.mark.slow
+def test_killed_parts_are_made_again_to_the_same_bytes(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in "abc":
+        lines = (json.dumps({"text": f"{name} {i} " * 400}) + "\n" for i in range(4000))
+        (tmp_path / "in" / f"{name}.jsonl").write_text("".join(lines))
+    command = [sys.executable, str(DATA / "text" / "prepare.py"), f"--input={tmp_path / 'in'}"]
+    command += ["--tokenizer=byte", f"--out={tmp_path / 'many'}"]
+    folder = tmp_path / "many" / "parts-2" / "0"
+    for _ in range(2):  # the second time, files of the first are there
+        run = subprocess.Popen([*command, "--part=0/2"], stdout=subprocess.DEVNULL)
+        while run.poll() is None and not list(folder.glob("train.bin.partial")):
+            time.sleep(0.005)
+        run.send_signal(signal.SIGKILL)
+        assert run.wait() == -signal.SIGKILL and not (folder / "meta.json").exists()
+    runs = [  # of which two make one part: the one waits for the other
+        subprocess.Popen([*command, f"--part={i}/2"], stdout=subprocess.DEVNULL) for i in (0, 1, 0)
+    ]
+    assert [run.wait() for run in runs] == [0, 0, 0]
+    wrong = subprocess.run([*command, "--part=a/b"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1
+    subprocess.run([*command, "--merge"], check=True)
+    subprocess.run([*command[:-1], f"--out={tmp_path / 'one'}"], check=True)
+    many, one = (json.loads((tmp_path / n / "meta.json").read_text()) for n in ("many", "one"))
+    assert many["train"] == one["train"] and many["val"] == one["val"]
