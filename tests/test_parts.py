@@ -290,3 +290,33 @@ def test_killed_parts_are_made_again_to_the_same_bytes(tmp_path):
     subprocess.run([*command[:-1], f"--out={tmp_path / 'one'}"], check=True)
     many, one = (json.loads((tmp_path / n / "meta.json").read_text()) for n in ("many", "one"))
     assert many["train"] == one["train"] and many["val"] == one["val"]
+
+
+@pytest.mark.slow
+@pytest.mark.oracle
+def test_ray_makes_the_same_of_three_nodes_of_which_one_is_killed(corpora, tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray")
+    cluster_utils = pytest.importorskip("ray.cluster_utils")
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    wait, killed = ray.wait, []
+
+    def kill_one(waiting):
+        done = wait(waiting)
+        if not killed:  # once one part is made, and others are begun
+            killed.append(cluster.remove_node(nodes[1], allow_graceful=False))
+        return done
+
+    monkeypatch.setattr(ray, "wait", kill_one)
+    try:
+        prepared(corpora, "../ray", f"--out={tmp_path / 'ray'}", "--engine=ray", "--parts=7")
+        with pytest.raises(Mistake, match="there are 7; give N of that or less"):
+            prepared(corpora, "ray", f"--out={tmp_path / 'more'}", "--engine=ray", "--parts=8")
+    finally:
+        cluster.shutdown()
+    assert killed
+    made, one = (
+        json.loads((p / "meta.json").read_text()) for p in (tmp_path / "ray", corpora / "one")
+    )
+    assert made["train"] == one["train"] and made["val"] == one["val"]

@@ -11,6 +11,7 @@ if __name__ == "__main__":
 
     leave_on_interrupt()
 
+import argparse
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from glob import has_magic
 from itertools import chain
 from pathlib import Path
 
+from scalegpt.data import engine
 from scalegpt.data import parts as in_parts
 from scalegpt.data.prepare import (
     Corpus,
@@ -35,7 +37,7 @@ from scalegpt.files.text_files import absolute, find_files
 from scalegpt.processes.command import run_command
 from scalegpt.weights.tokenizer_files import named
 
-_NOT_SHAPING = ("out", "workers", "force", "part", "merge")
+_NOT_SHAPING = ("out", "workers", "force", "part", "merge", "engine", "parts")
 ENOUGH = 200  # tokens of training text for each id; a rule of thumb
 HASHED = 1 << 16  # the first so many characters of a document decide its split
 Read = Callable[[], Iterator[Document]]  # reads the documents from the first on, when called
@@ -136,7 +138,24 @@ def main(argv: list[str]) -> int:
     more(
         "--merge", action="store_true", help="make the data set of all N parts, once all are there"
     )
+    more("--engine", choices=["ray"], help="make all parts, and merge them, on a cluster of Ray")
+    more("--parts", type=int, metavar="N", help="so many, with --engine")
     args = parser.parse_args(argv)
+    given = {**vars(args), "input": args.input and absolute(args.input)}
+    shaping = [k for k in given if k not in _NOT_SHAPING and given[k] != parser.get_default(k)]
+    args.source = " ".join(["text", *(f"--{k.replace('_', '-')}={given[k]}" for k in shaping)])
+    if bool(args.engine) != (args.parts is not None) or (args.parts or 1) < 1:
+        raise Mistake("--engine and --parts come together: --engine ray --parts 100")
+    if args.engine and (args.part or args.merge):
+        raise Mistake("--engine makes all parts and merges them; leave --part and --merge out")
+    if args.engine:
+        engine.prepare_parts(__file__, args, args.parts)
+        args.merge = True
+    return prepare(args)
+
+
+def prepare(args: argparse.Namespace) -> int:
+    """Prepare the text, or a part of it, or merge its parts, as `main` has read the flags."""
     if args.input is None:
         raise Mistake("--input is missing: a file, a folder, a pattern of text files, or a URL")
     if not 0 < args.val_fraction < 1:
@@ -185,9 +204,7 @@ def main(argv: list[str]) -> int:
         sizes = (text_size(path, kind) for path, kind in kinds.items())
         return Corpus(tokenizer, documents, sum(sizes), facts=facts)
 
-    given = {**vars(args), "input": absolute(args.input)}
-    shaping = [k for k in given if k not in _NOT_SHAPING and given[k] != parser.get_default(k)]
-    source = " ".join(["text", *(f"--{k.replace('_', '-')}={given[k]}" for k in shaping)])
+    source = args.source
     if part:
         out = in_parts.folder_of(args.out, part, files["train"])
         source = in_parts.source_of(source, named(args.tokenizer), all_files, part)
