@@ -796,6 +796,15 @@ def test_a_vocabulary_is_gpt2s_only_if_it_is(shared_data, tmp_path):
         (folder / file).write_text(json.dumps(value))
         assert huggingface.describe(folder)[1] == {"kind": "gpt2"}
         (folder / file).unlink()
+    cutter = {**content["pre_tokenizer"], "add_prefix_space": True}
+    others = {"pre_tokenizer": cutter}, {"normalizer": {"type": "Lowercase"}}
+    for change in (*others, {"post_processor": template("<|endoftext|>", 50256)}):
+        (folder / "tokenizer.json").write_text(json.dumps(other := {**content, **change}))
+        assert huggingface.describe(folder)[1]["json"] == other, "of the same words, other ids"
+    (folder / "tokenizer.json").write_text(
+        json.dumps(tokenizer_files("byte", 64)["tokenizer.json"])
+    )
+    assert huggingface.describe(folder)[1] == {"kind": "byte"}, "whose NUL is the end of a text"
     pad = {"id": 50257, "content": "<pad>"}
     more = {**content, "added_tokens": [*content["added_tokens"], pad]}
     (folder / "tokenizer.json").write_text(json.dumps(more))

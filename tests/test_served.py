@@ -21,7 +21,7 @@ from scalegpt.inference.sampling import Sampler
 from scalegpt.model.parameters import parameters
 from scalegpt.step import sharding
 from scalegpt.weights import huggingface, trained
-from scalegpt.weights.tokenizer_files import cuts_as_qwen2
+from scalegpt.weights.tokenizer_files import reads_as_qwen2
 
 SIZES = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 64}
 # model_type that is exported -> keys of a model of that shape.
@@ -93,14 +93,27 @@ def test_transformers_pipeline_writes_what_the_model_writes(kind, spec, tmp_path
 
 
 @pytest.mark.oracle
-def test_a_qwen2_needs_a_tokenizer_that_cuts_as_qwen2s(tmp_path):
+def test_a_qwen2_needs_a_tokenizer_that_reads_as_qwen2s(tmp_path):
     """Of this model_type, transformers 5 reads any tokenizer.json as Qwen2's, whatever it says."""
-    with pytest.raises(ValueError, match="as Qwen2 does, and this model's tokenizer cuts otherw"):
+    with pytest.raises(ValueError, match="as Qwen2's, and this model's would give other ids"):
         exported(tmp_path, CHARS, **SHAPES["qwen2"])
     from transformers import Qwen2Tokenizer
 
     theirs = Qwen2Tokenizer()
-    assert cuts_as_qwen2(json.loads(theirs.backend_tokenizer.to_str()))
+    content = json.loads(theirs.backend_tokenizer.to_str())
+    assert reads_as_qwen2(content)
+    model, (first, second) = content["model"], content["pre_tokenizer"]["pretokenizers"]
+    mark = content["added_tokens"][0]
+    for change in (
+        {"model": {**model, "ignore_merges": True}},
+        {"model": {**model, "vocab": {**model["vocab"], "b": 2}}},  # which would become 1
+        {"model": {**model, "vocab": {"b": 0}}, "added_tokens": []},
+        {"added_tokens": [mark, {**mark, "id": 2, "content": "<a>"}]},
+        {"pre_tokenizer": {"pretokenizers": [first, {**second, "add_prefix_space": True}]}},
+        {"pre_tokenizer": {"pretokenizers": [{**first, "invert": True}, second]}},
+        {"normalizer": None},
+    ):
+        assert not reads_as_qwen2({**content, **change}), change
 
 
 @pytest.mark.oracle

@@ -18,7 +18,7 @@ from scalegpt.errors import Mistake
 from scalegpt.weights.huggingface import FORMATS, OWN_TYPE
 from scalegpt.weights.places import Format
 from scalegpt.weights.tensor_files import SAFE
-from scalegpt.weights.tokenizer_files import cuts_as_qwen2, tokenizer_files
+from scalegpt.weights.tokenizer_files import reads_as_qwen2, tokenizer_files
 from scalegpt.weights.trained import Trained
 
 
@@ -42,10 +42,10 @@ def export_hf(model: Trained, folder: Path) -> str:
         )
     values = format_.config(config)
     files = tokenizer_files(model.tokenizer, config.block_size)
-    if files and values["model_type"] == "qwen2" and not cuts_as_qwen2(files["tokenizer.json"]):
+    if files and values["model_type"] == "qwen2" and not reads_as_qwen2(files["tokenizer.json"]):
         raise Mistake(
-            f"{model.name} would be a qwen2 for transformers, which cuts the texts of all of these "
-            "as Qwen2 does, and this model's tokenizer cuts otherwise; use --format scalegpt"
+            f"{model.name} would be a qwen2 for transformers, which reads the tokenizers of all of "
+            "these as Qwen2's, and this model's would give other ids; use --format scalegpt"
         )
     codec = tokenizer.load(model.tokenizer) if model.tokenizer else None
     marks = {"bos_token_id": codec and codec.begin, "eos_token_id": codec and codec.end}

@@ -20,7 +20,7 @@ from scalegpt.weights import gpt2, llama, nanochat
 from scalegpt.weights.places import Place
 from scalegpt.weights.source import Source, open_source
 from scalegpt.weights.tensor_files import INDEX, SAFE, TORCH, instead, open_tensors
-from scalegpt.weights.tokenizer_files import of_weights, read_merges
+from scalegpt.weights.tokenizer_files import known_as, of_weights, read_merges
 
 HUB_SECONDS = 15  # without an answer from Hugging Face, there is no network
 OWN_TYPE = "scalegpt"  # model_type of our own format, which names tensors by their path in params
@@ -118,7 +118,7 @@ def _tokenizer(folder: Path, model_type: str, vocab_size: int) -> dict[str, Any]
     known = {"kind": "gpt2"}
     if (path := folder / "tokenizer.json").is_file():
         spec = of_weights(path)
-        return known if tokenizer.same(spec, known) else spec
+        return {"kind": name} if (name := known_as(spec)) else spec
     if (path := folder / "vocab.json").is_file():
         if tokenizer.same({"json": {"model": {"vocab": read_object(path)}}}, known):
             return known

@@ -73,12 +73,26 @@ def read_file(path: Path) -> dict[str, Any]:
         model = {**model, "vocab": {t: i for t, i in vocab.items() if t not in marks}}
     base = {"kind": "tokenizer.json", "name": path.name}
     base["json"] = {**content, "model": model, "added_tokens": added[:-n_marks]}
-    same = next((known for known in ("gpt2", "byte") if tokenizer.same(base, known)), None)
+    same = known_as(base)
     if same is None and n_marks == 7:  # the eighth is the base's end-of-text mark
         if not isinstance(bos := read_object(config).get("bos_token"), str):
             return spec
         base["eot"] = bos
     return {"kind": "chat", "base": same or base}
+
+
+def known_as(spec: dict[str, Any]) -> str | None:
+    """Return "gpt2" or "byte" where a tokenizer.json gives the ids of that one; else None.
+
+    Another cutter or normalizer gives other ids of the same vocabulary.
+    """
+    content = spec.get("json") or {}
+    cutter = content.get("pre_tokenizer") or {}
+    plain = {"type": "ByteLevel", "add_prefix_space": False}.items() <= cutter.items()
+    if not plain or content.get("normalizer") or "bos" in spec:
+        return None
+    names = ("gpt2", "byte") if cutter.get("use_regex", True) else ("byte",)
+    return next((name for name in names if tokenizer.same(spec, name)), None)
 
 
 def of_weights(path: Path) -> dict[str, Any]:
@@ -115,12 +129,27 @@ def read_merges(vocab: Path) -> dict[str, Any] | None:
     return {"kind": "tokenizer.json", "name": vocab.name, "json": content}
 
 
-def cuts_as_qwen2(content: dict[str, Any]) -> bool:
-    """Tell whether a tokenizer.json cuts texts as transformers' Qwen2Tokenizer does in any case."""
-    nfc = (content.get("normalizer") or {}).get("type") == "NFC"
-    match content.get("pre_tokenizer"):
-        case {"pretokenizers": [{"pattern": {"Regex": pattern}}, {"type": "ByteLevel"}]}:
-            return nfc and pattern == _QWEN2_PATTERN
+def reads_as_qwen2(content: dict[str, Any]) -> bool:
+    """Tell whether transformers' Qwen2Tokenizer, which takes the vocabulary, the merges and the
+    added tokens of any tokenizer.json and nothing else, gives the ids that this one gives."""
+    model, tokens = content["model"], tokenizer.added_tokens(content)
+    words = {"type": "Split", "pattern": {"Regex": _QWEN2_PATTERN}, "behavior": "Isolated"}
+    match content:
+        case {
+            "normalizer": {"type": "NFC"},
+            "pre_tokenizer": {
+                "pretokenizers": [
+                    {"invert": False, **first},
+                    {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+                ]
+            },
+            "model": {"type": "BPE", "vocab": dict(vocab)},
+        } if first == words and not model.get("ignore_merges"):
+            # It numbers tokens anew where an id is left out, and adds a mark where there is none.
+            added = [token["id"] for token in tokens if token["content"] not in vocab]
+            ids = [*sorted(vocab.values()), *added]
+            names = {*vocab, *(token["content"] for token in tokens)}
+            return ids == [*range(len(ids))] and END_OF_TEXT in names
     return False
 
 
