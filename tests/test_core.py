@@ -236,9 +236,15 @@ LETTERS, COPY = "eval_data/multiple_choice/letters.jsonl", "eval_data/language_m
         ("eval_meta_data.csv", "Eval Task\nletters", "csv has no column Random baseline"),
         ("eval_meta_data.csv", "Eval Task,Random baseline\nletters,y", "up to 100 for letters"),
         ("eval_meta_data.csv", "Eval Task,Random baseline\nletters,100", "up to 100 for letters"),
+        (
+            "eval_meta_data.csv",
+            "x" * 200_000,
+            "csv is no table of values with commas: field larger",
+        ),
         (LETTERS, "\n", "letters.jsonl is empty"),
         (LETTERS, "[1]", "letters.jsonl, line 1, is no example of letters: it holds a list"),
         (LETTERS, {"gold": 4}, "letters.jsonl, line 2, .*gold is 4, not the index of one of 4"),
+        (LETTERS, {"gold": "²"}, "line 2, .*gold is '²', not the index of one of 4"),
         (LETTERS, {"query": 3}, "letters.jsonl, line 2, .*query is 3, not a text"),
         (LETTERS, {"choices": ["A"]}, "line 2, .*not a list of two texts or more"),
         (

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -965,6 +966,15 @@ def test_nothing_is_overwritten_and_an_interrupted_import_leaves_nothing(tmp_pat
     with pytest.raises(ValueError, match="cannot write to --out"):
         convert("import", source, "--out", taken / "mine" / "below")
     assert [x.name for x in taken.iterdir()] == ["mine"]
+
+    late = tmp_path / "late"
+    with (
+        pytest.raises(ValueError, match="late is there already and is not overwritten"),
+        convert_hf.new_folder(late) as scratch,
+    ):
+        (scratch / "file").touch()
+        shutil.copytree(taken, late)  # by another process
+    assert [x.name for x in late.iterdir()] == ["mine"] and not list(tmp_path.glob(".late*"))
 
     (tmp_path / "out").mkdir()
     save = Checkpoints.save_weights

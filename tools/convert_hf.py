@@ -350,7 +350,11 @@ def new_folder(path: Path) -> Iterator[Path]:
         folder = Path(parent, path.name)
         folder.mkdir()
         yield folder
-        folder.replace(path)
+        try:
+            folder.replace(path)
+        except OSError:
+            refuse_existing(path)  # another process has made it in the meantime
+            raise
 
 
 if __name__ == "__main__":

@@ -199,10 +199,14 @@ def _baselines(file: Path) -> dict[str, float]:
     if not file.is_file():
         raise Mistake(f"there is no {file}; {_HINT}")
     table = csv.DictReader(io.StringIO(read_text(file), newline=""))
+    try:
+        rows = [*table]
+    except csv.Error as error:
+        raise Mistake(f"{file} is no table of values with commas: {error}") from None
     if missing := {"Eval Task", "Random baseline"} - {*(table.fieldnames or ())}:
         raise Mistake(f"{file} has no column {' and '.join(sorted(missing))}")
     baselines = {}
-    for row in table:
+    for row in rows:
         try:
             baselines[row["Eval Task"]] = 0.01 * float(row["Random baseline"])
         except (TypeError, ValueError):

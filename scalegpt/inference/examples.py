@@ -39,7 +39,7 @@ class Fields:
 
     def index(self, choices: list[str], *names: str) -> int:
         name, value = self._find(names)
-        number = int(value) if isinstance(value, str) and value.strip().isdigit() else value
+        number = int(value) if isinstance(value, str) and value.strip().isdecimal() else value
         if type(number) is not int or not 0 <= number < len(choices):
             raise Mistake(f"{name} is {value!r}, not the index of one of {len(choices)} choices")
         return number
