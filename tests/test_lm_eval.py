@@ -20,6 +20,7 @@ from scalegpt.config import MeshConfig
 from scalegpt.data import tokenizer
 from scalegpt.data.chat import encode_prompt
 from scalegpt.errors import Mistake
+from scalegpt.inference.tasks import encode_pair
 from scalegpt.processes.command import exit_code
 from scalegpt.step.sharding import make_mesh
 from scalegpt.weights import export, trained
@@ -175,6 +176,35 @@ def test_answers_are_those_of_the_harness_own_backend(command, folder):
     scores = lm._loglikelihood_tokens([(None, context, [i]) for i in range(size)])
     sums, greedy = map(np.array, zip(*scores, strict=True))
     assert greedy.sum() == 1 and greedy[sums.argmax()] and np.exp(sums).sum() == pytest.approx(1)
+
+
+def test_a_token_before_each_text_is_there_as_by_the_harness_own_backend(command, tmp_path):
+    """As Llama's, which knows no text without it."""
+    tokenizers = pytest.importorskip("tokenizers")
+    pytest.importorskip("accelerate", reason="the harness's backend imports it")
+    from lm_eval.models.huggingface import HFLM
+
+    mark, words = "<|endoftext|>", tokenizers.ByteLevelBPETokenizer()
+    words.train_from_iterator(SENTENCES, vocab_size=600, special_tokens=[mark])
+    template = tokenizers.processors.TemplateProcessing(f"{mark} $A", special_tokens=[(mark, 0)])
+    words._tokenizer.post_processor = template
+    tiny_gpt2.save(tmp_path / "source", words.get_vocab_size())
+    words.save(str(tmp_path / "source" / "tokenizer.json"))
+    (tmp_path / "out").mkdir()
+    source = trained.from_hugging_face(str(tmp_path / "source"), make_mesh(MeshConfig()), 1)
+    export.export_hf(source, tmp_path / "out")
+    lm = language_model(tmp_path / "out")
+    theirs = HFLM(pretrained=str(tmp_path / "out"), device="cpu", batch_size=2)
+    assert lm.tok_encode("one")[0] == lm.codec.bos == theirs.prefix_token_id
+    (pairs, texts, written), (pairs_, texts_, written_) = asked(lm, False), asked(theirs, False)
+    np.testing.assert_allclose([x for x, _ in pairs], [x for x, _ in pairs_], atol=1e-4, rtol=0)
+    np.testing.assert_allclose(texts, texts_, atol=1e-4, rtol=1e-7)
+    assert written == written_
+    for context, continuation in PAIRS:
+        row = encode_pair(lm.codec, context, continuation, lm.max_length)
+        if context:
+            whole = sum(lm._encode_pair(context, continuation), [])
+            assert row.ids.tolist() == whole[-lm.max_length - 1 :]
 
 
 def test_answers_depend_neither_on_microbatch_nor_on_mesh(command, folder):

@@ -117,14 +117,16 @@ def encode_pair(codec: Tokenizer, context: str, continuation: str, block_size: i
 
     Space at the end of the context moves to the continuation. The continuation's ids are those of
     the whole text after the first n, where n is the number of ids of the context alone. An empty
-    context becomes the mark that begins a text. A row that is too long loses its beginning. Raises
-    Mistake where nothing of the context would be left.
+    context becomes the mark that begins a text, which stands before any other where the tokenizer
+    puts it before each. A row that is too long loses its beginning. Raises Mistake where nothing of
+    the context would be left.
     """
     stripped = context.rstrip()
     continuation, context = context[len(stripped) :] + continuation, stripped
     if context:
         context_ids = codec.encode(context)
         scored_ids = codec.encode(context + continuation)[len(context_ids) :]
+        context_ids = context_ids if codec.bos is None else [codec.bos, *context_ids]
     elif codec.begin is None:
         raise Mistake(f"the context is empty, and tokenizer {codec.name} has no mark for that")
     else:

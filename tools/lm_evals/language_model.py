@@ -73,7 +73,9 @@ class LanguageModel(TemplateLM):
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
         parts = self._marks.split(string) if self._marks else [string]
-        ids = [self.codec.encode(parts[0]).tolist()]
+        first = self.codec.bos  # which conversations spell
+        alone = first is None or self._marks or add_special_tokens is False
+        ids = [[] if alone else [first], self.codec.encode(parts[0]).tolist()]
         for mark, text in zip(parts[1::2], parts[2::2], strict=True):
             ids += [[self.codec.marks[mark]], self.codec.encode(text).tolist()]
         return sum(ids, [])
