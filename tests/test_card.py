@@ -81,8 +81,8 @@ def test_the_card_says_what_the_run_was_and_no_more(tmp_path, capsys):
         "format": "GPT2LMHeadModel, float32",
     }
     for words in (
-        'pipeline("text-generation", model="best")\nprint(write("Once"',
-        'scalegpt.load("best")\nprint(model.generate("Once", max_new_tokens=100))',
+        'pipeline("text-generation", model="best")\nprint(write("Once", max_new_tokens=8)',
+        'scalegpt.load("best")\nprint(model.generate("Once", max_new_tokens=8))',
         "vllm serve best\n",
         "hf upload USER/best best --private\n",
         "activation: gelu",

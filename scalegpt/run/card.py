@@ -79,7 +79,7 @@ _TEXT = """```python
 from transformers import pipeline
 
 write = pipeline("text-generation", model="{name}")
-print(write("Once", max_new_tokens=100)[0]["generated_text"])
+print(write("Once", max_new_tokens={length})[0]["generated_text"])
 ```
 
 """
@@ -88,7 +88,7 @@ from transformers import pipeline
 
 answer = pipeline("text-generation", model="{name}")
 question = [{{"role": "user", "content": "Who are you?"}}]
-print(answer(question, max_new_tokens=100)[0]["generated_text"][-1]["content"])
+print(answer(question, max_new_tokens={length})[0]["generated_text"][-1]["content"])
 ```
 
 """
@@ -184,7 +184,7 @@ def write_card(folder: Path, model: Trained, notes: str, repository: str | None 
         origin="trained with" if model.step else "converted by",
         picture=_PICTURE.format(file=CURVES) if curves else "",
         table="\n".join(f"| {key} | {value} |" for key, value in table.items() if value),
-        use=_use(values, spec, has_text, notes, repository or folder.name),
+        use=_use(values, config.model.block_size, spec, has_text, notes, repository or folder.name),
         upload="" if repository else upload,
         config=_yaml(kept),
     )
@@ -307,15 +307,18 @@ def _tokenizer(model: Trained) -> str:
     return ", ".join([*facts, *(f"{name} {i}" for name, i in codec.marks.items() if name != "bos")])
 
 
-def _use(values: dict[str, Any], spec: Any, has_text: bool, notes: str, name: str) -> str:
+def _use(
+    values: dict[str, Any], context: int, spec: Any, has_text: bool, notes: str, name: str
+) -> str:
     """Return how the model is loaded. values: its config.json. name: its folder or repository."""
-    call = 'generate("Once", max_new_tokens=100)' if has_text else "logits([5, 17])"
+    length = min(100, context // 2)  # transformers' GPT-2 fails, and says not why, past its context
+    call = f'generate("Once", max_new_tokens={length})' if has_text else "logits([5, 17])"
     ours = _OURS.format(name=name, call=call)
     if values["model_type"] == OWN_TYPE:
         return ours
     chat = has_text and isinstance(spec, dict) and spec["kind"] == "chat"
     theirs = _CHAT if chat else _TEXT if has_text else _IDS
-    text = theirs.format(name=name) + (f"{notes}\n\n" if notes else "") + ours
+    text = theirs.format(name=name, length=length) + (f"{notes}\n\n" if notes else "") + ours
     if not has_text:
         return text
     text += _VLLM.format(name=shlex.quote(name))
