@@ -195,8 +195,9 @@ class ModelConfig(Section):
         if not isinstance(values, dict):
             return make(values)
         preset = PRESETS.get(str(values.get("preset")), {})
-        # A run of before there was this key has stored all others that the preset sets.
-        if preset.keys() - values.keys() == {"softcap"}:
+        # A run of before there was this key has stored all others, also those that no preset sets.
+        stored = {*preset, "scan_layers", "remat", "loss_chunk", "dtype", "attention"}
+        if stored - values.keys() == {"softcap"}:
             preset = {}
         model = make({**preset, **values})
         if "softcap" not in values:  # so that a run which began with another may continue

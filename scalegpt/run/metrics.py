@@ -267,9 +267,9 @@ class Metrics:
             self._write({**row, "memory/host_gib": memory})
 
     def evaluation(self, row: Row) -> None:
-        """Write a row of EVAL_KEYS, val/NAME/loss or /reward and tasks' keys, which gets `time`."""
+        """Write a row, which gets `time`: EVAL_KEYS, some of them of a NAME, and tasks' keys."""
         other = {key for key in row.keys() - set(EVAL_KEYS) if not of_task(key)}
-        assert all(re.fullmatch("val/.+/(loss|reward)", key) for key in other), other
+        assert all(re.fullmatch("val/.+/(loss|reward|bits_per_byte)", key) for key in other), other
         self._write(row)
 
     def sample(self, step: int, prompt: str, text: str) -> None:
