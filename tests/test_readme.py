@@ -23,6 +23,7 @@ MAIN = TEXTS["README.md"]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # Files of a run, of a data set and of nanoGPT.
 NOT_OURS = {
+    "core.yaml",
     *("config.yaml", "manifest.json", "meta.json", "inference.py"),
     *("config/x.py", "config/eval_gpt2.py"),
 }
