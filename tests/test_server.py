@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -491,6 +492,29 @@ def test_whoever_leaves_gives_the_slot_back_within_a_token(start):
     assert orders() <= 1 and len(echo.slots.plans) == 0
     assert len(echo.slots.opened) > 50
     assert echo.chat(user("Hello")).json()["choices"][0]["message"]["content"] == "Hello"
+
+
+def test_a_request_that_goes_in_the_moment_a_token_comes_ends():
+    orders = []
+    generation = SimpleNamespace(place=orders.append)
+    text = SimpleNamespace(ids=[], codec=SimpleNamespace(marks={}))
+    asked = SimpleNamespace(ids=[1], text=text, max_tokens=9, sampler=None, seed=1)
+
+    async def ends(turns: int) -> bool:
+        async def read() -> None:
+            async for _ in server.Tokens(generation, asked):
+                pass
+
+        task = asyncio.create_task(read())
+        await asyncio.sleep(0.001)
+        orders[-1].take(SimpleNamespace(finish=None))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task], timeout=0.2)
+        return task.cancelled()
+
+    assert all(asyncio.run(ends(turns)) for turns in range(5))
 
 
 def test_a_fault_in_the_midst_ends_streams_with_an_error(start):

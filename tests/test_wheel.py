@@ -45,7 +45,7 @@ def test_it_holds_every_module_config_and_recipe_and_nothing_else(wheel):
     code = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("scalegpt/**/*.py")}
     code |= {f"scalegpt/server/page/{name}" for name in ("index.html", "page.js", "page.css")}
     code.add("scalegpt/py.typed")
-    shipped = [*ROOT.glob("configs/**/*.yaml"), *ROOT.glob("data/*/prepare.py")]
+    shipped = [*ROOT.glob("configs/**/*.yaml"), *ROOT.glob("data/*/*.py")]
     assert names == code | {f"scalegpt/presets/{p.relative_to(ROOT).as_posix()}" for p in shipped}
 
 

@@ -234,7 +234,9 @@ class Tokens:
         finish = None
         while finish is None:
             try:
-                token = await asyncio.wait_for(self._queue.get(), KEEP_ALIVE)
+                # Not wait_for, which in Python 3.11 may swallow that this task is cancelled.
+                async with asyncio.timeout(KEEP_ALIVE):
+                    token = await self._queue.get()
             except TimeoutError:
                 yield None
                 continue
