@@ -24,10 +24,10 @@ def test_five_kills_leave_the_unbroken_run_digit_for_digit(plays, tmp_path, caps
 
 @pytest.mark.slow
 def test_a_killed_process_of_two_takes_the_other_down_and_both_continue(plays, tmp_path, capsys):
-    flags = ("--kills=2", "--processes=2", "--devices=2", "--moments", "save", "step")
+    flags = ("--kills=1", "--processes=2", "--devices=2", "--moments", "save")
     assert crash_test.main(crash(plays, tmp_path / "crash", *flags)) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert report["kills"] == 2 and report["slowest_notice_seconds"] < 30
+    assert report["kills"] == 1 and report["slowest_notice_seconds"] < 30
 
 
 def test_the_verdict_sees_what_is_missing_twice_or_other(tmp_path):
