@@ -230,8 +230,8 @@ def write_bins(
 
     encoded: split, ids and what they add to its entry: bytes, documents and perhaps more; of text
     also `ends`, after how many of these ids a document ends, for train.idx.partial and
-    val.idx.partial. An id below 0 is ~id. total: the end of the progress bar, or None for one
-    without end; it counts what `unit` names in those entries.
+    val.idx.partial. An id below 0 is ~id. total: the end of the progress bar, which counts what
+    `unit` names in those entries.
     """
 
     def largest(ids: np.ndarray) -> int:
