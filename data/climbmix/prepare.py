@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from itertools import chain
 
 from scalegpt.data import published
-from scalegpt.data.prepare import Corpus, script_parser, write_dataset
+from scalegpt.data.prepare import Corpus, script_parser
 from scalegpt.files import parquet
-from scalegpt.files.text_files import absolute, size_of
+from scalegpt.files.text_files import size_of
 from scalegpt.processes.command import run_command
 from scalegpt.weights.tokenizer_files import named
 
@@ -27,7 +27,6 @@ def main(argv: list[str]) -> int:
     more("--files", type=int, help="only so many files for training, the first")
     more("--tokenizer", default="gpt2", help="as in data/text, but for char (default: gpt2)")
     args = parser.parse_args(argv)
-    published.check_count(args.files)
 
     def corpus() -> Corpus:
         tokenizer = named(args.tokenizer)
@@ -48,9 +47,7 @@ def main(argv: list[str]) -> int:
 
         return Corpus(tokenizer, documents(), 2 * size)  # packed about 2:1
 
-    source = f"{absolute(args.input) if args.input else REPOSITORY}"
-    source += f", files={args.files or 'all'}, {args.tokenizer}"
-    write_dataset(args.out, corpus, source, args.workers, args.force)
+    published.write(args, REPOSITORY, corpus)
     return 0
 
 

@@ -11,9 +11,9 @@ if __name__ == "__main__":
 from collections.abc import Iterator
 
 from scalegpt.data import published
-from scalegpt.data.prepare import Corpus, script_parser, stable_fraction, write_dataset
+from scalegpt.data.prepare import Corpus, script_parser, stable_fraction
 from scalegpt.files import parquet
-from scalegpt.files.text_files import absolute, size_of
+from scalegpt.files.text_files import size_of
 from scalegpt.processes.command import run_command
 from scalegpt.weights.tokenizer_files import named
 
@@ -30,7 +30,6 @@ def main(argv: list[str]) -> int:
     more("--files", type=int, help="only so many of its files, the first")
     more("--tokenizer", default="gpt2", help="as in data/text, but for char (default: gpt2)")
     args = parser.parse_args(argv)
-    published.check_count(args.files)
 
     def corpus() -> Corpus:
         tokenizer = named(args.tokenizer)
@@ -49,9 +48,7 @@ def main(argv: list[str]) -> int:
 
         return Corpus(tokenizer, documents(), 2 * size)  # packed about 2:1
 
-    source = f"{absolute(args.input) if args.input else f'{REPOSITORY} {args.subset}'}"
-    source += f", files={args.files or 'all'}, {args.tokenizer}"
-    write_dataset(args.out, corpus, source, args.workers, args.force)
+    published.write(args, f"{REPOSITORY} {args.subset}", corpus)
     return 0
 
 

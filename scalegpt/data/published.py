@@ -1,12 +1,13 @@
 """Data sets of many Parquet files on the Hugging Face hub are downloaded file by file."""
 
-from collections.abc import Iterator
+from argparse import Namespace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from scalegpt.data.prepare import check_disk
+from scalegpt.data.prepare import Corpus, check_disk, write_dataset
 from scalegpt.errors import Mistake
 from scalegpt.files import parquet
-from scalegpt.files.text_files import find_files
+from scalegpt.files.text_files import absolute, find_files
 
 
 def local_files(pattern: str, least: int) -> list[Path | str]:
@@ -51,7 +52,13 @@ def download(repository: str, sizes: dict[str, int], out: Path) -> Iterator[Path
             ) from error
 
 
-def check_count(files: int | None) -> None:
-    """Raise Mistake for a --files that is not 1 or more."""
-    if files is not None and files < 1:
-        raise Mistake(f"--files={files} must be 1 or more")
+def write(args: Namespace, name: str, build: Callable[[], Corpus]) -> None:
+    """Write a published data set by the flags of its recipe, as `write_dataset` does.
+
+    name: what there is on the hub. Raises Mistake for a --files that is not 1 or more, too.
+    """
+    if args.files is not None and args.files < 1:
+        raise Mistake(f"--files={args.files} must be 1 or more")
+    source = f"{absolute(args.input) if args.input else name}"
+    source += f", files={args.files or 'all'}, {args.tokenizer}"
+    write_dataset(args.out, build, source, args.workers, args.force)
