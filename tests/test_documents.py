@@ -18,8 +18,8 @@ from scalegpt.checkpoints import manifest
 from scalegpt.config import BatchConfig
 from scalegpt.config.command_line import parse
 from scalegpt.config.differences import curve_diff
+from scalegpt.config.limits import BEGINS
 from scalegpt.config.recipe import ModelConfig
-from scalegpt.config.types import BEGINS
 from scalegpt.data import documents as module
 from scalegpt.data.batches import EvalBatches, TrainBatches, TrainOrder
 from scalegpt.data.datasets import open_datasets, resolved, windows_of

@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Iterator
 
-from scalegpt.config import command_line
+from scalegpt.config.parser import Parser
 from scalegpt.data.fast_encoding import faster, one_by_one
 from scalegpt.data.reading import kinds_of, read_documents
 from scalegpt.data.tokenizer import END_OF_TEXT, MARKS, Tokenizer, load
@@ -64,7 +64,7 @@ def table(patterns: list[str], key: str, tokenizers: dict[str, Tokenizer]) -> It
 
 
 def main(argv: list[str]) -> int:
-    parser = command_line.Parser(description=__doc__)
+    parser = Parser(description=__doc__)
     more = parser.add_argument
     more("--input", required=True, type=os.path.expanduser, help="text, as data/text/prepare.py")
     more("--out", required=True, type=local_path, help="a new folder for the tokenizer")

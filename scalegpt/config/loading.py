@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from scalegpt.config import Config
-from scalegpt.config.predecessors import advice
+from scalegpt.config.predecessors import advice, nearest
 from scalegpt.config.presets import own_configs
 from scalegpt.errors import Mistake
 
@@ -138,24 +138,6 @@ def _check_allowed(keys: bool | list[str]) -> None:
 def validate_sections(values: dict[str, Any], source: str) -> Config:
     """Validate some sections, as model or mesh, without a run. Raises Mistake as `validate`."""
     return validate({**values, **NO_RUN}, source)
-
-
-def nearest(word: str, known: list[str], prefix: str = "") -> str:
-    """Return a clause that names the known key that `word`, as `lr` or `lr=1`, stands for, or "".
-
-    It may be a key of another trainer's.
-    """
-    name, _, value = word.partition("=")
-    section, _, key = name.rpartition(".")
-    keys = [k.split(".")[-1] for k in known]
-    for other in (f"{key}={value}", *([] if key in keys else [key.replace("-", "_")])):
-        if found := advice(other, known):
-            return found
-    # The right key in the wrong section, or without one, is nearer than any mistyped one.
-    near = [key] if key in keys else difflib.get_close_matches(key, keys, n=1)
-    candidates = [k for k in known if k.split(".")[-1] in near]
-    candidates.sort(key=lambda k: not k.startswith(f"{section}."))
-    return f"did you mean {prefix}{candidates[0]}?" if candidates else ""
 
 
 def known_keys() -> list[str]:

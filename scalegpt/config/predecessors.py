@@ -3,6 +3,7 @@
 Messages about unknown keys read this table, and configs/README.md shows it.
 """
 
+import difflib
 import re
 
 # Cells of a Markdown table: their names, and what to type here. If that begins with a flag, the
@@ -84,3 +85,21 @@ def advice(word: str, known: list[str]) -> str:
         if word in there.replace("`", "").split(", ") and ours:
             return f"here that is {here.replace('`', '')}"
     return ""
+
+
+def nearest(word: str, known: list[str], prefix: str = "") -> str:
+    """Return a clause that names the known key that `word`, as `lr` or `lr=1`, stands for, or "".
+
+    It may be a key of another trainer's.
+    """
+    name, _, value = word.partition("=")
+    section, _, key = name.rpartition(".")
+    keys = [k.split(".")[-1] for k in known]
+    for other in (f"{key}={value}", *([] if key in keys else [key.replace("-", "_")])):
+        if found := advice(other, known):
+            return found
+    # The right key in the wrong section, or without one, is nearer than any mistyped one.
+    near = [key] if key in keys else difflib.get_close_matches(key, keys, n=1)
+    candidates = [k for k in known if k.split(".")[-1] in near]
+    candidates.sort(key=lambda k: not k.startswith(f"{section}."))
+    return f"did you mean {prefix}{candidates[0]}?" if candidates else ""

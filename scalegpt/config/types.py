@@ -9,6 +9,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
+from scalegpt.config.limits import LARGEST
+
 
 class Section(BaseModel):
     """A frozen group of keys; unknown keys are errors, and a key's docstring is its `--help`."""
@@ -25,8 +27,6 @@ def number(value: Any) -> Any:
     return float(value) if isinstance(value, str) and re.fullmatch(like_one, value) else value
 
 
-LARGEST = 2**31 - 1  # JAX counts in int32
-BEGINS = 1 << 30  # is added to the id of a token that begins a document, where a batch says so
 Integer = Annotated[int, BeforeValidator(number)]
 Positive = Annotated[Integer, Field(ge=1, le=LARGEST)]
 Whole = Annotated[Integer, Field(ge=0, le=LARGEST)]

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from scalegpt.config import BatchConfig, Config
+from scalegpt.config.limits import LARGEST
 from scalegpt.config.loading import validate
 from scalegpt.config.presets import recipe
-from scalegpt.config.types import LARGEST
 from scalegpt.data import tokenizer
 from scalegpt.data.batches import TrainBatches, rows_together, train_order
 from scalegpt.data.documents import DocumentText

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from scalegpt.config.types import BEGINS
+from scalegpt.config.limits import BEGINS
 from scalegpt.errors import Mistake
 
 # Documents that are shuffled among themselves, a power of 2. A window costs one search in the index

@@ -30,7 +30,7 @@ import numpy as np
 from filelock import FileLock
 from tqdm import tqdm
 
-from scalegpt.config import command_line
+from scalegpt.config.parser import Parser
 from scalegpt.config.presets import data_folder
 from scalegpt.data.fast_encoding import Encode, faster, one_by_one
 from scalegpt.data.reading import Document
@@ -442,7 +442,7 @@ def script_parser(
 
     workers: whether it encodes in several processes. reads: whether from text of the user's.
     """
-    parser = command_line.Parser(description=description)
+    parser = Parser(description=description)
     if reads:
         parser.add_argument("--input", type=os.path.expanduser, help="local text to use")
     parser.add_argument(

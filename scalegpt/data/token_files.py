@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from scalegpt.config.limits import LARGEST
 from scalegpt.config.presets import recipe
-from scalegpt.config.types import LARGEST
 from scalegpt.data import tokenizer
 from scalegpt.data.joined import Joined, part_folder, parts_in
 from scalegpt.data.packing import PackedRows

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from scalegpt.checkpoints.checkpoints import open_checkpoints
 from scalegpt.config import Config
-from scalegpt.config.types import BEGINS
+from scalegpt.config.limits import BEGINS
 from scalegpt.data import tokenizer
 from scalegpt.data.datasets import train_batches, windows_of
 from scalegpt.data.token_files import Dataset

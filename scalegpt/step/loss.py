@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
+from scalegpt.config.limits import BEGINS
 from scalegpt.config.recipe import ModelConfig
-from scalegpt.config.types import BEGINS
 from scalegpt.model.custom_gradients import logsumexp
 from scalegpt.model.gpt import GPT, head_table, logits
 from scalegpt.model.layers import constrain
