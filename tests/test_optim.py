@@ -165,7 +165,10 @@ class NumpyAdamW:
             self.v[k] = c.beta2 * self.v[k] + (1 - c.beta2) * g * g
             m = self.m[k] / (1 - c.beta1**self.t)
             v = self.v[k] / (1 - c.beta2**self.t)
-            decay = c.weight_decay * self.p[k] if self.decays[k] else 0
+            decay = c.weight_decay * (lr / c.lr if c.decay_follows_lr else 1) * self.p[k]
+            if c.cautious_decay:
+                decay = decay * (m * self.p[k] > 0)
+            decay = decay if self.decays[k] else 0
             self.p[k] -= lr * (m / (np.sqrt(v) + c.eps) + decay)
 
 
@@ -206,11 +209,15 @@ def adamw_run(config, gradient_scale, updates=10):
 
 @pytest.mark.parametrize("decay", ["matrices", "no_embeddings", "all"])
 @pytest.mark.parametrize(
-    "grad_clip, gradient_scale",
+    "grad_clip, gradient_scale, how",
     # The norm of 100 normal numbers is about 10: below the threshold, above it, and no threshold.
-    [(1.0, 0.01), (1.0, 5.0), (0.0, 5.0)],
+    [
+        (1.0, 0.01, {}),
+        (1.0, 5.0, {"decay_follows_lr": True}),
+        (0.0, 5.0, {"decay_follows_lr": True, "cautious_decay": True}),
+    ],
 )
-def test_adamw_matches_numpy(decay, grad_clip, gradient_scale):
+def test_adamw_matches_numpy(decay, grad_clip, gradient_scale, how):
     config = OptimConfig(
         lr=0.02,
         min_lr=0.002,
@@ -219,6 +226,7 @@ def test_adamw_matches_numpy(decay, grad_clip, gradient_scale):
         weight_decay=0.3,
         decay=decay,
         grad_clip=grad_clip,
+        **how,
     )
     history, gradients = adamw_run(config, gradient_scale)
     norms = [float(optax.tree.norm(g)) for g in gradients]

@@ -77,7 +77,7 @@ def unread(config: Config) -> dict[str, str]:
         ("optim.schedule=constant", optim.schedule == "constant", "optim.min_lr optim.decay_steps"),
         (f"optim.schedule={optim.schedule}", optim.schedule != "wsd", "optim.cooldown"),
         (f"optim.steps={optim.steps}", not optim.counts_epochs, "optim.epochs"),
-        ("optim.weight_decay=0", not optim.weight_decay, "optim.decay"),
+        ("optim.weight_decay=0", not optim.weight_decay, "optim.decay optim.decay_follows_lr"),
         ("lora.rank=0", not config.lora.rank, "lora.alpha"),
         ("lora.rank", config.lora.rank, "optim.decay"),
         ("no eval.tasks", not config.eval.tasks, "eval.task_examples"),

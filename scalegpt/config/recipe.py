@@ -306,6 +306,8 @@ class OptimConfig(Section):
     and saved for use. 0: the last weights are"""
     cautious_decay: bool = False
     """weight decay only for weights that the update shrinks, too"""
+    decay_follows_lr: bool = False
+    """weight_decay itself falls as the learning rate does: a weight shrinks by the square of it"""
     min_lr: Amount = 6e-5
     """learning rate at the end of the decay"""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"

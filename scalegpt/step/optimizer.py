@@ -127,26 +127,40 @@ def _update_rule(
     """Chain a direction with what all optimizers share: add weight_decay x parameter (decoupled, as
     in AdamW), multiply by -learning rate. mask: what `decay_mask` returns. lr: the peak here; its
     shape is the run's schedule."""
-    decay = cautious_decay if config.cautious_decay else optax.add_decayed_weights
+    add_decay = cautious_decay if config.cautious_decay else optax.add_decayed_weights
     rate, share = schedule(config), lr / config.lr
+
+    def falling(i: Any) -> Any:
+        return config.weight_decay / config.lr * rate(i)
+
     return [
         direction,
-        decay(config.weight_decay, mask),
+        add_decay(falling if config.decay_follows_lr else config.weight_decay, mask),
         optax.scale_by_learning_rate(rate if share == 1 else lambda i: share * rate(i)),
     ]
 
 
-def cautious_decay(weight_decay: float, mask: Callable[[Any], Any]) -> optax.GradientTransformation:
+def cautious_decay(
+    weight_decay: float | Schedule, mask: Callable[[Any], Any]
+) -> optax.GradientTransformation:
     """Add weight decay as optax.add_decayed_weights does, but only to entries that the update moves
     towards zero, too (arXiv:2510.12402)."""
+    scheduled = callable(weight_decay)
+
+    def init(params: Any) -> Any:
+        count = jnp.zeros((), jnp.int32)
+        return optax.ScaleByScheduleState(count) if scheduled else optax.EmptyState()
 
     def update(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        share = weight_decay(state.count) if scheduled else weight_decay
+
         def add(decays: bool, u: Array, p: Array) -> Array:
-            return u + weight_decay * p * (u * p > 0) if decays else u
+            return u + share * p * (u * p > 0) if decays else u
 
-        return jax.tree.map(add, mask(updates), updates, params), state
+        updates = jax.tree.map(add, mask(updates), updates, params)
+        return updates, state._replace(count=state.count + 1) if scheduled else state
 
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    return optax.GradientTransformation(init, update)
 
 
 class AverageState(NamedTuple):
