@@ -66,6 +66,29 @@ def test_it_is_optax_muon_in_float32_for_each_projection_by_itself():
             np.testing.assert_allclose(x, shape * want[name], atol=1e-5, err_msg=name)
 
 
+def test_rows_are_divided_by_the_root_of_their_mean_square():
+    """NorMuon by hand, for [fan in, fan out] of each projection; norms stay."""
+    plain = muon.scale_by_muon(lambda i: 0.95, 5, jnp.float32, PARAMETERS)
+    tx = muon.even_rows(0.9, PARAMETERS)
+    state, other = tx.init(random(0)), plain.init(random(0))
+    # Outputs of square matrices; of the others the side of 4 D, which `down` reads.
+    along = {"q": 1, "k": 1, "v": 1, "proj": 1, "up": 1, "down": 2}
+    mean = dict.fromkeys(along, 0.0)
+    for seed in (1, 2, 3):
+        # Columns of very different sizes, so that rows differ.
+        grads = jax.tree.map(lambda x: x * jnp.arange(1, x.shape[-1] + 1) ** 2, random(seed))
+        want, other = plain.update(grads, other)
+        got, state = tx.update(want, state)
+        for name, x in matrices(want).items():
+            x = x.astype(np.float64)
+            mean[name] = 0.9 * mean[name] + 0.1 * (x**2).mean(along[name], keepdims=True)
+            y = x / np.sqrt(mean[name])
+            before, after = (np.linalg.norm(z, axis=(1, 2), keepdims=True) for z in (x, y))
+            y *= before / after
+            np.testing.assert_allclose(matrices(got)[name], y, rtol=2e-5, atol=1e-7)
+    assert abs(matrices(got)["up"] - matrices(want)["up"]).max() > 1e-2
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_singular_values_come_near_one(dtype):
     tx = muon.scale_by_muon(lambda i: 0.95, 5, jnp.dtype(dtype), PARAMETERS)
@@ -77,7 +100,11 @@ def test_singular_values_come_near_one(dtype):
         assert name not in ("up", "down") or values.min() > 0.5
 
 
-def make_config(mesh: dict[str, int], backend: str = "jit", **model) -> Config:
+# What an update may do besides, in one run.
+MORE = {"row_beta2": 0.95, "decay_follows_lr": True}
+
+
+def make_config(mesh: dict[str, int], backend: str = "jit", optim=(), **model) -> Config:
     shards = mesh.get("data", 1) * mesh.get("fsdp", 1)
     return Config(
         model=dict(preset="modern", n_layer=LAYERS, n_head=2, n_embd=D, block_size=T)
@@ -88,7 +115,8 @@ def make_config(mesh: dict[str, int], backend: str = "jit", **model) -> Config:
         data=dict(path="unused"),
         optim=dict(
             name="muon", steps=UPDATES, weight_decay=0.1, cautious_decay=True, momentum_warmup=4
-        ),
+        )
+        | dict(optim),
         run=dict(out_dir="unused", backend=backend),
     )
 
@@ -130,6 +158,13 @@ def test_losses_do_not_depend_on_mesh_and_backend(alone, mesh, backend):
     np.testing.assert_allclose(losses(make_config(mesh, backend)), alone, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_losses_with_all_that_an_update_may_do_do_not_depend_on_the_mesh(alone):
+    one, cube = (losses(make_config(mesh, optim=MORE)) for mesh in (ONE, CUBE))
+    np.testing.assert_allclose(one, cube, rtol=0, atol=1e-5)
+    assert abs(np.subtract(one, alone)).max() > 1e-4
+
+
 def update_hlo(config: Config) -> tuple[str, float, step.Steps]:
     """The optimizer's update alone, compiled: HLO and FLOPs of a device."""
     steps = build(config)
@@ -153,6 +188,11 @@ def test_each_shape_moves_once_each_way_and_no_device_repeats_another_ones_work(
     each_way = (16 * D * D + 8 * D * 4 * D) // 8
     assert sum(c.bytes for c in found) <= 2 * 4 * each_way  # the CPU moves bfloat16 as float32
     assert flops < 1.1 * alone * (16 + 8 * 4) / (12 + 6 * 4) / 8
+    hlo = update_hlo(make_config(FSDP8, optim=MORE))[0]
+    found = collectives(hlo, steps.mesh)
+    assert [c.kind for c in found if c.kind != "all-reduce"] == ["all-to-all"] * 4
+    rows = LAYERS * (3 * D + D + 4 * D + 4 * D)  # whose means are sums over fsdp
+    assert sum(c.bytes for c in found if c.kind == "all-reduce") <= 4 * rows + 100
 
     hlo, flops, steps = update_hlo(make_config(CUBE))
     moved = {c.kind for c in collectives(hlo, steps.mesh) if c.bytes > 64}
@@ -241,6 +281,7 @@ def test_the_momentum_rises_to_its_value():
     [
         ({"embedding_lr": 0.1}, "optim.embedding_lr=0.1 is Muon's"),
         ({"momentum": 0.9}, "optim.momentum=0.9 is Muon's"),
+        ({"row_beta2": 0.9}, "optim.row_beta2=0.9 is Muon's"),
         ({"name": "muon", "min_lr": 0.1}, "optim.min_lr=0.1 is above optim.lr=0.02"),
         ({"name": "muon", "steps": 100, "warmup_steps": 31}, "31 reaches into wsd's cooldown"),
         ({"name": "muon", "cautious_decay": True}, "decays nothing with optim.weight_decay=0"),

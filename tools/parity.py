@@ -298,7 +298,8 @@ def rounding(
     both do, and hardly by more than 2 lr, for |m| is about r at most. So where the gradient is
     large, the bound is a small part of a step; a parameter whose gradient is mere rounding may take
     any step. Muon divides by the norm of the momentum, and each of its Newton-Schulz steps
-    multiplies what is small by up to 3.4445. If decay is cautious, rounding may decide whether an
+    multiplies what is small by up to 3.4445, so that mean squares of its rows change by twice that
+    part. If decay is cautious, rounding may decide whether an
     entry decays. At last, the sum of parameter and step is rounded. An average of weights changes
     by no more than they do; initial weights may by `tolerance` of the largest, and counts not.
     before, after: state and metrics of the first row, as `arrays` returns them. Before the first
@@ -318,6 +319,8 @@ def rounding(
         for path in bounds:
             if path.endswith((f"/mu/{name}", f"/momentum/{name}")):
                 bounds[path] = tolerance * (abs(before[path]) + abs(after[path])).max() + noise
+            elif path.endswith(f"/variance/{name}"):
+                bounds[path] = 2 * min(1, relative) * abs(after[path]).max()
             elif path.endswith(f"/nu/{name}"):
                 largest = np.sqrt((before[path] + after[path]).max())
                 gap = tolerance * largest + noise

@@ -301,6 +301,9 @@ class OptimConfig(Section):
     """with muon: updates in which the momentum rises from 0.85"""
     ns_steps: Annotated[Integer, Field(ge=1, le=20)] = 5
     """with muon: Newton-Schulz iterations of an update"""
+    row_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """with muon: decay of the mean square of each row of an orthogonalised update, by whose root
+    the row is divided (NorMuon), as 0.95; 0: rows are as they are"""
     average: Rate = 0.0
     """share of the run, at its end, over which the weights are averaged; the average is evaluated
     and saved for use. 0: the last weights are"""
@@ -356,6 +359,7 @@ class OptimConfig(Section):
                 f"optim.min_lr={self.min_lr} is above optim.lr={self.lr}; set --optim.min_lr too"
             )
         unread = {"embedding_lr", "head_lr", "scalar_lr", "momentum", "momentum_warmup", "ns_steps"}
+        unread |= {"row_beta2"}
         if self.name == "adamw" and (
             given := sorted(
                 key for key in unread if getattr(self, key) != OptimConfig.model_fields[key].default

@@ -46,7 +46,7 @@ def parameters_on_device(
 def moment_bytes(count: int, matrices: int, optim: OptimConfig) -> int:
     """Count the bytes of moments and averaged weights, float32. AdamW has two moments of each
     of `count` parameters, Muon one less for the layers' matrices."""
-    spared = matrices if optim.name == "muon" else 0
+    spared = matrices if optim.name == "muon" else 0  # optim.row_beta2 adds too few to count
     return (12 if optim.average else 8) * count - 4 * spared
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -92,6 +93,53 @@ def scale_by_muon(
         return _orthogonalised(nesterov, layouts, steps, dtype), MuonState(count, mean)
 
     return optax.GradientTransformation(init, update)
+
+
+class RowState(NamedTuple):
+    """variance: the mean square of each row, shaped and sharded as a parameter without one side."""
+
+    variance: Any
+
+
+def even_rows(beta2: float, parameters: Mapping[str, Parameter]) -> optax.GradientTransformation:
+    """Divide each row of orthogonalised updates by the root of its mean square over the updates so
+    far, and keep the norm of each matrix (NorMuon, arXiv:2510.05491).
+
+    Rows are numbered by the longer side of a matrix, along which those of an orthogonal one differ,
+    and by the outputs of a square one. beta2: the decay of the mean.
+    """
+
+    def init(params: Any) -> RowState:
+        def zeros(path: str, x: Any) -> Any:
+            axes, boxed = parameters[path].axes, isinstance(x, nn.LogicallyPartitioned)
+            shape = x.value.shape if boxed else x.shape
+            kept = [i for i in range(len(axes)) if i not in _along_rows(axes, shape)]
+            mean = jnp.zeros([shape[i] for i in kept])
+            return x.replace(value=mean, names=tuple(axes[i] for i in kept)) if boxed else mean
+
+        return RowState({path: zeros(path, x) for path, x in params.items()})
+
+    def update(updates: Any, state: RowState, params: Any = None) -> tuple[Any, RowState]:
+        evened, variance = {}, {}
+        for path, x in updates.items():
+            axes = parameters[path].axes
+            along = _along_rows(axes, x.shape)
+            mean = jnp.square(x).mean(along)
+            variance[path] = beta2 * state.variance[path] + (1 - beta2) * mean
+            root = jnp.sqrt(jnp.maximum(jnp.expand_dims(variance[path], along), 1e-20))
+            matrix = tuple(i for i, axis in enumerate(axes) if axis not in STACKED)
+            before, after = (jnp.square(y).sum(matrix, keepdims=True) for y in (x, x / root))
+            evened[path] = x / root * jnp.sqrt(before / jnp.maximum(after, 1e-20))
+        return evened, RowState(variance)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _along_rows(axes: tuple[str | None, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the axes along which a row of a parameter's matrices lies."""
+    way = layout(axes)
+    embed, other = (prod(shape[i] for i in side) for side in (way.embed, way.other))
+    return way.embed if other > embed or (other == embed and way.reads) else way.other
 
 
 def _orthogonalised(

@@ -15,7 +15,7 @@ from jax import Array
 
 from scalegpt.config.recipe import OptimConfig
 from scalegpt.model.parameters import Parameter
-from scalegpt.step.muon import scale_by_muon
+from scalegpt.step.muon import even_rows, scale_by_muon
 
 Schedule = Callable[[Any], Any]
 
@@ -77,6 +77,8 @@ def optimizer(
     if config.name == "adamw":
         return optax.chain(clip, *rule(_adam(config), config.lr), *average)
     muon = scale_by_muon(_momentum(config), config.ns_steps, dtype, parameters)
+    if config.row_beta2:
+        muon = optax.chain(muon, even_rows(config.row_beta2, parameters))
     directions = {
         "matrices": (muon, config.lr),
         "embeddings": (_adam(config), config.embedding_lr),
