@@ -22,7 +22,8 @@ from scalegpt.inference.decode import decoder
 from scalegpt.inference.sampling import Sampler
 from scalegpt.model.lora import is_adapter, joined, merged, parted
 from scalegpt.model.parameters import parameters
-from scalegpt.step import build_for_training, memory, sharding
+from scalegpt.planning import memory
+from scalegpt.step import build_for_training, sharding
 from scalegpt.step.build import build_for_use
 from scalegpt.step.optimizer import decay_mask
 

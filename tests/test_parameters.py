@@ -11,7 +11,8 @@ from scalegpt.config import Config
 from scalegpt.model import flops, gpt
 from scalegpt.model.layers import project
 from scalegpt.model.parameters import Parameter, parameters
-from scalegpt.step import build, memory, sharding
+from scalegpt.planning import memory
+from scalegpt.step import build, sharding
 from scalegpt.step.optimizer import decay_mask, optimizer
 from scalegpt.weights import export, gpt2
 

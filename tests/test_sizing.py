@@ -15,8 +15,9 @@ from planning import scaling_laws
 from planning.scaling_laws import LAWS
 
 from scalegpt.config import Config
+from scalegpt.planning import memory
 from scalegpt.step import build as step
-from scalegpt.step import compile_only, health, memory, sharding
+from scalegpt.step import compile_only, health, sharding
 
 ROOT = Path(__file__).resolve().parents[1]
 ONE = {"data": 1}

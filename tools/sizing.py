@@ -5,7 +5,7 @@
 
 It does the work of nanoGPT's notebooks transformer_sizing and scaling_laws, and needs no data, no
 accelerator and no out_dir. The arithmetic is in scalegpt/model/flops.py,
-scalegpt/step/memory.py and tools/planning/scaling_laws.py.
+scalegpt/planning/memory.py and tools/planning/scaling_laws.py.
 """
 
 import json
@@ -24,9 +24,10 @@ from scalegpt.data.token_files import read_meta
 from scalegpt.errors import Mistake
 from scalegpt.files.folder import expanded
 from scalegpt.model import attention, flops
+from scalegpt.planning import memory
 from scalegpt.processes.command import run_command
 from scalegpt.run.resume import with_model
-from scalegpt.step import memory, sharding
+from scalegpt.step import sharding
 
 GPT2_VOCABULARY = 50257
 FLAGS = {
