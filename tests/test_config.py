@@ -538,13 +538,15 @@ NEUTRAL = {
     "data.prepare",
     "data.prefetch",
     "data.cache_dir",
-    # Of RoPE, of rmsnorm, of wsd and of an untied head, which the defaults are not.
+    # Of RoPE, of rmsnorm, of wsd, of lookahead and of an untied head, which the defaults are not.
     *(
         "model.rope_base",
         "model.rope_scaling",
         "model.norm_gain",
         "model.softcap",
         "optim.cooldown",
+        "optim.cooldown_power",
+        "optim.lookahead_decay",
         "optim.head_lr",
     ),
     *("lora.alpha", "lora.marks"),  # with a rank; the second follows from the data
@@ -605,6 +607,8 @@ OTHER = {  # a value that differs from the default, where adding one will not do
     "optim.beta1": 0.8,
     "optim.beta2": 0.9,
     "optim.cooldown": 0.1,
+    "optim.lookahead": 0.6,
+    "optim.lookahead_decay": 0.9,
     "optim.decay_steps": 5000,
     "run.backend": "pmap",
     "run.out_dir": "moved",
@@ -698,7 +702,7 @@ def test_a_schedule_that_stays_the_same_curve_may_end_later():
 
     longer = ["--optim.steps=700_000"]
     constant, ends = ["--optim.schedule=constant"], ["--optim.decay_steps=600000"]
-    average = ["--optim.average=0.1"]
+    ahead, average = ["--optim.lookahead=0.5"], ["--optim.average=0.1"]
     assert differs(constant, [*constant, *longer, "--optim.min_lr=0", *ends]) == []
     assert (
         differs([], ends) == differs(ends, [*ends, *longer]) == differs([], [*ends, *longer]) == []
@@ -706,7 +710,8 @@ def test_a_schedule_that_stays_the_same_curve_may_end_later():
     assert differs([], longer) == ["optim.steps"]
     assert differs([], ["--optim.decay_steps=7e5", *longer]) == ["optim.steps", "optim.decay_steps"]
     for kind in (constant, ends):
-        assert differs([*kind, *average], [*kind, *average, *longer]) == ["optim.steps"]
+        for more in (ahead, average):
+            assert differs([*kind, *more], [*kind, *more, *longer]) == ["optim.steps"]
     assert differs(constant, longer) == ["optim.schedule", "optim.steps"]
 
 

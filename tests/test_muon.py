@@ -101,7 +101,7 @@ def test_singular_values_come_near_one(dtype):
 
 
 # What an update may do besides, in one run.
-MORE = {"row_beta2": 0.95, "decay_follows_lr": True}
+MORE = {"row_beta2": 0.95, "decay_follows_lr": True, "lookahead": 0.6, "lookahead_decay": 0.9}
 
 
 def make_config(mesh: dict[str, int], backend: str = "jit", optim=(), **model) -> Config:
@@ -162,7 +162,7 @@ def test_losses_do_not_depend_on_mesh_and_backend(alone, mesh, backend):
 def test_losses_with_all_that_an_update_may_do_do_not_depend_on_the_mesh(alone):
     one, cube = (losses(make_config(mesh, optim=MORE)) for mesh in (ONE, CUBE))
     np.testing.assert_allclose(one, cube, rtol=0, atol=1e-5)
-    assert abs(np.subtract(one, alone)).max() > 1e-4
+    assert abs(np.subtract(one, alone)).max() > 1e-3
 
 
 def update_hlo(config: Config) -> tuple[str, float, step.Steps]:

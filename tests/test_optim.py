@@ -29,7 +29,7 @@ def rate(config: OptimConfig, i: int) -> float:
     done = (i - config.warmup_steps) / max(1, end - config.warmup_steps)
     if config.schedule == "wsd":
         length = max(1, round(config.cooldown * end))
-        left = min(1.0, (end - i) / length)
+        left = min(1.0, (end - i) / length) ** config.cooldown_power
     elif config.schedule == "linear":
         left = 1 - done
     else:
@@ -48,6 +48,7 @@ def rate(config: OptimConfig, i: int) -> float:
         {"steps": 150, "warmup_steps": 0, "decay_steps": 90, "min_lr": 0},
         {"steps": 40, "warmup_steps": 7, "decay_steps": 60, "lr": 1.0, "min_lr": 1.0},
         {"steps": 5000, "warmup_steps": 1000, "cooldown": 0.35},
+        {"steps": 90, "warmup_steps": 0, "cooldown": 0.6, "cooldown_power": 1.2},
         {"steps": 20, "warmup_steps": 20},
     ],
     ids=lambda keys: " ".join(f"{k}={v}" for k, v in keys.items()),
@@ -379,6 +380,31 @@ def test_optimizer_state_is_float32_whatever_the_products_are():
     for tree in (abstract.params, abstract.opt_state):
         dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(tree)}
         assert dtypes <= {"float32", "int32"} and "float32" in dtypes
+
+
+# --- weights that lie ahead
+
+
+def test_weights_lie_ahead_of_updates_by_a_share_of_their_mean():
+    """By the paper's formulas: x' = y + update(y), m' = d m + (1 - d) (x' - x), y' = x' + b' m'."""
+    config = OptimConfig(lr=0.1, min_lr=0.0, steps=24, warmup_steps=0, schedule="linear")
+    config = config.model_copy(update={"lookahead": 0.6, "lookahead_decay": 0.9})
+    tx = optimizer(config, PARAMETERS)
+    rng = np.random.default_rng(0)
+    params = {"wte": jnp.asarray(rng.normal(size=(4, 3)), jnp.float32)}
+    reference = NumpyAdamW(config, params, {"wte": True})
+    state, x, mean = tx.init(params), reference.p["wte"].copy(), 0.0
+    for i in range(24):
+        grads = {"wte": jnp.asarray(rng.normal(size=(4, 3)), jnp.float32)}
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        reference.update(grads)  # from y
+        mean = 0.9 * mean + 0.1 * (reference.p["wte"] - x)
+        x = reference.p["wte"]
+        share = 0.6 * rate(config, i + 1) / 0.1 if 4 <= i + 1 < 18 else 0.0
+        reference.p["wte"] = x + share * mean
+        np.testing.assert_allclose(params["wte"], reference.p["wte"], rtol=1e-5, atol=1e-6)
+        assert np.allclose(x, params["wte"], atol=1e-4) == (share == 0)
 
 
 # --- the mean of the last weights

@@ -299,9 +299,9 @@ def rounding(
     large, the bound is a small part of a step; a parameter whose gradient is mere rounding may take
     any step. Muon divides by the norm of the momentum, and each of its Newton-Schulz steps
     multiplies what is small by up to 3.4445, so that mean squares of its rows change by twice that
-    part. If decay is cautious, rounding may decide whether an
-    entry decays. At last, the sum of parameter and step is rounded. An average of weights changes
-    by no more than they do; initial weights may by `tolerance` of the largest, and counts not.
+    part. If decay is cautious, rounding may decide whether an entry decays. At last, the sum of
+    parameter and step is rounded. An average of weights, or of their changes, changes by no more
+    than they do; initial weights may by `tolerance` of the largest, and counts not.
     before, after: state and metrics of the first row, as `arrays` returns them. Before the first
     update `before` is empty, and the bounds are those of the initial state.
     """
@@ -330,8 +330,8 @@ def rounding(
                 relative = gap / (root + optim.eps)
         step = 2 * np.minimum(1, relative) + optim.cautious_decay * optim.weight_decay * abs(x)
         rate = after["train/lr"] * (peaks.get(parameter.kind) or optim.lr) / optim.lr
-        bound = rate * step + epsilon * abs(x)
-        weights = (f"params/{name}", f"/average/{name}")
+        bound = (1 + optim.lookahead) * rate * step + epsilon * abs(x)
+        weights = (f"params/{name}", f"/average/{name}", f"/drift/{name}")
         bounds |= {path: bound for path in bounds if path.endswith(weights)}
     return bounds
 

@@ -26,7 +26,7 @@ def curve_diff(stored: Config, requested: Config) -> list[str]:
     if ends[0] == ends[1]:
         neutral |= {"optim.decay_steps"}
     if (ends[0] == ends[1] or all(o.decay_steps for o in optims)) and not any(
-        o.average for o in optims
+        o.average or o.lookahead for o in optims
     ):
         neutral |= {"optim.steps"}
     lines = [
@@ -75,7 +75,12 @@ def unread(config: Config) -> dict[str, str]:
         ("model.tie_word_embeddings=true", model.tie_word_embeddings, "optim.head_lr"),
         ("a model without norms, biases or scalars", no_scalars, "optim.scalar_lr"),
         ("optim.schedule=constant", optim.schedule == "constant", "optim.min_lr optim.decay_steps"),
-        (f"optim.schedule={optim.schedule}", optim.schedule != "wsd", "optim.cooldown"),
+        (
+            f"optim.schedule={optim.schedule}",
+            optim.schedule != "wsd",
+            "optim.cooldown optim.cooldown_power",
+        ),
+        ("optim.lookahead=0", not optim.lookahead, "optim.lookahead_decay"),
         (f"optim.steps={optim.steps}", not optim.counts_epochs, "optim.epochs"),
         ("optim.weight_decay=0", not optim.weight_decay, "optim.decay optim.decay_follows_lr"),
         ("lora.rank=0", not config.lora.rank, "lora.alpha"),

@@ -311,6 +311,11 @@ class OptimConfig(Section):
     """weight decay only for weights that the update shrinks, too"""
     decay_follows_lr: bool = False
     """weight_decay itself falls as the learning rate does: a weight shrinks by the square of it"""
+    lookahead: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """updates between a sixth and three quarters of the run go on by this times the mean of the
+    updates so far (EMA-Nesterov), as 0.6, in proportion to the learning rate; 0: they do not"""
+    lookahead_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """with lookahead: decay of the mean update"""
     min_lr: Amount = 6e-5
     """learning rate at the end of the decay"""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
@@ -325,6 +330,8 @@ class OptimConfig(Section):
     """update at which min_lr is reached; default: steps"""
     cooldown: Rate = 0.2
     """share of decay_steps in which wsd falls"""
+    cooldown_power: Share = 1.0
+    """wsd falls as this power of what is left of the cooldown; 1: linearly"""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """AdamW's decay of the mean gradient"""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95

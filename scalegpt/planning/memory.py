@@ -44,10 +44,11 @@ def parameters_on_device(
 
 
 def moment_bytes(count: int, matrices: int, optim: OptimConfig) -> int:
-    """Count the bytes of moments and averaged weights, float32. AdamW has two moments of each
-    of `count` parameters, Muon one less for the layers' matrices."""
+    """Count the bytes of moments, mean updates and averaged weights, float32. AdamW has two moments
+    of each of `count` parameters, Muon one less for the layers' matrices."""
     spared = matrices if optim.name == "muon" else 0  # optim.row_beta2 adds too few to count
-    return (12 if optim.average else 8) * count - 4 * spared
+    kept = 2 + bool(optim.average) + bool(optim.lookahead)
+    return 4 * (kept * count - spared)
 
 
 def on_device(

@@ -28,16 +28,18 @@ def schedule(config: OptimConfig) -> Schedule:
     """
     end, warmup = config.decay_steps or config.steps, config.warmup_steps
     span, drop = max(1, end - warmup), config.lr - config.min_lr
-    cooldown = max(1, round(config.cooldown * end))
+    cooldown, power = max(1, round(config.cooldown * end)), config.cooldown_power
 
     def learning_rate(i: Any) -> Any:
         i = jnp.asarray(i, jnp.float32)
         done = jnp.clip((i - warmup) / span, 0, 1)
+        cooled = jnp.clip((i - end + cooldown) / cooldown, 0, 1)
+        cooled = cooled if power == 1 else 1 - (1 - cooled) ** power
         after = {
             "constant": lambda: jnp.float32(config.lr),
             "cosine": lambda: config.min_lr + drop * 0.5 * (1 + jnp.cos(jnp.pi * done)),
             "linear": lambda: config.lr - drop * done,
-            "wsd": lambda: config.lr - drop * jnp.clip((i - end + cooldown) / cooldown, 0, 1),
+            "wsd": lambda: config.lr - drop * cooled,
         }[config.schedule]()
         return jnp.where(i < warmup, config.lr * (i + 1) / (warmup + 1), after)
 
@@ -72,10 +74,11 @@ def optimizer(
     parameters: those of the model, by path. State has their dtype, Muon's products are in `dtype`.
     """
     clip = optax.clip_by_global_norm(config.grad_clip) if config.grad_clip else optax.identity()
-    average = [tail_average(config)] if config.average else []
+    last = [lookahead(config)] if config.lookahead else []
+    last += [tail_average(config)] if config.average else []
     rule = partial(_update_rule, config, decay_mask(config, parameters))
     if config.name == "adamw":
-        return optax.chain(clip, *rule(_adam(config), config.lr), *average)
+        return optax.chain(clip, *rule(_adam(config), config.lr), *last)
     muon = scale_by_muon(_momentum(config), config.ns_steps, dtype, parameters)
     if config.row_beta2:
         muon = optax.chain(muon, even_rows(config.row_beta2, parameters))
@@ -86,7 +89,7 @@ def optimizer(
         "scalars": (_adam(config), config.scalar_lr),
     }
     groups = {kind: optax.chain(*rule(*pair)) for kind, pair in directions.items()}
-    return optax.chain(clip, by_group(groups, lambda path: parameters[path].kind), *average)
+    return optax.chain(clip, by_group(groups, lambda path: parameters[path].kind), *last)
 
 
 def by_group(
@@ -161,6 +164,42 @@ def cautious_decay(
 
         updates = jax.tree.map(add, mask(updates), updates, params)
         return updates, state._replace(count=state.count + 1) if scheduled else state
+
+    return optax.GradientTransformation(init, update)
+
+
+class LookaheadState(NamedTuple):
+    """count: updates so far. drift: the mean update, shaped and sharded like the parameters."""
+
+    count: Array
+    drift: Any
+
+
+def lookahead(config: OptimConfig) -> optax.GradientTransformation:
+    """Have the weights lie ahead of where updates have led, by a share of the mean update, so that
+    gradients are taken there: EMA-Nesterov, arXiv:2605.25395.
+
+    With x where updates have led, b the share and m the mean, weights are y = x + b m; an update
+    leads from y to the next x, and m becomes d m + (1 - d) (next x - x). The share is
+    optim.lookahead times the learning rate over its peak, and 0 outside of a sixth to three
+    quarters of the run, about as in KellerJordan/modded-nanogpt#308, so that y is x in the end.
+    """
+    rate, steps, decay = schedule(config), config.steps, config.lookahead_decay
+
+    def share(i: Array) -> Array:
+        within = (i >= round(steps / 6)) & (i < round(steps * 3 / 4))
+        return jnp.where(within, config.lookahead / config.lr * rate(i), 0)
+
+    def init(params: Any) -> LookaheadState:
+        return LookaheadState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
+
+    def update(updates: Any, state: LookaheadState, params: Any) -> tuple[Any, LookaheadState]:
+        now, following = share(state.count), share(state.count + 1)
+        drift = jax.tree.map(
+            lambda m, u: decay * m + (1 - decay) * (now * m + u), state.drift, updates
+        )
+        updates = jax.tree.map(lambda u, m: u + following * m, updates, drift)
+        return updates, LookaheadState(state.count + 1, drift)
 
     return optax.GradientTransformation(init, update)
 
