@@ -84,6 +84,7 @@ def naive(steps, params, prompt, new):
         {"bias": True},
         {"bias": True, "position": "rope"},
         {"preset": "modern", "residual_scalars": True, "value_embeddings": True},
+        {"bias": True, "smear": True, "backout": True},
         {"preset": "llama", "n_head": 4, "n_kv_head": 1, "window": 5, "window_pattern": "SL"},
     ],
 )
@@ -100,7 +101,8 @@ def test_cached_logits_are_the_uncached_ones_at_every_position(kind, chunks):
     empty = jnp.full(
         (3, c.kv_heads, 24, c.head_dim), 1e3
     )  # slots that are never written, but must not be seen
-    cache = Cache(((empty, empty),) * 2, jnp.asarray(first), jnp.int32(0))
+    recent = jnp.full((3, c.lookback), 4)
+    cache = Cache(((empty, empty),) * 2, jnp.asarray(first), jnp.int32(0), recent)
     advance = jax.jit(lambda x, cache: steps.model.apply({"params": apart}, x, cache=cache))
     hidden, at = [], 0
     for chunk in chunks:
@@ -119,7 +121,8 @@ def test_cached_logits_are_the_uncached_ones_at_every_position(kind, chunks):
 def test_rotations_are_made_for_the_cache_and_not_for_all_of_block_size():
     """Which is a million positions and more in some models."""
     steps = steps_of({"position": "rope", "block_size": 2**20})
-    cache = Cache(((jnp.zeros((1, 2, 8, 4)),) * 2,) * 2, jnp.array([0]), jnp.int32(0))
+    empty, recent = jnp.zeros((1, 2, 8, 4)), jnp.zeros((1, 0), jnp.int32)
+    cache = Cache(((empty,) * 2,) * 2, jnp.array([0]), jnp.int32(0), recent)
 
     def advance(params):
         tokens = jnp.array([[1, 2, 3]])

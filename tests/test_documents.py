@@ -237,7 +237,8 @@ def test_windows_say_where_documents_begin(source, key, monkeypatch):
 TINY = dict(n_layer=2, n_head=2, n_embd=16, block_size=24, vocab_size=20, vocab_multiple=8)
 MODELS = {
     "learned": dict(bias=True),
-    "rope": dict(position="rope", value_embeddings=True, tie_word_embeddings=False),
+    "rope": dict(position="rope", value_embeddings=True, tie_word_embeddings=False)
+    | dict(smear=True, backout=True),
 }
 
 

@@ -137,6 +137,12 @@ def numpy_gpt(c: ModelConfig, params, tokens):
         x = x + p["wpe"][:t]
     if c.embedding_norm:
         x = rms(x)
+    if c.smear:
+        gate = 1 / (1 + np.exp(-x[..., :12] @ p["smear_gate"]))
+        x = (
+            x
+            + np.pad(x[:, :-1] * gate[:, 1:, None], ((0, 0), (1, 0), (0, 0))) * p["smear_strength"]
+        )
     x0 = x
     for i in range(c.n_layer):
         if c.residual_scalars:
@@ -170,6 +176,10 @@ def numpy_gpt(c: ModelConfig, params, tokens):
         else:
             inner = activation(linear(normed, "h/mlp/gate", i), c.mlp) * up
         x = x + linear(inner, "h/mlp/down", i)
+        if i == c.n_layer // 2:
+            middle = x
+    if c.backout:
+        x = x - p["backout"] * middle
     z = norm(x, "ln_f") @ p.get("head_kernel", p["wte"])[: c.vocab_size].T
     if c.softcap == "tanh":
         return c.logit_softcap * np.tanh(z / c.logit_softcap)
@@ -189,6 +199,8 @@ def numpy_gpt(c: ModelConfig, params, tokens):
         {"residual_scalars": True, "value_embeddings": True},
         {"preset": "modern", "residual_scalars": True, "value_embeddings": True},
         {"n_head": 4, "n_kv_head": 2, "head_size": 6, "value_embeddings": True},
+        {"smear": True, "backout": True, "n_layer": 3},
+        {"preset": "modern", "smear": True, "backout": True},
         {"n_kv_head": 1, "position": "rope"},
         {"mlp": "swiglu", "n_inner": 20},
         {"norm": "rmsnorm", "norm_gain": True, "norm_eps": 0.01, "qk_norm": True},
@@ -651,10 +663,11 @@ def test_scan_and_remat_change_neither_loss_nor_gradient(kinds):
     """With dropout: recomputing must draw the same masks again."""
     tokens = some_tokens(3, 11)
     keys = jax.random.split(jax.random.key(3), 3)
-    params = random_params(gpt(bias=True))
+    parts = dict(bias=True, smear=True, backout=True)
+    params = random_params(gpt(**parts))
     results = {}
     for scan, remat in [(False, "none"), *kinds]:
-        model = gpt(bias=True, scan_layers=scan, remat=remat, dropout=0.2)
+        model = gpt(**parts, scan_layers=scan, remat=remat, dropout=0.2)
         assert jax.tree.map(jnp.shape, shapes(model)) == jax.tree.map(jnp.shape, params)
         loss = lambda p, model=model: row_losses(model, p, tokens, keys).sum()  # noqa: E731
         results[scan, remat] = jit(jax.value_and_grad(loss))(params)

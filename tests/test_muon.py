@@ -160,7 +160,8 @@ def test_losses_do_not_depend_on_mesh_and_backend(alone, mesh, backend):
 
 @pytest.mark.slow
 def test_losses_with_all_that_an_update_may_do_do_not_depend_on_the_mesh(alone):
-    one, cube = (losses(make_config(mesh, optim=MORE)) for mesh in (ONE, CUBE))
+    parts = dict(smear=True, backout=True)
+    one, cube = (losses(make_config(mesh, optim=MORE, **parts)) for mesh in (ONE, CUBE))
     np.testing.assert_allclose(one, cube, rtol=0, atol=1e-5)
     assert abs(np.subtract(one, alone)).max() > 1e-3
 
@@ -210,6 +211,8 @@ def test_every_parameter_is_in_the_group_that_its_axes_say():
         position="learned",
         residual_scalars=True,
         value_embeddings=True,
+        smear=True,
+        backout=True,
     )
     found = {path: x.kind for path, x in parameters(config.model).items()}
     assert found.keys() == flatten_dict(build(config).abstract.params, sep="/").keys()
@@ -230,6 +233,9 @@ def test_every_parameter_is_in_the_group_that_its_axes_say():
         "down_bias",
         "residual_scalars",
         "value_strength",
+        "smear_gate",
+        "smear_strength",
+        "backout",
     }
 
 

@@ -244,7 +244,8 @@ def test_text_has_epochs_and_isolation_where_documents_have_a_mark(plays):
 TINY = dict(n_layer=2, n_head=2, n_embd=16, block_size=24, vocab_size=20, vocab_multiple=8)
 MODELS = {
     "learned": dict(bias=True),
-    "rope": dict(position="rope", value_embeddings=True, tie_word_embeddings=False),
+    "rope": dict(position="rope", value_embeddings=True, tie_word_embeddings=False)
+    | dict(smear=True, backout=True),
 }
 FIRST, SECOND = [0, 3, 4, 5, 6, 7, 8], [0, 10, 11, 12, 13, 14, 15, 16, 17]
 
@@ -291,7 +292,8 @@ def test_a_conversation_is_decoded_as_it_was_learned():
     tokens, slots = np.array([[0, 0, *FIRST], [5, *SECOND][: len(FIRST) + 2]]), 16
     tokens[1, 0] = 0
     empty = jnp.zeros((2, 2, slots, 8))
-    cache = Cache(((empty, empty),) * 2, jnp.array([2, 1]), jnp.array(0))
+    recent = jnp.zeros((2, 0), jnp.int32)
+    cache = Cache(((empty, empty),) * 2, jnp.array([2, 1]), jnp.array(0), recent)
     hidden, _ = jax.jit(model.apply)({"params": separate_layers(params)}, tokens, cache=cache)
     got = logits(hidden, head_table(params), model.config)
     for row, first in ((0, 2), (1, 1)):

@@ -57,6 +57,7 @@ def unread(config: Config) -> dict[str, str]:
     """Return the keys that nothing reads with this run's other keys, each with the key to blame."""
     model, optim = config.model, config.optim
     scalars = model.bias, model.qkv_bias, model.residual_scalars, model.value_embeddings
+    scalars += model.smear, model.backout
     rms = model.norm == "rmsnorm"
     no_scalars = rms and not (model.norm_gain or any(scalars))
     no_rms = not rms and not model.qk_norm

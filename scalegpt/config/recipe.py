@@ -176,6 +176,10 @@ class ModelConfig(Section):
     """with logit_softcap c: c z / sqrt(z^2 + c^2), or c tanh(z / c)"""
     residual_scalars: bool = False
     """each layer reads a x + b x0, with x0 the input of the first; a, b learned from 1 and 0"""
+    smear: bool = False
+    """each embedding gets a share of the one before, by a gate that is learned from 0"""
+    backout: bool = False
+    """a share of what the middle layer gave, learned from 0.2, is subtracted before the head"""
     value_embeddings: bool = False
     """each layer adds to its attention values an embedding of the token, from its own table"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -258,6 +262,11 @@ class ModelConfig(Section):
         """The width within the MLP."""
         gated = -(-8 * self.n_embd // (3 * 256)) * 256
         return self.n_inner or (4 * self.n_embd if self.mlp == "plain" else gated)
+
+    @property
+    def lookback(self) -> int:
+        """How many tokens before one its input depends on."""
+        return int(self.smear)
 
     @property
     def padded_vocab(self) -> int:

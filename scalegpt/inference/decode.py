@@ -228,7 +228,8 @@ def empty_cache(model: GPT, first: Array, slots: int) -> Cache:
         return constrain(jnp.zeros(shape, model.dtype), "batch", "act_heads", None, None)
 
     layers = tuple((empty(), empty()) for _ in range(c.n_layer))
-    return Cache(layers, first, jnp.zeros((), jnp.int32))
+    recent = constrain(jnp.zeros((len(first), c.lookback), jnp.int32), "batch", None)
+    return Cache(layers, first, jnp.zeros((), jnp.int32), recent)
 
 
 def _for_decoding(params: Any, model: GPT, keep: bool) -> Any:

@@ -84,12 +84,13 @@ def rollouts(
             cache = empty_cache(model, first, slots)
             scores, cache = next_scores(model, vocab_size, params, tokens, cache)
             # Whole groups lie on the shard of their prompt, so that nothing moves.
-            scores, first, layers = jax.tree.map(
-                lambda x: x.repeat(samples, 0), (scores, cache.first, cache.layers)
+            scores, recent, first, layers = jax.tree.map(
+                lambda x: x.repeat(samples, 0), (scores, cache.recent, cache.first, cache.layers)
             )
-            scores, first = constrain(scores, "batch", None), constrain(first, "batch")
+            scores, recent = (constrain(x, "batch", None) for x in (scores, recent))
+            first = constrain(first, "batch")
             layers = jax.tree.map(lambda x: constrain(x, "batch", "act_heads", None, None), layers)
-            cache = Cache(layers, first, cache.used)
+            cache = Cache(layers, first, cache.used, recent)
             shape = (len(scores), new_tokens)
             zeros = constrain(jnp.zeros(shape, jnp.float32), "batch", None)
             begun = _Progress(

@@ -35,6 +35,8 @@ from scalegpt.model.layers import (
     rotate,
 )
 
+GATE_INPUTS = 12  # how many channels a gate reads, as in modded-nanogpt and nanochat
+
 
 @struct.dataclass
 class Cache:
@@ -42,12 +44,13 @@ class Cache:
 
     layers: (keys, values) of each layer, both [B, N, S, K]. first [B]: where each text begins.
     used: how many slots are filled, of all rows, or [B] of each. Where it is of all, shorter texts
-    are padded on the left.
+    are padded on the left. recent [B, model.lookback]: the tokens before the next one, or padding.
     """
 
     layers: tuple[tuple[Array, Array], ...]
     first: Array
     used: Array
+    recent: Array
 
 
 @struct.dataclass
@@ -246,6 +249,7 @@ class Block(_Layer):
         cache: Cache | None = None,
     ) -> tuple[Array, Any]:
         shared = (self.config, self.dtype, self.attention, self.lora)
+        x, middle = x if self.config.backout else (x, None)
         if self.config.residual_scalars:
             a, b = self.scalars("residual_scalars", [1.0, 0.0]).astype(self.dtype)
             x = a * x + b * context.x0
@@ -253,7 +257,10 @@ class Block(_Layer):
         y, cached = Attention(*shared, name="attn")(normed, layer, keys, context, cache)
         x = constrain(x + y, "batch", "position", "act_embed")
         y = MLP(*shared, name="mlp")(Norm(*shared, name="ln_2")(x), layer, keys)
-        return constrain(x + y, "batch", "position", "act_embed"), cached
+        x = constrain(x + y, "batch", "position", "act_embed")
+        if self.config.backout:
+            x = x, jnp.where(layer == self.config.n_layer // 2, x, middle)
+        return x, cached
 
 
 class GPT(_Layer):
@@ -294,7 +301,7 @@ class GPT(_Layer):
         if begins is not None:
             starts = starts_of(begins)
             positions = jnp.arange(length) - starts
-        x = self._embed(table[tokens], positions)
+        x = self._embed(table, tokens, positions)
         x = dropout(x, c.dropout, dropout_keys, 3 * c.n_layer)
         rotary = None
         if c.position == "rope":
@@ -310,6 +317,7 @@ class GPT(_Layer):
         )(c, self.dtype, self.attention, self.lora, name="h")
         context = Context(x, tokens, rotary, starts)
         # Constants: where layers are unrolled, XLA then compiles only the window that each has.
+        x = (x, x) if c.backout else x
         x, _ = layers(x, np.arange(c.n_layer), dropout_keys, context)
         return self._final_norm(x)
 
@@ -318,22 +326,26 @@ class GPT(_Layer):
 
         It needs the parameters as `separate_layers` returns them.
         """
-        c, length = self.config, tokens.shape[1]
+        c, length, back = self.config, tokens.shape[1], self.config.lookback
         # Positions of padding would be negative; no token attends to what is computed there.
         begin = jnp.asarray(cache.used - cache.first)[:, None]
-        positions = jnp.maximum(begin + jnp.arange(length), 0)
-        x = self._embed(self._token_table()[tokens], positions)
+        positions = jnp.maximum(begin + jnp.arange(-back, length), 0)
+        read = jnp.concatenate([cache.recent, tokens], 1)
+        x = self._embed(self._token_table(), read, positions)[:, back:]
+        positions = positions[:, back:]
         rotary = None
         if c.position == "rope":
             slots = cache.layers[0][0].shape[2]  # block_size may be far more than any text needs
             tables = rotary_tables(slots, c.head_dim, c.rope_base, c.rope_scaling)
             rotary = tuple(jnp.asarray(table)[positions] for table in tables)
         context, layers = Context(x, tokens, rotary), []
+        x = (x, x) if c.backout else x
         for i in range(c.n_layer):
             block = Block(c, self.dtype, self.attention, name=f"h_{i}")
             x, layer = block(x, i, None, context, cache)
             layers.append(layer)
-        return self._final_norm(x), Cache(tuple(layers), cache.first, cache.used + length)
+        cache = Cache(tuple(layers), cache.first, cache.used + length, read[:, length:])
+        return self._final_norm(x), cache
 
     # Parameters are made in this order: wte, wpe, the layers, head_kernel, ln_f. Linen derives its
     # random keys from it, so that another order would change the initial weights of a seed.
@@ -343,26 +355,41 @@ class GPT(_Layer):
         shape, axes = (c.padded_vocab, c.n_embd), ("vocab", "table_embed")
         return self.table("wte", shape, axes, 0.02 if c.init == "gpt2" else 1.0)
 
-    def _embed(self, rows: Array, positions: Any) -> Array:
-        """Add the position embeddings to rows of the token table, float32; return [B, T, D].
+    def _embed(self, table: Array, tokens: Array, positions: Any) -> Array:
+        """Return the input of the layers [B, T, D]: embeddings of tokens and of their positions.
 
-        Both are looked up and added in float32: in bfloat16 the gradients of a frequent token
-        would be summed in bfloat16.
+        positions: a slice, or [T] or [B, T]. Both are looked up and added in float32: in bfloat16
+        the gradients of a frequent token would be summed in bfloat16.
         """
-        c = self.config
+        c, rows = self.config, table[tokens]
         if c.position == "learned":
             std = 0.02 if c.init == "gpt2" else 1.0
             wpe = self.table("wpe", (c.block_size, c.n_embd), ("position", "embed"), std)
             rows = rows + constrain(wpe, None, None)[positions]
         rows = rms_norm(rows, eps=c.norm_eps) if c.embedding_norm else rows
+        if c.smear:
+            gate = self.scalars("smear_gate", [0.0] * min(GATE_INPUTS, c.n_embd))
+            gate = jax.nn.sigmoid((rows[..., : len(gate)] * gate).sum(-1))
+            gate = self.scalars("smear_strength", [0.0]) * gate * _has_before(1, positions, tokens)
+            rows = rows + gate[..., None] * jnp.roll(rows, 1, axis=1)
         return constrain(rows.astype(self.dtype), "batch", "position", "act_embed")
 
     def _final_norm(self, x: Array) -> Array:
         c = self.config
+        if c.backout:
+            x, middle = x
+            x = x - self.scalars("backout", [0.2]).astype(self.dtype) * middle
         if not c.tie_word_embeddings:  # made here, used by `head_table`
             shape, axes = (c.padded_vocab, c.n_embd), ("vocab", "head_embed")
             self.table("head_kernel", shape, axes, 0.02 if c.init == "gpt2" else 0.0)
         return Norm(c, self.dtype, self.attention, name="ln_f")(x)
+
+
+def _has_before(n: int, positions: Any, tokens: Array) -> Array:
+    """Return whether each token has n tokens before it in its text; positions: as in `_embed`."""
+    if isinstance(positions, slice):
+        positions = jnp.arange(tokens.shape[1])
+    return positions >= n
 
 
 def starts_of(begins: Array) -> Array:

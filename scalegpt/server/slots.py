@@ -54,6 +54,7 @@ class Slots:
         c = model.config
         places = -(-c.block_size // READ) * READ
         self.count, self.mesh, self.params = count, decoder.steps.mesh, decoder.params
+        self.lookback = c.lookback
         shape = (count, c.kv_heads, places, c.head_dim)
         with jax.set_mesh(self.mesh):
             self.cache = jax.jit(partial(_empty, model, shape))()
@@ -100,7 +101,9 @@ class Slots:
         """
         start, last = int(self.read_to[slot]), int(self.lengths[slot]) - 1
         if start < last:
-            tokens = self.tokens[slot, start : start + READ]
+            # Before the first token stands what no token reads.
+            places = range(start - self.lookback, start + READ)
+            tokens = self.tokens[slot].take(places, mode="clip")
             with jax.set_mesh(self.mesh):
                 self.cache = self.reader(self.params, self.cache, tokens, slot, start)
             self.read_to[slot] = min(start + READ, last)
@@ -135,12 +138,14 @@ def _empty(model: GPT, shape: tuple[int, ...]) -> Any:
 def _read(model: GPT, params: Any, cache: Any, tokens: Array, slot: Array, start: Array) -> Any:
     """Add READ tokens of a slot to the cache, from place `start` on; return the cache.
 
-    Those of padding are behind the text, where no token sees them before they are written over.
+    tokens: after those that the first depends on. Those of padding are behind the text, where no
+    token sees them before they are written over.
     """
     with nn.logical_axis_rules(tuple(RULES.items())):
         row = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, slot, 1), cache)
-        past = Cache(row, jnp.zeros(1, jnp.int32), start)
-        _, past = model.apply({"params": params}, tokens[None], cache=past)
+        recent, tokens = jnp.split(tokens[None], [model.config.lookback], axis=1)
+        past = Cache(row, jnp.zeros(1, jnp.int32), start, recent)
+        _, past = model.apply({"params": params}, tokens, cache=past)
         put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=0)
         return jax.tree.map(put, cache, past.layers)
 
@@ -159,8 +164,9 @@ def _write(
     Returns the cache; the ids [N], their log-probabilities; the likeliest ids [N, 20] and theirs.
     """
     with nn.logical_axis_rules(tuple(RULES.items())):
-        past = Cache(cache, jnp.zeros_like(used), used)
-        last = jnp.take_along_axis(tokens, used[:, None], axis=1)
+        places = used[:, None] + jnp.arange(-model.config.lookback, 1)
+        read = jnp.take_along_axis(tokens, jnp.maximum(places, 0), axis=1)
+        past, last = Cache(cache, jnp.zeros_like(used), used, read[:, :-1]), read[:, -1:]
         hidden, past = model.apply({"params": params}, last, cache=past)
         scores = logits(hidden[:, 0], head_table(params), model.config)
         scores = constrain(scores, "batch", None)[:, :vocab_size]

@@ -56,6 +56,8 @@ _ONLY = {
     "mlp": "plain",
     "residual_scalars": False,
     "value_embeddings": False,
+    "smear": False,
+    "backout": False,
 }
 
 

@@ -259,6 +259,8 @@ def fits_rotary(model: ModelConfig) -> dict[str, tuple]:
         "attention_scale": (None, model.head_dim**-0.5),
         "residual_scalars": (False,),
         "value_embeddings": (False,),
+        "smear": (False,),
+        "backout": (False,),
         "bias": (False,),
         "qkv_bias": (False,),
     }

@@ -273,6 +273,8 @@ def check(against: str, model: Any) -> None:
         "embedding_norm": [False],
         "residual_scalars": [False],
         "value_embeddings": [False],
+        "smear": [False],
+        "backout": [False],
     }
     for key, values in possible.items():
         if (value := getattr(model, key)) not in values:
