@@ -24,6 +24,7 @@ import numpy as np
 from scalegpt.config import Config, DataConfig, command_line, loading
 from scalegpt.config.differences import OF_THE_RUN
 from scalegpt.data import tokenizer
+from scalegpt.data.datasets import check_documents
 from scalegpt.data.generated import TASKS
 from scalegpt.data.packing import pack
 from scalegpt.data.token_files import Split, open_dataset, open_split
@@ -39,6 +40,7 @@ from scalegpt.inference.sampling import Sampler
 from scalegpt.inference.text_loss import text_evaluator, text_split
 from scalegpt.processes import startup
 from scalegpt.processes.command import run_command
+from scalegpt.step.build import build_for_use
 from scalegpt.weights import trained
 
 
@@ -71,7 +73,7 @@ def main(argv: list[str]) -> int:
             names += [Path(file or task).name for task, file in task_files.items()]
             step = "" if model.step is None else f", step {model.step}"
             title = f"{model.name}{step}, on {', '.join(names)}"
-            if inputs.splits and model.config.model.begins_in_batch:
+            if inputs.splits and model.steps.eval_model.config.begins_in_batch:
                 title += ", attention within each document"
             print(_json(model, results) if flags.json else f"{title}\n{_table(results)}")
         return group.farewell(0)
@@ -105,13 +107,20 @@ def _load(
 ) -> _Inputs:
     """Read everything before anything is computed, so that a mistake does not cost an hour."""
     microbatch = flags.microbatch or (config and config.batch.microbatch) or 8
-    model = trained.load(flags, microbatch, config)
+    model = _masked(flags, config, trained.load(flags, microbatch, config), microbatch)
     if config:
         _refuse_other_model(config, model)
     else:
         splits, weights = _splits(flags, model.config.data)
     for split in splits:
         _refuse_other_tokens(split, model)
+        if split.kind == "text" and model.steps.eval_model.config.begins_in_batch:
+            lacks = f"{split.name} has neither an index"
+            check_documents(lacks, split.ends, split.tokenizer, "documents are to be kept apart")
+        elif flags.document_mask is not None and split.kind != "text":
+            raise Mistake(
+                f"--document-mask is of plain text, and {split.name} is none; leave it out"
+            )
     codec = model.codec() if task_files or flags.text else None
     block_size = model.config.model.block_size
     opened = [
@@ -128,6 +137,25 @@ def _load(
     if flags.text:
         splits, weights = [text_split(flags.text, codec)], [1.0]
     return _Inputs(model, splits, weights, opened)
+
+
+def _masked(
+    flags: argparse.Namespace, config: Config | None, model: trained.Trained, microbatch: int
+) -> trained.Trained:
+    """Return the model to be evaluated with documents kept apart, or not, as is asked for."""
+    asked = config.eval.document_mask if config else None
+    asked = asked if flags.document_mask is None else flags.document_mask
+    if asked is None:
+        return model
+    if model.config.objective.name != "text":
+        raise Mistake(
+            f"{model.name} has learned from conversations, which are always kept apart: leave out "
+            "--document-mask, or eval.document_mask"
+        )
+    evaluation = model.config.eval.model_copy(update={"document_mask": asked})
+    changed = model.config.model_copy(update={"eval": evaluation})
+    steps = build_for_use(changed, model.steps.mesh, microbatch)
+    return replace(model, config=changed, steps=steps)
 
 
 def _refuse_seen(model: trained.Trained, opened: list[Any]) -> None:
@@ -219,7 +247,7 @@ def _refuse_not_finite(model: trained.Trained, results: list[Result]) -> None:
 
 def _json(model: trained.Trained, results: list[Result]) -> str:
     row: dict[str, Any] = {"model": model.name, "step": model.step}
-    if model.config.model.begins_in_batch:
+    if model.steps.eval_model.config.begins_in_batch:
         row["document_mask"] = True
     for name, figures, counts in results:
         for key, (value, error) in figures.items():
@@ -268,6 +296,11 @@ def _parser() -> argparse.ArgumentParser:
         "from its first token on, where the tokenizer has an end-of-text mark to start from",
     )
     parser.add_argument("--split", choices=("val", "train"), help="of a data folder (default val)")
+    parser.add_argument(
+        "--document-mask",
+        action=argparse.BooleanOptionalAction,
+        help="keep the documents of a text apart, or not (default: as the run was evaluated)",
+    )
     parser.add_argument("--windows", type=int, help="first so many windows (default: all)")
     parser.add_argument(
         "--task",

@@ -108,6 +108,7 @@ def built_once():
 
     def remembered(config, mesh, *rest):
         parts = update.apply_gradients, update.accumulate, step.CPU_TOKENS  # which tests replace
+        parts = *parts, config.eval.document_mask
         key = config.model_dump_json(exclude=elsewhere), mesh, rest, parts
         if key not in made:
             made[key] = build(config, mesh, *rest)

@@ -4,7 +4,9 @@ import hashlib
 import json
 import time
 import tracemalloc
+from dataclasses import replace
 from functools import cache
+from unittest.mock import Mock
 
 import flax.linen as nn
 import jax
@@ -20,15 +22,22 @@ from scalegpt.config.command_line import parse
 from scalegpt.config.differences import curve_diff
 from scalegpt.config.limits import BEGINS
 from scalegpt.config.recipe import ModelConfig
+from scalegpt.data import best_fit
 from scalegpt.data import documents as module
 from scalegpt.data.batches import EvalBatches, TrainBatches, TrainOrder
+from scalegpt.data.best_fit import FittedText
 from scalegpt.data.datasets import open_datasets, resolved, windows_of
 from scalegpt.data.documents import DocumentText
 from scalegpt.data.prepare import Corpus, write_dataset
+from scalegpt.data.token_files import open_split
 from scalegpt.data.tokenizer import load
+from scalegpt.inference.text_loss import text_evaluator
 from scalegpt.model.gpt import GPT
+from scalegpt.run import reports
+from scalegpt.step.build import build_for_use
 from scalegpt.step.loss import row_losses
 from scalegpt.step.objective import target_count
+from scalegpt.step.sharding import make_mesh
 
 EOT = 0
 
@@ -143,6 +152,120 @@ def test_rows_are_a_function_of_seed_and_step_on_any_hosts(hosts, monkeypatch):
             )
 
 
+# --- rows by best fit
+
+
+def rows_by_best_fit(documents, block, begin, end, mark):
+    """The rows of the text from `begin` to `end` of an epoch's documents, by lists of ids alone."""
+    pieces, at = [], 0
+    for ids in documents:
+        first, last = max(begin, at), min(end, at + len(ids))
+        if first < last:
+            # The mark that ends it, which the file's last one has, or the next token of a cut one.
+            whole = [*ids, *[EOT] * (mark and (ids[-1] != EOT or len(ids) == 1))]
+            pieces.append((whole[first - at : last - at + mark], first == at))
+        at += len(ids)
+    rows, count = [], (end - begin) // (block if mark else block + 1)
+    short = []
+    for ids, whole in pieces:
+        while len(ids) > block:
+            rows.append([(ids[: block + 1], whole)])
+            ids, whole = ids[block:], False
+        short += [(ids, whole)] * (len(ids) > 1)
+
+    def rank(piece):  # of equal ones the last in the file, as ids but the mark say
+        return len(piece[0]), piece[1], piece[0][0] or piece[0][1] - 1
+
+    while short and len(rows) < count:
+        row, room = [], block + 1
+        while short and room:
+            if fits := [piece for piece in short if len(piece[0]) <= room]:
+                piece = max(fits, key=rank)
+                short.remove(piece)
+            else:
+                longer = max([p for p in short if not p[1]] or short, key=rank)
+                short.remove(longer)
+                piece = longer[0][:room], longer[1]
+                short.append((longer[0][room - 1 :], longer[1] and room == 1))
+            row.append(piece)
+            room -= len(piece[0])
+        rows.append([p for p in row if p[1]] + [p for p in row if not p[1]])
+    return rows[:count]
+
+
+@pytest.mark.parametrize("key, mark", [("k", True), (None, True), ("k", False)])
+@pytest.mark.parametrize("marked", [True, False])
+def test_documents_fill_rows_as_best_fit_in_plain_loops(monkeypatch, key, mark, marked):
+    monkeypatch.setattr(module, "BUCKET", 32)
+    monkeypatch.setattr(best_fit, "ROWS", 8)
+    lengths = np.random.default_rng(3).integers(2, 20, 100)
+    lengths[[7, 40]] = 90, 33  # longer than a row
+    tokens, ends = written(lengths, mark)
+    text = FittedText(tokens, ends, EOT, key, marked, block_size=16)
+    order = TrainOrder(len(text), 16, 0)
+    for epoch in range(2):
+        documents = (
+            epoch_of(tokens, ends, mark, key, epoch, 32)
+            if key
+            else [part.tolist() for part in np.split(tokens, ends[:-1].astype(int) - mark)]
+        )
+        starts = np.sort(order.window(epoch * order.n_windows + np.arange(order.n_windows)))
+        for first in range(0, len(starts), 8):
+            begin = int(starts[first])
+            count = min(8, (len(text) - 1 - begin) // 16)
+            end = min(begin + count * (16 if mark else 17), len(text))
+            expected = rows_by_best_fit(documents, 16, begin, end, mark)
+            for start, row in zip(starts[first : first + 8].tolist(), expected, strict=False):
+                got = text.window(epoch * len(text) + start, 17)
+                ids = sum((piece for piece, _ in row), [])
+                begins = np.cumsum([0, *(len(piece) for piece, _ in row[:-1])])
+                want = np.array(ids + [-1] * (17 - len(ids)), np.int32)
+                want[begins] += BEGINS * marked
+                want[begins[1:]] = ~want[begins[1:]]
+                assert got.tolist() == want.tolist(), (epoch, start)
+
+
+@pytest.mark.parametrize("mark", [True, False])
+def test_rows_by_best_fit_are_full_and_predict_each_token_once(monkeypatch, mark):
+    """What fits is whole but for a few, and little is left out; the start of a run says how much.
+    Hosts and microbatches change nothing, in whatever order steps are read."""
+    monkeypatch.setattr(best_fit, "ROWS", 32)
+    lengths = np.random.default_rng(5).integers(3, 120, 400)
+    tokens, ends = written(lengths, mark)
+    make = lambda: FittedText(tokens, ends, EOT, "k", block_size=64)  # noqa: E731
+    text, order = make(), TrainOrder(len(tokens), 64, 5)
+    starts = len(text) + order.window(order.n_windows + np.arange(order.n_windows))
+    rows = np.array([text.window(start, 65) for start in starts.tolist()])
+    used = [sum(length for _, length in text._row(start)) for start in starts.tolist()]
+    assert 65 * len(used) - sum(used) <= (1 if mark else 32)  # of the epoch's last row
+    values, counts = np.unique(rows[:, 1:][rows[:, 1:] > EOT], return_counts=True)
+    assert len(values) > 0.975 * (len(tokens) - 400)  # but marks, or first tokens
+    assert counts.max() == 1 or not mark  # without marks, groups share what may be left out
+    fit = whole = 0
+    row_of, place = {}, {}  # of a token, but the marks
+    for r, row in enumerate(np.where(rows < 0, ~rows, rows).tolist()):
+        for at, value in enumerate(row):
+            row_of[value], place[value] = r, at
+    for end, length in zip(ends.tolist(), lengths.tolist(), strict=True):
+        first, last = end - length + 1, end - mark
+        if length + mark <= 65 and {first, last} <= row_of.keys():
+            fit += 1
+            whole += row_of[first] == row_of[last] and place[last] - place[first] == last - first
+    assert whole > 0.93 * fit > 150  # where groups meet, documents are cut
+    cut, left_out = text.shares()
+    assert 0 <= cut < 0.05 and 0 < left_out < 0.02  # windows would cut a half
+
+    def batches(rows, micro):
+        size = BatchConfig(sequences=8)
+        return TrainBatches([make(), tokens], [0.75, 0.25], 64, 5, size, micro, rows)
+
+    whole = batches(np.arange(8), 8)
+    for step in (19, 0, 7):
+        parts = np.stack([batches(np.arange(h, 8, 2), 8)[step] for h in range(2)], 2)
+        assert np.array_equal(parts.reshape(1, 8, 65), whole[step])
+        assert np.array_equal(batches(np.arange(4), 4)[step].reshape(1, 8, 65), whole[step])
+
+
 def test_an_index_that_is_out_of_order_is_told():
     tokens, ends = written([5] * 20)
     ends[[3, 9]] = ends[[9, 3]]  # of a file above 256 MB, whose hash is not checked at the start
@@ -181,6 +304,7 @@ def test_a_thousand_million_documents_take_no_memory_and_no_start():
     tracemalloc.start()
     began = time.perf_counter()
     text = DocumentText(Tokens(), Index(), None, "k")
+    fitted = FittedText(Tokens(), Index(), None, "k", block_size=1024)
     order = TrainOrder(len(text), 1024, 0)
     started = time.perf_counter() - began
     starts = order.window(10**8 * np.arange(300)).tolist()
@@ -191,6 +315,7 @@ def test_a_thousand_million_documents_take_no_memory_and_no_start():
         middle = int(parts.places[0])
         assert abs(middle - start) < module.BUCKET * 1500
         assert window[0] == middle % 65536
+        assert len(fitted.window(start + i * len(text), 1025)) == 1025
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert started < 1 and peak < 32 << 20
@@ -347,15 +472,57 @@ def test_what_a_run_needs_to_know_documents(texts, tmp_path):
     assert [text.first_token(start) for start in starts] != starts
 
 
+def test_an_evaluation_may_keep_documents_apart_where_training_does_not(texts, tmp_path):
+    """Then it has the model, and the batches, of a run that trains so; and the other way round."""
+    found = {}
+    for trained in ("false", "true"):
+        for evaluated in (None, "false", "true"):
+            keys = {"data.document_mask": trained, "eval.document_mask": evaluated}
+            config = given(texts, **keys, **{"model.dropout": 0, "model.scan_layers": "false"})
+            datasets = open_datasets(config)
+            config = resolved(config, datasets)
+            steps = build_for_use(config, make_mesh(config.mesh, jax.devices()[:1]), 4)
+            params, split = steps.abstract.params, open_split(texts, "val")
+            seen = replace(steps, jit_evaluate=Mock(return_value=(np.ones(4), np.ones(4))))
+            text_evaluator(seen, [split], [1.0], 12, shown=False)[0](params)
+            batches = [call.args[1] for call in seen.jit_evaluate.call_args_list]
+            measured = manifest.measure({"config": config.model_dump(mode="json")})
+            found[trained, evaluated] = (
+                steps.eval_model.config,
+                np.concatenate(batches).tolist(),
+                measured,
+            )
+            assert steps.model.config.begins_in_batch == (trained == "true")
+    assert found["false", None] == found["false", "false"] == found["true", "false"]
+    assert found["true", None] == found["true", "true"] == found["false", "true"]
+    assert all(a != b for a, b in zip(found["false", None], found["true", None], strict=True))
+    told = {
+        "false": "in evaluations within each document, by its index",
+        "true": "across documents",
+    }
+    for trained, line in told.items():
+        keys = {"data.document_mask": trained, "eval.document_mask": str(trained == "false")}
+        config = resolved(given(texts, **keys), datasets)
+        assert reports._apart(config, datasets).endswith(line)
+    old = tiny_run.write_data(tmp_path / "plays", tiny_run.TEXT)  # without marks or an index
+    for key in ({"eval.document_mask": "true"}, {"data.pack": "best_fit"}):
+        asked = given(old, **key)
+        with pytest.raises(ValueError, match=f"{next(iter(key))}.* plays has neither train.idx"):
+            resolved(asked, open_datasets(asked))
+
+
 @pytest.mark.slow
 def test_a_run_with_masks_continues_bitwise_on_any_mesh_and_is_evaluated_so(
     texts, tmp_path, monkeypatch, capsys
 ):
     keys = {"data.shuffle": "documents", "data.document_mask": "true", "model.dropout": 0}
+    keys |= {"data.pack": "best_fit"}
     argv = tiny_run.arguments(texts, tmp_path / "whole", **keys)
     tiny_run.stop_after(monkeypatch)
     assert train.main(argv) == 0
-    assert "within each document, by its index" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "within each document, by its index" in told
+    assert "rows     texts: of the documents that fit into a row, about " in told
     argv = tiny_run.arguments(texts, tmp_path / "run", **keys)
     tiny_run.stop_after(monkeypatch, 7)
     assert train.main(argv) == 3
@@ -375,6 +542,9 @@ def test_a_run_with_masks_continues_bitwise_on_any_mesh_and_is_evaluated_so(
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert abs(found["val/loss"] - whole["val/loss"][tiny_run.STEPS]) < 1e-6
     assert found["document_mask"] is True
+    assert evaluate.main([*options, "--json", "--no-document-mask"]) == 0
+    across = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert "document_mask" not in across and across["val/loss"] != found["val/loss"]
     assert train.main([*argv, "--run.replay=3"]) == 0
     told = capsys.readouterr().out
     assert "texts:" in told and " is " in told
@@ -387,3 +557,8 @@ def test_a_run_with_masks_continues_bitwise_on_any_mesh_and_is_evaluated_so(
     assert train.main([*other, "--run.allow_config_change=true"]) == 0
     told = capsys.readouterr().out
     assert "the best is sought anew" in told and "spikes are measured against" in told
+    last = tiny_run.rows(tmp_path / "run", "val/loss")[14]
+    for flag, equal in (("--no-document-mask", True), ("--document-mask", False)):
+        assert evaluate.main([*options, "--json", flag]) == 0
+        found = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert (abs(found["val/loss"] - last) < 1e-6) == equal

@@ -117,7 +117,8 @@ def check(config: Config, flags: Namespace) -> None:
     if config.objective.name == "dpo" and not (flags.decode or flags.real_data):
         raise Mistake("objective.name=dpo learns from pairs, not random tokens: add --real-data")
     data = config.data
-    if (data.document_mask or data.shuffle == "documents") and not flags.real_data:
+    documents = data.document_mask or {data.shuffle, data.pack} != {"windows"}
+    if documents and not flags.real_data:
         raise Mistake("random tokens have no documents, which data asks for: add --real-data")
     for trainer in flags.against:
         pytorch.check(trainer, config.model)

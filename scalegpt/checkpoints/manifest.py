@@ -191,7 +191,8 @@ def measure(meta: dict[str, Any]) -> str:
     shares = [weight / sum(weights) for weight in weights]
     windows = config.get("eval", {}).get("windows"), config.get("model", {}).get("block_size")
     parts = [list(meta.get("data", {}).values()), shares, windows]
-    if config.get("data", {}).get("document_mask"):
+    apart = config.get("eval", {}).get("document_mask")
+    if config.get("data", {}).get("document_mask") if apart is None else apart:
         parts += ["document_mask"]
     if reward := config.get("grpo", {}).get("reward"):  # val_loss is the negative of a reward
         parts += [reward, config["grpo"]["max_new_tokens"]]

@@ -88,6 +88,9 @@ class DataConfig(Section):
     shuffle: Literal["windows", "documents"] = "windows"
     """what each epoch has in a new order: the windows of the file, or also its documents, before
     they are cut into windows; documents need train.idx, which prepare.py writes"""
+    pack: Literal["windows", "best_fit"] = "windows"
+    """how documents fill the rows of a batch: cut into windows wherever these end, or whole where
+    they fit, by best fit"""
     document_mask: bool = False
     """attention stays within a document, positions begin anew with each, and nothing is predicted
     from another one; documents are as train.idx says, else as end-of-text marks do"""
@@ -182,6 +185,9 @@ class EvalConfig(Section):
     """evaluate on the first so many windows of val.bin, or pairs; default: the whole file"""
     train_windows: Positive | None = None
     """evaluate on so many windows of train.bin, spread over it: train/eval_loss; default: none"""
+    document_mask: bool | None = None
+    """evaluate on text with documents kept apart, or without, so that the losses of runs that train
+    differently compare; default: as data.document_mask"""
     answers: Whole = 16
     """with conversations: how many held-out prompts are answered, for val/ended; 0: none"""
     sample_every: Whole = 0
@@ -462,6 +468,14 @@ class Config(Section):
     def row_width(self) -> int:
         """The number of targets in a sequence of a batch."""
         return self.objective.width or self.model.block_size
+
+    @property
+    def evaluated_model(self) -> ModelConfig:
+        """The model by which text is evaluated, with documents apart as eval.document_mask says."""
+        apart = self.eval.document_mask
+        if apart is None or self.objective.name != "text":
+            return self.model
+        return self.model.model_copy(update={"isolate": apart or None, "bos": None})
 
     def examples_after(self, step: int) -> int:
         """Return how many windows, rows or prompts of the data the updates 1 to `step` read."""

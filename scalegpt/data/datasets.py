@@ -17,6 +17,7 @@ from scalegpt.config.loading import validate
 from scalegpt.config.presets import recipe
 from scalegpt.data import tokenizer
 from scalegpt.data.batches import TrainBatches, rows_together, train_order
+from scalegpt.data.best_fit import FittedText
 from scalegpt.data.documents import DocumentText
 from scalegpt.data.packing import PackedRows, one_in_each_row, pack
 from scalegpt.data.token_files import Dataset, check_tokens, file_of, open_dataset
@@ -113,8 +114,15 @@ def resolved(config: Config, datasets: list[Dataset]) -> Config:
     chat, asked = datasets[0].kind == "chat", config.model.isolate
     masked = datasets[0].kind == "text" and config.data.document_mask
     isolate = chat or masked if asked is None else asked
-    if masked:
-        _check_documents(isolate, datasets)
+    if masked and not isolate:
+        raise Mistake(
+            "data.document_mask=true keeps documents apart, and model.isolate=false does not; "
+            "leave one of them out"
+        )
+    if datasets[0].kind == "text" and (why := _needs_documents(config)):
+        for d in datasets:
+            for split, ends in (("train", d.train_ends), ("val", d.val_ends)):
+                check_documents(f"{d.name} has neither {split}.idx", ends, d.tokenizer, why)
     bos = _bos(datasets[0]) if isolate and not masked else None
     # Of plain text null stays null, as earlier runs have it.
     model = {"isolate": True if isolate else asked, "bos": bos}
@@ -153,31 +161,40 @@ def _with_answers(config: Config, datasets: list[Dataset]) -> Config:
     return config.model_copy(update={"objective": objective})
 
 
-def _check_documents(isolate: bool, datasets: list[Dataset]) -> None:
-    """Raise Mistake unless data.document_mask can keep documents apart."""
-    if not isolate:
+def _needs_documents(config: Config) -> str | None:
+    """Return the first key that needs to know where documents end, None if none does."""
+    keys = {
+        "data.document_mask=true": config.data.document_mask,
+        "data.pack=best_fit": config.data.pack == "best_fit",
+        "eval.document_mask=true": config.eval.document_mask,
+    }
+    return next((key for key, asked in keys.items() if asked), None)
+
+
+def check_documents(lacks: str, ends: np.ndarray | None, spec: dict | str, why: str) -> None:
+    """Raise Mistake unless an index or the marks of a tokenizer say where documents end.
+
+    lacks, why: what the message says of the index that is missing, and of what needs it.
+    """
+    if ends is None and tokenizer.load(spec).eot is None:
         raise Mistake(
-            "data.document_mask=true keeps documents apart, and model.isolate=false does not; "
-            "leave one of them out"
+            f"{why}, but {lacks} nor end-of-text marks, which say where documents end; prepare it "
+            "again, with --force"
         )
-    for dataset in datasets:
-        for split, ends in (("train", dataset.train_ends), ("val", dataset.val_ends)):
-            if ends is None and tokenizer.load(dataset.tokenizer).eot is None:
-                raise Mistake(
-                    f"data.document_mask=true, but {dataset.name} has neither {split}.idx nor "
-                    "end-of-text marks, which say where documents end; prepare it again, with "
-                    "--force"
-                )
 
 
 def text_of(
-    tokens: np.ndarray, ends: np.ndarray | None, spec: dict | str, **options: Any
+    tokens: np.ndarray,
+    ends: np.ndarray | None,
+    spec: dict | str,
+    make: type[DocumentText] = DocumentText,
+    **options: Any,
 ) -> DocumentText:
     """Return the documents of a token file, from its index and its tokenizer.
 
-    options: as of DocumentText.
+    make, options: a kind of text, and its own.
     """
-    return DocumentText(tokens, ends, tokenizer.load(spec).eot, **options)
+    return make(tokens, ends, tokenizer.load(spec).eot, **options)
 
 
 def _bos(dataset: Dataset) -> int:
@@ -242,6 +259,22 @@ def _run(argv: list[str], alive: Callable[[], None]) -> int:
                 alive()
 
 
+def training_texts(config: Config, datasets: list[Dataset]) -> list[np.ndarray | DocumentText]:
+    """Return the plain texts that a run trains on, as texts of documents if a key says so."""
+    data = config.data
+    if data.shuffle == data.pack == "windows" and not data.document_mask:
+        return [d.train for d in datasets]
+    options: dict[str, Any] = {"marked": data.document_mask}
+    if data.pack == "best_fit":
+        options |= {"make": FittedText, "block_size": config.row_width}
+    shuffled = data.shuffle == "documents"
+    keys = [f"scalegpt/{config.run.seed}/{i}" if shuffled else None for i in range(len(datasets))]
+    return [
+        text_of(d.train, d.train_ends, d.tokenizer, key=key, **options)
+        for d, key in zip(datasets, keys, strict=True)
+    ]
+
+
 def train_batches(
     config: Config, datasets: list[Dataset], microbatch: int, rows: np.ndarray
 ) -> TrainBatches:
@@ -252,13 +285,8 @@ def train_batches(
     batch, tokens = config.batch, [d.train for d in datasets]
     if datasets[0].kind == "prompts":
         batch = BatchConfig(sequences=config.grpo.prompts)
-    shuffled, marked = config.data.shuffle == "documents", config.data.document_mask
-    if datasets[0].kind == "text" and (shuffled or marked):
-        keys = [f"scalegpt/{config.run.seed}/{i}" if shuffled else None for i in range(len(tokens))]
-        tokens = [
-            text_of(d.train, d.train_ends, d.tokenizer, key=key, marked=marked)
-            for d, key in zip(datasets, keys, strict=True)
-        ]
+    if datasets[0].kind == "text":
+        tokens = training_texts(config, datasets)
     return TrainBatches(
         tokens,
         list(config.data.weights.values()),

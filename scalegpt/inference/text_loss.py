@@ -89,7 +89,7 @@ def text_evaluator(
     rows = sharding.local_rows(steps.mesh, rows_per_batch)
     block = steps.model.config.block_size
     all_tokens = [split.tokens for split in splits]
-    if steps.model.config.begins_in_batch:
+    if steps.eval_model.config.begins_in_batch:
         all_tokens = [
             s.tokens
             if isinstance(s.tokens, PackedRows)

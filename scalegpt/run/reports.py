@@ -15,9 +15,9 @@ from scalegpt.checkpoints.checkpoints import Checkpoints
 from scalegpt.checkpoints.writing import Failure
 from scalegpt.config import Config
 from scalegpt.config.differences import unread
-from scalegpt.config.recipe import MUON, muons
+from scalegpt.config.recipe import MUON, ModelConfig, muons
 from scalegpt.data.batches import rows_together, train_order
-from scalegpt.data.datasets import windows_of
+from scalegpt.data.datasets import training_texts, windows_of
 from scalegpt.data.token_files import Dataset
 from scalegpt.data.tokenizer import kind
 from scalegpt.errors import counted
@@ -63,6 +63,7 @@ def describe(config: Config, datasets: list[Dataset], steps: Steps) -> str:
             *_objective_lines(config),
             f"data     {sizes}, tokenizer {kind(datasets[0].tokenizer)}, vocabulary of "
             f"{max(d.vocab_size for d in datasets):,}",
+            *_row_lines(config, datasets),
             f"devices  {', '.join(where)}",
             f"decay    weight decay {config.optim.weight_decay:g} on {_decaying(config, steps)}",
             f"update   {tokens}: {counted(config.batch.sequences, 'sequence')} of "
@@ -76,12 +77,28 @@ def describe(config: Config, datasets: list[Dataset], steps: Steps) -> str:
 
 
 def _apart(config: Config, datasets: list[Dataset]) -> str:
-    if not config.model.isolate:
-        return ""
-    if not config.model.begins_in_batch:
-        return " within each conversation"
-    indexed = all(d.train_ends is not None and d.val_ends is not None for d in datasets)
-    return f" within each document, by {'its index' if indexed else 'end-of-text marks'}"
+    def kept(model: ModelConfig) -> str:
+        if not model.begins_in_batch:
+            return "within each conversation" if model.isolate else "across documents"
+        indexed = all(d.train_ends is not None and d.val_ends is not None for d in datasets)
+        return f"within each document, by {'its index' if indexed else 'end-of-text marks'}"
+
+    model, evaluated = config.model, config.evaluated_model
+    line = f" {kept(model)}" if model.isolate else ""
+    same = evaluated.begins_in_batch == model.begins_in_batch
+    return line if same else f"{line}, in evaluations {kept(evaluated)}"
+
+
+def _row_lines(config: Config, datasets: list[Dataset]) -> list[str]:
+    """Say how well documents fit into rows; [] for windows."""
+    if config.objective.name != "text" or config.data.pack == "windows":
+        return []
+    figures = [text.shares() for text in training_texts(config, datasets)]
+    return [
+        f"rows     {d.name}: of the documents that fit into a row, about {cut:.1%} are cut; "
+        f"{left_out:.1%} of the text is left out"
+        for d, (cut, left_out) in zip(datasets, figures, strict=True)
+    ]
 
 
 def epochs(config: Config, datasets: list[Dataset], step: int) -> dict[str, float]:

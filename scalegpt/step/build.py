@@ -17,7 +17,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from scalegpt.config import BatchConfig, Config, ObjectiveConfig
+from scalegpt.config import BatchConfig, Config, EvalConfig, ObjectiveConfig
 from scalegpt.config.recipe import NO_LORA
 from scalegpt.errors import Mistake
 from scalegpt.model import attention
@@ -42,10 +42,12 @@ class Steps:
     init() -> State; train(state, batch [A, M, ...]) -> (State, metrics), which reuses the buffers
     of the old state; evaluate(params, tokens [M, T+1]) -> ([M] sums of cross-entropy, [M] counts).
     metrics: keys of metrics.jsonl, `nonfinite`, and `norms`, the gradient's by `layer_norms`.
+    eval_model: what `evaluate` runs, which may keep documents apart where `model` does not.
     """
 
     mesh: Mesh
     model: GPT
+    eval_model: GPT
     objective: Objective
     layout: tuple[int, int]
     abstract: State
@@ -102,7 +104,10 @@ def build_steps(config: Config, mesh: Mesh, dtype: str, implementation: str) -> 
     rolls = config.objective.name == "grpo"
     key = "grpo.prompts x grpo.samples" if rolls else "batch.sequences"
     layout = sharding.batch_layout(config.batch, mesh, most, objective.group, key)
-    model = GPT(config.model, jnp.dtype(dtype), implementation, config.lora)
+    model = eval_model = GPT(config.model, jnp.dtype(dtype), implementation, config.lora)
+    if (evaluated := config.evaluated_model) != config.model:
+        kernel = resolve(config.model_copy(update={"model": evaluated}), mesh)[1]
+        eval_model = model.clone(config=evaluated, attention=kernel)
     init = partial(initial_state, config, model)
     boxed = jax.eval_shape(init)
     shardings = sharding.shardings(sharding.specs(boxed, sharding.RULES), mesh)
@@ -117,6 +122,7 @@ def build_steps(config: Config, mesh: Mesh, dtype: str, implementation: str) -> 
     return Steps(
         mesh,
         model,
+        eval_model,
         objective,
         layout,
         abstract,
@@ -130,7 +136,7 @@ def build_steps(config: Config, mesh: Mesh, dtype: str, implementation: str) -> 
             donate_argnums=0,
         ),
         jit_evaluate=jax.jit(
-            partial(evaluate_step, model),
+            partial(evaluate_step, eval_model),
             in_shardings=(shardings.params, windows),
             out_shardings=replicated,
         ),
@@ -229,7 +235,9 @@ def build_for_use(config: Config, mesh: Mesh, microbatch: int) -> Steps:
     sequences = microbatch * sharding.row_shards(mesh)
     # Nothing here trains, so that neither the objective matters nor the dropout rate, which decides
     # which kernels can train.
+    documents = config.eval.document_mask if config.objective.name == "text" else None
     sections = {
+        "eval": EvalConfig(document_mask=documents),
         "batch": BatchConfig(sequences=sequences, microbatch=microbatch),
         "objective": ObjectiveConfig(),
         "lora": NO_LORA,

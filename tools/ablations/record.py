@@ -27,6 +27,7 @@ from scalegpt.run.history import DONE, state, training_seconds
 _COMPARED = (
     "data.path",
     "eval.windows",
+    "eval.document_mask",
     "run.init_from",
     "run.init_checkpoint",
     "run.skip_nonfinite",
