@@ -6,6 +6,7 @@ import time
 import tracemalloc
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import flax.linen as nn
@@ -504,6 +505,9 @@ def test_an_evaluation_may_keep_documents_apart_where_training_does_not(texts, t
         keys = {"data.document_mask": trained, "eval.document_mask": str(trained == "false")}
         config = resolved(given(texts, **keys), datasets)
         assert reports._apart(config, datasets).endswith(line)
+    chat = SimpleNamespace(name="talk", config=given(texts, objective__name="sft"))
+    with pytest.raises(ValueError, match="talk has learned from conversations.*--document-mask"):
+        evaluate._masked(SimpleNamespace(document_mask=False), None, chat, 8)
     old = tiny_run.write_data(tmp_path / "plays", tiny_run.TEXT)  # without marks or an index
     for key in ({"eval.document_mask": "true"}, {"data.pack": "best_fit"}):
         asked = given(old, **key)
