@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from scalegpt.data import fast_encoding, prepare
-from scalegpt.data.fast_encoding import by_gigatoken, faster, one_by_one
+from scalegpt.data.fast_encoding import by_gigatoken, by_itself, faster
 from scalegpt.data.prepare import Corpus
 from scalegpt.data.tokenizer import load
 from scalegpt.weights.tokenizer_files import tokenizer_files
@@ -29,8 +29,8 @@ def test_gigatoken_gives_the_ids_of_the_reference(kind, gpt2_tokenizer, shared_d
     encode, said = faster(tokenizer, texts[:9], 1)
     assert "encoded by gigatoken, which gave the ids of tik" in said or "of tokenizers for" in said
     for (ids, ends), (expected, expected_ends) in (
-        (encode(texts), one_by_one(load("gpt2"))(texts)),
-        (encode([]), one_by_one(tokenizer)([])),
+        (encode(texts), by_itself(load("gpt2"))(texts)),
+        (encode([]), by_itself(tokenizer)([])),
     ):
         np.testing.assert_array_equal(ids, expected)
         np.testing.assert_array_equal(ends, expected_ends)

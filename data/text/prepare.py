@@ -29,7 +29,15 @@ from scalegpt.data.prepare import (
     stable_fraction,
     write_dataset,
 )
-from scalegpt.data.reading import File, check_one_kind, kinds_of, read_documents, summary, text_size
+from scalegpt.data.reading import (
+    File,
+    check_one_kind,
+    chunks_of,
+    kinds_of,
+    read_documents,
+    summary,
+    text_size,
+)
 from scalegpt.data.tokenizer import char_tokenizer
 from scalegpt.errors import Mistake
 from scalegpt.files.folder import is_url
@@ -101,7 +109,7 @@ def _shares(read: Read, seed: int) -> Iterator[tuple[float, Document]]:
 def _cut(document: Document, start: int, stop: int | None) -> Iterator[str]:
     """Yield the document's characters from start to stop, chunk by chunk."""
     at = 0
-    for chunk in [document] if isinstance(document, str) else document:
+    for chunk in chunks_of(document):
         yield chunk[max(0, start - at) : None if stop is None else max(0, stop - at)]
         at += len(chunk)
         if stop is not None and at >= stop:
@@ -193,7 +201,7 @@ def prepare(args: argparse.Namespace) -> int:
             kinds.update(found)
         if args.tokenizer == "char":
             documents = chain.from_iterable(read() for read in readers.values())
-            tokenizer = char_tokenizer(chain.from_iterable(documents))
+            tokenizer = char_tokenizer(chain.from_iterable(map(chunks_of, documents)))
         else:
             tokenizer = named(args.tokenizer)
         if args.val_input:

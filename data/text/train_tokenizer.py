@@ -12,10 +12,11 @@ if __name__ == "__main__":
 import json
 import os
 from collections.abc import Iterator
+from itertools import chain
 
 from scalegpt.config.parser import Parser
-from scalegpt.data.fast_encoding import faster, one_by_one
-from scalegpt.data.reading import kinds_of, read_documents
+from scalegpt.data.fast_encoding import by_itself, faster
+from scalegpt.data.reading import chunks_of, kinds_of, read_documents
 from scalegpt.data.tokenizer import END_OF_TEXT, MARKS, Tokenizer, load
 from scalegpt.errors import Mistake
 from scalegpt.files.folder import local_path
@@ -30,8 +31,7 @@ REPORTED = 1 << 24  # characters of each file that the table is made of
 def texts(pattern: str, key: str) -> Iterator[str]:
     """Yield the documents of the files, those of plain text part by part."""
     kinds = kinds_of(find_files(pattern), key, False, "strict")
-    for document in read_documents(kinds, key, "strict"):
-        yield from [document] if isinstance(document, str) else document
+    yield from chain.from_iterable(map(chunks_of, read_documents(kinds, key, "strict")))
 
 
 def learned(documents: Iterator[str], size: int) -> dict[bytes, int]:
@@ -58,7 +58,7 @@ def table(patterns: list[str], key: str, tokenizers: dict[str, Tokenizer]) -> It
                 break
         n_bytes, row = sum(len(text.encode()) for text in sample), ""
         for tokenizer in tokenizers.values():
-            encode = faster(tokenizer, sample[:1], 1)[0] or one_by_one(tokenizer)
+            encode = faster(tokenizer, sample[:1], 1)[0] or by_itself(tokenizer)
             row += f"{n_bytes / max(1, encode(sample)[0].size):10.3f}"
         yield f"{os.path.basename(pattern)[-14:]:15}{row}"
 

@@ -21,15 +21,20 @@ _REFERENCES = {"gpt2": "tiktoken", "tokenizer.json": "tokenizers"}  # who gives 
 Encode = Callable[[list[str]], tuple[np.ndarray, np.ndarray]]
 
 
-def one_by_one(tokenizer: Tokenizer) -> Encode:
+def by_itself(tokenizer: Tokenizer) -> Encode:
     """Return the function that encodes texts by the tokenizer itself."""
+    name = tokenizer.spec()["kind"]
 
-    def encode(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    def at_once(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        sizes = (len(t if name == "char" or t.isascii() else t.encode()) for t in texts)
+        return tokenizer.encode("".join(texts)), np.cumsum([*sizes], dtype=np.int64)
+
+    def one_by_one(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         ids = [tokenizer.encode(text) for text in texts]
         ends = np.cumsum([part.size for part in ids], dtype=np.int64)
         return np.concatenate([np.empty(0, np.int32), *ids]), ends
 
-    return encode
+    return at_once if name in ("byte", "char") else one_by_one  # an id is a byte, or a character
 
 
 def faster(tokenizer: Tokenizer, texts: list[str], threads: int) -> tuple[Encode | None, str]:
@@ -78,18 +83,15 @@ def by_gigatoken(tokenizer: Tokenizer, threads: int) -> Encode:
         encoder = Gigatoken.from_json(json.dumps({**content, **plain}))
 
     def encode(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        layout = encoder.encode_batch([*map(_utf8, texts)], parallel=threads > 1).layout
+        try:
+            layout = encoder.encode_batch(texts, parallel=threads > 1).layout
+        except TypeError:  # half a surrogate pair, which tiktoken, too, reads as U+FFFD
+            utf16 = (text.encode("utf-16", "surrogatepass") for text in texts)
+            return encode([text.decode("utf-16", "replace") for text in utf16])
         offsets, ids = layout.offsets.data, layout.content.data
         return ids[offsets[0] : offsets[-1]], offsets[1:] - offsets[0]
 
     return encode
-
-
-def _utf8(text: str) -> bytes:
-    try:
-        return text.encode()
-    except UnicodeEncodeError:  # half a surrogate pair, which tiktoken, too, reads as U+FFFD
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
 
 def _samples(tokenizer: Tokenizer) -> Iterable[str]:

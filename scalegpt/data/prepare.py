@@ -32,8 +32,8 @@ from tqdm import tqdm
 
 from scalegpt.config.parser import Parser
 from scalegpt.config.presets import data_folder
-from scalegpt.data.fast_encoding import Encode, faster, one_by_one
-from scalegpt.data.reading import Document
+from scalegpt.data.fast_encoding import Encode, by_itself, faster
+from scalegpt.data.reading import Document, chunks_of
 from scalegpt.data.token_files import INDEX, file_of, index_of, narrowest
 from scalegpt.data.tokenizer import Tokenizer, kind, load
 from scalegpt.errors import Mistake, counted
@@ -330,7 +330,7 @@ def _encoded(corpus: Corpus, dtype: np.dtype, workers: int | None) -> Iterator[t
     batches, ahead = chain([first], batches), deque()
     if workers < 2:
         for batch in batches:
-            yield from encode(batch, fast or one_by_one(corpus.tokenizer))
+            yield from encode(batch, fast or by_itself(corpus.tokenizer))
         return
     if fast:  # its own threads encode, while this one reads
         pool, work = ThreadPoolExecutor(1), partial(encode, by=fast)
@@ -374,9 +374,8 @@ def _pieces(document: Document, tokenizer: Tokenizer) -> Iterator[tuple[str, boo
     if isinstance(document, str) and len(document) <= PART:
         yield document, True
         return
-    chunks = [document] if isinstance(document, str) else document
     # In short parts, so that one place to cut, far on, does not let all before it pass whole.
-    parts = (chunk[i : i + PART] for chunk in chunks for i in range(0, len(chunk), PART))
+    parts = (c[i : i + PART] for c in chunks_of(document) for i in range(0, len(c), PART))
     places, held, size, last = None, [], 0, ""
     if tokenizer.piecewise:
         places = _ANYWHERE if kind(tokenizer.spec()) in ("byte", "char") else _BEFORE_A_SPACE
@@ -401,7 +400,7 @@ def _pieces(document: Document, tokenizer: Tokenizer) -> Iterator[tuple[str, boo
 
 def _start_worker(spec: dict[str, Any]) -> None:
     global _worker_encodes
-    _worker_encodes = one_by_one(load(spec))
+    _worker_encodes = by_itself(load(spec))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to answer
     # A worker would otherwise wait forever for work from a parent that was killed.
     Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
@@ -417,7 +416,7 @@ def _encode(name: str, mark: int | None, dtype: np.dtype, batch: list, by: Encod
         pieces = [piece for where, piece, _ in batch if where == split]
         whole = np.array([last for where, _, last in batch if where == split], bool)
         ids, ends = (by or _worker_encodes)(pieces)
-        ends = ends[whole]
+        ids, ends = ids.astype(dtype), ends[whole]
         if mark is not None:
             ids, ends = np.insert(ids, ends, mark), ends + np.arange(1, ends.size + 1)
         ascii_or_bytes = (t if t.isascii() else t.encode(errors="surrogatepass") for t in pieces)
@@ -425,7 +424,7 @@ def _encode(name: str, mark: int | None, dtype: np.dtype, batch: list, by: Encod
         if name == "byte" and mark is not None:  # its end-of-text mark is a byte of the text
             n_bytes += ends.size
         added = {"bytes": n_bytes, "documents": ends.size, "ends": ends.astype(INDEX)}
-        encoded.append((split, ids.astype(dtype), added))
+        encoded.append((split, ids, added))
     return encoded
 
 

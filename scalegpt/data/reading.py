@@ -2,14 +2,17 @@
 
 import json
 import re
+from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path, PurePath
 
+from pydantic_core import from_json
+
 from scalegpt.errors import Mistake
 from scalegpt.files import json_files, parquet
-from scalegpt.files.text_files import PACKED, decoded, parts, size_of
+from scalegpt.files.text_files import PACKED, blocks, decoded, parts, size_of
 
 LINES, PLAIN, TABLE = "JSON lines", "plain text", "Parquet"
 CARD, EMPTY = "a data set's card", "empty"
@@ -107,44 +110,69 @@ def read_documents(
         if kind == TABLE:
             yield from filter(None, parquet.texts(path, key, errors))
         elif kind == LINES:
-            yield from filter(None, _json_texts(path, text, key, errors))
+            yield from filter(None, _json_texts(path, key, errors))
         elif separator:
             yield from filter(None, (p.strip("\r\n") for p in parts(path, text, separator)))
         elif first := next(text, ""):
             yield chain([first], text)
 
 
+def chunks_of(document: Document) -> Iterable[str]:
+    """Return the consecutive chunks of a document, one for a text."""
+    return [document] if isinstance(document, str) else document
+
+
 def _decoded(path: File, errors: str) -> Iterator[str]:
     return decoded(path, errors, ", and --errors replace reads on")
 
 
-def _json_texts(path: File, chunks: Iterator[str], key: str, errors: str) -> Iterator[str]:
-    for number, line in enumerate(parts(path, chunks, "\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json_files.parse(line)
-        except ValueError as error:
-            raise Mistake(f"{path}, line {number} is not JSON: {error}") from error
-        if not isinstance(row, dict) or key not in row:
-            keys = sorted(row) if isinstance(row, dict) else type(row).__name__
+def _json_texts(path: File, key: str, errors: str) -> Iterator[str]:
+    for number, line in enumerate(parts(path, blocks(path), b"\n"), 1):
+        if number == 1:
+            line = line.removeprefix(BOM_UTF8)
+        try:  # pydantic's parser takes bytes, in a third of the time of json for text
+            text = from_json(line)[key]
+        except (ValueError, LookupError, TypeError):
+            text = None
+        yield (
+            text
+            if isinstance(text, str)
+            else _json_text(f"{path}, line {number}", line, key, errors)
+        )
+
+
+def _json_text(place: str, line: bytes, key: str, errors: str) -> str:
+    """Return the text of a line as json reads it, "" of an empty one; raise Mistake for faults."""
+    try:
+        text = line.decode(errors=errors)
+        if not text.strip():
+            return ""
+        row = json_files.parse(text)
+    except UnicodeDecodeError as error:
+        raise Mistake(
+            f"{place} is not UTF-8: byte 0x{line[error.start]:02x}; iconv -f LATIN1 -t UTF-8 "
+            "converts Latin-1, and --errors replace reads on"
+        ) from None
+    except ValueError as error:
+        raise Mistake(f"{place} is not JSON: {error}") from error
+    if not isinstance(row, dict) or key not in row:
+        keys = sorted(row) if isinstance(row, dict) else type(row).__name__
+        raise Mistake(
+            f"{place}: nothing under --text-key {key!r} in {keys}; --plain reads all files as the "
+            "text they are"
+        )
+    if not isinstance(text := row[key], str):
+        raise Mistake(
+            f"{place}: under --text-key {key!r} is {json.dumps(text)[:40]}, no text; leave such "
+            "lines out"
+        )
+    try:  # JSON can spell half a surrogate pair, which UTF-8 cannot
+        text.encode()
+    except UnicodeEncodeError as error:
+        if errors == "strict":
+            half = f"\\u{ord(error.object[error.start]):x}"
             raise Mistake(
-                f"{path}, line {number}: nothing under --text-key {key!r} in {keys}; --plain reads "
-                "all files as the text they are"
-            )
-        if not isinstance(row[key], str):
-            raise Mistake(
-                f"{path}, line {number}: under --text-key {key!r} is {json.dumps(row[key])[:40]}, "
-                "no text; leave such lines out"
-            )
-        try:  # JSON can spell half a surrogate pair, which UTF-8 cannot
-            row[key].encode()
-        except UnicodeEncodeError as error:
-            if errors == "strict":
-                half = f"\\u{ord(error.object[error.start]):x}"
-                raise Mistake(
-                    f"{path}, line {number}: {half} is half a surrogate pair, no character; "
-                    "--errors replace reads on"
-                ) from None
-            row[key] = row[key].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        yield row[key]
+                f"{place}: {half} is half a surrogate pair, no character; --errors replace reads on"
+            ) from None
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text

@@ -10,6 +10,7 @@ so that sampling from a run needs none of the files it was prepared with.
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -271,10 +272,14 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def char_tokenizer(text_chunks: Iterable[str]) -> Tokenizer:
     """Return a tokenizer whose ids number the text's distinct characters in code point order."""
-    chars: set[str] = set()
+    there = np.zeros(sys.maxunicode + 1, bool)  # a set of the characters takes ten times as long
     for chunk in text_chunks:
-        chars.update(chunk)
-    return load({"kind": "char", "chars": "".join(sorted(chars))})
+        there[_codes(chunk)] = True
+    return load({"kind": "char", "chars": "".join(map(chr, np.flatnonzero(there)))})
+
+
+def _codes(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
 
 
 def _char(chars: str) -> Tokenizer:
@@ -284,8 +289,7 @@ def _char(chars: str) -> Tokenizer:
     table[codes] = np.arange(codes.size)
 
     def encode(text: str) -> np.ndarray:
-        text_codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
-        ids = table[np.minimum(text_codes, unknown)]
+        ids = table[np.minimum(_codes(text), unknown)]
         if (ids < 0).any():
             first = text[int(np.argmax(ids < 0))]
             raise Mistake(

@@ -13,10 +13,13 @@ import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from io import BufferedReader
 from itertools import chain
 from pathlib import Path
+from typing import AnyStr
 
 from fsspec.utils import glob_translate
 
@@ -141,16 +144,26 @@ def blocks(path: Path | str) -> Iterator[bytes]:
         with opened(path) as packed:
             head = packed.peek(16)
             if re.match(_ZSTD, head):
-                yield from _zstd_blocks(path, packed)
+                yield from _ahead(_zstd_blocks(path, packed))
                 return
-            unpack = next(
-                (u for magic, u in _OPENERS.items() if re.match(magic, head)), nullcontext
-            )
-            with unpack(packed) as file:
-                while block := file.read(BLOCK):
-                    yield block
+            for magic, unpack in _OPENERS.items():
+                if re.match(magic, head):
+                    with unpack(packed) as file:
+                        yield from _ahead(iter(partial(file.read, BLOCK), b""))
+                    return
+            while block := packed.read(BLOCK):
+                yield block
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise Mistake(f"cannot read {path}: {error}") from error
+
+
+def _ahead(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield the blocks while a thread unpacks the next one."""
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(next, blocks, None)
+        while (block := following.result()) is not None:
+            following = thread.submit(next, blocks, None)
+            yield block
 
 
 def decoded(path: Path | str, errors: str = "strict", hint: str = "") -> Iterator[str]:
@@ -186,23 +199,26 @@ def read_text(path: str | Path) -> str:
     return "".join(decoded(Path(path)))
 
 
-def parts(path: Path | str, chunks: Iterable[str], separator: str) -> Iterator[str]:
-    """Yield what stands between separators in the text of a file, which comes in chunks.
+def parts(path: Path | str, chunks: Iterable[AnyStr], separator: AnyStr) -> Iterator[AnyStr]:
+    """Yield what stands between separators in the text of a file, or in its bytes, which come in
+    chunks.
 
     Raises Mistake for a part too long to be held in memory.
     """
-    held, tail = [], ""  # of the part that has no end yet; the tail may hold half a separator
+    nothing = separator[:0]
+    held, tail = [], nothing  # of the part that has no end yet; the tail may hold half a separator
     for chunk in chunks:
         *whole, last = (tail + chunk).split(separator)
         for part in whole:
-            yield "".join([*held, part])
+            yield nothing.join([*held, part])
             held = []
         cut = max(0, len(last) - len(separator) + 1)
         held.append(last[:cut])
         tail = last[cut:]
         if sum(map(len, held)) > MOST_HELD:
-            raise Mistake(f"{path} has more than {MOST_HELD:,} characters without {separator!r}")
-    yield "".join([*held, tail])
+            unit = "characters" if isinstance(separator, str) else "bytes"
+            raise Mistake(f"{path} has more than {MOST_HELD:,} {unit} without {separator!r}")
+    yield nothing.join([*held, tail])
 
 
 def _zstd_blocks(path: Path | str, file: BufferedReader) -> Iterator[bytes]:
