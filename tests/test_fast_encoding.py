@@ -36,6 +36,18 @@ def test_gigatoken_gives_the_ids_of_the_reference(kind, gpt2_tokenizer, shared_d
         np.testing.assert_array_equal(ends, expected_ends)
 
 
+@pytest.mark.parametrize("spec", ["byte", {"kind": "char", "chars": "".join(map(chr, range(999)))}])
+def test_bytes_and_characters_encoded_at_once_are_those_of_each_text(spec):
+    tokenizer, texts = load(spec), ["", "\0\r\n", "\u00e4 123", "", "a" * 99, "\u0101"]
+    ids, ends = by_itself(tokenizer)(texts)
+    parts = np.split(ids, ends)
+    assert [part.tolist() for part in parts] == [
+        *(tokenizer.encode(text).tolist() for text in texts),
+        [],
+    ]
+    assert [part.size for part in by_itself(tokenizer)([])] == [0, 0]
+
+
 def test_one_id_that_differs_keeps_the_reference_and_is_told(gpt2_tokenizer, monkeypatch, capsys):
     pytest.importorskip("gigatoken")
     tokenizer = load("gpt2")

@@ -22,6 +22,37 @@ def table(path, key="text", values=TEXTS, **options):
     return path
 
 
+@pytest.mark.parametrize("packed", [bytes, gzip.compress])
+def test_lines_that_the_fast_parser_refuses_are_read_as_json_reads_them(tmp_path, packed):
+    nested = "[" * 400 + "]" * 400  # pydantic's parser goes 200 deep
+    lines = {
+        '\ufeff {"text" : "first\\r\\u00e9\\ud83d\\ude00"}\r': "first\r\u00e9\U0001f600",
+        '{"text": 1, "id": NaN, "text": "the last of two"}': "the last of two",
+        f'{{"nested": {nested}, "text": "deep"}}': "deep",
+        "\u00a0": None,
+        '{"text": "half \\ud83d, \\ud83d\\ude00"}': "half \ufffd, \U0001f600",
+        '{"text": ""}': None,
+        '{"text": "\u00e4\0xff"}': "\u00e4\ufffd",
+        '{"text": "' + "x" * (3 << 20) + '"}': "x" * (3 << 20),  # longer than a block
+    }
+    content = "\n".join(lines).encode().replace(b"\0xff", b"\xff")
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(packed(content))
+    found = list(read(module("text"), path, errors="replace"))
+    assert found == [text for text in lines.values() if text is not None]
+    for fault, message in (
+        (b"\xff", "a.jsonl, line 3 is not UTF-8: byte 0xff; iconv .* --errors replace reads on"),
+        (b"\\ud83d", "a.jsonl, line 3: .ud83d is half a surrogate pair"),
+        (b'", "', "a.jsonl, line 3 is not JSON: Expecting ':' delimiter"),
+    ):
+        long = b'{"text": "%s"}\n' % (b"x" * (2 << 20))
+        path.write_bytes(packed(long + b'\n{"text": "%s"}' % fault))
+        rows = read(module("text"), path)
+        assert len(next(rows)) == 2 << 20
+        with pytest.raises(Mistake, match=message):
+            next(rows)
+
+
 @pytest.mark.parametrize("type_", [pa.string(), pa.large_string(), pa.binary()])
 def test_parquet_gives_the_texts_of_its_column_in_order(tmp_path, type_):
     path = table(tmp_path / "a", values=pa.array(TEXTS, type_), row_group_size=7)

@@ -319,7 +319,8 @@ def _encoded(corpus: Corpus, dtype: np.dtype, workers: int | None) -> Iterator[t
     encode = partial(_encode, corpus.tokenizer.name, mark, dtype)
     batches = _batches(corpus)
     first = next(batches)
-    cores = os.cpu_count() or 1
+    ours = getattr(os, "sched_getaffinity", None)  # Linux has it; a Slurm job has some of the cores
+    cores = len(ours(0)) if ours else os.cpu_count() or 1
     texts = [piece for _, piece, _ in first]
     fast, said = faster(corpus.tokenizer, texts, cores if workers is None else workers)
     if workers is None:  # to start processes costs seconds: only where it pays
