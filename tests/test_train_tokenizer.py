@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import regex
+import tiktoken
 
 from scalegpt.data.fast_encoding import faster
 from scalegpt.data.tokenizer import BYTES
@@ -23,7 +24,12 @@ def script():
     spec = importlib.util.spec_from_file_location("train_tokenizer", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
+    bytes_alone = {bytes([byte]): byte for byte in range(256)}
+    o200k = tiktoken.Encoding("o200k_base", pat_str=r"(?s).", mergeable_ranks=bytes_alone,
+                              special_tokens={"<|endoftext|>": 256})  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:  # OpenAI's is a download
+        patch.setitem(tiktoken.registry.ENCODINGS, "o200k_base", o200k)
+        yield module
 
 
 @pytest.fixture(scope="module")
@@ -116,3 +122,22 @@ def test_text_of_few_words_gives_fewer_ids_and_that_is_told(script, tmp_path, ca
     missing = 32768 - 7 - named(str(tmp_path / "tok")).vocab_size
     assert missing > 32000
     assert f"{missing:,} ids less than --vocab-size" in capsys.readouterr().out
+
+
+def test_the_table_compares_with_what_tiktoken_has_at_hand(script, tmp_path, capsys, monkeypatch):
+    (tmp_path / "a.txt").write_text("aaaa \u00e4bbb")
+    args = ["--input", str(tmp_path / "a.txt"), "--out"]
+    script.main([*args, str(tmp_path / "tok")])
+    head, row = capsys.readouterr().out.splitlines()[-3:-1]
+    values = dict(zip(head.split()[3:], row.split()[1:], strict=True))
+    assert values["o200k_base"] == "1.000" and float(values["this"]) > 1
+
+    def none_there(name):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", none_there)
+    script.main([*args, str(tmp_path / "again")])
+    out = capsys.readouterr().out
+    for name in ("gpt2", "o200k_base"):
+        assert f"not compared with {name}: no {name} files for tiktoken (ConnectionErr" in out
+    assert out.splitlines()[-3].split() == ["bytes", "a", "token", "this"]

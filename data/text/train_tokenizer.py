@@ -17,7 +17,7 @@ from itertools import chain
 from scalegpt.config.parser import Parser
 from scalegpt.data.fast_encoding import by_itself, faster
 from scalegpt.data.reading import chunks_of, kinds_of, read_documents
-from scalegpt.data.tokenizer import END_OF_TEXT, MARKS, Tokenizer, load
+from scalegpt.data.tokenizer import END_OF_TEXT, MARKS, Tokenizer, load, of_openai
 from scalegpt.errors import Mistake
 from scalegpt.files.folder import local_path
 from scalegpt.files.text_files import find_files
@@ -49,7 +49,7 @@ def learned(documents: Iterator[str], size: int) -> dict[bytes, int]:
 
 def table(patterns: list[str], key: str, tokenizers: dict[str, Tokenizer]) -> Iterator[str]:
     """Yield the lines of a table: bytes a token of each file, by each tokenizer."""
-    yield "bytes a token  " + "".join(f"{name:>10}" for name in tokenizers)
+    yield "bytes a token  " + "".join(f"{name:>12}" for name in tokenizers)
     for pattern in patterns:
         sample, size = [], 0
         for text in texts(pattern, key):
@@ -59,7 +59,7 @@ def table(patterns: list[str], key: str, tokenizers: dict[str, Tokenizer]) -> It
         n_bytes, row = sum(len(text.encode()) for text in sample), ""
         for tokenizer in tokenizers.values():
             encode = faster(tokenizer, sample[:1], 1)[0] or by_itself(tokenizer)
-            row += f"{n_bytes / max(1, encode(sample)[0].size):10.3f}"
+            row += f"{n_bytes / max(1, encode(sample)[0].size):12.3f}"
         yield f"{os.path.basename(pattern)[-14:]:15}{row}"
 
 
@@ -104,10 +104,11 @@ def main(argv: list[str]) -> int:
     for name, content in reversed(files.items()):  # the folder is a tokenizer with the last of them
         (args.out / name).write_text(json.dumps(content, ensure_ascii=False, indent=1), "utf-8")
     tokenizers = {"this": load(read_file(args.out / "tokenizer.json"))}
-    try:
-        tokenizers["gpt2"] = load("gpt2")
-    except Mistake as mistake:
-        print(f"not compared with gpt2: {mistake}")
+    for name in ("gpt2", "o200k_base"):
+        try:
+            tokenizers[name] = of_openai(name)
+        except Mistake as mistake:
+            print(f"not compared with {name}: {mistake}")
     for line in table([args.input, *args.report], args.text_key, tokenizers):
         print(line)
     print(f"use it: python data/text/prepare.py --tokenizer {args.out} ...")

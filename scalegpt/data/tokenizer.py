@@ -211,7 +211,7 @@ def load(spec: str | dict[str, Any]) -> Tokenizer:
     check(spec)
     match spec:
         case "gpt2" | {"kind": "gpt2"}:
-            return _gpt2()
+            return of_openai("gpt2")
         case "byte" | {"kind": "byte"}:
             return _byte()
         case {"kind": "char", "chars": str(chars)}:
@@ -324,19 +324,23 @@ def gpt2_ranks() -> dict[bytes, int]:
     return tiktoken.get_encoding("gpt2")._mergeable_ranks
 
 
-def _gpt2() -> Tokenizer:
+def of_openai(name: str) -> Tokenizer:
+    """Return a tokenizer that tiktoken has under this name; `load` knows gpt2 alone.
+
+    Raises Mistake where its files are neither cached nor to be had from a network.
+    """
     import tiktoken
 
     try:
-        bpe = tiktoken.get_encoding("gpt2")
+        bpe = tiktoken.get_encoding(name)
     except OSError as error:  # requests' errors are OSErrors too
         raise Mistake(
-            f"no gpt2 files for tiktoken ({type(error).__name__}): without a network set "
+            f"no {name} files for tiktoken ({type(error).__name__}): without a network set "
             "TIKTOKEN_CACHE_DIR to a cache filled on a machine with one, or use --tokenizer byte"
         ) from error
     encode, decode = bpe.encode_ordinary, lambda ids: bpe.decode(ids.tolist())
-    part, spec = bpe.decode_single_token_bytes, {"kind": "gpt2"}
-    return Tokenizer("gpt2", bpe.n_vocab, bpe.eot_token, True, encode, decode, spec, _part=part)
+    part, spec = bpe.decode_single_token_bytes, {"kind": name}
+    return Tokenizer(name, bpe.n_vocab, bpe.eot_token, True, encode, decode, spec, _part=part)
 
 
 def _ids(size: int, spec: dict[str, Any]) -> Tokenizer:
