@@ -930,7 +930,9 @@ def test_a_missing_protocol_package_names_the_extra(tmp_path, monkeypatch):
 
 def test_importing_touches_no_device_and_no_file_system():
     code = (
-        "import sys, jax, scalegpt.data.batches, scalegpt.data.datasets\n"
+        "import sys, scalegpt.data.parts, scalegpt.data.engine\n"
+        "assert not {'jax', 'pydantic'} & {*sys.modules}  # data commands start at once\n"
+        "import jax, scalegpt.data.batches, scalegpt.data.datasets\n"
         "jax.config.update('jax_num_cpu_devices', 3)  # refused once JAX has its devices\n"
         "assert 'tensorflow' not in sys.modules and 'fsspec.core' not in sys.modules\n"
     )

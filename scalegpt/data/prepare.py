@@ -73,8 +73,8 @@ def write_dataset(
 
     build: makes the corpus; not called if `out` already holds `source`, unless `force`.
     source: text and settings in words; kept in meta.json and compared when called again.
-    workers: processes that encode, of gigatoken threads (0, 1: this one; None: by size); the files
-    do not depend on it.
+    workers: processes that encode; with gigatoken threads, of which one reads (0, 1: this one;
+    None: by size). The files do not depend on it.
     Raises Mistake for other data in `out`, too little disk or no text, and what `build` raises.
     """
     if workers is not None and workers < 0:
@@ -322,7 +322,9 @@ def _encoded(corpus: Corpus, dtype: np.dtype, workers: int | None) -> Iterator[t
     ours = getattr(os, "sched_getaffinity", None)  # Linux has it; a Slurm job has some of the cores
     cores = len(ours(0)) if ours else os.cpu_count() or 1
     texts = [piece for _, piece, _ in first]
-    fast, said = faster(corpus.tokenizer, texts, cores if workers is None else workers)
+    # One core is busy with reading; two threads of gigatoken on a core cost more than they bring.
+    threads = max(1, (cores if workers is None else workers) - 1)
+    fast, said = faster(corpus.tokenizer, texts, threads)
     if workers is None:  # to start processes costs seconds: only where it pays
         slow = said and corpus.text_bytes > 50e6
         workers = cores if fast else cores // 2 if slow else 0
@@ -452,6 +454,8 @@ def script_parser(
         help="folder to write (default: %(default)s)",
     )
     if workers:
-        parser.add_argument("--workers", type=int, help="encoding processes (by default: by size)")
+        parser.add_argument(
+            "--workers", type=int, help="encoding processes or threads (default: by size)"
+        )
     parser.add_argument("--force", action="store_true", help="prepare again what is there")
     return parser

@@ -21,8 +21,6 @@ from itertools import chain
 from pathlib import Path
 from typing import AnyStr
 
-from fsspec.utils import glob_translate
-
 from scalegpt.errors import Mistake
 from scalegpt.files.folder import is_url, open_url
 from scalegpt.files.formats import HEAD, not_text
@@ -114,6 +112,8 @@ def _matching(pattern: str) -> Iterator[Path]:
     if "**" not in parts:
         yield from map(Path, glob.glob(pattern))
         return
+    from fsspec.utils import glob_translate  # which hardly any command needs
+
     plain = next(i for i, part in enumerate(parts) if glob.has_magic(part))
     matches = re.compile(glob_translate(str(Path(pattern)))).match
     yield from (path for path in _below(Path(*parts[:plain])) if matches(str(path)))
