@@ -14,6 +14,7 @@ COMMANDS = {
     "chat": "talk with a model that has learned from conversations",
     "report": "show one run, or compare several, on a page",
     "stages": "train a model from text to chat, one run after the other",
+    "plan": "say what a run needs of a machine, and what it costs there",
 }
 
 
@@ -23,7 +24,7 @@ def start(name: str) -> None:
 
 
 # The scripts scalegpt-train and so on.
-train, evaluate, generate, chat, report, stages = (partial(start, name) for name in COMMANDS)
+train, evaluate, generate, chat, report, stages, plan = (partial(start, name) for name in COMMANDS)
 
 
 def main(argv: list[str]) -> int:

@@ -1208,6 +1208,7 @@ def test_names_beyond_ascii_are_names_like_others(world, tmp_path, monkeypatch, 
 
 
 COMMANDS = [
+    "plan",
     "train",
     "evaluate",
     "generate",

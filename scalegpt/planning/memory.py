@@ -3,9 +3,10 @@
 No device is touched, as in model/flops.py. State and gradients are exact; the rest
 estimates what XLA keeps for layers that are scanned (model.scan_layers). The estimate was within
 20 % of `memory_analysis()` for TPU programs (v3, v4, v5e; bfloat16; 43M to 1.5B parameters; chunked
-logits), and down to 0.6 of it on a CPU. Unrolled layers may need half as much on a TPU, and on a
-CPU, where XLA then ignores model.remat, as much as without remat. The compiler has the last word:
-`scalegpt.train --compile-only`.
+logits), and down to 0.6 of it on a CPU. With a term for fsdp that six more of them showed (v3 to
+tpu7x; data, fsdp, tensor, two slices) it is 0.94 to 1.02 of their peaks. Unrolled layers may need
+half as much on a TPU, and on a CPU, where XLA then ignores model.remat, as much as without remat.
+The compiler has the last word: `scalegpt.train --compile-only`.
 """
 
 from collections.abc import Mapping
@@ -100,6 +101,10 @@ def on_device(
     layers = L if lora.rank and remat == "none" else 2
     used_in_place = itemsize == 4 and mesh["fsdp"] == 1 and not lora.rank
     copies = 0 if used_in_place else itemsize * (layers * matrices * mesh["fsdp"] // L + rows * D)
+    if mesh["fsdp"] > 1:
+        # In float32: step/loss.py's copy of the head and its gradient, and the whole gradient of
+        # the embedding before it is scattered to its shards.
+        copies += 8 * rows * D + 4 * model.padded_vocab * D
     return {
         "weights": 4 * count,
         "moments": moment_bytes(trained, matrices, optim),

@@ -4,7 +4,7 @@ import difflib
 import math
 import re
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations_with_replacement
 
@@ -51,9 +51,8 @@ class Topology:
     @property
     def platform(self) -> str:
         """What a program is lowered for, one of attention.PLATFORMS."""
-        if self.chip and self.chip.axes:
-            return "tpu"
-        return {"cpu": "cpu", "AMD": "rocm"}.get(self.kind.split()[0], "cuda")
+        vendor = re.match("[A-Za-z]*", self.kind)[0]
+        return {"cpu": "cpu", "TPU": "tpu", "AMD": "rocm"}.get(vendor, "cuda")
 
     @property
     def hosts(self) -> int:
@@ -148,6 +147,25 @@ def _distance(other: tuple, shape: tuple, chip: Chip, match: re.Match | None) ->
     sides = sorted(shape), sorted(other)
     far = sum(abs(a - b) for a, b in zip(*sides, strict=False)) + abs(len(shape) - len(other))
     return abs(math.log(math.prod(other) / max(size, 0.5))), far, max(other)
+
+
+def with_efficiency(topology: Topology, share: float | None) -> Topology:
+    """Return the machine with the Chip.efficiency that a run has shown; None changes nothing."""
+    if share is None or topology.chip is None:
+        return topology
+    return replace(topology, chip=replace(topology.chip, efficiency=share))
+
+
+def like(devices: str) -> Topology | None:
+    """Return the usual machine with devices as "8 x TPU v3", which checkpoints keep; None if there
+    is none in CHIPS."""
+    match = re.fullmatch(r"(\d+) x (.*)", devices)
+    for name, chip in CHIPS.items() if match else ():
+        if match[2].startswith(chip.kind):
+            sizes = {math.prod(shape) * chip.devices: shape for shape in usual_shapes(name)}
+            shape = sizes.get(int(match[1]))
+            return parse(written(name, shape)) if shape else None
+    return None
 
 
 def listing() -> str:
