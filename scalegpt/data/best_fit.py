@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from scalegpt.config.types import BEGINS
+from scalegpt.config.limits import BEGINS
 from scalegpt.data.documents import DocumentText, Parts
 
 # Rows that are filled together. More leave fewer documents cut, and take longer to fill (0.2 ms of
