@@ -475,10 +475,10 @@ def test_open_folder(tmp_path, dtype):
     assert (dataset.name, dataset.vocab_size) == ("mine", top)
     assert dataset.tokenizer == {"kind": "byte"} and dataset.val_bytes_per_token == 3.0
     check_tokens(dataset, 199)
-    with pytest.raises(ValueError, match="mine/val.bin has 200 tokens; model.block_size=200"):
+    with pytest.raises(ValueError, match="mine: val has 200 tokens; model.block_size=200"):
         check_tokens(dataset, 200)
     short = SimpleNamespace(name="a", train=train, val=train[:1])
-    with pytest.raises(ValueError, match="a/val.bin has 1 token; model.block_size=5"):
+    with pytest.raises(ValueError, match="a: val has 1 token; model.block_size=5"):
         check_tokens(short, 5)
 
 

@@ -69,7 +69,7 @@ class _BatchOnCommandLine(BatchConfig):
 
 class _DataOnCommandLine(DataConfig):
     path: str
-    """folder or URL with train.bin, val.bin, meta.json; or a mixture '{path: weight, ...}'"""
+    """folder or URL of a data set (data/README.md); or a mixture '{path: weight, ...}'"""
 
 
 class _EvalOnCommandLine(EvalConfig):

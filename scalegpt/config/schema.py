@@ -82,7 +82,7 @@ class DataConfig(Section):
     """The data sets that a run trains on, and how they are read."""
 
     path: Text | Annotated[dict[Name, Share], Field(min_length=1)]
-    """folder or URL with train.bin, val.bin, meta.json; or a mixture {path: weight, ...}"""
+    """folder or URL of a data set (data/README.md); or a mixture {path: weight, ...}"""
     prepare: bool = False
     """make missing token files with scalegpt's data/NAME/prepare.py, where NAME is the folder's"""
     shuffle: Literal["windows", "documents"] = "windows"

@@ -15,14 +15,14 @@ from scalegpt.config import BatchConfig, Config
 from scalegpt.config.limits import LARGEST
 from scalegpt.config.loading import validate
 from scalegpt.config.presets import recipe
-from scalegpt.data import tokenizer
+from scalegpt.data import datatrove, tokenizer
 from scalegpt.data.batches import TrainBatches, rows_together, train_order
 from scalegpt.data.best_fit import FittedText
 from scalegpt.data.documents import DocumentText
 from scalegpt.data.packing import PackedRows, one_in_each_row, pack
 from scalegpt.data.token_files import Dataset, check_tokens, file_of, open_dataset
 from scalegpt.errors import Mistake
-from scalegpt.files.folder import expanded
+from scalegpt.files.folder import expanded, open_folder
 
 # Kind of a data set -> the objective that learns from it, what it holds, and what makes it.
 _KINDS = {
@@ -243,7 +243,7 @@ def _prepare(folder: Path, alive: Callable[[], None]) -> None:
     interrupted = (folder / "meta.json.partial").exists()
     made = [{(folder / file_of(s, kind)).is_file() for s in ("train", "val")} for kind in _KINDS]
     whole = {True} in made and not interrupted
-    if script is None or whole:
+    if script is None or whole or datatrove.names(open_folder(folder)):
         return
     if _run([sys.executable, str(script), "--out", str(folder)], alive):
         raise Mistake(f"{script} could not prepare the data, see above")

@@ -66,7 +66,7 @@ class Joined:
     ):
         self.dtype, self.ndim = dtype, 1
         self.stops = np.fromiter(accumulate(lengths), np.int64, len(lengths))
-        self.added = None if added is None else np.array(added, dtype)
+        self.added = None if added is None else np.asarray(added, dtype)
         self._opened = lru_cache(OPEN)(opened)
 
     def __len__(self) -> int:
@@ -95,6 +95,19 @@ class Joined:
             k += 1
         found = found[-1] if len(found) < 3 else np.concatenate(found)
         return found if step == 1 else found[::step]
+
+    def cut(self, start: int, stop: int, less: int = 0) -> "Joined":
+        """Return the elements from `start` to `stop`, each of them less `less`; none is read."""
+        before = np.concatenate([[0], self.stops[:-1]])
+        first = np.clip(before, start, stop)
+        lengths, inside = np.clip(self.stops, start, stop) - first, first - before
+
+        def opened(k: int) -> np.ndarray:
+            return self._opened(k)[inside[k] : inside[k] + lengths[k]]
+
+        # Below 0 for a file that is cut: unsigned, it wraps, and so does the sum, back again.
+        added = None if self.added is None else self.added - self.dtype.type(less)
+        return Joined(opened, lengths, self.dtype, added)
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         whole = self[:]

@@ -8,7 +8,7 @@ included, as little-endian uint64. Folders of earlier versions have none. Conver
 by meta.json of the kind "chat", are int32: ~id, below 0, is read but not predicted, and each begins
 with ~bos, which is nowhere else. Of kind "pairs" every second has the rejected answer to the prompt
 of the one before. Data of kind "prompts" are JSON lines, train.jsonl and val.jsonl.
-The files of a text may be in parts, which are read as one (`joined`).
+The files of a text may be in parts, which are read as one (`joined`), or those of `datatrove`.
 """
 
 import hashlib
@@ -26,12 +26,12 @@ from tqdm import tqdm
 
 from scalegpt.config.limits import LARGEST
 from scalegpt.config.presets import recipe
-from scalegpt.data import tokenizer
+from scalegpt.data import datatrove, tokenizer
 from scalegpt.data.joined import Joined, part_folder, parts_in
 from scalegpt.data.packing import PackedRows
 from scalegpt.data.prompts import Prompts
 from scalegpt.errors import Mistake, counted
-from scalegpt.files.folder import expanded
+from scalegpt.files.folder import Folder, expanded, open_folder, open_url
 from scalegpt.files.formats import HEAD, known_format
 from scalegpt.files.json_files import read_object
 from scalegpt.files.staging import stage
@@ -110,8 +110,8 @@ def open_dataset(path: str | Path, cache_dir: str | None = None) -> Dataset:
             splits[split] = Prompts.read(file, meta["tokenizer"], meta[split]["longest"])
             hashed += [len(splits[split]), stated_hash]
             continue
-        tokens = splits[split] = _open_tokens(file, meta)
-        indices[split] = _open_index(file, meta)
+        tokens, indices[split] = _open(file, meta)
+        splits[split] = tokens
         # Both ends tell other data of equal size apart, whatever meta.json says of it.
         ends = tokens[: 1 << 16].tobytes() + tokens[-(1 << 16) :].tobytes()
         hashed += [len(tokens), stated_hash, hashlib.sha256(ends).hexdigest()]
@@ -137,6 +137,10 @@ def open_split(path: str | Path, split: str, cache_dir: str | None = None) -> Sp
     Copies and raises as `open_dataset`.
     """
     file = expanded(path).resolve()
+    if file.suffix == ".ds" and file.is_file():
+        raise Mistake(
+            f"{file} is one of datatrove's files, which are read together: give {file.parent}"
+        )
     if file.is_file():
         name, folder, split = file.name, file.parent, file.stem
         meta = read_meta(folder)[0]
@@ -148,9 +152,8 @@ def open_split(path: str | Path, split: str, cache_dir: str | None = None) -> Sp
             f"{name} holds {kind}, which no loss over text is measured on: give --task, or --data "
             "with text or conversations"
         )
-    tokens = _open_tokens(file, meta)
+    tokens, ends = _open(file, meta)
     rate = _bytes_per_token(meta, split, tokens)
-    ends = _open_index(file, meta)
     return Split(name, meta["tokenizer"], meta["vocab_size"], tokens, rate, kind, ends)
 
 
@@ -165,6 +168,12 @@ def _locate(
     if remote:
         files = [file_of(split, kind) for kind in ("text", "prompts") for split in splits]
         folder = stage(path, (*META, *files, *map(index_of, splits)), cache_dir)
+        if not any((folder / file).is_file() for file in (*META, *files)):
+            # Copies of files that are there no more would be read, too: stage removes them.
+            here = (x for x in folder.rglob("*.ds*") if x.suffix != ".stamp")
+            here = {x.relative_to(folder).as_posix() for x in here} | {datatrove.TOKENIZER}
+            there = datatrove.names(Folder(path, *open_url(path, "read")), splits)
+            stage(path, sorted({*here, *there}), cache_dir)
     if folder.is_file():
         raise Mistake(
             f"data.path: {folder} is a file; point data.path at its folder {folder.parent}, or, if "
@@ -178,7 +187,14 @@ def _locate(
         n = len(parts_in(meta, splits[0]))
         parts = [part_folder(folder, k, n).relative_to(folder) / f for k in range(n) for f in kinds]
         stage(path, [part.as_posix() for part in parts], cache_dir)
-    for file in (file_of(split, meta.get("kind")) for split in splits if "parts" not in meta):
+    if isinstance(meta, datatrove.Opened):
+        if missing := [split for split in splits if split not in meta.splits]:
+            raise Mistake(
+                f"{path} has no text in {missing[0]}/*.ds: put some there; or put all .ds files "
+                "into the folder itself, whose last documents are then for validation"
+            )
+    apart = isinstance(meta, datatrove.Opened) or "parts" in meta
+    for file in (file_of(split, meta.get("kind")) for split in splits if not apart):
         if not (folder / file).is_file():
             how = _how_to_make(folder, meta.get("kind", "text"))
             raise Mistake(f"{path} has no {file}; {how}")
@@ -230,6 +246,13 @@ def _join(file: Path, meta: dict, dtype: np.dtype, counts: str, digests: str) ->
         tokens = [part["tokens"] for part in facts]
         added = [0, *accumulate(tokens[:-1])]
     return Joined(lambda k: np.asarray(np.memmap(path(k), dtype, "r")), lengths, dtype, added)
+
+
+def _open(file: Path, meta: dict) -> tuple[np.ndarray | Joined, np.ndarray | Joined | None]:
+    """Return the tokens of a split, and where its documents end."""
+    if isinstance(meta, datatrove.Opened):
+        return meta.splits[file.stem]
+    return _open_tokens(file, meta), _open_index(file, meta)
 
 
 def _open_tokens(file: Path, meta: dict) -> np.memmap | Joined:
@@ -295,14 +318,16 @@ def check_tokens(dataset: Dataset, block_size: int) -> None:
     for split, tokens in (("train", dataset.train), ("val", dataset.val)):
         if len(tokens) < block_size + 1:
             raise Mistake(
-                f"{dataset.name}/{split}.bin has {counted(len(tokens), 'token')}; model.block_size="
+                f"{dataset.name}: {split} has {counted(len(tokens), 'token')}; model.block_size="
                 f"{block_size} needs at least {block_size + 1}. Lower model.block_size or use "
-                "more text (prepare.py's --val-fraction or --val-input gives more to validation)"
+                "more text (prepare.py's --val-fraction or --val-input gives more to validation; "
+                "datatrove's files have it in a folder val)"
             )
 
 
 def read_meta(folder: Path) -> tuple[dict, bool]:
-    """Return meta.json's contents, and whether a file states them; otherwise they are assumed."""
+    """Return meta.json's contents, or what it would say of datatrove's files, and whether a file
+    states them; otherwise they are assumed."""
     # lexists, for a broken link: ignoring it would take the ids for GPT-2's.
     if os.path.lexists(folder / "meta.json"):
         return _read_meta_json(folder / "meta.json"), True
@@ -310,6 +335,9 @@ def read_meta(folder: Path) -> tuple[dict, bool]:
         return _read_meta_pkl(folder / "meta.pkl"), True
     if (folder / "meta.json.partial").exists():  # else bytes would be trained on as GPT-2 ids
         raise Mistake(f"{folder}: preparing it was interrupted; run prepare.py again")
+    ours = any((folder / file_of(split, "text")).exists() for split in datatrove.SPLITS)
+    if not ours and (names := datatrove.names(open_folder(folder))):
+        return datatrove.read(folder, names), True
     return {"tokenizer": "gpt2", "vocab_size": 50257, "dtype": "uint16"}, False
 
 

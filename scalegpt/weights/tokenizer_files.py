@@ -5,10 +5,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from scalegpt.data import tokenizer
+from scalegpt.data import datatrove, tokenizer
 from scalegpt.data.token_files import META, read_meta
 from scalegpt.data.tokenizer import BYTES, END_OF_TEXT, MARKS, Tokenizer
 from scalegpt.errors import Mistake
+from scalegpt.files.folder import open_folder
 from scalegpt.files.json_files import read_object
 from scalegpt.files.run_folder import is_run
 
@@ -37,7 +38,7 @@ def named(name: str) -> Tokenizer:
         checkpoints = open_checkpoints(name)
         spec = checkpoints.meta(checkpoints.find("best"))["tokenizer"]
         checkpoints.close()
-    elif any((path / file).is_file() for file in META):
+    elif any((path / file).is_file() for file in META) or datatrove.names(open_folder(path)):
         spec = read_meta(path)[0]["tokenizer"]
     elif (path / "config.json").is_file() and not (path / "tokenizer.json").is_file():
         from scalegpt.weights import huggingface  # JAX, too
