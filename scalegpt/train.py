@@ -59,7 +59,7 @@ from scalegpt.run.reference import set_reference
 from scalegpt.run.replay import replay
 from scalegpt.run.resume import (
     carry_over,
-    fingerprints,
+    data_marks,
     initial_state,
     lasting,
     lock,
@@ -199,7 +199,7 @@ def train(
         "command": command,
         "devices": f"{len(devices)} x {devices[0].device_kind}",
         "tokenizer": datasets[0].tokenizer,
-        "data": fingerprints(datasets),
+        **data_marks(config, datasets),
         "best_loss": math.inf,
         "evaluation_due": False,  # True if a request to stop has cut it short
         "changes": [],  # of keys: [step, "key: old -> new"]

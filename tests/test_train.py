@@ -826,6 +826,28 @@ def test_data_sets_in_another_order_are_refused(data, tmp_path):
                 resume.carry_over(config, meta, stored, 4, print)
 
 
+def test_other_documents_of_the_same_tokens_are_refused_where_they_matter(data, tmp_path):
+    def continued(stored_index, index, **changes):
+        config = parse(arguments(data, tmp_path / "run", **changes), "test", {})[0]
+        metas = [
+            resume.data_marks(config, [SimpleNamespace(name="a", fingerprint="1", index=mark)])
+            | {"config": config.model_dump(), "best_loss": 1.5}
+            for mark in (stored_index or "", index)
+        ]
+        if stored_index is None:  # as versions of before have saved it
+            del metas[0]["index"]
+        return resume.carry_over(config, metas[1], metas[0], 4, print), metas[1]
+
+    for key, value in (("shuffle", "documents"), ("pack", "best_fit"), ("document_mask", "true")):
+        keys = {f"data.{key}": value}
+        assert continued("x y", "x y", **keys)[0] == continued(None, "x y", **keys)[0] == []
+        with pytest.raises(ValueError, match="data.path: the same tokens in other documents in a"):
+            continued("x y", "x z", **keys)
+        allowed = keys | {"run.allow_config_change": "data.path"}
+        assert len(continued("x y", "x z", **allowed)[0]) == 1
+    assert continued("x y", "x z")[0] == [] and continued("x y", "x z")[1]["index"] == {}
+
+
 def test_what_was_allowed_is_said_and_kept_and_a_best_of_other_text_is_none(data, tmp_path):
     old = parse(arguments(data, tmp_path / "run"), "test", {})[0]
     stored = {"data": {"a": "1"}, "best_loss": 1.5, "config": old.model_dump()}

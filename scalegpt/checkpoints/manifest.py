@@ -1,7 +1,7 @@
 """The manifest of a checkpoint lists its contents, with a checksum of every file.
 
 `manifest.json` is written last, whole or not at all: a folder without one is no checkpoint. It is
-JSON with step, time, val_loss, `meta` (config, tokenizer, fingerprints of the data, best loss),
+JSON with step, time, val_loss, `meta` (config, tokenizer, marks of the data, best loss, ...),
 `tree` (array -> dtype[shape]), `files` (name -> [bytes, sha256]), versions of packages, and the
 sha256 of all that.
 """

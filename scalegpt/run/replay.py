@@ -26,7 +26,7 @@ from scalegpt.errors import Mistake
 from scalegpt.processes.phases import Phases
 from scalegpt.run.feed import source
 from scalegpt.run.reference import set_reference
-from scalegpt.run.resume import carry_over, differences, fingerprints, initial_state
+from scalegpt.run.resume import carry_over, data_marks, differences, initial_state
 from scalegpt.run.rewarded import reference_weights
 from scalegpt.step import sharding
 from scalegpt.step.build import Steps
@@ -161,7 +161,7 @@ def _state_before(
     start = max((step for step in checkpoints.steps if step < update), default=0)
     changes = differences(stored, config, datasets) if stored else []
     if start:
-        meta = {"data": fingerprints(datasets)}
+        meta = data_marks(config, datasets)
         changes = carry_over(config, meta, checkpoints.meta(start), start, lambda text: None)
     with phases("restore" if start else "weights"):
         state = initial_state(config, steps, checkpoints, start, lambda text: None, changes)

@@ -109,7 +109,7 @@ def _check_init_from(config: Config, datasets: Sequence[Dataset]) -> None:
 def differences(stored: Config, config: Config, datasets: Sequence[Dataset]) -> list[str]:
     """Return the keys that would change the stored run's curve, and data with other tokens."""
     changes, good = curve_diff(stored, config), _good_checkpoints(config.run.out_dir)
-    return changes + (_other_tokens(good[-1]["data"], fingerprints(datasets)) if good else [])
+    return changes + (_other_data(good[-1], data_marks(config, datasets)) if good else [])
 
 
 def _good_checkpoints(out_dir: str) -> list[dict[str, Any]]:
@@ -120,20 +120,28 @@ def _good_checkpoints(out_dir: str) -> list[dict[str, Any]]:
     return [x["meta"] for step, x in contents.items() if step and not isinstance(x, str)]
 
 
-def fingerprints(datasets: Sequence[Dataset]) -> dict[str, str]:
-    """Return the mark of each data set's tokens by its name."""
-    return {d.name: d.fingerprint for d in datasets}
+def data_marks(config: Config, datasets: Sequence[Dataset]) -> dict[str, dict[str, str]]:
+    """Return what a run remembers of its data, by name: the mark of each data set's tokens, and of
+    its index where the run treats documents as such."""
+    plain = config.data.shuffle == config.data.pack == "windows" and not config.data.document_mask
+    return {
+        "data": {d.name: d.fingerprint for d in datasets},
+        "index": {d.name: d.index for d in datasets if not plain},
+    }
 
 
-def _other_tokens(stored: dict[str, str], given: dict[str, str]) -> list[str]:
-    """Name the data sets whose tokens are not the stored run's, from the fingerprints of both."""
+def _other_data(stored: dict[str, Any], given: dict[str, Any]) -> list[str]:
+    """Name the data sets whose tokens are not the stored run's, and those whose tokens are, but in
+    other documents, from the marks of both. Runs of before have none of an index."""
     # Compared by position, not by name: a mixture deals its rows out by position.
-    marks = list(stored.values())
-    return [
-        f"data.path: other tokens in {name}"
-        for i, (name, mark) in enumerate(given.items())
-        if marks[i : i + 1] != [mark]
-    ]
+    tokens, ends = ([*stored.get(key, {}).values()] for key in ("data", "index"))
+    changes = []
+    for i, (name, mark) in enumerate(given["data"].items()):
+        if tokens[i : i + 1] != [mark]:
+            changes.append(f"data.path: other tokens in {name}")
+        elif ends and given.get("index", {}).get(name, ends[i]) != ends[i]:
+            changes.append(f"data.path: the same tokens in other documents in {name}")
+    return changes
 
 
 def open_to_save(config: Config) -> Checkpoints:
@@ -161,9 +169,9 @@ def carry_over(
     Returns the keys that have changed since, as `key: old -> new`, which `meta` keeps too. Raises
     Mistake if run.allow_config_change does not allow them.
     """
-    changes = _other_tokens(stored["data"], meta["data"])
+    other_data = _other_data(stored, meta)
     # config.yaml may have these changes already: a start that was killed has left it.
-    changes += curve_diff(validate(stored["config"], config.run.out_dir), config)
+    changes = other_data + curve_diff(validate(stored["config"], config.run.out_dir), config)
     refuse_changes(config, changes)
     meta["changes"] = stored.get("changes", []) + [[step, change] for change in changes]
     meta["evaluation_due"] = stored.get("evaluation_due", False)
@@ -171,7 +179,7 @@ def carry_over(
         say("\n  ".join([f"changed after step {step}, as allowed:", *changes]))
     if stored["best_loss"] is not None:
         finished = step >= config.optim.steps  # and nothing will be measured
-        if finished or manifest.measure(stored) == manifest.measure(meta):
+        if finished or not other_data and manifest.measure(stored) == manifest.measure(meta):
             meta["best_loss"] = stored["best_loss"]
         else:
             say(
