@@ -9,6 +9,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 
 import numpy as np
@@ -52,14 +53,16 @@ def faster(tokenizer: Tokenizer, texts: list[str], threads: int) -> tuple[Encode
         sample, size = [*sample, text], size + len(text)
         if size > SAMPLE:
             break
-    try:
-        encode = by_gigatoken(tokenizer, threads)
-        ids, ends = encode(sample)
-    except Exception as error:  # the package raises nothing narrower for a tokenizer it lacks
-        return None, f"encoded by {reference}: gigatoken cannot use this tokenizer: {error}"
-    for text, part in zip(sample, np.split(ids, ends[:-1]), strict=True):
-        if not np.array_equal(part, tokenizer.encode(text)):
-            return None, f"encoded by {reference}: gigatoken gives other ids for {text[:40]!r}"
+    with ThreadPoolExecutor(1) as thread:
+        expected = thread.map(tokenizer.encode, sample)  # while gigatoken starts
+        try:
+            encode = by_gigatoken(tokenizer, threads)
+            ids, ends = encode(sample)
+        except Exception as error:  # the package raises nothing narrower for a tokenizer it lacks
+            return None, f"encoded by {reference}: gigatoken cannot use this tokenizer: {error}"
+        for text, part, known in zip(sample, np.split(ids, ends[:-1]), expected, strict=True):
+            if not np.array_equal(part, known):
+                return None, f"encoded by {reference}: gigatoken gives other ids for {text[:40]!r}"
     return encode, f"encoded by gigatoken, which gave the ids of {reference} for a sample"
 
 
