@@ -21,6 +21,7 @@ from scalegpt.config import command_line
 from scalegpt.data import conversations
 from scalegpt.data.chat import content_of
 from scalegpt.data.conversations import Message
+from scalegpt.data.templates import with_end
 from scalegpt.data.tokenizer import Tokenizer
 from scalegpt.errors import Mistake
 from scalegpt.files.cache import keep_compiled
@@ -136,8 +137,8 @@ class Chat:
     def load(cls, flags: argparse.Namespace, sampler: Sampler) -> "Chat":
         """Load the model that the flags name. Raises Mistake for one that knows no conversation."""
         model = trained.load(flags, microbatch=1)
-        codec = model.codec()
-        if not codec.marks:
+        codec = with_end(model.codec())
+        if not codec.chats:
             raise Mistake(
                 f"{model.name} has not learned to answer: it continues texts, by python -m "
                 "scalegpt.generate. To teach it: data/chat/prepare.py, then configs/sft.yaml"

@@ -27,6 +27,7 @@ from scalegpt.data import tokenizer
 from scalegpt.data.datasets import check_documents
 from scalegpt.data.generated import TASKS
 from scalegpt.data.packing import pack
+from scalegpt.data.templates import with_end
 from scalegpt.data.token_files import Split, open_dataset, open_split
 from scalegpt.errors import Mistake
 from scalegpt.files.cache import keep_compiled
@@ -229,7 +230,7 @@ def _results(flags: argparse.Namespace, config: Config | None, inputs: _Inputs) 
         if not isinstance(task, chat_tasks.ChatTask):
             results += tasks.run(task, score, model.params, shown=True)
         else:
-            codec, sampler = model.codec(), Sampler(flags.temperature, top_k=0)
+            codec, sampler = with_end(model.codec()), Sampler(flags.temperature, top_k=0)
             write = write or decoder(model.steps, model.params, sampler, codec.vocab_size)
             figures = chat_tasks.run(task, write, codec, flags.samples, shown=True)
             results.append((task.name, figures, {"examples": task.count}))

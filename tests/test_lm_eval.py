@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tiny_gpt2
 from test_tasks import TINY, placed, tiny_steps
+from test_templates import TALK, write_tokenizer
 
 from scalegpt import evaluate
 from scalegpt.config import MeshConfig
@@ -24,6 +25,7 @@ from scalegpt.inference.tasks import encode_pair
 from scalegpt.processes.command import exit_code
 from scalegpt.step.sharding import make_mesh
 from scalegpt.weights import export, trained
+from scalegpt.weights.tokenizer_files import named
 
 pytestmark = pytest.mark.oracle
 ROOT = Path(__file__).resolve().parents[1]
@@ -320,3 +322,19 @@ def test_a_conversation_is_asked_in_our_marks(command):
     assert len(lm.generate_until(requests("", (prompt, {"max_gen_toks": 5})))[0]) <= 5
     plain = language_model(model)  # without the flag, a mark is text
     assert plain.tok_encode("<|end|>") == codec.encode("<|end|>").tolist()
+
+
+@pytest.mark.parametrize("name", ["chatml", "mistral"])
+def test_a_conversation_is_asked_in_a_models_own_template(command, name, tmp_path):
+    from transformers import AutoTokenizer
+
+    write_tokenizer(tmp_path, name)
+    codec, theirs = named(str(tmp_path)), AutoTokenizer.from_pretrained(tmp_path)
+    steps = tiny_steps({}, 2, model=TINY | {"vocab_size": codec.vocab_size})
+    spec, base = {**codec.spec(), "template": codec.template}, trained.config_of(steps.model.config)
+    lm = language_model(trained.Trained("chat", base, spec, None, steps, None), chat=True)
+    prompt = theirs.apply_chat_template(TALK, tokenize=False, add_generation_prompt=True)
+    assert lm.apply_chat_template(TALK) == prompt
+    assert lm.tok_encode(prompt) == theirs(prompt, add_special_tokens=False)["input_ids"]
+    begun = theirs.apply_chat_template(TALK[:2], tokenize=False, continue_final_message=True)
+    assert lm.apply_chat_template(TALK[:2], add_generation_prompt=False) == begun

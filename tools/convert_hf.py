@@ -157,7 +157,8 @@ def import_(flags: argparse.Namespace) -> int:
     name, run = shlex.quote(str(out)), f"{python()} -m scalegpt"
     print(f"{wrote(out, config.model, began)}\nnext:")
     if spec:
-        print(f'  {run}.generate --run {name} --prompt "..."')
+        command = "chat" if tokenizer.is_chat(spec) else "generate"
+        print(f'  {run}.{command} --run {name} --prompt "..."')
     print(f"  {run}.evaluate --run {name} --data DIR")
     print(f"  {run}.train --config FILE --run.init_from={name} --run.out_dir=out/NEW")
     return 0
@@ -184,7 +185,8 @@ def export_(flags: argparse.Namespace) -> int:
     if spec := huggingface.describe(out)[1]:  # formats of transformers have no ids without a text
         if "tokenizer.json" in tokenizer.kind(spec) and not find_spec("tokenizers"):
             print("  pip install 'scalegpt[data]'  # for the next command, which needs tokenizers")
-        print(f'  {python()} -m scalegpt.generate --hf {name} --prompt "..."')
+        command = "chat" if tokenizer.is_chat(spec) else "generate"
+        print(f'  {python()} -m scalegpt.{command} --hf {name} --prompt "..."')
     if flags.format == "hf":
         print(f'  transformers: AutoModelForCausalLM.from_pretrained("{flags.push or out}")')
     print(f"  use, upload and the licence, which is yours to choose: {name}/README.md")

@@ -302,7 +302,13 @@ def example_text(codec: Tokenizer, ids: np.ndarray, color: bool) -> str:
 
 def write(args: argparse.Namespace, files: list[Path]) -> dict[str, Any]:
     """Write the data's files, and print what is in them; return meta.json's content."""
-    codec = None if args.tokenizer == "char" else named(args.tokenizer).chat()
+    base = None if args.tokenizer == "char" else named(args.tokenizer)
+    codec = base and base.chat()
+    if base and base.template:
+        print(
+            f"note: {args.tokenizer} has a chat template of its own; these conversations have "
+            "marks of scalegpt beside it, by which a run that begins with that model learns"
+        )
     fractions, characters, n_characters = [], set(), 0
     tally = Tally(args.format, args.prompts)
     for _, example in read(files, tally, args):

@@ -5,13 +5,17 @@ in as they are, and each is encoded by itself, so that the ids of a prompt begin
 A message is {"role": ..., "content": ...}, where content is a text, or a list of texts and of calls
 of a tool: {"call": "12/60", "result": "0.2"} becomes <|call|>12/60<|result|>0.2<|back|>. An answer
 with "weight": 0 is read, but not learned.
+
+Weights of others were taught with a template of their own (`templates.py`): prompts follow it.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
 
+from scalegpt.data import templates
 from scalegpt.data.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant")
@@ -32,8 +36,10 @@ def encode_conversation(codec: Tokenizer, messages: Messages, train: str = "all"
 def encode_prompt(codec: Tokenizer, messages: Messages) -> np.ndarray:
     """Return ids, int32 [n], after which a model writes its answer; they end with <|assistant|>.
 
-    Raises Mistake as `Tokenizer.encode`.
+    Raises Mistake as `Tokenizer.encode` or `templates.encode`.
     """
+    if codec.template:
+        return templates.encode(codec, messages, prompt=True)
     prompt = [*pieces(messages), ("assistant", "", False)]
     return np.concatenate([part for part, _ in _encoded(codec, prompt)])
 
@@ -68,8 +74,13 @@ def _encoded(codec: Tokenizer, parts: Iterable[Piece]) -> Iterator[tuple[np.ndar
 def content_of(codec: Tokenizer, ids: Sequence[int] | np.ndarray) -> Any:
     """Return the content of an answer that a model has written as these ids, up to <|end|>.
 
-    `pieces` gives the same ids for it, unless a call was cut short: that is left out.
+    `pieces` gives the same ids for it, unless a call was cut short: that is left out. Of others'
+    weights it is the text without special tokens, as transformers' pipelines have it.
     """
+    if codec.template:
+        written = list(takewhile(lambda i: i not in codec.ends, np.asarray(ids).tolist()))
+        special = {*codec.special.values()}
+        return codec.decode([i for i in written if i not in special])
     names, texts = {i: name for name, i in codec.marks.items()}, [("", list[int]())]
     for token in np.asarray(ids).tolist():
         if token in names:

@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,12 @@ class Tokenizer:
     eot: id of the end-of-text mark between documents, or None; for bytes it is 0, NUL.
     piecewise: a text may be cut before a space or newline that follows a non-space, and encoding
     the pieces one by one gives the same ids as encoding the whole.
-    marks: the ids of MARKS by name, or {} for a tokenizer that is not for chats.
+    marks: the ids of MARKS by name, or {} for a tokenizer that is not for chats of ours.
     bos: id that weights of others expect before a text, such as Llama's <s>, or None.
+    special: the ids of tokens that are no text, by how a conversation spells them.
+    template: of others' weights that answer, what `templates.encode` needs; else {}.
+    encode_special: as `encode`, but special tokens count as such; None where `encode` of the texts
+    between them gives the same ids.
     """
 
     name: str
@@ -66,6 +71,9 @@ class Tokenizer:
     _spec: dict[str, Any]
     marks: dict[str, int] = field(default_factory=dict)
     bos: int | None = None
+    special: dict[str, int] = field(default_factory=dict)
+    template: dict[str, Any] = field(default_factory=dict)
+    encode_special: Callable[[str], Any] | None = None
     _part: Callable[[int], bytes | None] = lambda id_: (
         None
     )  # of an id whose text is half a character
@@ -109,6 +117,8 @@ class Tokenizer:
         """Return the bytes of an id's text, none for a mark; None where they are not known."""
         if id_ in (self.eot, *self.marks.values()):
             return b""
+        if self.template and id_ in self.special.values():
+            return b""
         text = self.decode([id_])
         return self._part(id_) if "\ufffd" in text else text.encode()
 
@@ -117,8 +127,8 @@ class Tokenizer:
         if vocab_size >= self.vocab_size:
             return self
 
-        def encode(text: str) -> np.ndarray:
-            ids = self.encode(text)
+        def encode(text: str, encode: Callable[[str], Any] = self._encode) -> np.ndarray:
+            ids = np.asarray(encode(text), np.int32)
             if ids.size and ids.max() >= vocab_size:
                 raise Mistake(
                     f"tokenizer {self.name} gives id {ids.max()} for {text[:20]!r}, but the model "
@@ -129,10 +139,14 @@ class Tokenizer:
         eot = self.eot if self.eot is not None and self.eot < vocab_size else None
         marks = self.marks if max(self.marks.values(), default=0) < vocab_size else {}
         bos = self.bos if self.bos is not None and self.bos < vocab_size else None
-        return replace(self, vocab_size=vocab_size, eot=eot, _encode=encode, marks=marks, bos=bos)
+        whole = self.encode_special and partial(encode, encode=self.encode_special)
+        special = {token: i for token, i in self.special.items() if i < vocab_size}
+        kept = {"eot": eot, "marks": marks, "bos": bos, "special": special}
+        return replace(self, vocab_size=vocab_size, _encode=encode, encode_special=whole, **kept)
 
     def spec(self) -> dict[str, Any]:
-        """Return a JSON value from which `load` makes the same tokenizer again."""
+        """Return a JSON value from which `load` makes the same tokenizer again, less a template:
+        text of these ids teaches nobody to answer."""
         return self._spec
 
     @property
@@ -144,6 +158,23 @@ class Tokenizer:
     def end(self) -> int | None:
         """The mark that a model ends a text with: of a chat, the end of an answer."""
         return self.marks.get("end", self.eot)
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """The ids of which each ends an answer."""
+        ends = {self.end, *self.template.get("ends", ())}
+        return frozenset(i for i in ends if i is not None)
+
+    @property
+    def spelt(self) -> re.Pattern:
+        """What finds each special token, as one group, where a text spells it."""
+        longest_first = sorted(self.special, key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+
+    @property
+    def chats(self) -> bool:
+        """Whether this is the tokenizer of a model that answers, of ours or of others."""
+        return bool(self.marks or self.template)
 
     def chat(self) -> "Tokenizer":
         """Return this tokenizer with marks for chats. Raises Mistake for ids without a text."""
@@ -194,6 +225,11 @@ def added_tokens(content: dict[str, Any]) -> list[dict[str, Any]]:
     return added
 
 
+def is_chat(spec: Any) -> bool:
+    """Tell whether a spec is of a model that answers, of ours or of others."""
+    return isinstance(spec, dict) and (spec.get("kind") == "chat" or "template" in spec)
+
+
 def kind(spec: str | dict[str, Any]) -> str:
     """Return the name of a spec's kind, for messages."""
     match spec:
@@ -210,6 +246,8 @@ def load(spec: str | dict[str, Any]) -> Tokenizer:
     """
     check(spec)
     match spec:
+        case {"template": dict(template), **rest}:
+            return replace(load(rest), template=template)
         case "gpt2" | {"kind": "gpt2"}:
             return of_openai("gpt2")
         case "byte" | {"kind": "byte"}:
@@ -228,6 +266,11 @@ def load(spec: str | dict[str, Any]) -> Tokenizer:
 def check(spec: Any) -> None:
     """Raise Mistake unless `spec` is a tokenizer's; nothing is loaded."""
     match spec:
+        case {"template": template, **rest}:
+            match template:
+                case {"source": str(), "variables": dict(), "ends": list(ends)}:
+                    if all(type(i) is int for i in ends):
+                        return check(rest)
         case "gpt2" | "byte" | {"kind": "gpt2" | "byte"}:
             return
         case {"kind": "char", "chars": str(chars)}:
@@ -340,7 +383,10 @@ def of_openai(name: str) -> Tokenizer:
         ) from error
     encode, decode = bpe.encode_ordinary, lambda ids: bpe.decode(ids.tolist())
     part, spec = bpe.decode_single_token_bytes, {"kind": name}
-    return Tokenizer(name, bpe.n_vocab, bpe.eot_token, True, encode, decode, spec, _part=part)
+    special = {END_OF_TEXT: bpe.eot_token}
+    return Tokenizer(
+        name, bpe.n_vocab, bpe.eot_token, True, encode, decode, spec, special=special, _part=part
+    )
 
 
 def _ids(size: int, spec: dict[str, Any]) -> Tokenizer:
@@ -394,6 +440,13 @@ def _hugging_face(spec: dict[str, Any]) -> Tokenizer:
     def encode(text: str) -> list[int]:
         return bpe.encode(text, add_special_tokens=False).ids
 
+    @cache  # another one, as a setting that goes on and off would be of all threads
+    def with_special() -> Any:
+        return tokenizers.Tokenizer.from_str(bpe.to_str())
+
+    def encode_special(text: str) -> list[int]:
+        return with_special().encode(text, add_special_tokens=False).ids
+
     def decode(ids: np.ndarray) -> str:
         whole: list[int] = []
         for are_bytes, part in groupby(ids.tolist(), bytes_of.__contains__):
@@ -412,7 +465,8 @@ def _hugging_face(spec: dict[str, Any]) -> Tokenizer:
         return bytes(map(BYTES.index, token)) if {*token} <= {*BYTES} else None
 
     bos = marks.get(spec.get("bos"))
-    return Tokenizer(name, size, eot, piecewise, encode, decode, spec, bos=bos, _part=part)
+    chat = {"special": marks, "encode_special": encode_special}
+    return Tokenizer(name, size, eot, piecewise, encode, decode, spec, bos=bos, _part=part, **chat)
 
 
 def _chat(base: Tokenizer, spec: dict[str, Any]) -> Tokenizer:
@@ -429,4 +483,5 @@ def _chat(base: Tokenizer, spec: dict[str, Any]) -> Tokenizer:
         return ids
 
     size = base.vocab_size + len(names)
-    return replace(base, vocab_size=size, eot=marks["bos"], _encode=encode, _spec=spec, marks=marks)
+    chat = {"marks": marks, "special": {f"<|{name}|>": i for name, i in marks.items()}}
+    return replace(base, vocab_size=size, eot=marks["bos"], _encode=encode, _spec=spec, **chat)

@@ -1,5 +1,6 @@
 """A conversation becomes a prompt that fits the model, and the model's answer."""
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -28,18 +29,23 @@ def prompt_that_fits(
     TooLong where the last question alone leaves no room for an answer.
     """
     need = ROOM + answered
-    sizes = [len(encode_prompt(codec, [message])) - 2 for message in messages]
     n_system = sum(message["role"] == "system" for message in messages[:1])
     questions = [i for i, m in enumerate(messages) if m["role"] == "user" and i > n_system]
-    for begin in [n_system, *questions]:
-        size = 2 + sum(sizes[:n_system]) + sum(sizes[begin:])  # with <|bos|> and <|assistant|>
-        if size <= block_size - need:
-            kept = [*messages[:n_system], *messages[begin:]]
-            return encode_prompt(codec, kept), begin - n_system
-    raise TooLong(
-        f"the message has {size} tokens with its marks{' and the system message' * n_system}; the "
-        f"model reads block_size={block_size}, of which an answer needs {need}: shorten it"
-    )
+    begins = [n_system, *questions]
+
+    def prompt(begin: int) -> np.ndarray:
+        return encode_prompt(codec, [*messages[:n_system], *messages[begin:]])
+
+    # The first that fits; the last question is tried in any case.
+    first = bisect_left(begins[:-1], True, key=lambda i: len(prompt(i)) <= block_size - need)
+    ids = prompt(begins[first])
+    if len(ids) > block_size - need:
+        raise TooLong(
+            f"the message has {len(ids)} tokens with its marks"
+            f"{' and the system message' * n_system}; the model reads block_size={block_size}, of "
+            f"which an answer needs {need}: shorten it"
+        )
+    return ids, begins[first] - n_system
 
 
 def answer(

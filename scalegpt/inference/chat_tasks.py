@@ -65,7 +65,7 @@ def open_task(
     Raises Mistake for a tokenizer without marks of a chat, a row that is no example, and a prompt
     that leaves no room for an answer.
     """
-    if not codec.marks:
+    if not codec.chats:
         raise Mistake(
             f"the task {name} is asked in a conversation, and the model has not learned to answer "
             "in one: its tokenizer has no marks for it. See data/chat/prepare.py, configs/sft.yaml"
@@ -80,7 +80,11 @@ def open_task(
         whole = [*example["messages"], {"role": "assistant", "content": written}]
         try:
             prompt = encode_prompt(codec, example["messages"])
-            longest = max(longest, len(encode_conversation(codec, whole)) - len(prompt))
+            if codec.template:
+                size = len(codec.encode(spoken(written))) + 1
+            else:
+                size = len(encode_conversation(codec, whole)) - len(prompt)
+            longest = max(longest, size)
         except Mistake as error:
             raise Mistake(f"{place}: {error}") from None
         if len(prompt) > block_size:
@@ -153,12 +157,13 @@ def answers(
             ids, ended = [], np.zeros(len(rows), bool)
             for new in write.ids(rows, most, number, codec):
                 ids.append(new)
-                ended |= new == codec.end
+                ended |= np.isin(new, [*codec.ends])
                 if ended.all():
                     break
             for i, row in zip(indices, np.stack(ids, 1), strict=False):
                 row = row[: block + 1 - len(prompts[i])]
-                found[i] = row[: np.argmax(row == codec.end) + 1] if codec.end in row else row
+                ends = np.isin(row, [*codec.ends])
+                found[i] = row[: np.argmax(ends) + 1] if ends.any() else row
             bar.update(len(indices))
     return found
 
@@ -184,7 +189,7 @@ def figures(task: ChatTask, codec: Tokenizer, found: list[np.ndarray], samples: 
     most frequent answer is right, the first of equals; the share of answers that ended; and their
     mean length in tokens, end marks not counted. Standard errors are over examples.
     """
-    ended = np.array([codec.end in ids for ids in found]).reshape(-1, samples)
+    ended = np.array([not codec.ends.isdisjoint(ids) for ids in found]).reshape(-1, samples)
     size = np.array([len(ids) for ids in found]).reshape(-1, samples) - ended
     texts = [spoken(content_of(codec, ids)) for ids in found]
     repeated = [example for example in task.examples for _ in range(samples)]

@@ -33,6 +33,7 @@ class Continuation:
         # decoded after some tokens of prompt, less what these are by themselves.
         self._before = list(self.prompt[-16:])
         marks = {self.codec.bos, self.codec.eot, *self.codec.marks.values()}
+        marks.update(self.codec.special.values() if self.codec.template else ())
         for i in [i for i, token in enumerate(self._before) if token in marks][-1:]:
             del self._before[: i + 1]  # a new text begins after a mark
         self._known = len(self.codec.decode(self._before))
@@ -41,7 +42,7 @@ class Continuation:
         """Append a token, unless the text has ended."""
         if self.finish:
             return
-        if token in (self.codec.eot, self.codec.end):
+        if token == self.codec.eot or token in self.codec.ends:
             self.end("end_of_text")
             return
         self.ids.append(token)

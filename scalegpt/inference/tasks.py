@@ -72,7 +72,7 @@ def open_task(
 
     def encoded(fields: Fields) -> tuple[int, list[str], list[Row]]:
         context, choices, gold = _PARSERS[name](fields)
-        if name == "multiple_choice" and codec.marks:
+        if name == "multiple_choice" and codec.chats:
             return gold, *lettered(codec, context, choices, block_size)
         # The harness joins context and choice by a space, its "target_delimiter".
         return gold, choices, [encode_pair(codec, context, f" {c}", block_size) for c in choices]

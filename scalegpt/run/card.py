@@ -316,14 +316,14 @@ def _use(
     ours = _OURS.format(name=name, call=call)
     if values["model_type"] == OWN_TYPE:
         return ours
-    chat = has_text and isinstance(spec, dict) and spec["kind"] == "chat"
+    chat = has_text and tokenizer.is_chat(spec)
     theirs = _CHAT if chat else _TEXT if has_text else _IDS
     text = theirs.format(name=name, length=length) + (f"{notes}\n\n" if notes else "") + ours
     if not has_text:
         return text
     text += _VLLM.format(name=shlex.quote(name))
     usual = all(values.get(key, value) == value for key, value in _GGUF_ONLY.items())
-    known = tokenizer.kind(spec["base"] if chat else spec) not in ("byte", "char")
+    known = tokenizer.kind(spec.get("base", spec) if chat else spec) not in ("byte", "char")
     if values["model_type"] in _GGUF and usual and known:
         folder = shlex.quote(Path(name).name)
         download = f"hf download {name} --local-dir {folder}\n" if "/" in name else ""

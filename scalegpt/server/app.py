@@ -103,7 +103,7 @@ class Service:
             {
                 **{"name": card.name, "step": card.step, "val_loss": card.val_loss},
                 **{"block_size": self.reader.block_size, "vocab_size": codec.vocab_size},
-                **{"kind": "chat" if codec.marks else "base", "marks": codec.marks},
+                **{"kind": "chat" if codec.chats else "base", "marks": codec.marks},
                 **{"slots": self.generation.slots.count, "room": ROOM},
                 "collect": card.feedback is not None,
                 "defaults": asdict(self.reader.sampler) | {"max_tokens": self.reader.max_tokens},
@@ -115,7 +115,7 @@ class Service:
         return JSONResponse({"object": "list", "data": [model | {"owned_by": "scalegpt"}]})
 
     async def chat(self, request: Request) -> Response:
-        if not self.reader.codec.marks:
+        if not self.reader.codec.chats:
             what = f"{self.card.name} has not learned to answer; /v1/completions continues texts"
             raise Refusal(400, what, "no_chat")
         asked = await run_sync(self.reader.chat, await request.body())

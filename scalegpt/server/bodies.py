@@ -158,7 +158,7 @@ class Reader:
         text = Continuation(self.codec, stops, prompt, answer[:-1])
         for token in answer[-1:]:
             text.add(token)
-        if text.finish or {self.codec.eot, self.codec.end} & {*answer}:
+        if text.finish or {self.codec.eot, *self.codec.ends} & {*answer}:
             what = "the answer so far has ended: it holds an end mark or a stop string"
             raise Refusal(400, what, param="answer_ids")
         most = _given(body.max_completion_tokens, body.max_tokens)

@@ -13,6 +13,7 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from scalegpt.data.templates import with_end
 from scalegpt.errors import Mistake
 from scalegpt.files import run_folder
 from scalegpt.files.folder import is_url
@@ -77,6 +78,7 @@ def serve(
 ) -> None:
     """Serve a model until a signal. Raises whatever has ended the thread that writes."""
     listener, key, feedback = prepared
+    codec = with_end(model.codec())  # before anything is compiled, as it may be a mistake
     slots = Slots(write, flags.parallel)
     slots.compile()
     loss = evaluation(model).get("val/loss")
@@ -85,7 +87,7 @@ def serve(
     block_size = model.config.model.block_size
     most = min(flags.max_new_tokens, block_size)
     generation = Generation(slots)
-    service = Service(card, Reader(model.codec(), block_size, write.sampler, most), generation)
+    service = Service(card, Reader(codec, block_size, write.sampler, most), generation)
     server = _Server(Guard(application(service), flags.host, key), generation)
     host = f"[{flags.host}]" if ":" in flags.host else flags.host
     url = f"http://{host}:{listener.getsockname()[1]}"

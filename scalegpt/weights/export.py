@@ -49,6 +49,8 @@ def export_hf(model: Trained, folder: Path) -> str:
         )
     codec = tokenizer.load(model.tokenizer) if model.tokenizer else None
     marks = {"bos_token_id": codec and codec.begin, "eos_token_id": codec and codec.end}
+    if codec and codec.template:
+        marks["eos_token_id"] = sorted(codec.ends)
     files["config.json"] = {**values, **marks, "dtype": "float32"}
     files["generation_config.json"] = {"_from_model_config": True, **marks}
     tensors, added = tensors_of(format_, config, model.params)

@@ -20,7 +20,7 @@ from scalegpt.weights import gpt2, llama, nanochat
 from scalegpt.weights.places import Place
 from scalegpt.weights.source import Source, open_source
 from scalegpt.weights.tensor_files import INDEX, SAFE, TORCH, instead, open_tensors
-from scalegpt.weights.tokenizer_files import known_as, of_weights, read_merges
+from scalegpt.weights.tokenizer_files import known_as, of_weights, read_merges, with_template
 
 HUB_SECONDS = 15  # without an answer from Hugging Face, there is no network
 OWN_TYPE = "scalegpt"  # model_type of our own format, which names tensors by their path in params
@@ -32,6 +32,9 @@ _OTHERS = (
 _TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.json",
+    "chat_template.jinja",
     "generation_config.json",
     "vocab.json",
     "merges.txt",
@@ -103,7 +106,8 @@ def describe(folder: Path) -> tuple[ModelConfig, dict[str, Any] | None]:
         known = ", ".join([*FORMATS, OWN_TYPE])
         raise Mistake(f"{path}: model_type is {shown(kind)}, and only {known} are read")
     model = model_of(FORMATS[kind].describe(values, path), path)
-    return model, _tokenizer(folder, kind, model.vocab_size)
+    spec = _tokenizer(folder, kind, model.vocab_size)
+    return model, spec and with_template(spec, folder)
 
 
 def model_of(values: dict[str, Any], path: Path) -> ModelConfig:

@@ -12,6 +12,7 @@ from scalegpt.errors import Mistake
 from scalegpt.files.folder import open_folder
 from scalegpt.files.json_files import read_object
 from scalegpt.files.run_folder import is_run
+from scalegpt.files.text_files import read_text
 
 _QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
@@ -51,7 +52,7 @@ def named(name: str) -> Tokenizer:
                 f"no tokenizer {name!r}: say gpt2, byte, a tokenizer.json's path, or the folder of "
                 "a run, a data set or a model"
             )
-        spec = read_file(path)
+        spec = with_template(read_file(path), path.parent)
     if spec is None:
         raise Mistake(f"{name} came without a tokenizer; give another to --tokenizer")
     return tokenizer.load(spec)
@@ -108,6 +109,33 @@ def of_weights(path: Path) -> dict[str, Any]:
             case {"single": [{"SpecialToken": {"id": str(token)}}, {"Sequence": _}]}:
                 return {**spec, "bos": token}
     return spec
+
+
+def with_template(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the spec of the tokenizer in a folder with the chat template that transformers finds
+    there, where there is one; the marks of a chat of ours are one already. Raises Mistake."""
+
+    def read(name: str) -> dict[str, Any]:
+        return read_object(path) if (path := folder / name).is_file() else {}
+
+    config = read("tokenizer_config.json")
+    source = {**config, **read("chat_template.json")}.get("chat_template")
+    if isinstance(source, list):  # several, by name
+        by_name = {str(x.get("name")): x.get("template") for x in source if isinstance(x, dict)}
+        source = by_name.get("default")
+    if (path := folder / "chat_template.jinja").is_file():
+        source = read_text(path)
+    if not isinstance(source, str) or spec["kind"] == "chat":
+        return spec
+    variables = {}
+    for key, value in {**read("special_tokens_map.json"), **config}.items():
+        value = value.get("content") if isinstance(value, dict) else value
+        if key.endswith("_token") and isinstance(value, str):
+            variables[key] = value
+    ends = read("generation_config.json").get("eos_token_id")
+    ends = read("config.json").get("eos_token_id") if ends is None else ends
+    ends = [i for i in (ends if isinstance(ends, list) else [ends]) if type(i) is int]
+    return {**spec, "template": {"source": source, "variables": variables, "ends": ends}}
 
 
 def read_merges(vocab: Path) -> dict[str, Any] | None:
@@ -189,6 +217,8 @@ def tokenizer_files(spec: Any, block_size: int) -> dict[str, Any]:
         config |= {"bos_token": mark, "eos_token": mark}
     if codec.bos is not None:
         config["bos_token"] = base["bos"]
+    if codec.template:
+        config |= {"chat_template": codec.template["source"], **codec.template["variables"]}
     if codec.marks:
         content, chat = _for_chats(tokenizer.load(codec.spec()["base"]), content, mark)
         config |= chat

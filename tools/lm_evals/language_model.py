@@ -6,7 +6,6 @@ the windows of a text that is longer than block_size.
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from scalegpt.data import templates
 from scalegpt.data.chat import pieces
 from scalegpt.errors import Mistake
 from scalegpt.inference.continuation import continuations
@@ -42,12 +42,14 @@ class LanguageModel(TemplateLM):
         super().__init__()
         self.model, self.codec, self.seed = model, model.codec(), seed
         self.cut = self.asked = 0
-        if chat and not self.codec.marks:
+        if chat and not self.codec.chats:
             raise Mistake(
                 f"--apply-chat-template: the tokenizer of {model.name} has no marks of a chat, so "
                 "that it has not learned to answer in one; leave the flag out"
             )
-        self._marks = re.compile(f"<\\|({'|'.join(self.codec.marks)})\\|>") if chat else None
+        if chat:
+            self.codec = templates.with_end(self.codec)
+        self._marks = self.codec.spelt if chat else None
         self._score = scorer(model.steps)
         self._write: Decoder | None = None
 
@@ -72,18 +74,27 @@ class LanguageModel(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
+        if self._marks and self.codec.template and self.codec.encode_special:
+            return self.codec.encode_special(string)
         parts = self._marks.split(string) if self._marks else [string]
         first = self.codec.bos  # which conversations spell
         alone = first is None or self._marks or add_special_tokens is False
         ids = [[] if alone else [first], self.codec.encode(parts[0]).tolist()]
         for mark, text in zip(parts[1::2], parts[2::2], strict=True):
-            ids += [[self.codec.marks[mark]], self.codec.encode(text).tolist()]
+            ids += [[self.codec.special[mark]], self.codec.encode(text).tolist()]
         return sum(ids, [])
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """Spell a conversation; without a prompt for an answer, the last message goes on."""
+        if self.codec.template:
+            text = templates.rendered(self.codec, chat_history, add_generation_prompt)
+            if add_generation_prompt:
+                return text
+            last = chat_history[-1]["content"]
+            last = last if last in text else last.strip()
+            return text[: text.rindex(last) + len(last)]
         parts = [f"<|{mark}|>" if mark else text for mark, text, _ in pieces(chat_history)]
         return "".join([*parts, "<|assistant|>"] if add_generation_prompt else parts[:-1])
 
