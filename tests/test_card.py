@@ -88,6 +88,7 @@ def test_the_card_says_what_the_run_was_and_no_more(tmp_path, capsys):
         "activation: gelu",
     ):
         assert words in card, words
+    assert str(tmp_path) not in card and "out_dir: run\n" in card, "a card may be published"
     assert "gguf" not in card, "llama.cpp has no tokenizer of characters"
 
     data = ModelCard(card).data  # raises for what Hugging Face would not understand

@@ -27,6 +27,7 @@ from scalegpt.config.command_line import parse
 from scalegpt.config.recipe import ModelConfig
 from scalegpt.data import tokenizer
 from scalegpt.data.chat import encode_conversation, encode_prompt
+from scalegpt.errors import Mistake
 from scalegpt.evaluate import main as evaluate
 from scalegpt.model import layers
 from scalegpt.model.gpt import head_table, logits
@@ -34,7 +35,7 @@ from scalegpt.run import resume
 from scalegpt.step import build, sharding
 from scalegpt.step.build import build_for_use
 from scalegpt.step.update import State
-from scalegpt.weights import export, gpt2, huggingface, trained
+from scalegpt.weights import export, gpt2, huggingface, init_from, trained
 from scalegpt.weights.tokenizer_files import named, tokenizer_files
 
 ODD = {"n_layer": 3, "n_head": 3, "n_embd": 51, "vocab_size": 101, "n_positions": 37}
@@ -476,6 +477,16 @@ ODD_FOR_MESH = {
     "block_size": 37,
     "bias": True,
 }
+
+
+def test_a_run_looks_at_the_weights_that_it_begins_with_before_its_model_is_made(tmp_path):
+    folder = write(tmp_path / "gpt2")
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, "n_layer": 9}))
+    config = trained.config_of(odd())
+    run = config.run.model_copy(update={"init_from": str(folder)})
+    with pytest.raises(Mistake, match="does not hold the model that it describes"):
+        init_from.source_model(config.model_copy(update={"run": run}))
 
 
 def test_positions_are_cropped_vocabulary_padded_and_dropout_set_as_asked(tmp_path):

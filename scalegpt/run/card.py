@@ -186,7 +186,7 @@ def write_card(folder: Path, model: Trained, notes: str, repository: str | None 
         table="\n".join(f"| {key} | {value} |" for key, value in table.items() if value),
         use=_use(values, config.model.block_size, spec, has_text, notes, repository or folder.name),
         upload="" if repository else upload,
-        config=_yaml(kept),
+        config=_yaml(_public(kept)),
     )
     (folder / "README.md").write_text(text, encoding="utf-8", errors="replace")
 
@@ -206,6 +206,21 @@ def figures(data: str, row: Row) -> Iterator[Figure]:
         if key == "val/loss" and "val/accuracy" not in row:
             title += ", nats a token"
         yield Figure(data if task == "val" else task, metric, title, value, its_error)
+
+
+def _public(value: Any, key: str = "") -> Any:
+    """Return a part of a configuration with names for absolute paths: where things lie on this
+    machine is of no use to readers of a card, and may not be theirs to know."""
+    if isinstance(value, dict):
+        public: dict[str, Any] = {}
+        for name, part in value.items():
+            shown = _public(name)
+            while shown in public:  # another folder of this name
+                shown += "'"
+            public[shown] = _public(part, name)
+        return public
+    path = isinstance(value, str) and key != "sample_prompt" and value.startswith(("/", "~/"))
+    return Path(value).name if path else value
 
 
 def _shown(figure: Figure) -> str:
@@ -256,7 +271,7 @@ def _training(model: Trained, history: History, row: Row) -> dict[str, str]:
         time = f"{seconds / scale:.3g} {unit} for the whole run"
     return {
         "data": "<br>".join(_data(path, fingerprints) for path in config.data.weights if path),
-        "began with": config.run.init_from or "",
+        "began with": _public(config.run.init_from or ""),
         "updates": f"{step:,} of {config.optim.steps:,}",
         "tokens": f"{row['train/tokens']:,}" if "train/tokens" in row else "",
         "time": time,

@@ -149,7 +149,7 @@ def grown(params: Any, vocab_size: int, seed: int, abstract: Any) -> Any:
 def source_model(config: Config) -> tuple[ModelConfig, Any]:
     """Return the model that run.init_from names and its tokenizer's spec, which may be None.
 
-    Raises Mistake where it names none.
+    Raises Mistake where it names none, or weights that are not those of their config.json.
     """
     source = config.run.init_from
     if is_run(source):
@@ -158,7 +158,8 @@ def source_model(config: Config) -> tuple[ModelConfig, Any]:
         checkpoints.close()
         return validate(meta["config"], source).model, meta["tokenizer"]
     try:
-        return huggingface.describe(huggingface.locate(source))
+        opened = huggingface.open_folder(huggingface.locate(source))
+        return opened.model, opened.tokenizer
     except ValueError as error:
         raise Mistake(
             f"{source} is not the folder of a run: it has no {FOLDER}/; nor can it be read as "
