@@ -537,7 +537,7 @@ NEUTRAL = {
     "data.path",
     "data.prepare",
     "data.prefetch",
-    "data.cache_dir",
+    *("data.cache_dir", "data.disk_limit"),
     # Of RoPE, of rmsnorm, of wsd, of lookahead and of an untied head, which the defaults are not.
     *(
         "model.rope_base",

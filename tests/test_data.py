@@ -79,6 +79,9 @@ def test_order_never_changes():
     rows = np.array([0, 1, 8_823_808, 8_823_809, 480 * 600_000])
     expected = [9034788451, 7831026275, 6346397283, 5251084620, 4726655251]
     assert openwebtext.window(rows).tolist() == expected
+    in_spans = TrainOrder(9_035_582_198, 1024, seed=0, span=1e9)
+    expected = [8565289571, 5837517411, 9009380963, 2603194700, 1493105939]
+    assert in_spans.window(rows).tolist() == expected
     batch = TrainBatches(
         [ids(5000), ids(900)], [0.7, 0.3], 16, 5, BatchConfig(sequences=8), 4, np.arange(4)
     )[1000]
@@ -104,6 +107,39 @@ def test_every_window_once_an_epoch_and_epochs_differ(n):
             (epochs[0], other),
         ):
             assert (a // 32 == b // 32).mean() < 0.02
+
+
+@pytest.mark.parametrize("n", [97, 100, 1000, 20_000])
+def test_a_span_has_its_pieces_and_an_epoch_every_window_once(n):
+    T, piece = 32, 3
+    order = TrainOrder(T * n + T + 17, T, seed=3, stream=1, span=piece * T * data.PIECES - 5)
+    width = piece * data.PIECES
+    assert order.spans == -(-n // width)
+    epochs = order.window(np.arange(2 * n)).reshape(2, n)
+    seen = []
+    for epoch, starts in enumerate(epochs):
+        assert np.array_equal(np.sort(starts), starts.min() + T * np.arange(n))
+        for k in range(order.spans):
+            rows = range(k * width, min(n, (k + 1) * width))
+            number = epoch * order.spans + k
+            assert {order.span(epoch * n + row) for row in rows} == {number}
+            stretches = order.stretches(number)
+            expected = [s for a, b in stretches for s in range(a, b - 1, T)]
+            assert sorted(expected) == np.sort(starts[rows]).tolist()
+            if k < order.spans - 1:
+                assert [b - a for a, b in stretches] == [piece * T + 1] * data.PIECES
+            seen.append(stretches)
+    if n > 1000:  # pieces lie far from each other, and others share a span in the next epoch
+        firsts = [np.array([a for a, _ in stretches]) // T for stretches in seen[:50]]
+        assert np.mean([np.abs(np.diff(first)).mean() for first in firsts]) > n / 4
+        assert not {frozenset(s) for s in seen[: order.spans]} & {*map(frozenset, seen[-50:])}
+
+
+def test_a_span_as_long_as_the_file_changes_nothing():
+    rows = np.arange(500)
+    plain = TrainOrder(3217, 32, seed=3).window(rows)
+    assert np.array_equal(TrainOrder(3217, 32, seed=3, span=3217).window(rows), plain)
+    assert not np.array_equal(TrainOrder(3217, 32, seed=3, span=1000).window(rows), plain)
 
 
 def test_access_is_random_and_a_small_epoch_is_computed_once(monkeypatch):

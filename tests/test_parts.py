@@ -14,14 +14,16 @@ import numpy as np
 import pytest
 from test_prepare import DATA, module
 
-from scalegpt.config import BatchConfig
-from scalegpt.data import joined
-from scalegpt.data.batches import TrainBatches
+from scalegpt.config import BatchConfig, loading
+from scalegpt.data import batches, joined
+from scalegpt.data.batches import TrainBatches, train_iterator
+from scalegpt.data.datasets import open_datasets
 from scalegpt.data.documents import DocumentText
 from scalegpt.data.joined import Joined, part_folder
 from scalegpt.data.parts import Part
 from scalegpt.data.token_files import open_dataset, open_split
 from scalegpt.errors import Mistake
+from scalegpt.files import staging
 
 FILES = 7
 
@@ -113,6 +115,160 @@ def test_parts_in_a_bucket_are_copied_each_as_it_is(folder, tmp_path):
     fs.rm("/parts-of-a-bucket/parts-3/1/val.idx")
     with pytest.raises(Mistake, match=r"cannot read .*parts-3/1/val.idx"):
         open_dataset("memory://parts-of-a-bucket", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def bucket(folder, monkeypatch):
+    """Seven parts in a bucket, the names of files that are copied from there, and the bytes of
+    parts on the disk with each."""
+    for number in range(FILES):
+        prepared(folder, "seven", f"--part={number}/{FILES}")
+    prepared(folder, "seven", "--merge")
+    fs = fsspec.filesystem("memory")
+    fs.rm("/bucket", recursive=True) if fs.exists("/bucket") else None
+    fs.put(f"{folder / 'seven'}", "/bucket", recursive=True)
+    monkeypatch.setattr(staging, "WAITS", ())
+    copied, used, copy = [], [], staging._copy
+
+    def noted(fs, source, target, size, *more):
+        copied.append(source.removeprefix("/bucket/"))
+        used.append(on_disk(folder / "cache") + size * ("parts-" in source))
+        return copy(fs, source, target, size, *more)
+
+    monkeypatch.setattr(staging, "_copy", noted)
+    return fs, copied, used
+
+
+def on_disk(cache):
+    return sum(p.stat().st_size for p in cache.glob("*/parts-*/*/*") if p.suffix != ".sha256")
+
+
+def test_parts_are_copied_when_they_are_read_and_make_room_for_others(folder, bucket, tmp_path):
+    cache, (_, copied, used) = tmp_path / "cache", bucket
+    one, limit = open_dataset(folder / "one"), 20_000
+    dataset = open_dataset("memory://bucket", str(cache), limit)
+    assert dataset.fingerprint == one.fingerprint and dataset.index == one.index
+    size = dataset.train.nbytes + dataset.train_ends.nbytes
+    assert limit < size and {Path(name).name for name in copied} == {"meta.json", *BOTH}
+    for start in range(0, len(one.train), 1009):
+        assert np.array_equal(one.train[start : start + 2000], dataset.train[start : start + 2000])
+    assert max(used) <= limit
+    part = "parts-7/0/train.bin"
+    count = copied.count(part)
+    assert dataset.train[5] == one.train[5] and copied.count(part) == count + 1  # it was deleted
+    local = cache / staging.name_of_url("memory://bucket") / part
+    assert dataset.train[6] == one.train[6] and copied.count(part) == count + 1
+    local.unlink()  # as another process does for room
+    assert dataset.train[7] == one.train[7] and copied.count(part) == count + 2
+    for source in ("train_ends", "val", "val_ends"):
+        assert np.array_equal(getattr(one, source), getattr(dataset, source))
+    again = open_dataset("memory://bucket", str(cache), limit)
+    copied.clear()
+    assert again.val[-1] == one.val[-1] and not copied  # what lies there is known by its hash
+    texts = [DocumentText(d.train, d.train_ends, 0, "key", True) for d in (one, again)]
+    for start in range(0, 2 * len(one.train), 5003):
+        assert np.array_equal(texts[0].window(start, 99), texts[1].window(start, 99))
+    with pytest.raises(Mistake, match=r"a file of .* bytes is needed, and data.disk_limit allows"):
+        open_dataset("memory://bucket", str(tmp_path / "other"), 4000)
+
+
+BOTH = ("train.bin", "val.bin")
+
+
+def test_spans_are_copied_before_their_turn_and_a_run_reads_what_it_would_locally(
+    folder, bucket, tmp_path
+):
+    one = open_dataset(folder / "one")
+    dataset = open_dataset("memory://bucket", str(tmp_path / "cache"), 1e9)
+    batch = ([1.0], 16, 3, BatchConfig(sequences=8), 8, np.arange(8), len(one.train) / 9)
+    local, remote = (TrainBatches([d.train], *batch) for d in (one, dataset))
+    order = remote.orders[0]
+    assert order.spans > 8
+    steps = train_iterator(remote, 5)
+    for step in range(5, 5 + 2 * order.spans):
+        assert np.array_equal(local[step], next(steps))
+    copied = bucket[1]
+    ahead, end = remote.ahead[0], time.monotonic() + 30
+    later = {file._name for s in (ahead.span, ahead.span + 1) for file in ahead._files(s)}
+    while not later <= {*copied} and time.monotonic() < end:
+        time.sleep(0.01)
+    assert later <= {*copied} and len(copied) == len({*copied})
+
+
+def test_a_limit_of_little_more_than_a_span_has_files_copied_a_few_times_an_epoch(
+    folder, bucket, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(batches, "PIECES", 1)
+    cache, limit, one = tmp_path / "cache", 14_000, open_dataset(folder / "one")
+    dataset = open_dataset("memory://bucket", str(cache), limit)
+    batch = ([1.0], 16, 3, BatchConfig(sequences=8), 8, np.arange(8), len(one.train) / 9)
+    local, remote = (TrainBatches([d.train], *batch) for d in (one, dataset))
+    bucket[1].clear()
+    steps, epoch = train_iterator(remote, 0), remote.orders[0].n_windows // 8
+    for step in range(2 * epoch):
+        assert np.array_equal(local[step], next(steps))
+    assert max(bucket[2]) <= limit
+    # Two epochs of nine spans, of which each needs two or three of six files, perhaps copied ahead
+    # and again; without spans, nearly each of the 2,000 windows would have one copied.
+    assert 12 <= len(bucket[1]) <= 2 * 9 * 3 * 2, bucket[1]
+
+
+def test_what_is_wrong_with_a_part_in_a_bucket_is_told_before_training_or_where_it_is_read(
+    bucket, tmp_path, monkeypatch
+):
+    fs, cache, file = bucket[0], tmp_path / "cache", "/bucket/parts-7/5/train.bin"
+    whole = fs.cat_file(file)
+
+    def opened(limit=1e9):
+        return open_dataset("memory://bucket", str(cache), limit)
+
+    fs.pipe_file(file, whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
+    with pytest.raises(Mistake, match=r"5/train.bin is not the file that meta.json describes"):
+        opened().train[:]
+    assert not [*cache.glob("*/parts-7/5/train.bin*")]
+    fs.pipe_file(file, whole)
+    broken, left = [2], cache / staging.name_of_url("memory://bucket") / "parts-7/5/.9.train.bin"
+    left.write_bytes(b"of a process that was killed")
+    open_ = type(fs).open
+
+    def flaky(self, path, *a, **k):
+        if path.endswith("5/train.bin") and broken[0]:
+            broken[0] -= 1
+            raise ConnectionError("reset by peer")
+        return open_(self, path, *a, **k)
+
+    monkeypatch.setattr(type(fs), "open", flaky)
+    with pytest.raises(Mistake, match=r"cannot copy .*5/train.bin to .*: reset by peer; try again"):
+        opened().train[:]
+    monkeypatch.setattr(staging, "WAITS", (0, 0))
+    assert len(opened().train[:]) and not left.exists() and not broken[0]
+    fs.pipe_file(file, whole[:-1])
+    with pytest.raises(Mistake, match=r"5/train.bin has .* bytes but meta.json says .* --part 5/7"):
+        opened()
+    fs.rm(file)
+    with pytest.raises(Mistake, match=r"cannot read .*5/train.bin: it is not there; .* --part 5/7"):
+        opened()
+
+
+def test_a_limit_that_a_span_may_not_fit_in_is_refused(bucket, tmp_path):
+    def run(**data):
+        data = {"path": "memory://bucket", "cache_dir": str(tmp_path / "cache")} | data
+        sections = {"model": {"block_size": 16}, "data": data, "run": {"out_dir": "x"}}
+        return open_datasets(loading.validate(sections, "here"))
+
+    size = open_dataset("memory://bucket", str(tmp_path / "cache"))
+    size = sum(s.nbytes for s in (size.train, size.train_ends, size.val, size.val_ends)) / 1e9
+    assert len(run(disk_limit=size * 1.001)) == 1
+    with pytest.raises(Mistake, match=r"data.disk_limit=.* GB, but the data set has .* GB in buck"):
+        run(disk_limit=size * 0.999)
+    with pytest.raises(
+        Mistake, match=r"but the files that data.shuffle_span=800 tokens lie in may"
+    ):
+        run(disk_limit=size * 0.999, shuffle_span=800)
+    with pytest.raises(Mistake, match=r"data.disk_limit leaves .*; raise it, or prepare the text"):
+        fs = fsspec.filesystem("memory")
+        fs.put(str(tmp_path / "one"), "/alone", recursive=True)
+        run(path="memory://alone", disk_limit=size / 9)
 
 
 @pytest.mark.parametrize("text", ["3/3", "a/b", "1", "-1/3", "0/0", "1/2/3", "1 /2"])

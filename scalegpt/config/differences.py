@@ -7,6 +7,7 @@ _NEUTRAL = {
     *("model.preset", "model.depth", "model.attention", "model.scan_layers", "model.remat"),
     *("model.loss_chunk", "model.bos", "optim.epochs", "objective.width", "lora.marks"),
     *("batch.microbatch", "data.path", "data.prepare", "data.prefetch", "data.cache_dir"),
+    "data.disk_limit",
 }
 
 
@@ -88,7 +89,7 @@ def unread(config: Config) -> dict[str, str]:
         ("lora.rank", config.lora.rank, "optim.decay"),
         ("no eval.tasks", not config.eval.tasks, "eval.task_examples"),
         (f"objective.name={name}", name not in ("sft", "dpo"), "eval.answers"),
-        (f"objective.name={name}", name != "text", "data.shuffle data.pack"),
+        (f"objective.name={name}", name != "text", "data.shuffle data.shuffle_span data.pack"),
         (f"objective.name={name}", name != "text", "data.document_mask eval.document_mask"),
         ("objective.name=grpo", name == "grpo", "eval.train_windows eval.sample_every"),
         ("objective.name=grpo", name == "grpo", "eval.sample_prompt run.spike"),
@@ -97,7 +98,7 @@ def unread(config: Config) -> dict[str, str]:
         ("no run.init_from", not config.run.init_from, "run.init_checkpoint"),
         ("log.wandb=false", not config.log.wandb, "log.wandb_entity log.wandb_tags"),
         ("no log.wandb or log.trackio", not named, "log.wandb_project log.wandb_name"),
-        ("data on a local disk", local, "data.cache_dir"),
+        ("data on a local disk", local, "data.cache_dir data.disk_limit"),
     )
     return {key: why for why, applies, keys in cases if applies for key in keys.split()}
 

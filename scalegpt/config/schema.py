@@ -88,6 +88,9 @@ class DataConfig(Section):
     shuffle: Literal["windows", "documents"] = "windows"
     """what each epoch has in a new order: the windows of the file, or also its documents, before
     they are cut into windows; documents need train.idx, which prepare.py writes"""
+    shuffle_span: Share | None = None
+    """so many tokens, as 1e10, are shuffled among themselves before others come: 16 pieces of the
+    text, drawn anew in each epoch; null: windows are shuffled over all of it"""
     pack: Literal["windows", "best_fit"] = "windows"
     """how documents fill the rows of a batch: cut into windows wherever these end, or whole where
     they fit, by best fit"""
@@ -98,6 +101,9 @@ class DataConfig(Section):
     """batches read ahead"""
     cache_dir: Place | None = None
     """where files of a URL are staged; default: the user's cache folder"""
+    disk_limit: Share | None = None
+    """GB on the disk for copies of each data set in parts behind a URL: parts are copied when they
+    are needed, instead of those unused for longest; null: all are copied before training"""
 
     @property
     def weights(self) -> dict[str, float]:

@@ -4,9 +4,14 @@ Nothing here keeps state, so a run resumes at any step, on any number of hosts, 
 it would have had. Letters: A accumulation, B sequences of a step, R rows of a batch, T block size.
 """
 
+import contextlib
 import functools
 import hashlib
 import math
+import struct
+import threading
+import time
+import weakref
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import Any
@@ -16,7 +21,8 @@ import numpy as np
 from grain.experimental import index_shuffle
 
 from scalegpt.config import BatchConfig
-from scalegpt.data.documents import DocumentText
+from scalegpt.data.documents import DocumentText, reach
+from scalegpt.data.joined import CopiedFile, Joined
 from scalegpt.data.packing import PackedRows
 from scalegpt.data.prompts import Prompts
 from scalegpt.data.token_files import Dataset, check_tokens, open_dataset
@@ -37,6 +43,7 @@ __all__ = [
 # (by 0.45 among 1.0M windows), so a batch clusters in the file; 8 leave up to 0.05, 12 nothing.
 ROUNDS = 12
 TABLE = 4096  # up to so many windows, an epoch's whole permutation is kept in memory
+PIECES = 16  # more mix the text better, and touch more of its files at a time
 STEPS = 1 << 40  # the length of a source that never ends; STEPS * B still fits int64
 
 
@@ -46,9 +53,16 @@ class TrainOrder:
     It never ends. Each epoch is a new random permutation of all `n_windows` windows (Grain's global
     shuffle). An epoch also shifts the grid of windows by a random phase, so that epochs cut the
     text at other places. `stream` numbers the datasets of a mixture, for orders that differ.
+
+    span: so many tokens are shuffled among themselves before the next ones come, so that an hour
+    reads few parts of a large file. An epoch then permutes pieces of span / `PIECES` tokens, of
+    which `PIECES` that follow each other are a span; what is left at the end of the file, less than
+    a piece, is in the epoch's last span.
     """
 
-    def __init__(self, length: int, block_size: int, seed: int, stream: int = 0):
+    def __init__(
+        self, length: int, block_size: int, seed: int, stream: int = 0, span: float | None = None
+    ):
         if length < block_size + 1:
             raise Mistake(
                 f"{counted(length, 'token')} cannot hold a window of block_size {block_size} + 1"
@@ -56,6 +70,10 @@ class TrainOrder:
         self.block_size, self.seed, self.stream = block_size, seed, stream
         self.n_windows = max(1, (length - block_size) // block_size)
         self.phases = min(block_size, length - self.n_windows * block_size)
+        self.piece = math.ceil(span / block_size / PIECES) if span else 0
+        if self.piece * PIECES >= self.n_windows:
+            self.piece = 0  # there are no spans
+        self.spans = -(-self.n_windows // (self.piece * PIECES)) if self.piece else 1
 
     def window(self, rows: np.ndarray) -> np.ndarray:
         """Return the first tokens, int64 [n], of the windows numbered `rows`, int64 [n].
@@ -67,14 +85,60 @@ class TrainOrder:
         starts = np.empty_like(index)
         for epoch in np.unique(epochs).tolist():
             in_epoch = epochs == epoch
-            # A hash, not np.random: the order must not change with NumPy's version.
-            name = f"scalegpt/{self.seed}/{self.stream}/{epoch}"
-            digest = hashlib.blake2b(name.encode(), digest_size=12).digest()
-            phase = int.from_bytes(digest[:8], "little") % self.phases
-            seed = int.from_bytes(digest[8:], "little")
-            shuffled = _shuffle(index[in_epoch], self.n_windows, seed)
+            phase, seed = self._drawn(epoch)
+            if self.piece:
+                shuffled = self._in_spans(index[in_epoch], epoch, seed)
+            else:
+                shuffled = _shuffle(index[in_epoch], self.n_windows, seed)
             starts[in_epoch] = phase + shuffled * self.block_size
         return starts
+
+    def span(self, row: int) -> int:
+        """Return the number of the span that a row is in, counted over all epochs."""
+        epoch, index = divmod(row, self.n_windows)
+        return epoch * self.spans + (index // (self.piece * PIECES) if self.piece else 0)
+
+    def stretches(self, span: int) -> list[tuple[int, int]]:
+        """Return the pieces of a span: the first token of each, and the one after its last."""
+        epoch, number = divmod(span, self.spans)
+        if not self.piece:
+            return [(0, self.phases + self.n_windows * self.block_size)]
+        phase, seed = self._drawn(epoch)
+        last = -(-self.n_windows // self.piece)
+        slots = np.arange(number * PIECES, min(last, (number + 1) * PIECES))
+        begins = self._pieces(slots, seed) * self.piece
+        stops = np.minimum(begins + self.piece, self.n_windows)
+        return [
+            (phase + a * self.block_size, phase + b * self.block_size + 1)
+            for a, b in zip(begins.tolist(), stops.tolist(), strict=True)
+        ]
+
+    def _drawn(self, *names: int) -> tuple[int, int]:
+        """Return a phase and a seed, uint32, for an epoch, or for a span of one."""
+        # A hash, not np.random: the order must not change with NumPy's version.
+        name = "/".join(map(str, ("scalegpt", self.seed, self.stream, *names)))
+        digest = hashlib.blake2b(name.encode(), digest_size=12).digest()
+        phase, seed = struct.unpack("<QI", digest)
+        return phase % self.phases, seed
+
+    def _in_spans(self, index: np.ndarray, epoch: int, seed: int) -> np.ndarray:
+        """Return the windows at these indices of an epoch that shuffles within spans."""
+        index, width = index.copy(), self.piece * PIECES
+        spans = index // width
+        for span in np.unique(spans).tolist():
+            inside, first = spans == span, span * width
+            n = min(width, self.n_windows - first)
+            within = _shuffle(index[inside] - first, n, self._drawn(epoch, span)[1])
+            index[inside] = first + within
+        slots, within = np.divmod(index, self.piece)
+        return self._pieces(slots, seed) * self.piece + within
+
+    def _pieces(self, slots: np.ndarray, seed: int) -> np.ndarray:
+        """Return which pieces of the file are the numbered ones of an epoch."""
+        pieces, n = slots.copy(), self.n_windows // self.piece
+        whole = slots < n
+        pieces[whole] = _shuffle(slots[whole], n, seed)
+        return pieces
 
 
 def train_order(
@@ -82,12 +146,13 @@ def train_order(
     block_size: int,
     seed: int,
     stream: int = 0,
+    span: float | None = None,
 ) -> TrainOrder:
     """Return the order of a file's windows, rows, pairs of rows or prompts, as `TrainOrder`."""
     if isinstance(tokens, PackedRows | Prompts):
         # A row is one step wide, so that no phase shifts it.
         return TrainOrder(len(tokens) // rows_together(tokens) + 1, 1, seed, stream)
-    return TrainOrder(len(tokens), block_size, seed, stream)
+    return TrainOrder(len(tokens), block_size, seed, stream, span)
 
 
 def rows_together(tokens: Any) -> int:
@@ -164,7 +229,7 @@ class TrainBatches:
     a step has. Where B grows, so does A = B // M.
 
     datasets: token arrays, 1-D, texts of documents, or packed conversations. weights: each
-    dataset's share of the rows, of any sum.
+    dataset's share of the rows, of any sum. span: of texts, as of `TrainOrder`.
     """
 
     def __init__(
@@ -176,6 +241,7 @@ class TrainBatches:
         batch: BatchConfig,
         microbatch: int,
         rows: np.ndarray,
+        span: float | None = None,
     ):
         if len(weights) != len(datasets):
             raise Mistake(f"{len(weights)} weights for {len(datasets)} datasets: give one each")
@@ -185,7 +251,8 @@ class TrainBatches:
         assert rows.size and 0 <= rows.min() and rows.max() < microbatch, (rows, microbatch)
         # Plain array views: slicing a memmap object costs more than copying the row.
         self.tokens = [np.asarray(t) if isinstance(t, np.ndarray) else t for t in datasets]
-        self.orders = [train_order(t, block_size, seed, i) for i, t in enumerate(datasets)]
+        self.orders = [train_order(t, block_size, seed, i, span) for i, t in enumerate(datasets)]
+        self.ahead: list[CopiedAhead] = []  # of each data set, once batches are read in order
         self.parts, self.together = _whole_parts(weights), rows_together(datasets[0])
         self.block_size, self.batch, self.microbatch, self.rows = (
             block_size,
@@ -233,6 +300,8 @@ class TrainBatches:
 
     def _starts(self, d: int, rows: np.ndarray) -> np.ndarray:
         order, starts = self.orders[d], self.orders[d].window(rows)
+        if self.ahead:
+            self.ahead[d].reached(order.span(int(rows.max())))
         if isinstance(self.tokens[d], DocumentText):
             starts += rows // order.n_windows * len(self.tokens[d])
         return starts
@@ -332,11 +401,51 @@ class EvalBatches:
         return batch
 
 
+class CopiedAhead:
+    """Copies the parts of a span behind a URL, and then those of the next one, before their turn.
+
+    What else there is no room for is copied when it is read. A thread copies, until another span is
+    reached or this object is gone.
+    """
+
+    def __init__(self, order: TrainOrder, text: Any):
+        streams = (text.tokens, text.ends) if isinstance(text, DocumentText) else (text,)
+        self.streams = [s for s in streams if isinstance(s, Joined) and s.copied]
+        self.order, self.span, self.reach = order, -1, 0
+        if isinstance(text, DocumentText) and text.key is not None:
+            self.reach = reach(len(text), text.documents)
+
+    def reached(self, span: int) -> None:
+        """Say that a window of a span is going to be read."""
+        if span == self.span or not self.streams:
+            return
+        self.span, began = span, time.time()  # files used from now on are kept for these spans
+        files = dict.fromkeys(file for s in (span, span + 1) for file in self._files(s))
+        arguments = (weakref.ref(self), span, [f for f in files if not f.has()], began)
+        threading.Thread(target=_copy, args=arguments, daemon=True, name="copies").start()
+
+    def _files(self, span: int) -> Iterator[CopiedFile]:
+        for start, stop in self.order.stretches(span):
+            first, last = max(0, start - self.reach), stop + self.reach
+            for k in self.streams[0].files(first, min(last, len(self.streams[0]))):
+                yield from (s.file(k) for s in self.streams if s.lengths[k])
+
+
+def _copy(
+    ahead: weakref.ref[CopiedAhead], span: int, files: list[CopiedFile], unused_since: float
+) -> None:
+    with contextlib.suppress(Mistake):  # where a window needs the file, its reader says what is
+        for file in files:
+            if getattr(ahead(), "span", None) != span or not file.fetch(unused_since):
+                return
+
+
 def train_iterator(source: TrainBatches, start_step: int, prefetch: int = 2) -> Iterator:
     """Return Grain's iterator over `source` from `start_step` on; it has `close()`.
 
     One thread reads `prefetch` batches ahead. An error while reading is raised by `next`.
     """
+    source.ahead = [CopiedAhead(*pair) for pair in zip(source.orders, source.tokens, strict=True)]
     # One thread: Grain's default of 16 takes the trainer's cores and reads no faster.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
     iterator = iter(grain.MapDataset.source(source).to_iter_dataset(options))

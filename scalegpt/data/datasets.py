@@ -16,9 +16,10 @@ from scalegpt.config.limits import LARGEST
 from scalegpt.config.loading import validate
 from scalegpt.config.presets import recipe
 from scalegpt.data import datatrove, tokenizer
-from scalegpt.data.batches import TrainBatches, rows_together, train_order
+from scalegpt.data.batches import PIECES, TrainBatches, rows_together, train_order
 from scalegpt.data.best_fit import FittedText
-from scalegpt.data.documents import DocumentText
+from scalegpt.data.documents import DocumentText, reach
+from scalegpt.data.joined import Joined
 from scalegpt.data.packing import PackedRows, one_in_each_row, pack
 from scalegpt.data.token_files import Dataset, check_tokens, file_of, open_dataset
 from scalegpt.errors import Mistake
@@ -45,12 +46,14 @@ def open_datasets(config: Config, alive: Callable[[], None] = lambda: None) -> l
     for path in config.data.weights:
         if config.data.prepare and "://" not in path:
             _prepare(expanded(path), alive)
-        dataset = open_dataset(path, config.data.cache_dir)
+        limit = config.data.disk_limit and config.data.disk_limit * 1e9
+        dataset = open_dataset(path, config.data.cache_dir, limit)
         _check_kind(config, dataset)
         if dataset.kind in ("chat", "pairs"):
             dataset = _in_rows(dataset, config.model.block_size)
         elif dataset.kind == "text":
             check_tokens(dataset, config.model.block_size)
+            _check_disk_limit(config, dataset)
             if config.data.shuffle == "documents" and dataset.train_ends is None:
                 raise Mistake(
                     f"data.shuffle=documents, but {dataset.name} has no train.idx, which says "
@@ -78,6 +81,39 @@ def _check_kind(config: Config, dataset: Dataset) -> None:
         raise Mistake(
             f"objective.name={name}, but the data set {dataset.name} holds {what}: set "
             f"--objective.name={fitting}, or give data that {script} has made"
+        )
+
+
+def _check_disk_limit(config: Config, dataset: Dataset) -> None:
+    """Raise Mistake where one span of the training order may not fit into data.disk_limit.
+
+    Each of its windows would have files copied that the next one deletes.
+    """
+    limit, train = config.data.disk_limit, dataset.train
+    if not limit or not isinstance(train, Joined) or not train.copied:
+        return
+    splits = ((train, dataset.train_ends), (dataset.val, dataset.val_ends))
+    sizes, other = (
+        sum(np.multiply(s.lengths, s.dtype.itemsize) for s in split if s is not None)
+        for split in splits
+    )
+    span = config.data.shuffle_span
+    order = train_order(train, config.model.block_size, config.run.seed, 0, span)
+    need, where = int(sizes.sum()), "the data set has"
+    if order.piece:
+        stops, width = np.cumsum([0, *sizes]), order.piece * order.block_size
+        moved = config.data.shuffle == "documents" and dataset.train_ends is not None
+        beyond = reach(len(train), len(dataset.train_ends)) if moved else 0
+        begins = np.arange(0, len(train), width)
+        ends = np.minimum(begins + width + order.block_size + beyond, len(train)) - 1
+        begins = np.maximum(begins - beyond, 0)
+        first, last = (train.stops.searchsorted(at, "right") for at in (begins, ends))
+        need = int(np.sort(stops[last + 1] - stops[first])[-PIECES:].sum())
+        where = f"the files that data.shuffle_span={span:g} tokens lie in may have"
+    if (need := need + int(other.sum())) > limit * 1e9:
+        raise Mistake(
+            f"data.disk_limit={limit:g} GB, but {where} {need / 1e9:.3g} GB in {dataset.name}: "
+            "raise it, give a smaller data.shuffle_span, or prepare the text in more parts"
         )
 
 
@@ -295,6 +331,7 @@ def train_batches(
         batch,
         microbatch,
         rows,
+        config.data.shuffle_span if datasets[0].kind == "text" else None,
     )
 
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from scalegpt.config.limits import BEGINS
+from scalegpt.data.joined import Joined
 from scalegpt.errors import Mistake
 
 # Documents that are shuffled among themselves, a power of 2. A window costs one search in the index
@@ -28,6 +29,11 @@ class Parts(NamedTuple):
     places: np.ndarray
     lengths: np.ndarray
     whole: np.ndarray
+
+
+def reach(tokens: int, documents: int) -> int:
+    """Return about how many tokens of the file a shuffled document may move."""
+    return tokens if documents <= BUCKET else BUCKET * tokens // documents
 
 
 class DocumentText:
@@ -132,7 +138,10 @@ class DocumentText:
 
     def _bucket_at(self, epoch: int, position: int) -> int:
         """Return the bucket that a position of an epoch lies in."""
-        document = min(bisect_right(self.ends, position + self.mark), self.documents - 1)
+        value = position + self.mark
+        # In parts, one is searched, as others may have to be copied to this machine first.
+        within = self.ends.around(value) if isinstance(self.ends, Joined) else (0, self.documents)
+        document = min(bisect_right(self.ends, value, *within), self.documents - 1)
         return (document + self._shift(epoch)) // BUCKET
 
     def _shuffled(self, epoch: int, bucket: int) -> tuple[np.ndarray, np.ndarray]:

@@ -5,6 +5,9 @@ a data set. The data set's meta.json has the size and hash of every file in "par
 the stream in "train" and "val", as for the one file that the parts would be.
 """
 
+import math
+import os
+import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import accumulate
@@ -14,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from scalegpt.errors import Mistake
+from scalegpt.files.staging import Copies
 
 OPEN = 1024  # files mapped at a time: a process may have 65,530 maps
 COLUMNS = {"tokens": int, "documents": int, "sha256": str, "index": str}
@@ -49,22 +53,59 @@ def columns_of(parts: Sequence[dict[str, Any]]) -> dict[str, list]:
     return {name: [part[name] for part in parts] for name in COLUMNS}
 
 
+class CopiedFile:
+    """A file behind a URL is read in slices like an array; it is copied when it is not there.
+
+    It is opened for each slice, as space on a disk is not free while a deleted file is open.
+    """
+
+    def __init__(self, copies: Copies, name: str, dtype: np.dtype, length: int, sha256: str):
+        self._copies, self._name, self._dtype, self._length = copies, name, dtype, length
+        self._sha256, self._used = sha256, -math.inf
+        self._path = os.path.join(copies.folder, name)
+
+    def has(self) -> bool:
+        """Tell whether the copy is there, and note that it is in use."""
+        self._used = time.monotonic()
+        return self._copies.has(self._name, self._length * self._dtype.itemsize, self._sha256)
+
+    def fetch(self, unused_since: float = math.inf) -> bool:
+        """Have a copy, as `Copies.fetch` does."""
+        size = self._length * self._dtype.itemsize
+        return self._copies.fetch(self._name, size, self._sha256, unused_since)
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        start, stop, _ = part.indices(self._length)
+        while True:
+            if time.monotonic() - self._used > 1 and not self.has():
+                self.fetch()
+            try:
+                with open(self._path, "rb") as file:
+                    file.seek(start * self._dtype.itemsize)
+                    content = file.read((stop - start) * self._dtype.itemsize)
+                return np.frombuffer(content, self._dtype)  # np.fromfile takes twice as long
+            except FileNotFoundError:  # another process has made room
+                self._used = -math.inf
+
+
 class Joined:
     """Joined files are read like one array [sum of lengths], a file being opened when it is needed.
 
     opened: returns the array of file k. lengths: their numbers of elements. added: what is added to
-    the elements of each. At most `OPEN` files are open. An element is found by a search among the
-    lengths, so a window costs the same wherever it lies. `numpy.asarray` reads all into memory.
+    the elements of each. copied: whether `opened` returns a `CopiedFile`. At most `OPEN` files are
+    open. An element is found by a search among the lengths, so a window costs the same wherever it
+    lies. `numpy.asarray` reads all into memory.
     """
 
     def __init__(
         self,
-        opened: Callable[[int], np.ndarray],
+        opened: Callable[[int], np.ndarray | CopiedFile],
         lengths: Sequence[int],
         dtype: np.dtype,
         added: Sequence[int] | None = None,
+        copied: bool = False,
     ):
-        self.dtype, self.ndim = dtype, 1
+        self.dtype, self.ndim, self.copied, self.lengths = dtype, 1, copied, lengths
         self.stops = np.fromiter(accumulate(lengths), np.int64, len(lengths))
         self.added = None if added is None else np.asarray(added, dtype)
         self._opened = lru_cache(OPEN)(opened)
@@ -79,6 +120,19 @@ class Joined:
     @property
     def shape(self) -> tuple[int]:
         return (len(self),)
+
+    def files(self, start: int, stop: int) -> range:
+        """Return the numbers of the files that elements `start` to `stop` - 1 lie in."""
+        return range(*(int(self.stops.searchsorted(i, "right")) for i in (start, stop - 1)))
+
+    def file(self, k: int) -> np.ndarray | CopiedFile:
+        return self._opened(k)
+
+    def around(self, value: int) -> tuple[int, int]:
+        """Return the first element, and the one after the last, of the file in which elements that
+        ascend, and of which those of file k lie above added[k], come to exceed a value."""
+        k = max(0, int(self.added.searchsorted(self.dtype.type(value), "right")) - 1)
+        return int(self.stops[k - 1]) if k else 0, int(self.stops[k])
 
     def __getitem__(self, index: int | slice) -> Any:
         if not isinstance(index, slice):

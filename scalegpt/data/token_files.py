@@ -27,14 +27,14 @@ from tqdm import tqdm
 from scalegpt.config.limits import LARGEST
 from scalegpt.config.presets import recipe
 from scalegpt.data import datatrove, tokenizer
-from scalegpt.data.joined import Joined, part_folder, parts_in
+from scalegpt.data.joined import CopiedFile, Joined, part_folder, parts_in
 from scalegpt.data.packing import PackedRows
 from scalegpt.data.prompts import Prompts
 from scalegpt.errors import Mistake, counted
 from scalegpt.files.folder import Folder, expanded, open_folder, open_url
 from scalegpt.files.formats import HEAD, known_format
 from scalegpt.files.json_files import read_object
-from scalegpt.files.staging import stage
+from scalegpt.files.staging import Copies, stage
 
 KINDS = ("text", "chat", "pairs", "prompts")
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4"), "int32": np.dtype("<i4")}
@@ -93,14 +93,17 @@ class Split:
     ends: np.ndarray | Joined | None = None
 
 
-def open_dataset(path: str | Path, cache_dir: str | None = None) -> Dataset:
+def open_dataset(
+    path: str | Path, cache_dir: str | None = None, limit: float | None = None
+) -> Dataset:
     """Open and check the dataset at `path`, a folder or an fsspec URL (gs://, s3://, memory://).
 
-    A URL is first copied to the local disk by `staging.stage`. Raises Mistake, saying what to do,
+    A URL is first copied to the local disk by `staging.stage`. With a `limit`, which is in bytes,
+    parts are copied when they are read, by `staging.Copies`. Raises Mistake, saying what to do,
     for a folder or file that is missing, empty, truncated, of unknown format, or that holds an id
     outside its vocabulary.
     """
-    name, folder, meta = _locate(str(path), ("train", "val"), cache_dir)
+    name, folder, meta, copies = _locate(str(path), ("train", "val"), cache_dir, limit)
     kind = meta.get("kind", "text")
     splits, indices, hashed = {}, {}, [meta["dtype"], meta["vocab_size"]]
     for split in ("train", "val"):
@@ -110,11 +113,13 @@ def open_dataset(path: str | Path, cache_dir: str | None = None) -> Dataset:
             splits[split] = Prompts.read(file, meta["tokenizer"], meta[split]["longest"])
             hashed += [len(splits[split]), stated_hash]
             continue
-        tokens, indices[split] = _open(file, meta)
+        tokens, indices[split] = _open(file, meta, copies)
         splits[split] = tokens
         # Both ends tell other data of equal size apart, whatever meta.json says of it.
         ends = tokens[: 1 << 16].tobytes() + tokens[-(1 << 16) :].tobytes()
         hashed += [len(tokens), stated_hash, hashlib.sha256(ends).hexdigest()]
+    if copies:
+        del copies.sizes  # of 100,000 parts, they take 80 MB
     return Dataset(
         name=name,
         tokenizer=meta["tokenizer"],
@@ -145,7 +150,7 @@ def open_split(path: str | Path, split: str, cache_dir: str | None = None) -> Sp
         name, folder, split = file.name, file.parent, file.stem
         meta = read_meta(folder)[0]
     else:
-        name, folder, meta = _locate(str(path), (split,), cache_dir)
+        name, folder, meta, _ = _locate(str(path), (split,), cache_dir)
         file = folder / f"{split}.bin"
     if (kind := meta.get("kind", "text")) in ("pairs", "prompts"):
         raise Mistake(
@@ -158,22 +163,23 @@ def open_split(path: str | Path, split: str, cache_dir: str | None = None) -> Sp
 
 
 def _locate(
-    path: str, splits: tuple[str, ...], cache_dir: str | None
-) -> tuple[str, Path, dict[str, Any]]:
-    """Return the dataset's name, its folder on this machine, which has the splits, and its meta."""
+    path: str, splits: tuple[str, ...], cache_dir: str | None, limit: float | None = None
+) -> tuple[str, Path, dict[str, Any], Copies | None]:
+    """Return the dataset's name, its folder on this machine, which has the splits, its meta, and
+    what copies the files of parts there, where these are not."""
     if not path:
         raise Mistake("data.path is empty; name a folder with train.bin and val.bin")
     remote = "://" in path
     folder = expanded(path).resolve()
     if remote:
         files = [file_of(split, kind) for kind in ("text", "prompts") for split in splits]
-        folder = stage(path, (*META, *files, *map(index_of, splits)), cache_dir)
+        folder = stage(path, (*META, *files, *map(index_of, splits)), cache_dir, limit)
         if not any((folder / file).is_file() for file in (*META, *files)):
             # Copies of files that are there no more would be read, too: stage removes them.
             here = (x for x in folder.rglob("*.ds*") if x.suffix != ".stamp")
             here = {x.relative_to(folder).as_posix() for x in here} | {datatrove.TOKENIZER}
             there = datatrove.names(Folder(path, *open_url(path, "read")), splits)
-            stage(path, sorted({*here, *there}), cache_dir)
+            stage(path, sorted({*here, *there}), cache_dir, limit)
     if folder.is_file():
         raise Mistake(
             f"data.path: {folder} is a file; point data.path at its folder {folder.parent}, or, if "
@@ -181,8 +187,10 @@ def _locate(
         )
     if not folder.is_dir():
         raise Mistake(f"data.path: there is no folder {folder}; {_how_to_make(folder)}")
-    meta = read_meta(folder)[0]
-    if remote and "parts" in meta:
+    meta, copies = read_meta(folder)[0], None
+    if remote and "parts" in meta and limit is not None:
+        copies = Copies(path, folder, limit)
+    elif remote and "parts" in meta:
         kinds = [kind for split in splits for kind in (file_of(split, "text"), index_of(split))]
         n = len(parts_in(meta, splits[0]))
         parts = [part_folder(folder, k, n).relative_to(folder) / f for k in range(n) for f in kinds]
@@ -198,7 +206,8 @@ def _locate(
         if not (folder / file).is_file():
             how = _how_to_make(folder, meta.get("kind", "text"))
             raise Mistake(f"{path} has no {file}; {how}")
-    return posixpath.basename(path.rstrip("/")) if remote else folder.name, folder, meta
+    name = posixpath.basename(path.rstrip("/")) if remote else folder.name
+    return name, folder, meta, copies
 
 
 def _how_to_make(folder: Path, kind: str = "text") -> str:
@@ -212,11 +221,18 @@ def _how_to_make(folder: Path, kind: str = "text") -> str:
     )
 
 
-def _join(file: Path, meta: dict, dtype: np.dtype, counts: str, digests: str) -> Joined:
+def _join(
+    file: Path,
+    meta: dict,
+    dtype: np.dtype,
+    counts: str,
+    digests: str,
+    copies: Copies | None,
+) -> Joined:
     """Return the file that parts would be together, after a check of each one's size.
 
-    counts, digests: what meta.json calls the numbers of their elements, and their hashes. Raises
-    Mistake, which names the part.
+    counts, digests: what meta.json calls the numbers of their elements, and their hashes. copies:
+    copies those that are not here when they are read. Raises Mistake, which names the part.
     """
     facts = parts_in(meta, file.stem)
     lengths, n = [part[counts] for part in facts], len(facts)
@@ -225,12 +241,17 @@ def _join(file: Path, meta: dict, dtype: np.dtype, counts: str, digests: str) ->
         return part_folder(file.parent, k, n) / file.name
 
     again = "copy it, or run prepare.py with --part {}/{} and --force again"
+
+    def name(k: int) -> str:
+        return path(k).relative_to(file.parent).as_posix()
+
     for k, length in enumerate(lengths):
         part = path(k)
         try:
-            size = part.stat().st_size
-        except OSError as error:
-            raise Mistake(f"cannot read {part}: {error.strerror}; {again.format(k, n)}") from None
+            size = part.stat().st_size if copies is None else copies.sizes[name(k)]
+        except (OSError, KeyError) as error:
+            why = getattr(error, "strerror", "it is not there")
+            raise Mistake(f"cannot read {part}: {why}; {again.format(k, n)}") from None
         if size != length * dtype.itemsize:
             raise Mistake(
                 f"{part} has {counted(size, 'byte')} but meta.json says "
@@ -238,27 +259,35 @@ def _join(file: Path, meta: dict, dtype: np.dtype, counts: str, digests: str) ->
             )
     if not sum(lengths):
         raise Mistake(f"{file}: its parts are empty; run prepare.py again")
-    if sum(lengths) * dtype.itemsize <= SLOW:
+    if copies is None and sum(lengths) * dtype.itemsize <= SLOW:
         for k, stated in enumerate(facts):
             _check_hash(path(k), stated[digests])
     added = None
     if counts == "documents":  # each part's ends are counted from its own begin
         tokens = [part["tokens"] for part in facts]
         added = [0, *accumulate(tokens[:-1])]
-    return Joined(lambda k: np.asarray(np.memmap(path(k), dtype, "r")), lengths, dtype, added)
+
+    def opened(k: int) -> np.ndarray | CopiedFile:
+        if copies is None:
+            return np.asarray(np.memmap(path(k), dtype, "r"))
+        return CopiedFile(copies, name(k), dtype, lengths[k], facts[k][digests])
+
+    return Joined(opened, lengths, dtype, added, copied=copies is not None)
 
 
-def _open(file: Path, meta: dict) -> tuple[np.ndarray | Joined, np.ndarray | Joined | None]:
+def _open(
+    file: Path, meta: dict, copies: Copies | None = None
+) -> tuple[np.ndarray | Joined, np.ndarray | Joined | None]:
     """Return the tokens of a split, and where its documents end."""
     if isinstance(meta, datatrove.Opened):
         return meta.splits[file.stem]
-    return _open_tokens(file, meta), _open_index(file, meta)
+    return _open_tokens(file, meta, copies), _open_index(file, meta, copies)
 
 
-def _open_tokens(file: Path, meta: dict) -> np.memmap | Joined:
+def _open_tokens(file: Path, meta: dict, copies: Copies | None) -> np.memmap | Joined:
     dtype, vocab_size, facts = DTYPES[meta["dtype"]], meta["vocab_size"], meta.get(file.stem, {})
     if "parts" in meta:
-        return _join(file, meta, dtype, "tokens", "sha256")
+        return _join(file, meta, dtype, "tokens", "sha256", copies)
     try:
         tokens = _map_tokens(file, dtype, facts.get("tokens"))
     except OSError as error:
@@ -272,14 +301,14 @@ def _open_tokens(file: Path, meta: dict) -> np.memmap | Joined:
     return tokens
 
 
-def _open_index(file: Path, meta: dict) -> np.ndarray | Joined | None:
+def _open_index(file: Path, meta: dict, copies: Copies | None) -> np.ndarray | Joined | None:
     """Map the index of a token file's documents, uint64 [documents], or None if it has none."""
     facts = meta.get(file.stem, {})
     if "index" not in facts:
         return None
     index = file.with_name(index_of(file.stem))
     if "parts" in meta:
-        return _join(index, meta, INDEX, "documents", "index")
+        return _join(index, meta, INDEX, "documents", "index", copies)
     if not index.is_file():
         raise Mistake(f"{file.parent} has no {index.name}; copy it, or run prepare.py again")
     size, expected = index.stat().st_size, facts.get("documents", 0) * INDEX.itemsize
