@@ -1,6 +1,7 @@
 """A text prepared in parts is the text prepared at once; what is wrong with a part is told."""
 
 import json
+import random
 import shutil
 import signal
 import subprocess
@@ -422,30 +423,44 @@ def test_no_more_files_are_open_than_may_be(monkeypatch):
 
 
 @pytest.mark.slow
-def test_killed_parts_are_made_again_to_the_same_bytes(tmp_path):
+def test_whatever_was_killed_is_made_again_to_the_same_bytes(tmp_path):
     (tmp_path / "in").mkdir()
     for name in "abc":
         lines = (json.dumps({"text": f"{name} {i} " * 400}) + "\n" for i in range(4000))
         (tmp_path / "in" / f"{name}.jsonl").write_text("".join(lines))
     command = [sys.executable, str(DATA / "text" / "prepare.py"), f"--input={tmp_path / 'in'}"]
-    command += ["--tokenizer=byte", f"--out={tmp_path / 'many'}"]
-    folder = tmp_path / "many" / "parts-2" / "0"
-    for _ in range(2):  # the second time, files of the first are there
-        run = subprocess.Popen([*command, "--part=0/2"], stdout=subprocess.DEVNULL)
-        while run.poll() is None and not list(folder.glob("train.bin.partial")):
-            time.sleep(0.005)
-        run.send_signal(signal.SIGKILL)
-        assert run.wait() == -signal.SIGKILL and not (folder / "meta.json").exists()
-    runs = [  # of which two make one part: the one waits for the other
-        subprocess.Popen([*command, f"--part={i}/2"], stdout=subprocess.DEVNULL) for i in (0, 1, 0)
-    ]
-    assert [run.wait() for run in runs] == [0, 0, 0]
-    wrong = subprocess.run([*command, "--part=a/b"], capture_output=True, text=True)
-    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1
-    subprocess.run([*command, "--merge"], check=True)
-    subprocess.run([*command[:-1], f"--out={tmp_path / 'one'}"], check=True)
-    many, one = (json.loads((tmp_path / n / "meta.json").read_text()) for n in ("many", "one"))
-    assert many["train"] == one["train"] and many["val"] == one["val"]
+    command += ["--tokenizer=byte"]
+
+    def start(out, *more):
+        given = [*command, f"--out={tmp_path / out}", *more]
+        return subprocess.Popen(given, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+    begin = time.monotonic()
+    assert start("one").wait() == 0
+    seconds = time.monotonic() - begin
+    for out, folder, *more in (("again", "again"), ("many", "many/parts-2/0", "--part=0/2")):
+        begun = False
+        for _ in range(3):  # later times find files of the earlier ones
+            run = start(out, *more)
+            while run.poll() is None and not [*tmp_path.glob(f"{folder}/train.bin.partial")]:
+                time.sleep(0.005)
+            time.sleep(random.uniform(0, 0.7 * seconds))
+            run.kill()
+            begun |= (
+                run.wait() == -signal.SIGKILL and not (tmp_path / folder / "meta.json").exists()
+            )
+        assert begun
+    # Of which two make one part, and two the whole: the one waits for the other.
+    runs = [start("many", f"--part={i}/2") for i in (0, 1, 0)] + [start("again"), start("again")]
+    assert [run.wait() for run in runs] == [0] * 5
+    wrong = start("many", "--part=a/b")
+    assert wrong.wait() == 2 and wrong.stderr.read().count("\n") == 1
+    assert start("many", "--merge").wait() == 0
+    one, again, many = (tmp_path / name for name in ("one", "again", "many"))
+    contents = [{p.name: p.read_bytes() for p in folder.iterdir()} for folder in (one, again)]
+    assert contents[0] == contents[1] and len(contents[0]) == 5
+    metas = [json.loads((folder / "meta.json").read_text()) for folder in (one, many)]
+    assert all(metas[0][split] == metas[1][split] for split in ("train", "val"))
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """Texts are read from Parquet and from URLs, in memory that no file decides on."""
 
 import gzip
+import tracemalloc
+from collections import Counter
 from itertools import islice
 from types import SimpleNamespace
 
@@ -8,6 +10,8 @@ import fsspec
 import pytest
 from test_prepare import bins, module, read
 
+from scalegpt.data.prepare import Corpus, _batches
+from scalegpt.data.tokenizer import load
 from scalegpt.errors import Mistake
 from scalegpt.files import parquet, text_files
 
@@ -110,6 +114,42 @@ def test_a_small_zstd_file_of_a_long_text_is_read_in_bounded_memory(tmp_path):
     assert path.stat().st_size < 5000
     sizes = [len(block) for block in text_files.blocks(path)]
     assert sum(sizes) == 128 << 20 and max(sizes) < 40 << 20
+
+
+@pytest.mark.parametrize("head, unit, message", [
+    (b"", b"\0", "is UTF-16 text, or binary data, not UTF-8 text"),
+    (b'{"text": "', b"word ", "has more than 1,048,576 .* without b?'.n', too many to be held"),
+])  # fmt: skip
+def test_a_small_gzip_of_what_has_no_end_is_refused_in_bounded_memory(
+    tmp_path, monkeypatch, head, unit, message
+):
+    monkeypatch.setattr(text_files, "MOST_HELD", 1 << 20)
+    path, member = tmp_path / "bomb.jsonl.gz", gzip.compress(unit * (1 << 20))
+    path.write_bytes(gzip.compress(head) + member * 2000)  # 2 and 10 GB
+    assert path.stat().st_size < 1e8
+    text = module("text")
+    tracemalloc.start()
+    with pytest.raises(Mistake, match=message):
+        list(read(text, path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20e6
+
+
+def test_a_document_of_any_length_is_cut_in_bounded_memory():
+    text, read_so_far = "some words of a document without an end\n" * 25_000, Counter()
+
+    def chunks():
+        for _ in range(5000):  # 5 GB, of which as much is read as is asked for
+            read_so_far["chunks"] += 1
+            yield text
+
+    corpus = Corpus(load("byte"), [("train", chunks())], 1)
+    tracemalloc.start()
+    size = sum(len(piece) for batch in islice(_batches(corpus), 60) for _, piece, _ in batch)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert 59e6 < size <= 1e6 * read_so_far["chunks"] < size + 4e6 and peak < 30e6
 
 
 def test_urls_are_read_as_files_are(tmp_path):

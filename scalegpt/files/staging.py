@@ -185,7 +185,7 @@ class Copies:
             except Mistake:
                 raise
             except Exception as error:  # each file system has errors of its own
-                full = getattr(error, "errno", 0) == errno.ENOSPC
+                full = getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT)
                 if full or wait is None or isinstance(error, FileNotFoundError):
                     raise _no_copy(source, self.folder, error) from error
                 time.sleep(wait)

@@ -217,7 +217,10 @@ def parts(path: Path | str, chunks: Iterable[AnyStr], separator: AnyStr) -> Iter
         tail = last[cut:]
         if sum(map(len, held)) > MOST_HELD:
             unit = "characters" if isinstance(separator, str) else "bytes"
-            raise Mistake(f"{path} has more than {MOST_HELD:,} {unit} without {separator!r}")
+            raise Mistake(
+                f"{path} has more than {MOST_HELD:,} {unit} without {separator!r}, too many to be "
+                "held in memory: divide them, or leave the file out"
+            )
     yield nothing.join([*held, tail])
 
 

@@ -20,6 +20,7 @@ Main = Callable[[list[str]], int]
 _OF_THE_DISK = {
     errno.ENOSPC,
     errno.EDQUOT,
+    errno.EFBIG,
     errno.EROFS,
     errno.EACCES,
     errno.EPERM,
