@@ -1,5 +1,6 @@
 """A text prepared in parts is the text prepared at once; what is wrong with a part is told."""
 
+import gzip
 import json
 import random
 import shutil
@@ -8,6 +9,8 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 
 import fsspec
@@ -24,7 +27,7 @@ from scalegpt.data.joined import Joined, part_folder
 from scalegpt.data.parts import Part
 from scalegpt.data.token_files import open_dataset, open_split
 from scalegpt.errors import Mistake
-from scalegpt.files import staging
+from scalegpt.files import staging, text_files
 
 FILES = 7
 
@@ -280,7 +283,7 @@ def test_a_part_that_is_none_is_refused(folder, text):
 def test_other_parts_are_refused_before_anything_is_written(folder, tmp_path, monkeypatch):
     part = "--part=1/3"
     refused(folder, "holds parts of 3, not of 2; remove", "--part=1/2")
-    refused(folder, "there are 7; give N of that or less", "--part=0/8")
+    refused(folder, "holds parts of 3, not of 8; remove", "--part=0/8")
     refused(folder, "takes no --part", part, "--merge")
     refused(folder, "char is made of all the text", part, "--tokenizer=char")
     for other in ("--seed=1", "--val-fraction=0.2", "--tokenizer=gpt2", "--separator=x"):
@@ -299,6 +302,53 @@ def test_other_parts_are_refused_before_anything_is_written(folder, tmp_path, mo
     (tokenizer / "meta.json").write_text(json.dumps({**meta, "tokenizer": spec}))
     with pytest.raises(Mistake, match="holds .*tokenizer .*, not "):
         prepared(folder, "other", *made)
+
+
+@pytest.mark.parametrize("n", [3, 4, 23])
+def test_files_are_shared_by_several_parts_where_these_are_more(tmp_path, monkeypatch, n):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(text_files, "BLOCK", 100)  # of which some lines have several
+    texts = [f"{i} " + "word " * (i * 7 % 40) + "\u00e4\r\n" * (i % 3) for i in range(200)]
+    lines = "".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts[:150])
+    source = tmp_path / "in"
+    source.mkdir()
+    if n == 4:  # one file, that ends without a newline
+        (source / "a.jsonl").write_text("\ufeff" + lines[:-1])
+    elif n == 3:
+        pq.write_table(pa.table({"text": texts}), source / "a.parquet", row_group_size=17)
+    else:
+        (source / "a.jsonl").write_text(lines)
+        (source / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+        (source / "c.jsonl").write_text('{"text": "one line"}')
+    prepared(tmp_path, "one")
+    for number in range(n):
+        prepared(tmp_path, "many", f"--part={number}/{n}")
+    prepared(tmp_path, "many", "--merge")
+    one, many = (json.loads((tmp_path / x / "meta.json").read_text()) for x in ("one", "many"))
+    assert one["train"] == many["train"] and one["val"] == many["val"]
+    metas = [json.loads((part_folder(tmp_path / "many", k, n) / "meta.json").read_text())
+             for k in range(n)]  # fmt: skip
+    documents = [m["train"]["documents"] + m["val"]["documents"] for m in metas]
+    if n < 23:  # one file is divided evenly, and each byte is hashed once
+        assert min(documents) > 0.5 * max(documents)
+        inputs = [file for m in metas for file in m["inputs"]]
+        assert [f["from"] for f in inputs[1:]] == [f["to"] for f in inputs[:-1]]
+
+
+def test_the_lines_of_shares_are_those_of_the_file_at_any_place(tmp_path, monkeypatch):
+    path = tmp_path / "lines"
+    for text, block in (
+        (b"a\n\nbb\nccc\n", 1 << 20),
+        (b"\na\r\nbb\n\nlong line", 3),
+        (b"x" * 9, 2),
+    ):
+        path.write_bytes(text)
+        monkeypatch.setattr(text_files, "BLOCK", block)
+        for n in range(1, 30):
+            cuts = [Fraction(i, n) for i in range(n + 1)]
+            shares = [b"".join(text_files.blocks(path, share)) for share in pairwise(cuts)]
+            assert b"".join(shares) == text
+            assert all(share.endswith(b"\n") for share in [*filter(None, shares)][:-1])
 
 
 def test_missing_and_damaged_parts_are_named(folder, tmp_path):
@@ -482,8 +532,8 @@ def test_ray_makes_the_same_of_three_nodes_of_which_one_is_killed(corpora, tmp_p
     monkeypatch.setattr(ray, "wait", kill_one)
     try:
         prepared(corpora, "../ray", f"--out={tmp_path / 'ray'}", "--engine=ray", "--parts=7")
-        with pytest.raises(Mistake, match="there are 7; give N of that or less"):
-            prepared(corpora, "ray", f"--out={tmp_path / 'more'}", "--engine=ray", "--parts=8")
+        with pytest.raises(Mistake, match="holds parts of 7, not of 8"):
+            prepared(corpora, "ray", f"--out={tmp_path / 'ray'}", "--engine=ray", "--parts=8")
     finally:
         cluster.shutdown()
     assert killed

@@ -41,7 +41,7 @@ from scalegpt.data.reading import (
 from scalegpt.data.tokenizer import char_tokenizer
 from scalegpt.errors import Mistake
 from scalegpt.files.folder import is_url
-from scalegpt.files.text_files import absolute, find_files
+from scalegpt.files.text_files import WHOLE, Share, absolute, find_files
 from scalegpt.processes.command import run_command
 from scalegpt.weights.tokenizer_files import named
 
@@ -182,6 +182,7 @@ def prepare(args: argparse.Namespace) -> int:
             "--merge out, or use byte"
         )
     kinds: dict[File, str] = {}
+    shares: dict[File, Share] = {}  # of training files of which this part has not all
 
     def check_kinds(split: str, found: dict[File, str]) -> None:
         if os.path.isdir(name := inputs[split]) or (is_url(name) and not has_magic(name)):
@@ -193,9 +194,15 @@ def prepare(args: argparse.Namespace) -> int:
         for split in files:
             found = kinds_of(files[split], args.key, args.plain, args.errors)
             check_kinds(split, found)
-            readers[split] = partial(read_documents, found, args.key, args.errors, args.separator)
+            own = shares if split == "train" else {}
+            readers[split] = partial(
+                read_documents, found, args.key, args.errors, args.separator, own
+            )
             if part:
-                facts["inputs"] += [in_parts.input_facts(split, *file) for file in found.items()]
+                facts["inputs"] += [
+                    in_parts.input_facts(split, file, kind, own.get(file, WHOLE))
+                    for file, kind in found.items()
+                ]
             elif next(readers[split](), None) is None:
                 raise Mistake(f"no text in {inputs[split]}")
             kinds.update(found)
@@ -209,14 +216,16 @@ def prepare(args: argparse.Namespace) -> int:
         else:
             divide = by_hash if part else split_documents
             documents = divide(readers["train"], args.val_fraction, args.seed)
-        sizes = (text_size(path, kind) for path, kind in kinds.items())
+        sizes = (text_size(path, kind, shares.get(path, WHOLE)) for path, kind in kinds.items())
         return Corpus(tokenizer, documents, sum(sizes), facts=facts)
 
     source = args.source
     if part:
-        out = in_parts.folder_of(args.out, part, files["train"])
+        out = in_parts.folder_of(args.out, part)
         source = in_parts.source_of(source, named(args.tokenizer), all_files, part)
+        shares = part.shares(files["train"])
         files = {split: part.share(group) for split, group in files.items()}
+        files["train"] = [*shares]
         write_dataset(out, corpus, source, args.workers, args.force)
     elif args.merge:
         metas = in_parts.manifests(

@@ -1,9 +1,9 @@
 """A text is prepared in parts, by any machines in any order, to the tokens that one would make.
 
 Part I of N is a function of the sorted list of input files, of which it takes a consecutive share,
-and of the settings. It is a data set of its own, but that a split may be empty. Its meta.json is
-written last, and says of what it was made, so that a part is whole or not there. `joined` reads the
-parts as one.
+of whole files if there are as many, and of the settings. It is a data set of its own, but that a
+split may be empty. Its meta.json is written last, and says of what it was made, so that a part is
+whole or not there. `joined` reads the parts as one.
 """
 
 import hashlib
@@ -11,6 +11,8 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
+from math import ceil, floor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,7 +25,7 @@ from scalegpt.data.prepare import SPLITS, prepared, publish
 from scalegpt.data.token_files import INDEX, file_of, index_of
 from scalegpt.data.tokenizer import Tokenizer
 from scalegpt.errors import Mistake
-from scalegpt.files.text_files import opened, size_of
+from scalegpt.files.text_files import WHOLE, Share, opened, size_of
 
 T = TypeVar("T")
 BLOCK = 1 << 22  # bytes that are hashed at a time
@@ -52,15 +54,19 @@ class Part(NamedTuple):
         first, last = (len(items) * i // self.n for i in (self.number, self.number + 1))
         return items[first:last]
 
+    def shares(self, files: Sequence[T]) -> dict[T, Share]:
+        """Return the files of this part, and of each the share that it takes."""
+        if self.n <= len(files):
+            return dict.fromkeys(self.share(files), WHOLE)
+        begin, end = (Fraction(len(files) * i, self.n) for i in (self.number, self.number + 1))
+        return {
+            files[k]: (max(begin - k, WHOLE[0]), min(end - k, WHOLE[1]))
+            for k in range(floor(begin), ceil(end))
+        }
 
-def folder_of(out: Path, part: Part, files: Sequence[Any]) -> Path:
-    """Return the folder of a part. Raises Mistake where there are parts of another N, or no file
-    for some of the parts."""
-    if part.n > len(files):
-        raise Mistake(
-            f"--part={part}: a part has whole files, and there are {len(files):,}; give N of that "
-            "or less, or divide the files"
-        )
+
+def folder_of(out: Path, part: Part) -> Path:
+    """Return the folder of a part. Raises Mistake where there are parts of another N."""
     if others := {*_numbers(out)} - {part.n}:
         raise Mistake(
             f"{out} holds parts of {min(others)}, not of {part.n}; remove {out}/parts-"
@@ -85,12 +91,22 @@ def source_of(source: str, tokenizer: Tokenizer, files: Sequence[Any], part: Par
     return f"{source}, part {part} by scalegpt {scalegpt.__version__}, tokenizer {ids}, {files}"
 
 
-def input_facts(split: str, file: Path | str, kind: str) -> dict[str, Any]:
-    """Return what the meta.json of a part says of an input file."""
+def input_facts(split: str, file: Path | str, kind: str, share: Share) -> dict[str, Any]:
+    """Return what the meta.json of a part says of an input file, or of its share of one."""
+    size = size_of(file)
+    facts = {"split": split, "file": str(file), "kind": kind, "bytes": size}
+    first, last = (int(size * part) for part in share)
+    if share != WHOLE:
+        facts |= {"from": first, "to": last}
     with opened(file) as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    names = {"split": split, "file": str(file), "kind": kind}
-    return {**names, "bytes": size_of(file), "sha256": digest}
+        if share == WHOLE:
+            return {**facts, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+        digest = hashlib.sha256()
+        stream.seek(first)
+        while first < last and (block := stream.read(min(BLOCK, last - first))):
+            digest.update(block)
+            first += len(block)
+    return {**facts, "sha256": digest.hexdigest()}
 
 
 def manifests(out: Path, source: Callable[[Part], str]) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from pydantic_core import from_json
 
 from scalegpt.errors import Mistake
 from scalegpt.files import json_files, parquet
-from scalegpt.files.text_files import PACKED, blocks, decoded, parts, size_of
+from scalegpt.files.text_files import PACKED, WHOLE, Share, blocks, decoded, parts, size_of
 
 LINES, PLAIN, TABLE = "JSON lines", "plain text", "Parquet"
 CARD, EMPTY = "a data set's card", "empty"
@@ -90,27 +90,36 @@ def _ending(path: File) -> str:
     return "".join(suffixes[-2 if packed else -1 :]) or "without ending"
 
 
-def text_size(path: File, kind: str) -> int:
-    """Return about how many bytes of text a file holds."""
+def text_size(path: File, kind: str, share: Share = WHOLE) -> int:
+    """Return about how many bytes of text a share of a file holds."""
     packed = 4 if PurePath(path).suffix.lower() in PACKED else 2 if kind == TABLE else 1
-    return packed * size_of(path)
+    return int(packed * size_of(path) * (share[1] - share[0]))
 
 
 def read_documents(
-    kinds: dict[File, str], key: str, errors: str, separator: str | None = None
+    kinds: dict[File, str],
+    key: str,
+    errors: str,
+    separator: str | None = None,
+    shares: dict[File, Share] | None = None,
 ) -> Iterator[Document]:
     """Yield the documents that are not empty.
 
     key: where a JSON line or row of Parquet holds its text. errors: "strict", or "replace" for bad
-    UTF-8. separator: what stands between the documents of a plain file. Raises Mistake, naming the
-    file and the place of a fault.
+    UTF-8. separator: what stands between the documents of a plain file. shares: how much of a file
+    is read, where that is not all: of JSON lines that are not packed the lines that begin there, of
+    Parquet the row groups; of other files all are in the share that begins with the file. Raises
+    Mistake, naming the file and the place of a fault.
     """
     for path, kind in kinds.items():
+        share = (shares or {}).get(path, WHOLE)
         text = _decoded(path, errors)
         if kind == TABLE:
-            yield from filter(None, parquet.texts(path, key, errors))
+            yield from filter(None, parquet.texts(path, key, errors, share))
         elif kind == LINES:
-            yield from filter(None, _json_texts(path, key, errors))
+            yield from filter(None, _json_texts(path, key, errors, share))
+        elif share[0]:
+            continue
         elif separator:
             yield from filter(None, (p.strip("\r\n") for p in parts(path, text, separator)))
         elif first := next(text, ""):
@@ -126,9 +135,10 @@ def _decoded(path: File, errors: str) -> Iterator[str]:
     return decoded(path, errors, ", and --errors replace reads on")
 
 
-def _json_texts(path: File, key: str, errors: str) -> Iterator[str]:
-    for number, line in enumerate(parts(path, blocks(path), b"\n"), 1):
-        if number == 1:
+def _json_texts(path: File, key: str, errors: str, share: Share) -> Iterator[str]:
+    where = f"{path}, after {float(share[0]):.4%} of it" if share[0] else f"{path}"
+    for number, line in enumerate(parts(path, blocks(path, share), b"\n"), 1):
+        if number == 1 and not share[0]:
             line = line.removeprefix(BOM_UTF8)
         try:  # pydantic's parser takes bytes, in a third of the time of json for text
             text = from_json(line)[key]
@@ -137,7 +147,7 @@ def _json_texts(path: File, key: str, errors: str) -> Iterator[str]:
         yield (
             text
             if isinstance(text, str)
-            else _json_text(f"{path}, line {number}", line, key, errors)
+            else _json_text(f"{where}, line {number}", line, key, errors)
         )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from scalegpt.errors import Mistake
-from scalegpt.files.text_files import MOST_HELD, opened
+from scalegpt.files.text_files import MOST_HELD, WHOLE, Share, opened
 
 _ROWS = 64  # read at once at most
 _BUFFER = 1 << 20  # bytes read at once of a column
@@ -24,15 +24,17 @@ def has_column(path: Path | str, key: str) -> bool:
         return True
 
 
-def texts(path: Path | str, key: str, errors: str) -> Iterator[str]:
+def texts(path: Path | str, key: str, errors: str, share: Share = WHOLE) -> Iterator[str]:
     """Yield the text of each row of the column `key`; that of a row without one is "".
 
-    errors: "strict", or "replace" for bytes that are not UTF-8. Raises Mistake for a file that
-    cannot be read or has no such column, and for a text too long to be held in memory.
+    errors: "strict", or "replace" for bytes that are not UTF-8. share: only the row groups of this
+    share of the file. Raises Mistake for a file that cannot be read or has no such column, and for
+    a text too long to be held in memory.
     """
-    number = 0
     with _open(path, key) as (file, column):
-        for group in range(file.num_row_groups):
+        first, last = (int(file.num_row_groups * part) for part in share)
+        number = sum(file.metadata.row_group(group).num_rows for group in range(first))
+        for group in range(first, last):
             # A few bytes may stand for a long text in each of many rows: the group states how long
             # one can be, and so many rows are read at once as can be held whatever they are.
             longest = file.metadata.row_group(group).column(column).total_uncompressed_size

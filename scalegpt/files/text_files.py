@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from fractions import Fraction
 from functools import partial
 from io import BufferedReader
 from itertools import chain
@@ -27,6 +28,8 @@ from scalegpt.files.formats import HEAD, not_text
 
 PACKED = (".gz", ".xz", ".bz2", ".zst")  # the usual ends of their names
 BLOCK = 1 << 20  # bytes read at once
+Share = tuple[Fraction, Fraction]  # where a share of a file begins and ends, from 0 to 1
+WHOLE = (Fraction(0), Fraction(1))
 MOST_HELD = 1 << 28  # characters of a text that has to be held in memory
 _ZSTD = rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"  # a frame, or one to skip
 _OPENERS = {
@@ -135,14 +138,18 @@ def _below(path: Path) -> Iterator[Path]:
         yield from (Path(folder, name) for name in files if not name.startswith("."))
 
 
-def blocks(path: Path | str) -> Iterator[bytes]:
+def blocks(path: Path | str, share: Share = WHOLE) -> Iterator[bytes]:
     """Yield the bytes of a file, unpacked if it is gzip, xz, bzip2 or zstd, part by part.
 
-    Raises Mistake when the file cannot be read, is damaged or ends early.
+    share: only the lines that begin in this share of the file; of a packed one, all of its lines
+    are in the share that begins with the file. Raises Mistake when the file cannot be read, is
+    damaged or ends early.
     """
     try:
         with opened(path) as packed:
             head = packed.peek(16)
+            if share[0] and any(re.match(magic, head) for magic in (_ZSTD, *_OPENERS)):
+                return
             if re.match(_ZSTD, head):
                 yield from _ahead(_zstd_blocks(path, packed))
                 return
@@ -151,10 +158,25 @@ def blocks(path: Path | str) -> Iterator[bytes]:
                     with unpack(packed) as file:
                         yield from _ahead(iter(partial(file.read, BLOCK), b""))
                     return
-            while block := packed.read(BLOCK):
-                yield block
+            if share == WHOLE:
+                yield from iter(partial(packed.read, BLOCK), b"")
+            else:
+                yield from _lines(packed, *(int(size_of(path) * part) for part in share))
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise Mistake(f"cannot read {path}: {error}") from error
+
+
+def _lines(file: BufferedReader, start: int, stop: int) -> Iterator[bytes]:
+    """Yield the bytes of the lines that begin at `start` or later, and before `stop`."""
+    if start:
+        file.seek(start - 1)
+        while (block := file.readline(BLOCK)) and not block.endswith(b"\n"):
+            pass
+    block = b"\n"
+    while (left := stop - file.tell()) > 0 and (block := file.read(min(left, BLOCK))):
+        yield block
+    while not block.endswith(b"\n") and (block := file.readline(BLOCK)):
+        yield block
 
 
 def _ahead(blocks: Iterator[bytes]) -> Iterator[bytes]:
