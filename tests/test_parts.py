@@ -21,7 +21,7 @@ from test_prepare import DATA, module
 from scalegpt.config import BatchConfig, loading
 from scalegpt.data import batches, joined
 from scalegpt.data.batches import TrainBatches, train_iterator
-from scalegpt.data.datasets import open_datasets
+from scalegpt.data.datasets import open_datasets, train_batches
 from scalegpt.data.documents import DocumentText
 from scalegpt.data.joined import Joined, part_folder
 from scalegpt.data.parts import Part
@@ -258,11 +258,13 @@ def test_a_limit_that_a_span_may_not_fit_in_is_refused(bucket, tmp_path):
     def run(**data):
         data = {"path": "memory://bucket", "cache_dir": str(tmp_path / "cache")} | data
         sections = {"model": {"block_size": 16}, "data": data, "run": {"out_dir": "x"}}
-        return open_datasets(loading.validate(sections, "here"))
+        config = loading.validate(sections, "here")
+        return train_batches(config, open_datasets(config), 1, np.zeros(1, int)).orders[0]
 
     size = open_dataset("memory://bucket", str(tmp_path / "cache"))
     size = sum(s.nbytes for s in (size.train, size.train_ends, size.val, size.val_ends)) / 1e9
-    assert len(run(disk_limit=size * 1.001)) == 1
+    assert run(disk_limit=size * 1.001).spans == 1
+    assert run(disk_limit=size * 17, shuffle_span=2000).spans > 7
     with pytest.raises(Mistake, match=r"data.disk_limit=.* GB, but the data set has .* GB in buck"):
         run(disk_limit=size * 0.999)
     with pytest.raises(
