@@ -199,6 +199,27 @@ def test_a_template_goes_with_weights_and_not_with_data(nanochat, tmp_path):
         small.encode_special(NANOCHAT[-1])
 
 
+def test_every_file_that_transformers_keeps_a_template_in_is_read(tmp_path):
+    def write(name: str, **content) -> dict:
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        return with_template({"kind": "gpt2"}, tmp_path)
+
+    assert write("tokenizer_config", bos_token=None) == {"kind": "gpt2"}
+    several = [{"name": "tool_use", "template": "a"}, {"name": "default", "template": "b"}]
+    assert write("tokenizer_config", chat_template=several[:1]) == {"kind": "gpt2"}
+    spec = write("tokenizer_config", chat_template=several, pad_token={"content": "<p>"})
+    named_by_class = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+    assert spec["template"]["variables"] == {**named_by_class, "pad_token": "<p>"}
+    assert spec["template"]["source"] == "b"
+    assert write("chat_template", chat_template="c")["template"]["source"] == "c"
+    dialogue = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    (tmp_path / "chat_template.jinja").write_text(dialogue)
+    codec = tokenizer.load(write("special_tokens_map", unk_token="<u>"))
+    assert codec.template["variables"]["unk_token"] == "<u>"
+    text = codec.encode("Hi <|endoftext|>").tolist()
+    assert encode_prompt(codec, [user("Hi <|endoftext|>")]).tolist() == [*text, 50256]
+
+
 def test_what_may_be_wrong_with_a_template_is_said(nanochat, monkeypatch):
     broken = with_source(nanochat, "{% for %}")
     with pytest.raises(Mistake, match="chat template is broken"):

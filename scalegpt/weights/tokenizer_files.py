@@ -111,6 +111,13 @@ def of_weights(path: Path) -> dict[str, Any]:
     return spec
 
 
+# Tokens that classes of transformers have where no file names them.
+_NAMED_BY_CLASS = {
+    "GPT2Tokenizer": {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT},
+    "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>"},
+}
+
+
 def with_template(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Return the spec of the tokenizer in a folder with the chat template that transformers finds
     there, where there is one; the marks of a chat of ours are one already. Raises Mistake."""
@@ -127,7 +134,9 @@ def with_template(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
         source = read_text(path)
     if not isinstance(source, str) or spec["kind"] == "chat":
         return spec
-    variables = {}
+    kind = str(config.get("tokenizer_class", "")).removesuffix("Fast")
+    kind = "GPT2Tokenizer" if spec["kind"] == "gpt2" else kind
+    variables = dict(_NAMED_BY_CLASS.get(kind, {}))
     for key, value in {**read("special_tokens_map.json"), **config}.items():
         value = value.get("content") if isinstance(value, dict) else value
         if key.endswith("_token") and isinstance(value, str):
