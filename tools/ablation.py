@@ -38,11 +38,11 @@ from ablations.plan import Plan, Run, read_plan
 from ablations.plot import draw
 from ablations.record import Record, existing, finished, measure, read_record, write_record
 from ablations.report import markdown, summarise, table
-from planning import isoflop_plot
 
 from scalegpt.config import command_line
 from scalegpt.errors import Mistake
 from scalegpt.files.folder import replacing
+from scalegpt.planning.picture import check_file
 from scalegpt.processes import streams
 from scalegpt.processes.children import Children
 from scalegpt.processes.command import run_command
@@ -106,7 +106,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     check_runs(flags, overrides)
     check_files(flags)
     if flags.plot:
-        isoflop_plot.check_file(flags.plot)
+        check_file(flags.plot)
     return flags, overrides
 
 

@@ -39,7 +39,6 @@ from typing import Any
 import jax
 import numpy as np
 from benchmarks import decoding, profiling, pytorch
-from sizing import with_vocabulary
 
 from scalegpt.config import Config, command_line
 from scalegpt.config.loading import NO_RUN
@@ -47,6 +46,7 @@ from scalegpt.data.datasets import open_datasets, resolved
 from scalegpt.data.token_files import Dataset
 from scalegpt.errors import Mistake
 from scalegpt.model import flops
+from scalegpt.planning.plans import with_vocabulary
 from scalegpt.processes.command import run_command
 from scalegpt.run.feed import batches_from
 from scalegpt.run.resume import with_model

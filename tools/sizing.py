@@ -4,8 +4,8 @@
     python tools/sizing.py --model.preset=gpt2-xl --budget 1e21 --plot optimum.png
 
 It does the work of nanoGPT's notebooks transformer_sizing and scaling_laws, and needs no data, no
-accelerator and no out_dir. The arithmetic is in scalegpt/model/flops.py,
-scalegpt/planning/memory.py and tools/planning/scaling_laws.py.
+accelerator and no out_dir. What a machine does with the run, `python -m scalegpt.plan` says; the
+arithmetic is in scalegpt/model/flops.py, scalegpt/planning/ and tools/planning/scaling_laws.py.
 """
 
 import json
@@ -14,22 +14,20 @@ from argparse import Namespace
 from functools import partial
 from typing import Any
 
-from jax.sharding import AbstractMesh
 from planning import scaling_laws
-from planning.isoflop_plot import check_file, draw, short
+from planning.isoflop_plot import draw, short
 
 from scalegpt.config import Config, command_line
 from scalegpt.config.loading import NO_RUN
-from scalegpt.data.token_files import read_meta
 from scalegpt.errors import Mistake
-from scalegpt.files.folder import expanded
-from scalegpt.model import attention, flops
+from scalegpt.model import flops
 from scalegpt.planning import memory
+from scalegpt.planning.picture import check_file
+from scalegpt.planning.plans import known, own_plan
+from scalegpt.planning.topologies import Topology
 from scalegpt.processes.command import run_command
 from scalegpt.run.resume import with_model
-from scalegpt.step import sharding
 
-GPT2_VOCABULARY = 50257
 FLAGS = {
     "--device": {
         "default": "NVIDIA A100",
@@ -61,12 +59,7 @@ COUNTS = ("full", "causal")
 def main(argv: list[str]) -> int:
     config, flags = command_line.parse(argv, "tools/sizing.py", FLAGS, NO_RUN)
     check(flags)
-    if config.optim.counts_epochs:
-        raise Mistake(
-            f"optim.epochs={config.optim.epochs}: how many updates that is follows from the data, "
-            "which are not read here; give the updates: --optim.steps=1000"
-        )
-    config, source = with_vocabulary(with_model(config))
+    config, source = known(with_model(config))
     report = size(config, flags)
     report["model"]["vocabulary_from"] = source
     if flags.plot:
@@ -93,19 +86,6 @@ def check(flags: Namespace) -> None:
         raise Mistake(f"--budget={flags.budget} must be a number of FLOPs, such as 1e21")
     if flags.plot:
         check_file(flags.plot)
-
-
-def with_vocabulary(config: Config) -> tuple[Config, str]:
-    """Return the config with a vocabulary size, and the source of that size."""
-    if config.model.vocab_size is not None:
-        return config, "model.vocab_size"
-    paths = [path for path in config.data.weights if path]
-    metas = [(read_meta(expanded(path)), path) for path in paths]
-    if known := [(meta["vocab_size"], path) for (meta, stated), path in metas if stated]:
-        vocabulary, path = max(known)
-        return config.with_vocab(vocabulary), f"meta of {path}"
-    reason = f"no {paths[0]}/meta.json" if paths else "no data"
-    return config.with_vocab(GPT2_VOCABULARY), f"GPT-2's, or model.vocab_size: {reason}"
 
 
 def size(config: Config, flags: Namespace) -> dict[str, Any]:
@@ -166,50 +146,22 @@ def placement(config: Config, flags: Namespace) -> dict[str, Any]:
 
     Raises Mistake where the mesh does not fit the devices or the model.
     """
-    model = config.model
     fixed = math.prod(max(1, n) for n in config.mesh.model_dump().values())
-    shape = sharding.mesh_shape(config.mesh, flags.devices or fixed, flags.device)
-    mesh = AbstractMesh(shape, sharding.AXES)
-    sharding.check_divisible(config.model, mesh)
-    accumulation, rows = sharding.batch_layout(config.batch, mesh)
-    microbatch = rows // sharding.row_shards(mesh)
-    dtype = "bfloat16" if model.dtype == "auto" else model.dtype
-    platform = {"TPU": "tpu", "AMD": "rocm"}.get(flags.device.split()[0], "cuda")
-    kernel = attention.resolve(
-        model.attention,
-        platform,
-        model.block_size,
-        model.dropout,
-        dtype,
-        model.head_dim,
-        flags.device,
-    )
-    by_remat = {
-        remat: memory.on_device(
-            model,
-            mesh.shape,
-            microbatch,
-            accumulation,
-            2 if dtype == "bfloat16" else 4,
-            kernel != "flax" and not model.dropout,
-            remat,
-            config.optim,
-            config.lora,
-        )
-        for remat in memory.REMAT
-    }
+    machine = Topology(flags.device, flags.device, (1, flags.devices or fixed), math.inf, None)
+    by_remat = {remat: own_plan(config, machine, remat) for remat in memory.REMAT}
+    plan = by_remat[config.model.remat]
     return {
         "device": flags.device,
-        "devices": mesh.size,
-        "mesh": dict(mesh.shape),
-        "dtype": dtype,
-        "attention": kernel,
-        "microbatch": microbatch,
-        "accumulation": accumulation,
-        "remat": model.remat,
-        "bytes": by_remat[model.remat],
-        "total_bytes": {remat: sum(parts.values()) for remat, parts in by_remat.items()},
-        "by_remat": by_remat,
+        "devices": machine.devices,
+        "mesh": plan.mesh,
+        "dtype": plan.dtype,
+        "attention": plan.attention,
+        "microbatch": plan.microbatch,
+        "accumulation": plan.accumulation,
+        "remat": plan.remat,
+        "bytes": plan.bytes,
+        "total_bytes": {remat: plan.total_bytes for remat, plan in by_remat.items()},
+        "by_remat": {remat: plan.bytes for remat, plan in by_remat.items()},
     }
 
 

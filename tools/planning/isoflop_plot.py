@@ -1,25 +1,13 @@
 """tools/sizing.py draws the predicted loss over model size at one budget of FLOPs."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from planning.scaling_laws import LAWS
 
-from scalegpt.errors import Mistake
-
-FORMATS = (".png", ".pdf", ".svg")
 COLOURS = {"Chinchilla": "tab:blue", "Epoch": "tab:orange"}
 NAMES = {"Chinchilla": "Chinchilla's fit", "Epoch": "Epoch's fit of the same data"}
 REACH = 30  # the size axis goes from optimum / REACH to optimum * REACH
-
-
-def check_file(file: str) -> None:
-    """Raise Mistake for a file that `draw` could not write."""
-    if Path(file).suffix not in FORMATS:
-        raise Mistake(f"--plot={file} must end in {', '.join(FORMATS)}")
-    if not Path(file).resolve().parent.is_dir():
-        raise Mistake(f"--plot={file}: there is no folder {Path(file).parent}")
 
 
 def draw(scaling: dict[str, Any], file: str) -> None:
