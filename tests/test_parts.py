@@ -172,6 +172,8 @@ def test_parts_are_copied_when_they_are_read_and_make_room_for_others(folder, bu
     texts = [DocumentText(d.train, d.train_ends, 0, "key", True) for d in (one, again)]
     for start in range(0, 2 * len(one.train), 5003):
         assert np.array_equal(texts[0].window(start, 99), texts[1].window(start, 99))
+    assert on_disk(cache) > 12_000 >= len(open_dataset("memory://bucket", str(cache), 12_000).val)
+    assert on_disk(cache) <= 12_000
     with pytest.raises(Mistake, match=r"a file of .* bytes is needed, and data.disk_limit allows"):
         open_dataset("memory://bucket", str(tmp_path / "other"), 4000)
 

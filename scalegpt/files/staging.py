@@ -133,6 +133,8 @@ class Copies:
     def __init__(self, url: str, folder: Path, limit: float) -> None:
         self.fs, self.root = open_url(url, "read", use_listings_cache=False)
         self.folder, self.limit = folder, limit
+        with FileLock(folder / "lock"):
+            self._room(0)  # there may be more, from a time with a higher limit
 
     @cached_property
     def sizes(self) -> dict[str, int]:
@@ -171,7 +173,6 @@ class Copies:
                         return True
                     if not self._room(size, unused_since):
                         return False
-                    target.parent.mkdir(parents=True, exist_ok=True)
                     arrived = _copy(self.fs, source, target, size)
                     if arrived != sha256:
                         target.unlink()
@@ -191,7 +192,7 @@ class Copies:
                 time.sleep(wait)
         raise AssertionError(file)
 
-    def _room(self, size: int, unused_since: float) -> bool:
+    def _room(self, size: int, unused_since: float = math.inf) -> bool:
         """Delete the files that were used least recently until `size` bytes more may be there."""
         if size > self.limit:
             raise Mistake(
