@@ -594,6 +594,8 @@ OTHER = {  # a value that differs from the default, where adding one will not do
     "data.path": "moved",
     "data.cache_dir": "x",
     "data.shuffle": "documents",
+    "data.shuffle_span": 1e9,
+    "data.disk_limit": 9.0,
     "data.pack": "best_fit",
     "optim.lr": 7e-4,
     "model.norm": "rmsnorm",
