@@ -494,11 +494,11 @@ def test_whatever_was_killed_is_made_again_to_the_same_bytes(tmp_path):
     seconds = time.monotonic() - begin
     for out, folder, *more in (("again", "again"), ("many", "many/parts-2/0", "--part=0/2")):
         begun = False
-        for _ in range(3):  # later times find files of the earlier ones
+        for moment in (0, random.random(), random.random()):  # which find files of earlier ones
             run = start(out, *more)
             while run.poll() is None and not [*tmp_path.glob(f"{folder}/train.bin.partial")]:
                 time.sleep(0.005)
-            time.sleep(random.uniform(0, 0.7 * seconds))
+            time.sleep(0.7 * seconds * moment)
             run.kill()
             begun |= (
                 run.wait() == -signal.SIGKILL and not (tmp_path / folder / "meta.json").exists()
