@@ -84,7 +84,8 @@ def main(argv: list[str]) -> int:
     if flags.topology == "list":
         print(topologies.listing())
         return 0
-    config, _ = plans.known(with_model(config))
+    plans.check(config)
+    config, _ = plans.with_vocabulary(with_model(config))
     return sweep(config, flags) if flags.sweep else one(config, flags)
 
 
@@ -184,7 +185,8 @@ def compare(argv: list[str]) -> int:
     seconds = [x for row in history.rows if (x := row.get("perf/step_seconds"))]
     if not seconds:
         raise Mistake(f"{flags.run} has no timed updates in its metrics.jsonl yet")
-    config, _ = plans.known(history.config)
+    plans.check(history.config)
+    config, _ = plans.with_vocabulary(history.config)
     whole = [m for m in history.checkpoints.values() if not isinstance(m, str)]
     devices = whole[-1]["meta"].get("devices", "") if whole else ""
     topology = None if flags.topology else topologies.like(devices)

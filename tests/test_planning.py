@@ -410,7 +410,7 @@ def test_json_has_the_figures_of_the_plan(capsys):
 
 def test_the_text_is_in_the_order_of_questions_and_its_yaml_is_a_config(capsys):
     text = printed(capsys, *V3_8, "--mesh.data=1", "--mesh.fsdp=8", "--price=2")
-    assert max(map(len, text.splitlines())) <= 88
+    assert max(map(len, text.splitlines())) <= 80
     order = ["fits: ", "weights  ", "an update: ", "tokens/s: ", "MFU: ", "bound by ", "fsdp needs"]
     order += ["# recommended", "# or ", "days  ", "chip-hours", "price", "a checkpoint: 1.49 GB"]
     order += ["checkpoint.every="]
@@ -457,6 +457,10 @@ def test_a_sweep_has_a_line_for_each_machine_that_fits(capsys):
         (["--plot=a.jpg"], "must end in .png"),
         (["--plot=no/such/a.png"], "there is no folder no/such"),
         (["--optim.epochs=2"], "give the updates"),
+        (
+            ["--objective.name=dpo", "--run.init_from=x", "--topology=v3-8", "--search"],
+            "objective.name=dpo: only text and sft",
+        ),
         (["--topolgy=v3-8"], "did you mean --topology"),
         (["--run=nowhere"], "nowhere is not the folder of a run"),
         (["--run=nowhere", "--config=demo"], "unknown argument --config"),

@@ -21,9 +21,8 @@ from scalegpt.config import Config, command_line
 from scalegpt.config.loading import NO_RUN
 from scalegpt.errors import Mistake
 from scalegpt.model import flops
-from scalegpt.planning import memory
+from scalegpt.planning import memory, plans
 from scalegpt.planning.picture import check_file
-from scalegpt.planning.plans import known, own_plan
 from scalegpt.planning.topologies import Topology
 from scalegpt.processes.command import run_command
 from scalegpt.run.resume import with_model
@@ -59,7 +58,8 @@ COUNTS = ("full", "causal")
 def main(argv: list[str]) -> int:
     config, flags = command_line.parse(argv, "tools/sizing.py", FLAGS, NO_RUN)
     check(flags)
-    config, source = known(with_model(config))
+    plans.check(config)
+    config, source = plans.with_vocabulary(with_model(config))
     report = size(config, flags)
     report["model"]["vocabulary_from"] = source
     if flags.plot:
@@ -148,7 +148,7 @@ def placement(config: Config, flags: Namespace) -> dict[str, Any]:
     """
     fixed = math.prod(max(1, n) for n in config.mesh.model_dump().values())
     machine = Topology(flags.device, flags.device, (1, flags.devices or fixed), math.inf, None)
-    by_remat = {remat: own_plan(config, machine, remat) for remat in memory.REMAT}
+    by_remat = {remat: plans.own_plan(config, machine, remat) for remat in memory.REMAT}
     plan = by_remat[config.model.remat]
     return {
         "device": flags.device,

@@ -111,17 +111,18 @@ class Plan:
         return self.microbatch * self.config.row_width / self.mesh["tensor"]
 
 
-def known(config: Config) -> tuple[Config, str]:
-    """Return the config with a vocabulary size, and the source of that size.
-
-    Raises Mistake for a run whose updates are not known.
-    """
+def check(config: Config) -> None:
+    """Raise Mistake for a run of which arithmetic knows too little."""
+    if config.objective.name not in ("text", "sft"):
+        raise Mistake(
+            f"objective.name={config.objective.name}: only text and sft can be planned, as other "
+            "objectives have more than one forward pass, and grpo writes answers"
+        )
     if config.optim.counts_epochs:
         raise Mistake(
             f"optim.epochs={config.optim.epochs}: how many updates that is follows from the data, "
             "which are not read here; give the updates: --optim.steps=1000"
         )
-    return with_vocabulary(config)
 
 
 def with_vocabulary(config: Config) -> tuple[Config, str]:
@@ -142,9 +143,6 @@ def own_plan(config: Config, topology: Topology, remat: str | None = None) -> Pl
 
     Raises Mistake where mesh, batch and model do not fit each other or the machine.
     """
-    name = config.objective.name
-    if name not in ("text", "sft"):
-        raise Mistake(f"objective.name={name}: only text and sft can be planned")
     shape = sharding.mesh_shape(config.mesh, topology.devices, topology.name)
     if shape[0] % topology.slices:
         raise Mistake(

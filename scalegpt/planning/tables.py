@@ -9,10 +9,10 @@ GIB = 2**30
 TERMS = {
     "arithmetic": "products of matrices and of attention",
     "hbm": "reading and writing weights and moments",
-    "fsdp": "gathering weights, scattering gradients, beside products",
-    "tensor": "summing activations, half of it beside products",
-    "data": "summing gradients over copies, after the last microbatch",
-    "slices": "summing gradients over slices, after the last microbatch",
+    "fsdp": "gathering weights, scattering gradients",
+    "tensor": "summing activations; half of it is hidden",
+    "data": "summing gradients over copies, after the last product",
+    "slices": "summing gradients over slices, after the last product",
 }
 
 
@@ -28,9 +28,10 @@ def _memory(plan: Plan) -> list[str]:
     verdict = "fits" if left >= 0 else "does not fit"
     near = abs(left) < SPARE * t.memory
     lines = [
-        f"{where(plan)}, {layout(plan)}",
+        where(plan),
+        layout(plan),
         f"{verdict}: {total / GIB:.2f} of {t.memory / GIB:.2f} GiB a device"
-        + (", which is nearer than the estimate is good for" if near else ""),
+        + (", nearer than the estimate is good for" if near else ""),
         *(_line(name, f"{size / GIB:.2f}") for name, size in plan.bytes.items() if size),
     ]
     if not plan.config.model.scan_layers:
@@ -64,7 +65,7 @@ def _speed(plan: Plan) -> list[str]:
         f"an update: {likely:.3g} s, at best {least:.3g}, at worst {most:.3g}",
         f"tokens/s: {plan.tokens / likely:,.0f}, at best {plan.tokens / least:,.0f}, at worst "
         f"{plan.tokens / most:,.0f}",
-        f"MFU: {plan.mfu:.1%}, as perf/mfu: attention counted causally, recomputation not at all",
+        f"MFU: {plan.mfu:.1%}, as perf/mfu: causal attention, recomputation not counted",
     ]
 
 
@@ -79,10 +80,11 @@ def _bounds(plan: Plan) -> list[str]:
         lines += [
             f"each device has {tokens:,.0f} tokens a microbatch; fsdp needs {needs['fsdp']:,.0f}"
         ]
+    tokens *= plan.accumulation
     for axis in needs.keys() - {"fsdp"}:
         lines += [
-            f"each device has {tokens * plan.accumulation:,.0f} tokens an update; "
-            f"the sums over {axis} take the time of {needs[axis]:,.0f}"
+            f"sums over {axis} take the time of {needs[axis]:,.0f} of a device's {tokens:,.0f} "
+            "tokens an update"
         ]
     if seconds := plan.seconds["tensor"]:
         most = plan.mesh["tensor"] * plan.seconds["arithmetic"] / seconds
@@ -155,7 +157,8 @@ def comparison(plan: Plan, result: dict[str, Any]) -> str:
     """Return what --run says: `result` has the measured figures beside those of the plan."""
     measured, rate = result["measured_step_seconds"], result["measured_tokens_per_second"]
     lines = [
-        f"{where(plan)}, {layout(plan)}",
+        where(plan),
+        layout(plan),
         f"an update took {measured:.3g} s, the median of {result['measured_rows']} rows: "
         f"{rate:,.0f} tokens/s",
     ]
