@@ -31,7 +31,6 @@ from scalegpt.planning.speed import fitted_efficiency
 from scalegpt.planning.topologies import Topology
 from scalegpt.processes.command import run_command
 from scalegpt.run.history import read_history
-from scalegpt.run.resume import with_model
 from scalegpt.step import cpu_devices
 
 MACHINE: dict[str, dict[str, Any]] = {
@@ -85,7 +84,11 @@ def main(argv: list[str]) -> int:
         print(topologies.listing())
         return 0
     plans.check(config)
-    config, _ = plans.with_vocabulary(with_model(config))
+    if config.run.init_from:
+        from scalegpt.run.resume import with_model  # with Orbax, a quarter of the answer's time
+
+        config = with_model(config)
+    config, _ = plans.with_vocabulary(config)
     return sweep(config, flags) if flags.sweep else one(config, flags)
 
 
