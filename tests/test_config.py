@@ -544,6 +544,7 @@ NEUTRAL = {
         "model.rope_scaling",
         "model.norm_gain",
         "model.softcap",
+        "model.ngram",
         "optim.cooldown",
         "optim.cooldown_power",
         "optim.lookahead_decay",

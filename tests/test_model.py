@@ -143,6 +143,15 @@ def numpy_gpt(c: ModelConfig, params, tokens):
             x
             + np.pad(x[:, :-1] * gate[:, 1:, None], ((0, 0), (1, 0), (0, 0))) * p["smear_strength"]
         )
+    for n in range(2, c.ngram + 1) if c.ngram_rows else ():
+        for row, at in np.ndindex(b, t):
+            if at < n - 1:
+                continue
+            hashed = n
+            for token in tokens[row, at - n + 1 : at + 1][::-1].tolist():
+                hashed = (hashed ^ token) * 0x9E3779B1 % 2**32
+                hashed ^= hashed >> 15
+            x[row, at] += p["ngram_strength"][n - 2] * p["ngram_table"][hashed % c.ngram_rows]
     x0 = x
     for i in range(c.n_layer):
         if c.residual_scalars:
@@ -200,7 +209,8 @@ def numpy_gpt(c: ModelConfig, params, tokens):
         {"preset": "modern", "residual_scalars": True, "value_embeddings": True},
         {"n_head": 4, "n_kv_head": 2, "head_size": 6, "value_embeddings": True},
         {"smear": True, "backout": True, "n_layer": 3},
-        {"preset": "modern", "smear": True, "backout": True},
+        {"preset": "modern", "smear": True, "backout": True, "ngram_rows": 40},
+        {"ngram_rows": 40, "ngram": 3},
         {"n_kv_head": 1, "position": "rope"},
         {"mlp": "swiglu", "n_inner": 20},
         {"norm": "rmsnorm", "norm_gain": True, "norm_eps": 0.01, "qk_norm": True},

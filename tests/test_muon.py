@@ -160,7 +160,7 @@ def test_losses_do_not_depend_on_mesh_and_backend(alone, mesh, backend):
 
 @pytest.mark.slow
 def test_losses_with_all_that_an_update_may_do_do_not_depend_on_the_mesh(alone):
-    parts = dict(smear=True, backout=True)
+    parts = dict(smear=True, backout=True, ngram_rows=64, ngram=3)
     one, cube = (losses(make_config(mesh, optim=MORE, **parts)) for mesh in (ONE, CUBE))
     np.testing.assert_allclose(one, cube, rtol=0, atol=1e-5)
     assert abs(np.subtract(one, alone)).max() > 1e-3
@@ -213,6 +213,7 @@ def test_every_parameter_is_in_the_group_that_its_axes_say():
         value_embeddings=True,
         smear=True,
         backout=True,
+        ngram_rows=8,
     )
     found = {path: x.kind for path, x in parameters(config.model).items()}
     assert found.keys() == flatten_dict(build(config).abstract.params, sep="/").keys()
@@ -220,6 +221,7 @@ def test_every_parameter_is_in_the_group_that_its_axes_say():
     assert {p for p, g in found.items() if g == "embeddings"} == {
         "wte",
         "wpe",
+        "ngram_table",
         "h/attn/value_table",
     }
     assert {p for p, g in found.items() if g == "head"} == {"head_kernel"}
@@ -236,6 +238,7 @@ def test_every_parameter_is_in_the_group_that_its_axes_say():
         "smear_gate",
         "smear_strength",
         "backout",
+        "ngram_strength",
     }
 
 

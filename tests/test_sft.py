@@ -245,7 +245,7 @@ TINY = dict(n_layer=2, n_head=2, n_embd=16, block_size=24, vocab_size=20, vocab_
 MODELS = {
     "learned": dict(bias=True),
     "rope": dict(position="rope", value_embeddings=True, tie_word_embeddings=False)
-    | dict(smear=True, backout=True),
+    | dict(smear=True, backout=True, ngram_rows=30),
 }
 FIRST, SECOND = [0, 3, 4, 5, 6, 7, 8], [0, 10, 11, 12, 13, 14, 15, 16, 17]
 

@@ -327,6 +327,7 @@ def test_every_batch_that_grows_is_a_multiple_of_the_microbatch_or_refused_by_na
     ("mesh", "model", "match"),
     [
         ({"data": 1, "tensor": 8}, {}, "n_head=4 does not divide over mesh.tensor=8"),
+        ({"data": 1, "fsdp": 8}, {"ngram_rows": 65}, "ngram_rows=65 does not .* it could be 72"),
         ({"data": 1, "fsdp": 8}, {"n_embd": 68, "n_head": 4}, "n_embd=68 .*mesh.fsdp=8"),
         ({"data": 1, "fsdp": 8}, {"vocab_multiple": 5}, "of 65 .*fsdp x tensor = 8.*multiple=40"),
     ],

@@ -58,7 +58,7 @@ def unread(config: Config) -> dict[str, str]:
     """Return the keys that nothing reads with this run's other keys, each with the key to blame."""
     model, optim = config.model, config.optim
     scalars = model.bias, model.qkv_bias, model.residual_scalars, model.value_embeddings
-    scalars += model.smear, model.backout
+    scalars += model.smear, model.backout, bool(model.ngram_rows)
     rms = model.norm == "rmsnorm"
     no_scalars = rms and not (model.norm_gain or any(scalars))
     no_rms = not rms and not model.qk_norm
@@ -73,6 +73,7 @@ def unread(config: Config) -> dict[str, str]:
         ("model.bias=true", model.bias, "model.qkv_bias"),
         (f"model.norm={model.norm} without qk_norm", no_rms, "model.norm_gain"),
         (f"model.mlp={model.mlp}", model.mlp != "plain", "model.activation"),
+        ("model.ngram_rows=0", not model.ngram_rows, "model.ngram"),
         ("model.logit_softcap=0", not model.logit_softcap, "model.softcap"),
         ("model.tie_word_embeddings=true", model.tie_word_embeddings, "optim.head_lr"),
         ("a model without norms, biases or scalars", no_scalars, "optim.scalar_lr"),

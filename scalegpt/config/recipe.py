@@ -178,6 +178,11 @@ class ModelConfig(Section):
     """each layer reads a x + b x0, with x0 the input of the first; a, b learned from 1 and 0"""
     smear: bool = False
     """each embedding gets a share of the one before, by a gate that is learned from 0"""
+    ngram_rows: Annotated[Integer, Field(ge=0, le=2**31 - 1)] = 0
+    """rows of a table of embeddings for pairs of tokens and longer n-grams, found by a hash, which
+    are added to those of tokens; 0: none"""
+    ngram: Annotated[Integer, Field(ge=2, le=8)] = 2
+    """with ngram_rows: how many tokens the longest n-gram has"""
     backout: bool = False
     """a share of what the middle layer gave, learned from 0.2, is subtracted before the head"""
     value_embeddings: bool = False
@@ -266,7 +271,7 @@ class ModelConfig(Section):
     @property
     def lookback(self) -> int:
         """How many tokens before one its input depends on."""
-        return int(self.smear)
+        return max(self.smear, self.ngram - 1 if self.ngram_rows else 0)
 
     @property
     def padded_vocab(self) -> int:

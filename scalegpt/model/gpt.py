@@ -29,6 +29,7 @@ from scalegpt.model.layers import (
     constrain,
     dropout,
     layer_norm,
+    ngram_rows,
     project,
     rms_norm,
     rotary_tables,
@@ -372,7 +373,23 @@ class GPT(_Layer):
             gate = jax.nn.sigmoid((rows[..., : len(gate)] * gate).sum(-1))
             gate = self.scalars("smear_strength", [0.0]) * gate * _has_before(1, positions, tokens)
             rows = rows + gate[..., None] * jnp.roll(rows, 1, axis=1)
+        if c.ngram_rows:
+            rows = rows + self._ngram_embeddings(tokens, positions)
         return constrain(rows.astype(self.dtype), "batch", "position", "act_embed")
+
+    def _ngram_embeddings(self, tokens: Array, positions: Any) -> Array:
+        """Sum the embeddings of the n-grams of 2 tokens and more that end with each; [B, T, D]."""
+        c = self.config
+        table = self.table("ngram_table", (c.ngram_rows, c.n_embd), ("ngrams", "table_embed"), 0.0)
+        table = constrain(constrain(table, "act_vocab", None), None, None)  # as the token table is
+        lengths = range(2, c.ngram + 1)
+        # Small, as the optimizer's steps are made for token embeddings, which do not begin at 0.
+        strength = self.scalars("ngram_strength", [0.1] * len(lengths))
+        found = []
+        for n, share in zip(lengths, strength, strict=True):
+            share = share * _has_before(n - 1, positions, tokens)
+            found.append(share[..., None] * table[ngram_rows(tokens, n, c.ngram_rows)])
+        return sum(found)
 
     def _final_norm(self, x: Array) -> Array:
         c = self.config

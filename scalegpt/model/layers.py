@@ -95,6 +95,15 @@ def rms_norm(x: Array, gain: Array | None = None, eps: float | None = None) -> A
     return (y if gain is None else y * gain).astype(x.dtype)
 
 
+def ngram_rows(tokens: Array, n: int, rows: int) -> Array:
+    """Return in which of a table's rows the n-gram is that ends with each of the tokens [B, T]."""
+    hashed = jnp.full(tokens.shape, n, jnp.uint32)
+    for back in range(n):  # FNV-1a by words, whose upper bits the lower ones get, too
+        hashed = (hashed ^ jnp.roll(tokens, back, 1).astype(jnp.uint32)) * jnp.uint32(0x9E3779B1)
+        hashed ^= hashed >> 15
+    return (hashed % rows).astype(jnp.int32)
+
+
 def rotate(x: Array, cos: Any, sin: Any) -> Array:
     """Rotate x [B, T, H, K] by the angles of its positions (rotary embedding, arXiv:2104.09864);
     cos, sin: of these angles, [T, K/2] or [B, T, K/2]."""

@@ -102,9 +102,9 @@ def on_device(
     used_in_place = itemsize == 4 and mesh["fsdp"] == 1 and not lora.rank
     copies = 0 if used_in_place else itemsize * (layers * matrices * mesh["fsdp"] // L + rows * D)
     if mesh["fsdp"] > 1:
-        # In float32: step/loss.py's copy of the head and its gradient, and the whole gradient of
-        # the embedding before it is scattered to its shards.
-        copies += 8 * rows * D + 4 * model.padded_vocab * D
+        # In float32: step/loss.py's copy of the head and its gradient, and the whole gradients of
+        # the embeddings before they are scattered to their shards.
+        copies += 8 * rows * D + 4 * (model.padded_vocab + model.ngram_rows) * D
     return {
         "weights": 4 * count,
         "moments": moment_bytes(trained, matrices, optim),

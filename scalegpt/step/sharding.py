@@ -25,6 +25,7 @@ RULES = {
     # parameters
     "layers": None,
     "vocab": ("tensor", "fsdp"),
+    "ngrams": ("tensor", "fsdp"),
     "table_embed": None,  # else XLA would rematerialise the whole table
     "head_embed": None,
     "embed": "fsdp",
@@ -198,6 +199,11 @@ def check_divisible(model: ModelConfig, mesh: Mesh | AbstractMesh) -> None:
         raise Mistake(
             f"the padded vocabulary of {model.padded_vocab} does not divide over fsdp x tensor = "
             f"{fsdp * tensor}; set model.vocab_multiple={lcm(model.vocab_multiple, fsdp * tensor)}"
+        )
+    if beyond := model.ngram_rows % (fsdp * tensor):
+        raise Mistake(
+            f"model.ngram_rows={model.ngram_rows} does not divide over fsdp x tensor = "
+            f"{fsdp * tensor}; it could be {model.ngram_rows - beyond + fsdp * tensor}"
         )
 
 

@@ -58,6 +58,7 @@ _ONLY = {
     "value_embeddings": False,
     "smear": False,
     "backout": False,
+    "ngram_rows": 0,
 }
 
 

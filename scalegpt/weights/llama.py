@@ -261,6 +261,7 @@ def fits_rotary(model: ModelConfig) -> dict[str, tuple]:
         "value_embeddings": (False,),
         "smear": (False,),
         "backout": (False,),
+        "ngram_rows": (0,),
         "bias": (False,),
         "qkv_bias": (False,),
     }

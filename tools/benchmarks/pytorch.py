@@ -275,6 +275,7 @@ def check(against: str, model: Any) -> None:
         "value_embeddings": [False],
         "smear": [False],
         "backout": [False],
+        "ngram_rows": [0],
     }
     for key, values in possible.items():
         if (value := getattr(model, key)) not in values:
