@@ -545,6 +545,7 @@ NEUTRAL = {
         "model.norm_gain",
         "model.softcap",
         "model.ngram",
+        "model.value_gates",
         "optim.cooldown",
         "optim.cooldown_power",
         "optim.lookahead_decay",

@@ -84,7 +84,8 @@ def naive(steps, params, prompt, new):
         {"bias": True},
         {"bias": True, "position": "rope"},
         {"preset": "modern", "residual_scalars": True, "value_embeddings": True},
-        {"bias": True, "smear": True, "backout": True, "ngram_rows": 50, "ngram": 3},
+        {"bias": True, "smear": True, "backout": True, "ngram_rows": 50, "ngram": 3}
+        | {"value_embeddings": True, "value_gates": True},
         {"preset": "llama", "n_head": 4, "n_kv_head": 1, "window": 5, "window_pattern": "SL"},
     ],
 )

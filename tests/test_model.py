@@ -163,7 +163,11 @@ def numpy_gpt(c: ModelConfig, params, tokens):
         q, k, v = (x.reshape(b, t, h, -1) for x, h in zip(qkv, heads, strict=True))
         if c.value_embeddings:
             added = p["h/attn/value_table"][i][tokens].reshape(v.shape)
-            v = v + added * p["h/attn/value_strength"][i][:, None]
+            if c.value_gates:
+                share = 2 / (1 + np.exp(-normed[..., :12] @ p["h/attn/value_gate"][i]))
+            else:
+                share = p["h/attn/value_strength"][i]
+            v = v + added * share[..., None]
         if c.qk_norm:
             gains = [p.get(f"h/attn/{x}_gain", np.ones((c.n_layer, 1)))[i] for x in "qk"]
             q, k = rms(q, gains[0]), rms(k, gains[1])
@@ -211,6 +215,7 @@ def numpy_gpt(c: ModelConfig, params, tokens):
         {"smear": True, "backout": True, "n_layer": 3},
         {"preset": "modern", "smear": True, "backout": True, "ngram_rows": 40},
         {"ngram_rows": 40, "ngram": 3},
+        {"n_kv_head": 1, "value_embeddings": True, "value_gates": True},
         {"n_kv_head": 1, "position": "rope"},
         {"mlp": "swiglu", "n_inner": 20},
         {"norm": "rmsnorm", "norm_gain": True, "norm_eps": 0.01, "qk_norm": True},

@@ -161,6 +161,7 @@ def test_losses_do_not_depend_on_mesh_and_backend(alone, mesh, backend):
 @pytest.mark.slow
 def test_losses_with_all_that_an_update_may_do_do_not_depend_on_the_mesh(alone):
     parts = dict(smear=True, backout=True, ngram_rows=64, ngram=3)
+    parts |= dict(value_embeddings=True, value_gates=True)
     one, cube = (losses(make_config(mesh, optim=MORE, **parts)) for mesh in (ONE, CUBE))
     np.testing.assert_allclose(one, cube, rtol=0, atol=1e-5)
     assert abs(np.subtract(one, alone)).max() > 1e-3

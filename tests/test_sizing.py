@@ -146,7 +146,7 @@ def test_float32_products_have_no_peak_and_so_no_days(capsys):
         {"bias": True, "tie_word_embeddings": False},
         {"position": "rope", "vocab_multiple": 8, "n_embd": 96},
         {"preset": "modern", "residual_scalars": True, "value_embeddings": True, "smear": True},
-        {"ngram_rows": 64},
+        {"ngram_rows": 64, "value_embeddings": True, "value_gates": True},
         {"preset": "llama", "n_kv_head": 2, "qk_norm": True, "qkv_bias": True},
     ],
 )

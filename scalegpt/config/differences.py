@@ -73,6 +73,7 @@ def unread(config: Config) -> dict[str, str]:
         ("model.bias=true", model.bias, "model.qkv_bias"),
         (f"model.norm={model.norm} without qk_norm", no_rms, "model.norm_gain"),
         (f"model.mlp={model.mlp}", model.mlp != "plain", "model.activation"),
+        ("model.value_embeddings=false", not model.value_embeddings, "model.value_gates"),
         ("model.ngram_rows=0", not model.ngram_rows, "model.ngram"),
         ("model.logit_softcap=0", not model.logit_softcap, "model.softcap"),
         ("model.tie_word_embeddings=true", model.tie_word_embeddings, "optim.head_lr"),

@@ -187,6 +187,8 @@ class ModelConfig(Section):
     """a share of what the middle layer gave, learned from 0.2, is subtracted before the head"""
     value_embeddings: bool = False
     """each layer adds to its attention values an embedding of the token, from its own table"""
+    value_gates: bool = False
+    """with value_embeddings: a gate that is learned says how much of it each head gets, from 1"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """precision of matrix products; auto: bfloat16 on accelerators that have it, else float32"""
     attention: Literal["auto", "xla", "flax", "cudnn", "splash"] = "auto"

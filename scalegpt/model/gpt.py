@@ -105,8 +105,9 @@ class _Layer(nn.Module):
         return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
 
     def scalars(self, name: str, values: Any) -> Array:
-        """Make a float32 vector that is learned, starting from `values`."""
-        init = nn.with_logical_partitioning(lambda *_: jnp.array(values, jnp.float32), (None,))
+        """Make float32 numbers that are learned, starting from `values`."""
+        names = (None,) * np.ndim(values)
+        init = nn.with_logical_partitioning(lambda *_: jnp.array(values, jnp.float32), names)
         return self.param(name, init)
 
     def gain(self, name: str, size: int) -> Array:
@@ -157,7 +158,7 @@ class Attention(_Layer):
             (q,) = self.projections("q", x, 1, h, "heads")
             key, v = self.projections("kv", x, 2, c.kv_heads, "kv_heads")
         if c.value_embeddings:
-            v = v + self.value_embedding(context.tokens)
+            v = v + self.value_embedding(context.tokens, x)
         if c.qk_norm:
             gains = ("q_gain", "k_gain") if c.norm_gain else ()
             gains = [self.gain(name, k) for name in gains] or [None, None]
@@ -198,15 +199,21 @@ class Attention(_Layer):
         # Indexing would make the gradient a sum of n arrays, each filled up with zeros.
         return [y.squeeze(2) for y in checkpoint_name(jnp.split(y, n, axis=2), "project")]
 
-    def value_embedding(self, tokens: Array) -> Array:
-        """Look up embeddings [B, T, N, K] of tokens [B, T], scaled by a learned scalar a head."""
+    def value_embedding(self, tokens: Array, x: Array) -> Array:
+        """Look up embeddings [B, T, N, K] of tokens [B, T], scaled for each head by a learned
+        scalar or by a gate that reads the layer's input x [B, T, D]."""
         c = self.config
         shape, axes = (c.padded_vocab, c.kv_heads * c.head_dim), ("vocab", "table_embed")
         table = self.table("value_table", shape, axes, 0.02)
         # Gathered before it is looked up, as the token table in `GPT._whole_texts` is.
         rows = constrain(constrain(table, "act_vocab", None), None, None)[tokens]
-        strength = self.scalars("value_strength", [1.0] * c.kv_heads)
-        rows = rows.reshape(*tokens.shape, c.kv_heads, c.head_dim) * strength[:, None]
+        if c.value_gates:
+            gate = self.scalars("value_gate", np.zeros((min(GATE_INPUTS, c.n_embd), c.kv_heads)))
+            read = x[..., : len(gate)].astype(jnp.float32)
+            strength = 2 * jax.nn.sigmoid((read[..., None] * gate).sum(-2))
+        else:
+            strength = self.scalars("value_strength", [1.0] * c.kv_heads)
+        rows = rows.reshape(*tokens.shape, c.kv_heads, c.head_dim) * strength[..., None]
         return constrain(rows.astype(self.dtype), "batch", "position", "act_heads", None)
 
 

@@ -17,7 +17,7 @@ from scalegpt.errors import Mistake
 from scalegpt.model.gpt import GPT
 
 STACKED = ("layers", "qkv")  # axes that number matrices or vectors
-_VECTORS = {("norm",), ("mlp",), ("heads", "kv"), ("kv_heads", "kv"), (None,)}
+_VECTORS = {("norm",), ("mlp",), ("heads", "kv"), ("kv_heads", "kv"), (None,), (None, None)}
 
 
 class Parameter(NamedTuple):
@@ -31,8 +31,8 @@ class Parameter(NamedTuple):
         """Say whether it is of the "head", "embeddings", "matrices", "adapters" or "scalars".
 
         matrices: those of the layers, which all have the axis `embed`; adapters: LoRA's factors;
-        scalars: norms, biases and learned numbers. Raises Mistake for other axes: a new matrix
-        would pass for a bias, which neither decays nor is Muon's nor counts as FLOPs.
+        scalars: norms, biases, gates and learned numbers. Raises Mistake for other axes: a new
+        matrix would pass for a bias, which neither decays nor is Muon's nor counts as FLOPs.
         """
         if "lora" in self.axes:
             return "adapters"
