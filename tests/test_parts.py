@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -269,10 +270,14 @@ def test_a_limit_that_a_span_may_not_fit_in_is_refused(bucket, tmp_path):
     assert run(disk_limit=size * 17, shuffle_span=2000).spans > 7
     with pytest.raises(Mistake, match=r"data.disk_limit=.* GB, but the data set has .* GB in buck"):
         run(disk_limit=size * 0.999)
-    with pytest.raises(
-        Mistake, match=r"but the files that data.shuffle_span=800 tokens lie in may"
-    ):
-        run(disk_limit=size * 0.999, shuffle_span=800)
+    need = []
+    for pack in ("windows", "best_fit"):  # of which a row has pieces of documents from further away
+        with pytest.raises(
+            Mistake, match=r"but the files that data.shuffle_span=800 tokens lie in may"
+        ) as caught:
+            run(disk_limit=size * 0.999, shuffle_span=800, pack=pack)
+        need.append(float(re.search(r"may have (\S+) GB", str(caught.value))[1]))
+    assert need[0] < need[1]
     with pytest.raises(Mistake, match=r"data.disk_limit leaves .*; raise it, or prepare the text"):
         fs = fsspec.filesystem("memory")
         fs.put(str(tmp_path / "one"), "/alone", recursive=True)

@@ -21,7 +21,7 @@ import numpy as np
 from grain.experimental import index_shuffle
 
 from scalegpt.config import BatchConfig
-from scalegpt.data.documents import DocumentText, reach
+from scalegpt.data.documents import DocumentText
 from scalegpt.data.joined import CopiedFile, Joined
 from scalegpt.data.packing import PackedRows
 from scalegpt.data.prompts import Prompts
@@ -411,9 +411,8 @@ class CopiedAhead:
     def __init__(self, order: TrainOrder, text: Any):
         streams = (text.tokens, text.ends) if isinstance(text, DocumentText) else (text,)
         self.streams = [s for s in streams if isinstance(s, Joined) and s.copied]
-        self.order, self.span, self.reach = order, -1, 0
-        if isinstance(text, DocumentText) and text.key is not None:
-            self.reach = reach(len(text), text.documents)
+        self.order, self.span = order, -1
+        self.reach = text.reach if isinstance(text, DocumentText) else 0
 
     def reached(self, span: int) -> None:
         """Say that a window of a span is going to be read."""

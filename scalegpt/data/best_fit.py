@@ -19,6 +19,11 @@ ROWS = 128
 CACHED = 512  # of some 10 KiB each
 
 
+def group_tokens(block_size: int) -> int:
+    """Return the most tokens of the text that a group of rows is filled from."""
+    return ROWS * (block_size + 1)
+
+
 class Group(NamedTuple):
     """A group is the rows that some text fills, each a list of (place in the file, length), and the
     parts of documents which that text is, with their end-of-text marks."""
@@ -43,6 +48,11 @@ class FittedText(DocumentText):
         super().__init__(*text, **options)
         self.block_size, self.ended = block_size, self.mark or self.ends is None
         self._cached = lru_cache(CACHED)(self.group)
+
+    @property
+    def reach(self) -> int:
+        """As of DocumentText: a row holds what lies anywhere in its group."""
+        return super().reach + group_tokens(self.block_size)
 
     def window(self, start: int, width: int) -> np.ndarray:
         """Return the row whose window begins at `start`, int32 [T + 1]."""

@@ -17,7 +17,7 @@ from scalegpt.config.loading import validate
 from scalegpt.config.presets import recipe
 from scalegpt.data import datatrove, tokenizer
 from scalegpt.data.batches import PIECES, TrainBatches, rows_together, train_order
-from scalegpt.data.best_fit import FittedText
+from scalegpt.data.best_fit import FittedText, group_tokens
 from scalegpt.data.documents import DocumentText, reach
 from scalegpt.data.joined import Joined
 from scalegpt.data.packing import PackedRows, one_in_each_row, pack
@@ -104,6 +104,7 @@ def _check_disk_limit(config: Config, dataset: Dataset) -> None:
         stops, width = np.cumsum([0, *sizes]), order.piece * order.block_size
         moved = config.data.shuffle == "documents" and dataset.train_ends is not None
         beyond = reach(len(train), len(dataset.train_ends)) if moved else 0
+        beyond += group_tokens(order.block_size) if config.data.pack == "best_fit" else 0
         begins = np.arange(0, len(train), width)
         ends = np.minimum(begins + width + order.block_size + beyond, len(train)) - 1
         begins = np.maximum(begins - beyond, 0)

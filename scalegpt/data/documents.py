@@ -82,6 +82,11 @@ class DocumentText:
         """Whether windows may have targets that are not predicted."""
         return self.marked and self.documents > 0 and not self.mark
 
+    @property
+    def reach(self) -> int:
+        """About how many tokens of the file lie between a window's place and what it holds."""
+        return 0 if self.key is None else reach(len(self), self.documents)
+
     def window(self, start: int, width: int) -> np.ndarray:
         """Return the `width` tokens from `start` on, fewer at the end, int32: of epoch e from e
         times the length on."""
