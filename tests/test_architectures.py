@@ -202,6 +202,7 @@ def test_every_leaf_goes_into_a_format_and_back_bitwise(name):
 # Keys that change nothing that a format describes.
 ANYTHING = {"preset", "depth", "vocab_multiple", "isolate", "bos", "dropout", "init", "dtype"}
 ANYTHING |= {"attention", "scan_layers", "remat", "loss_chunk"}
+ANYTHING |= {"ngram", "value_gates"}  # of parts that no format has
 ANOTHER = dict(n_kv_head=1, head_size=26, position="learned", rope_scaling=LINEAR, window=7)
 ANOTHER |= dict(window_pattern="SL", attention_scale=0.5, mlp="geglu", n_inner=44, norm_eps=0.5)
 ANOTHER |= dict(activation="silu", norm="layernorm", softcap="rsqrt", logit_softcap=3.0, n_head=6)
