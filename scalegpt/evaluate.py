@@ -5,8 +5,11 @@ however often it is evaluated.
 """
 
 if __name__ == "__main__":
+    import gc
+
     from scalegpt.processes.exits import leave_on_interrupt
 
+    gc.disable()  # until `run_command`: nothing that is imported is garbage
     leave_on_interrupt()
 
 import argparse

@@ -1,8 +1,11 @@
 """This command writes text: `python -m scalegpt.generate --run out/NAME --prompt "..."`."""
 
 if __name__ == "__main__":
+    import gc
+
     from scalegpt.processes.exits import leave_on_interrupt
 
+    gc.disable()  # until `run_command`: nothing that is imported is garbage
     leave_on_interrupt()
 
 import argparse

@@ -6,6 +6,9 @@ checkpoint could not be written, or none could for checkpoint.patience seconds.
 """
 
 if __name__ == "__main__":
+    import gc
+
+    gc.disable()  # until `run_command`: nothing that is imported is garbage
     # Signals end the process at once until StopRequest listens, after the import of JAX. During the
     # import a KeyboardInterrupt may be swallowed, or end in a page of JAX's traceback.
     from scalegpt.processes.exits import leave_on_signals

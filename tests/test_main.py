@@ -1,5 +1,6 @@
 """The commands by other names: `python -m scalegpt`, and the scripts that a wheel installs."""
 
+import gc
 import runpy
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from conftest import ROOT
 
 from scalegpt.__main__ import COMMANDS, main
 from scalegpt.errors import Mistake
+from scalegpt.processes import streams
+from scalegpt.processes.command import run_command
 
 SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 
@@ -34,6 +37,15 @@ def test_each_command_has_a_script_that_does_as_python_m_does(monkeypatch):
         EntryPoint(script, function, "console_scripts").load()()
         module = script.replace("-", ".")
         assert ran.pop() == (module, {"run_name": "__main__", "alter_sys": True})
+
+
+def test_garbage_is_collected_from_the_first_line_of_a_command_on(monkeypatch):
+    monkeypatch.setattr(streams, "prepare", lambda essential: None)
+    monkeypatch.setattr(gc, "freeze", lambda: None)
+    gc.disable()  # as the commands do while they import
+    with pytest.raises(SystemExit) as ended:
+        run_command(lambda argv: int(gc.isenabled()))
+    assert ended.value.code == 1
 
 
 @pytest.mark.slow

@@ -321,6 +321,8 @@ class GPT(_Layer):
             in_axes=(0, nn.broadcast, nn.broadcast),
             length=c.n_layer,
             unroll=1 if c.scan_layers else c.n_layer,
+            # The check traces the layers twice, on which the initial values of a seed depend.
+            check_constancy_invariants=self.is_initializing(),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, self.dtype, self.attention, self.lora, name="h")
         context = Context(x, tokens, rotary, starts)

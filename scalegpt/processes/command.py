@@ -1,6 +1,7 @@
 """How a command ends: its exit code, and one message for a user's mistake."""
 
 import errno
+import gc
 import shlex
 import shutil
 import signal
@@ -34,6 +35,8 @@ def run_command(main: Main, essential: bool = True) -> NoReturn:
     essential: what it prints is its result, so that it fails where that cannot be written.
     """
     streams.prepare(essential)
+    gc.freeze()  # modules stay, and looking through them again and again would take time
+    gc.enable()
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # by exits.leave_on_interrupt
         signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(exit_code(main, sys.argv[1:]))

@@ -128,7 +128,12 @@ def build_steps(config: Config, mesh: Mesh, dtype: str, implementation: str) -> 
         abstract,
         batches,
         windows,
-        jit_init=jax.jit(lambda: nn.unbox(init()), out_shardings=shardings),
+        jit_init=jax.jit(
+            lambda: nn.unbox(init()),
+            out_shardings=shardings,
+            # It runs once: LLVM's costlier passes would take longer than they save.
+            compiler_options={"xla_backend_optimization_level": 1} if on_cpu else None,
+        ),
         jit_train=jax.jit(
             partial(train_step, config, model, sums),
             in_shardings=(shardings, batches),
@@ -145,8 +150,10 @@ def build_steps(config: Config, mesh: Mesh, dtype: str, implementation: str) -> 
 
 def initial_state(config: Config, model: GPT) -> State:
     """Make the state before the first update; its arrays are boxed with their logical axes."""
-    # Attention has no parameters, and its kernels refuse a batch of one row.
-    plain = model.clone(attention="xla")
+    # Attention has no parameters, and its kernels refuse a batch of one row. A loop over the layers
+    # makes the same values, and compiles faster.
+    looped = model.config.model_copy(update={"scan_layers": True})
+    plain = model.clone(config=looped, attention="xla")
     params = plain.init(jax.random.key(config.run.seed), jnp.zeros((1, 1), jnp.int32))["params"]
     trained = parted(params, partial(is_trained, config.lora))[0]
     opt_state = optimizer(config.optim, parameters(config.model, config.lora)).init(trained)
