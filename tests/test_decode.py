@@ -12,6 +12,7 @@ import pytest
 from scalegpt.config.loading import validate
 from scalegpt.inference.decode import decoder
 from scalegpt.inference.sampling import Sampler
+from scalegpt.model.attention import cached_attention
 from scalegpt.model.gpt import Cache, head_table, logits, separate_layers
 from scalegpt.step import build, sharding
 
@@ -147,9 +148,20 @@ def test_greedy_text_is_a_naive_loop_over_the_model(tied):
     assert len(set(want[0])) > 3  # a model that repeats one id would prove little
 
 
+@pytest.mark.parametrize("used", [5, 127, 128, 299])
+def test_the_part_that_is_filled_is_as_good_as_the_whole_cache(used):
+    """A server's cache has slots for the longest text; of these 300, 128, 256 or all are read."""
+    keys = jax.random.split(jax.random.key(used), 5)
+    q, k, v = (jax.random.normal(key, (2, 1, 2, 4)) for key in keys[:3])
+    past = tuple(jax.random.normal(key, (2, 2, 300, 4)) for key in keys[3:])
+    arguments = q, k, v, past, jnp.array([0, 3]), jnp.int32(used)
+    part, whole = (cached_attention(*arguments, whole=whole)[0] for whole in (False, True))
+    np.testing.assert_allclose(part, whole, rtol=0, atol=1e-6)
+
+
 @pytest.mark.slow
-def test_a_cache_that_is_read_in_growing_parts_gives_the_same_text():
-    """From 128 slots on only the filled part is read: here 128, 256, then all of 512."""
+def test_a_cache_that_grows_gives_the_same_text():
+    """From 128 slots on it doubles when it is full: here to 256 and 512."""
     steps = steps_of({"block_size": 300}, devices=1)
     params = params_of(steps, 0.5, seed=5)
     prompt = np.random.default_rng(0).integers(0, VOCAB, 120).tolist()

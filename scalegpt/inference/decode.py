@@ -2,7 +2,8 @@
 
 Shapes: N texts, P tokens of a padded prompt, S slots of the cache, V padded vocabulary.
 P and S are powers of two, at most block_size for P, so that neither a growing text nor a prompt of
-about the same length compiles anything anew.
+about the same length compiles anything anew. From LEAST on, S doubles when the cache is full: a
+step reads all of it, as to read a part of it would first copy that part.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,8 @@ from scalegpt.model.lora import is_adapter, merged, parted
 from scalegpt.step import sharding
 from scalegpt.step.build import Steps
 
+LEAST = 128  # slots of a cache that will be doubled
+
 
 @dataclass(frozen=True)
 class Decoder:
@@ -36,6 +39,7 @@ class Decoder:
     params: as `separate_layers` returns them. prefill(params, tokens [N, P], first [N], seen, key,
     i, slots) and step(params, ids [N], (cache, seen), key, i) -> (ids [N], (cache, seen)), where
     seen is as for `sample_token`. begin(tokens [N, 1], first [N], slots) -> (ids [N], empty cache).
+    grow(cache) -> the same cache with twice the slots.
     """
 
     steps: Steps
@@ -45,6 +49,7 @@ class Decoder:
     begin: Callable
     prefill: Callable
     step: Callable
+    grow: Callable
 
     def with_params(self, params: Any) -> "Decoder":
         """Return this decoder for other parameters of the same model; nothing is compiled again.
@@ -83,11 +88,16 @@ class Decoder:
             key = jax.random.key(seed)
         results = [Results(codec) for _ in texts] if codec and codec.marks else []
         new, state = self._read(texts, key, 0, from_cache)
+        filled = self._width(texts)
         for i in range(1, max_new_tokens):
             if i < from_cache:
                 # Dispatched before the ids of the last step are read, so the device never waits.
                 with jax.set_mesh(self.steps.mesh):
+                    cache, seen = state
+                    if filled == cache.slots:
+                        state = self.grow(cache), seen
                     following, state = self.step(self.params, new, state, key, i)
+                filled += 1
             yield (ids := np.asarray(new))[: len(prompts)]
             for text, token in zip(texts, ids.tolist(), strict=True):
                 text.append(token)
@@ -101,14 +111,16 @@ class Decoder:
             new = following
         yield np.asarray(new)[: len(prompts)]
 
+    def _width(self, texts: list[list[int]]) -> int:
+        """Return how many slots of a cache the padded texts fill, of each its last block_size."""
+        block, longest = self.steps.model.config.block_size, max(map(len, texts))
+        # A step can read prompts of one token, so that no prefill need be compiled for them.
+        return 1 if longest == 1 else min(block, bucket(longest))
+
     def _read(self, texts: list[list[int]], key: Array, i: int, new: int) -> tuple[Array, Any]:
         """Fill a cache with the texts, with room for `new` tokens, and draw the first of them."""
-        steps, config = self.steps, self.steps.model.config
-        windows = [text[-config.block_size :] for text in texts]
-        longest = max(map(len, windows))
-        # A step can read prompts of one token, so that no prefill need be compiled for them.
-        width = 1 if longest == 1 else min(config.block_size, bucket(longest))
-        tokens, first = padded(windows, width)
+        steps, width = self.steps, self._width(texts)
+        tokens, first = padded([text[-width:] for text in texts], width)
         seen = None
         if self.sampler.repetition_penalty != 1:
             seen = np.zeros((len(texts), self.vocab_size), bool)
@@ -119,7 +131,7 @@ class Decoder:
             lambda x: sharding.to_global(x[rows], rows, steps.eval_sharding, len(texts)),
             (tokens, first, seen),
         )
-        slots = bucket(width + new - 1)
+        slots = min(bucket(width + new - 1), max(LEAST, bucket(width)))
         with jax.set_mesh(steps.mesh):
             if width == 1:
                 ids, cache = self.begin(tokens, first, slots)
@@ -158,6 +170,7 @@ def decoder(
         jax.jit(begin, static_argnums=2),
         jax.jit(prefill, static_argnums=6),
         jax.jit(step, donate_argnums=2),
+        jax.jit(_grown),
     )
 
 
@@ -217,10 +230,10 @@ def padded(texts: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.n
 
 def _begin(model: GPT, tokens: Array, first: Array, slots: int) -> tuple[Array, Cache]:
     with nn.logical_axis_rules(tuple(sharding.RULES.items())):
-        return constrain(tokens[:, 0], None), empty_cache(model, first, slots)
+        return constrain(tokens[:, 0], None), empty_cache(model, first, slots, grows=True)
 
 
-def empty_cache(model: GPT, first: Array, slots: int) -> Cache:
+def empty_cache(model: GPT, first: Array, slots: int, grows: bool = False) -> Cache:
     c = model.config
     shape = (len(first), c.kv_heads, slots, c.head_dim)
 
@@ -229,7 +242,18 @@ def empty_cache(model: GPT, first: Array, slots: int) -> Cache:
 
     layers = tuple((empty(), empty()) for _ in range(c.n_layer))
     recent = constrain(jnp.zeros((len(first), c.lookback), jnp.int32), "batch", None)
-    return Cache(layers, first, jnp.zeros((), jnp.int32), recent)
+    return Cache(layers, first, jnp.zeros((), jnp.int32), recent, grows)
+
+
+def _grown(cache: Cache) -> Cache:
+    """Return the cache with as many empty slots again behind those that it has."""
+
+    def doubled(x: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, x.shape[2]), (0, 0)))
+        return constrain(x, "batch", "act_heads", None, None)
+
+    with nn.logical_axis_rules(tuple(sharding.RULES.items())):
+        return cache.replace(layers=jax.tree.map(doubled, cache.layers))
 
 
 def _for_decoding(params: Any, model: GPT, keep: bool) -> Any:

@@ -160,12 +160,14 @@ def cached_attention(
     used: Array,
     window: int | None = None,
     scale: float | None = None,
+    whole: bool = False,
 ) -> tuple[Array, tuple[Array, Array]]:
     """Attend from new tokens to themselves and those in the cache; return also the cache with both.
 
     q, k, v: of the new tokens, as for `causal_attention`. past: the cached keys and values,
     [B,N,S,K], of which the slots before `used` are filled; the new tokens take the next T. used:
     one number, or [B]. Row b begins at slot first[b]; nothing attends to the slots before that.
+    whole: read the whole cache, and not only as much of it as may be filled.
     """
 
     def appended(old: Array, new: Array) -> Array:
@@ -190,8 +192,10 @@ def cached_attention(
         weights = jax.nn.softmax(scores).astype(v.dtype)
         return _ungrouped(jnp.einsum("bhts,bhsk->bthk", weights, v), heads)
 
-    # The cache is mostly empty, and reading all of it would cost as much as reading the weights.
     size = past[0].shape[2]
+    if whole:
+        return attend(size, q, *past), past
+    # The cache is mostly empty, and reading all of it would cost as much as reading the weights.
     sizes = [2**i for i in range(7, size.bit_length()) if 2**i < size] + [size]
     smallest = jnp.searchsorted(jnp.array(sizes), used.max() + q.shape[1])
     return jax.lax.switch(smallest, [partial(attend, n) for n in sizes], q, *past), past

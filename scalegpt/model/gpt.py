@@ -46,12 +46,19 @@ class Cache:
     layers: (keys, values) of each layer, both [B, N, S, K]. first [B]: where each text begins.
     used: how many slots are filled, of all rows, or [B] of each. Where it is of all, shorter texts
     are padded on the left. recent [B, model.lookback]: the tokens before the next one, or padding.
+    grows: its slots become more as they are filled, so that few are empty.
     """
 
     layers: tuple[tuple[Array, Array], ...]
     first: Array
     used: Array
     recent: Array
+    grows: bool = struct.field(pytree_node=False, default=False)
+
+    @property
+    def slots(self) -> int:
+        """How many tokens of a row fit into it."""
+        return self.layers[0][0].shape[2]
 
 
 @struct.dataclass
@@ -181,7 +188,8 @@ class Attention(_Layer):
         else:
             past, window = cache.layers[layer], c.windows[layer]
             y, cached = cached_attention(
-                q, key, v, past, cache.first, cache.used, window, c.attention_scale
+                *(q, key, v, past, cache.first, cache.used, window, c.attention_scale),
+                whole=cache.grows,
             )
         kernel = self.weight("proj_kernel", (h, k, d), ("heads", "kv", "embed"))
         y = project("bthk,hkd->btd", y, kernel) + self.bias("proj_bias", (d,), ("norm",))
@@ -345,8 +353,8 @@ class GPT(_Layer):
         positions = positions[:, back:]
         rotary = None
         if c.position == "rope":
-            slots = cache.layers[0][0].shape[2]  # block_size may be far more than any text needs
-            tables = rotary_tables(slots, c.head_dim, c.rope_base, c.rope_scaling)
+            # block_size may be far more than any text needs
+            tables = rotary_tables(cache.slots, c.head_dim, c.rope_base, c.rope_scaling)
             rotary = tuple(jnp.asarray(table)[positions] for table in tables)
         context, layers = Context(x, tokens, rotary), []
         x = (x, x) if c.backout else x
@@ -354,8 +362,8 @@ class GPT(_Layer):
             block = Block(c, self.dtype, self.attention, name=f"h_{i}")
             x, layer = block(x, i, None, context, cache)
             layers.append(layer)
-        cache = Cache(tuple(layers), cache.first, cache.used + length, read[:, length:])
-        return self._final_norm(x), cache
+        used, recent = cache.used + length, read[:, length:]
+        return self._final_norm(x), cache.replace(layers=tuple(layers), used=used, recent=recent)
 
     # Parameters are made in this order: wte, wpe, the layers, head_kernel, ln_f. Linen derives its
     # random keys from it, so that another order would change the initial weights of a seed.
