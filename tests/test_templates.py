@@ -152,12 +152,15 @@ def test_a_mark_in_a_message_is_text(name, tmp_path):
 
 def test_special_tokens_of_one_character_and_none_at_all(nanochat):
     content = nanochat.spec()["json"]
-    token = {**content["added_tokens"][0], "content": "§", "id": nanochat.vocab_size}
-    json_ = {**content, "added_tokens": [*content["added_tokens"], token]}
+    first, size = content["added_tokens"][0], nanochat.vocab_size
+    names = ("§", "<§>", "")  # the first is a part of the second
+    token, *more = [{**first, "content": x, "id": size + i} for i, x in enumerate(names)]
+    json_ = {**content, "added_tokens": [*content["added_tokens"], token, *more]}
     codec = tokenizer.load({**nanochat.spec(), "json": json_})
     codec = with_source(codec, "§{{ messages[0].content }}§")
-    ids = encode_prompt(codec, [user("a§§b")]).tolist()
-    assert ids == [token["id"], *codec.encode("a§§b"), token["id"]]
+    for text in ("a§§b", "a<§>b"):
+        ids = encode_prompt(codec, [user(text)]).tolist()
+        assert ids == [token["id"], *codec.encode(text), token["id"]]
     codec = with_source(nanochat, "Q: {{ messages[0].content }}")
     assert encode_prompt(codec, [user("<|bos|>")]).tolist() == codec.encode("Q: <|bos|>").tolist()
 
@@ -173,6 +176,7 @@ def test_an_answer_ends_with_what_the_files_or_the_template_say(nanochat, tmp_pa
     assert templates.with_end(codec).ends == codec.ends | {end}
     (folder / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
     assert tokenizer.load(with_template(spec, folder)).template["ends"] == [5, 6]
+    assert with_source(nanochat, "-", ends=[5, -1, nanochat.vocab_size]).ends == {5, end}
     python = nanochat.special["<|python_start|>"]
     ids = [*nanochat.encode("So é"), python, *nanochat.encode("1"), end, 7]
     assert content_of(nanochat, ids) == "So é1"
@@ -230,6 +234,8 @@ def test_what_may_be_wrong_with_a_template_is_said(nanochat, monkeypatch):
         ("{{ ''.__class__.__mro__ }}", "refuses the conversation: access to attribute"),
         ("{% set n = namespace(_a=1) %}", "a namespace may not have _a"),
         ("{{ messages.append(1) }}", "refuses the conversation"),
+        ("{{ '\\ud800' }}", "refuses the conversation: 'utf-8' codec"),
+        ("{{ messages[0].nothing }}", "makes nothing of the conversation"),
     ):
         with pytest.raises(Mistake, match=message):
             encode_prompt(with_source(nanochat, source), TALK)
@@ -267,6 +273,27 @@ def test_old_turns_are_left_out_and_tasks_are_asked(nanochat):
         np.testing.assert_array_equal(prompt, encode_prompt(nanochat, example["messages"]))
     longest = max(len(nanochat.encode(example["answer"])) for example in task.examples)
     assert task.new_tokens == 2 * (longest + 1)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 'a' * 10**10 }}",
+        "{{ 10**10 * 'a' }}",
+        "{{ [0] * 10**10 }}",
+        "{{ 10 ** (10**8) > 1 }}",
+        "{% set ns = namespace(a='a') %}{% for i in range(40) %}{% set ns.a = ns.a + ns.a %}"
+        "{% endfor %}",
+        "{% set ns = namespace(a='a') %}{% for i in range(40) %}{% set ns.a = ns.a ~ ns.a %}"
+        "{% endfor %}",
+        "{% set ns = namespace(a='a') %}{% for i in range(40) %}"
+        "{% set ns.a %}{{ ns.a }}{{ ns.a }}{% endset %}{% endfor %}",
+        "{% for i in range(1000) %}{{ 'a' * 10**6 }}{% endfor %}",
+    ],
+)
+def test_a_template_makes_no_text_that_fills_the_memory(nanochat, source):
+    with pytest.raises(Mistake, match=r"more than 33,554,432 characters"):
+        encode_prompt(with_source(nanochat, source), TALK)
 
 
 @pytest.mark.oracle

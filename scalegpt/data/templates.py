@@ -1,7 +1,7 @@
 """Chat templates of others' weights: a conversation becomes the ids that transformers gives it.
 
 A template is a program in Jinja's language and comes with the weights, so it runs in Jinja's
-sandbox, for a limited time.
+sandbox, for a limited time, and makes texts of a limited size.
 """
 
 import json
@@ -21,6 +21,7 @@ from scalegpt.data.tokenizer import Tokenizer
 from scalegpt.errors import Mistake
 
 SECONDS = 5.0  # that a template may take for a conversation
+MOST = 2**25  # characters in all the texts that it may make, and items in its lists
 _NO_CHARACTER = "\ufdd0"  # which Unicode keeps free for a program's own use
 
 
@@ -36,7 +37,8 @@ def encode(codec: Tokenizer, messages: Sequence[dict[str, Any]], prompt: bool) -
         raise Mistake("a call of a tool is in a message, and the model's chat template has none")
     # A mark that no message has splits each token that a message spells, until it is rendered.
     mark = _NO_CHARACTER * (1 + "".join(texts).count(_NO_CHARACTER))
-    split = [codec.spelt.sub(lambda m: m[0][0] + mark + m[0][1:], text) for text in texts]
+    # After each character, as one token may be a part of another.
+    split = [codec.spelt.sub(lambda m: mark.join(m[0]) + mark, text) for text in texts]
     roles = [message["role"] for message in messages]
     talk = [{"role": r, "content": text} for r, text in zip(roles, split, strict=True)]
     whole = rendered(codec, talk, prompt)
@@ -70,19 +72,28 @@ def rendered(codec: Tokenizer, messages: Sequence[dict[str, str]], prompt: bool)
     values = {**codec.template["variables"], "messages": messages, "add_generation_prompt": prompt}
     try:
         with _at_most(SECONDS):
-            return template.render(**values, tools=None, documents=None)
+            text = template.render(**values, tools=None, documents=None)
+            text.encode()  # half a surrogate pair is no text
     except Mistake:
         raise
     except Exception as error:  # a program may fail in any way
         raise Mistake(f"the model's chat template refuses the conversation: {error}") from None
+    if not text:  # nothing could be answered
+        raise Mistake("the model's chat template makes nothing of the conversation")
+    return text
 
 
 @contextmanager
 def _at_most(seconds: float) -> Iterator[None]:
-    """Raise Mistake in Python code of this thread that runs for longer."""
-    until, before = time.monotonic() + seconds, sys.gettrace()
+    """Raise Mistake in Python code of this thread that runs for longer, or returns too much."""
+    until, before, made = time.monotonic() + seconds, sys.gettrace(), 0
 
     def trace(frame: Any, event: str, argument: Any) -> Any:
+        nonlocal made
+        if event == "return" and isinstance(argument, str | list | tuple):
+            made += len(argument)
+            if made > MOST:
+                raise Mistake(f"the model's chat template makes more than {MOST:,} characters")
         if time.monotonic() > until:
             raise Mistake(f"the model's chat template takes more than {seconds:g} seconds")
         return trace
@@ -131,6 +142,26 @@ def _compiled(source: str) -> Any:
                 raise SecurityError(f"a namespace may not have {name}")
             super().__setitem__(name, value)
 
+    class Sandbox(ImmutableSandboxedEnvironment):
+        """The sandbox, with operators as functions, so that what they return is counted."""
+
+        intercepted_binops = frozenset({"+", "*", "**", "%"})
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            match left, right:  # what would be there before it could be counted
+                case (str() | list() | tuple(), int()):
+                    made = len(left) * right
+                case (int(), str() | list() | tuple()):
+                    made = len(right) * left
+                case (int(), int()):  # bits
+                    bits = left.bit_length()
+                    made = bits * right if operator == "**" else bits + right.bit_length()
+                case _:
+                    made = 0
+            if operator in ("*", "**") and made > MOST:
+                raise SecurityError(f"{operator} would make more than {MOST:,} characters")
+            return super().call_binop(context, operator, left, right)
+
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
@@ -144,7 +175,7 @@ def _compiled(source: str) -> Any:
         options = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
         return json.dumps(x, ensure_ascii=ensure_ascii, **options)
 
-    environment = ImmutableSandboxedEnvironment(
+    environment = Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
     )
     environment.filters["tojson"] = tojson

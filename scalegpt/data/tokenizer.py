@@ -161,9 +161,9 @@ class Tokenizer:
 
     @property
     def ends(self) -> frozenset[int]:
-        """The ids of which each ends an answer."""
+        """The ids of which each ends an answer, less what others name outside the vocabulary."""
         ends = {self.end, *self.template.get("ends", ())}
-        return frozenset(i for i in ends if i is not None)
+        return frozenset(i for i in ends if i is not None and 0 <= i < self.vocab_size)
 
     @property
     def spelt(self) -> re.Pattern:
@@ -423,7 +423,8 @@ def _hugging_face(spec: dict[str, Any]) -> Tokenizer:
     size = max(bpe.get_vocab(with_added_tokens=True).values(), default=-1) + 1  # may have gaps
     if not size:
         raise Mistake(f"{name} is not a Hugging Face tokenizer.json: its vocabulary is empty")
-    marks = {t["content"]: t["id"] for t in added_tokens(content) if t.get("special")}
+    special = [t for t in added_tokens(content) if t.get("special") and t["content"]]
+    marks = {t["content"]: t["id"] for t in special}
     letters = {re.sub("[^a-z/]", "", mark.lower()): mark for mark in reversed(marks)}
     known = [letters[mark] for mark in _EOT_NAMES if mark in letters]
     eot = next((marks[mark] for mark in (spec.get("eot"), *known) if mark in marks), None)
