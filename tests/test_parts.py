@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from bisect import bisect_right
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -197,6 +198,12 @@ def test_spans_are_copied_before_their_turn_and_a_run_reads_what_it_would_locall
     copied = bucket[1]
     ahead, end = remote.ahead[0], time.monotonic() + 30
     later = {file._name for s in (ahead.span, ahead.span + 1) for file in ahead._files(s)}
+    for row in range(0, 2 * order.n_windows, 5):
+        if order.span(row) in (ahead.span, ahead.span + 1):
+            start = int(order.window(np.array([row]))[0])
+            for at in (start, start + 16):
+                part = int(dataset.train.stops.searchsorted(at, "right"))
+                assert f"parts-7/{part}/train.bin" in later
     while not later <= {*copied} and time.monotonic() < end:
         time.sleep(0.01)
     assert later <= {*copied} and len(copied) == len({*copied})
@@ -455,6 +462,20 @@ def test_a_hundred_thousand_parts_of_a_trillion_tokens_cost_what_few_do():
     seconds, peak = time.perf_counter() - begin, tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(opened) < 1000 and seconds < 10 and peak < 40e6, (len(opened), seconds, peak)
+
+
+def test_the_file_of_an_element_is_found_also_of_what_was_cut():
+    ends = [np.array(part, "<u8") for part in ([300, 600, 1000], [], [400, 1000], [100, 200, 300])]
+    whole = Joined(ends.__getitem__, [3, 0, 2, 3], np.dtype("<u8"), [0, 1000, 1000, 2000])
+    assert [[*whole.files(*at)] for at in ((0, 1), (2, 3), (1, 5), (5, 8))] == [
+        [0],
+        [0],
+        [0, 1, 2],
+        [3],
+    ]
+    for text in (whole, whole.cut(2, 7, less=600), whole.cut(4, 8, less=1400)):
+        for value in range(0, int(text[-1]), 50):
+            assert bisect_right(text, value, *text.around(value)) == bisect_right(text[:], value)
 
 
 def test_no_more_files_are_open_than_may_be(monkeypatch):

@@ -123,7 +123,8 @@ class Joined:
 
     def files(self, start: int, stop: int) -> range:
         """Return the numbers of the files that elements `start` to `stop` - 1 lie in."""
-        return range(*(int(self.stops.searchsorted(i, "right")) for i in (start, stop - 1)))
+        first, last = (int(self.stops.searchsorted(i, "right")) for i in (start, stop - 1))
+        return range(first, last + 1)
 
     def file(self, k: int) -> np.ndarray | CopiedFile:
         return self._opened(k)
@@ -131,7 +132,8 @@ class Joined:
     def around(self, value: int) -> tuple[int, int]:
         """Return the first element, and the one after the last, of the file in which elements that
         ascend, and of which those of file k lie above added[k], come to exceed a value."""
-        k = max(0, int(self.added.searchsorted(self.dtype.type(value), "right")) - 1)
+        # Signed, as what `cut` takes from them may leave those of the first files below 0.
+        k = max(0, int(self.added.view(np.int64).searchsorted(value, "right")) - 1)
         return int(self.stops[k - 1]) if k else 0, int(self.stops[k])
 
     def __getitem__(self, index: int | slice) -> Any:
