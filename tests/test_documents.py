@@ -267,6 +267,17 @@ def test_rows_by_best_fit_are_full_and_predict_each_token_once(monkeypatch, mark
         assert np.array_equal(batches(np.arange(4), 4)[step].reshape(1, 8, 65), whole[step])
 
 
+@pytest.mark.parametrize("longest", [1, 2, 40])
+def test_text_without_marks_has_every_row_of_an_epoch(longest):
+    """A short document has few tokens to predict, so that the end of an epoch may fill few rows."""
+    tokens, ends = written(np.random.default_rng(1).integers(1, longest + 1, 900), False)
+    text, order = FittedText(tokens, ends, None, "k", block_size=16), TrainOrder(len(tokens), 16, 0)
+    for start in order.window(np.arange(order.n_windows)).tolist():
+        row = text.window(start, 17)
+        assert len(row) == 17 and row[0] == tokens[text.first_token(start)]
+        assert (row[1:] >= 0).any() == (longest > 1)
+
+
 def test_an_index_that_is_out_of_order_is_told():
     tokens, ends = written([5] * 20)
     ends[[3, 9]] = ends[[9, 3]]  # of a file above 256 MB, whose hash is not checked at the start

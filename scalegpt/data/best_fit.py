@@ -83,7 +83,10 @@ class FittedText(DocumentText):
         parts = self.parts(start, count * (self.block_size + (not self.ended)))
         lengths = np.minimum(parts.lengths + self.ended, len(self) - parts.places)
         parts = parts._replace(lengths=lengths)
-        return Group(filled(parts, self.block_size, count), parts)
+        # Text without marks may have too little for the last rows of an epoch, which then come
+        # again, and nothing that can be predicted where each document is one token.
+        rows = filled(parts, self.block_size, count) or [[(int(parts.places[0]), 1)]]
+        return Group([rows[i % len(rows)] for i in range(count)], parts)
 
     def shares(self) -> tuple[float, float]:
         """Return, from a sample of an epoch's groups, which share of the documents that fit into a
