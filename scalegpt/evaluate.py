@@ -385,7 +385,8 @@ def _splits(flags: argparse.Namespace, data: DataConfig) -> tuple[list[Split], l
     weights = {flags.data: 1.0} if flags.data else data.weights
     if "" in weights:
         raise Mistake("an imported model has no data of its own; give --data, --text or --task")
-    splits = [open_split(path, flags.split or "val", data.cache_dir) for path in weights]
+    limit = data.disk_limit and data.disk_limit * 1e9
+    splits = [open_split(path, flags.split or "val", data.cache_dir, limit) for path in weights]
     return splits, list(weights.values())
 
 

@@ -176,8 +176,15 @@ def test_parts_are_copied_when_they_are_read_and_make_room_for_others(folder, bu
         assert np.array_equal(texts[0].window(start, 99), texts[1].window(start, 99))
     assert on_disk(cache) > 12_000 >= len(open_dataset("memory://bucket", str(cache), 12_000).val)
     assert on_disk(cache) <= 12_000
+    split = open_split("memory://bucket", "train", str(cache), 12_000)  # as evaluate does
+    assert np.array_equal(split.tokens, one.train) and np.array_equal(split.ends, one.train_ends)
+    assert on_disk(cache) <= 12_000
     with pytest.raises(Mistake, match=r"a file of .* bytes is needed, and data.disk_limit allows"):
         open_dataset("memory://bucket", str(tmp_path / "other"), 4000)
+    whole = open_dataset("memory://bucket", str(cache))
+    open_dataset("memory://bucket", str(cache), 12_000)  # another run's limit
+    with pytest.raises(Mistake, match=r"train.idx is there no more, .* another data.cache_dir"):
+        whole.train_ends[:]
 
 
 BOTH = ("train.bin", "val.bin")

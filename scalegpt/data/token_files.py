@@ -136,12 +136,14 @@ def open_dataset(
     )
 
 
-def open_split(path: str | Path, split: str, cache_dir: str | None = None) -> Split:
+def open_split(
+    path: str | Path, split: str, cache_dir: str | None = None, limit: float | None = None
+) -> Split:
     """Open only "train" or "val" of the dataset at `path`, or the file `path` itself.
 
     Copies and raises as `open_dataset`.
     """
-    file = expanded(path).resolve()
+    file, copies = expanded(path).resolve(), None
     if file.suffix == ".ds" and file.is_file():
         raise Mistake(
             f"{file} is one of datatrove's files, which are read together: give {file.parent}"
@@ -150,14 +152,14 @@ def open_split(path: str | Path, split: str, cache_dir: str | None = None) -> Sp
         name, folder, split = file.name, file.parent, file.stem
         meta = read_meta(folder)[0]
     else:
-        name, folder, meta, _ = _locate(str(path), (split,), cache_dir)
+        name, folder, meta, copies = _locate(str(path), (split,), cache_dir, limit)
         file = folder / f"{split}.bin"
     if (kind := meta.get("kind", "text")) in ("pairs", "prompts"):
         raise Mistake(
             f"{name} holds {kind}, which no loss over text is measured on: give --task, or --data "
             "with text or conversations"
         )
-    tokens, ends = _open(file, meta)
+    tokens, ends = _open(file, meta, copies)
     rate = _bytes_per_token(meta, split, tokens)
     return Split(name, meta["tokenizer"], meta["vocab_size"], tokens, rate, kind, ends)
 
@@ -269,7 +271,13 @@ def _join(
 
     def opened(k: int) -> np.ndarray | CopiedFile:
         if copies is None:
-            return np.asarray(np.memmap(path(k), dtype, "r"))
+            try:
+                return np.asarray(np.memmap(path(k), dtype, "r"))
+            except FileNotFoundError:
+                raise Mistake(
+                    f"{path(k)} is there no more, as where a run with data.disk_limit has made "
+                    "room; start again, with another data.cache_dir than that run's"
+                ) from None
         return CopiedFile(copies, name(k), dtype, lengths[k], facts[k][digests])
 
     return Joined(opened, lengths, dtype, added, copied=copies is not None)
