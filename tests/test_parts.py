@@ -356,6 +356,15 @@ def test_files_are_shared_by_several_parts_where_these_are_more(tmp_path, monkey
         assert min(documents) > 0.5 * max(documents)
         inputs = [file for m in metas for file in m["inputs"]]
         assert [f["from"] for f in inputs[1:]] == [f["to"] for f in inputs[:-1]]
+    if n == 4:
+        with open(source / "a.jsonl", "a") as file:
+            file.write('\n{"text": "new"}')
+        prepared(tmp_path, "many", "--part=0/4", "--force")
+        (tmp_path / "many" / "meta.json").unlink()
+        with pytest.raises(
+            Mistake, match=r"a.jsonl had .* for part 0/4, and .* for part 1/4: make"
+        ):
+            prepared(tmp_path, "many", "--merge")
 
 
 def test_the_lines_of_shares_are_those_of_the_file_at_any_place(tmp_path, monkeypatch):
@@ -372,6 +381,9 @@ def test_the_lines_of_shares_are_those_of_the_file_at_any_place(tmp_path, monkey
             shares = [b"".join(text_files.blocks(path, share)) for share in pairwise(cuts)]
             assert b"".join(shares) == text
             assert all(share.endswith(b"\n") for share in [*filter(None, shares)][:-1])
+    monkeypatch.setattr(text_files, "size_of", lambda path: 0)  # as some servers of URLs do
+    with pytest.raises(Mistake, match="lines does not say its size, by which lines are divided"):
+        [*text_files.blocks(path, (Fraction(0), Fraction(1, 2)))]
 
 
 def test_missing_and_damaged_parts_are_named(folder, tmp_path):

@@ -131,6 +131,15 @@ def manifests(out: Path, source: Callable[[Part], str]) -> list[dict[str, Any]]:
             f"{out} lacks {len(missing):,} of {len(parts):,} parts, or has them not whole: {shown}"
             f"{more}; make each by the same command with --part, as --part {missing[0]}"
         )
+    first: dict[str, tuple[int, Part]] = {}
+    for part, meta in zip(parts, metas, strict=True):
+        for file in meta["inputs"]:  # one that grew would have lines in two parts, or in none
+            size, before = first.setdefault(file["file"], (file["bytes"], part))
+            if size != file["bytes"]:
+                raise Mistake(
+                    f"{file['file']} had {size:,} bytes for part {before}, and {file['bytes']:,} "
+                    f"for part {part}: make its parts again, with --force"
+                )
     return metas
 
 

@@ -160,8 +160,13 @@ def blocks(path: Path | str, share: Share = WHOLE) -> Iterator[bytes]:
                     return
             if share == WHOLE:
                 yield from iter(partial(packed.read, BLOCK), b"")
-            else:
-                yield from _lines(packed, *(int(size_of(path) * part) for part in share))
+            elif size := size_of(path):
+                yield from _lines(packed, *(int(size * part) for part in share))
+            elif head:
+                raise Mistake(
+                    f"{path} does not say its size, by which lines are divided: make no more "
+                    "parts than there are files, or copy it to a disk"
+                )
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise Mistake(f"cannot read {path}: {error}") from error
 
