@@ -109,7 +109,7 @@ def _check_disk_limit(config: Config, dataset: Dataset) -> None:
         ends = np.minimum(begins + width + order.block_size + beyond, len(train)) - 1
         begins = np.maximum(begins - beyond, 0)
         first, last = (train.stops.searchsorted(at, "right") for at in (begins, ends))
-        need = int(np.sort(stops[last + 1] - stops[first])[-PIECES:].sum())
+        need = min(need, int(np.sort(stops[last + 1] - stops[first])[-PIECES:].sum()))
         where = f"the files that data.shuffle_span={span:g} tokens lie in may have"
     if (need := need + int(other.sum())) > limit * 1e9:
         raise Mistake(
