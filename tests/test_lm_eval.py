@@ -97,7 +97,7 @@ def own_tasks(tmp_path_factory):
                 "endings": [f"{text(2)[: rng.integers(9, 60)]} [title] end" for _ in range(4)],
                 "label": str(rng.integers(4)),
             }
-            for _ in range(12)
+            for _ in range(48)
         ],
         "lambada": [{"text": text(5)} for _ in range(12)],
         "rolling": [{"text": text(8)} for _ in range(6)],

@@ -35,7 +35,7 @@ SAMPLERS = [
 def model_of(mesh=None, devices=1):
     """Steps, parameters and decoder of a model of 256 places, whose attention has two sizes."""
     size = {"n_embd": 32, "n_head": 4, "block_size": 4 * READ, "vocab_size": CODEC.vocab_size}
-    parts = {"vocab_multiple": 8, "smear": True, "ngram_rows": 50, "ngram": 4}
+    parts = {"vocab_multiple": 8, "smear": True, "ngram_rows": 52, "ngram": 4}
     steps = steps_of(size | parts, mesh, devices)
     params = params_of(steps, 0.2)
     return steps, params, decoder(steps, params, Sampler(), CODEC.vocab_size)
