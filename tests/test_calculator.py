@@ -5,6 +5,7 @@ import json
 import lzma
 import re
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -138,20 +139,20 @@ def test_a_decoder_reads_the_results_that_it_is_given():
         answered("a[call]12*12[result]", False) + [120] * 9,  # what it would write itself
         [*b"no call here at all"],
     ]
-    read = []
+    read, state = [], (SimpleNamespace(slots=40), None)  # a cache that need not grow
 
     def draw(i):
         return np.array([script[i] for script in scripts], np.int32)
 
     def prefill(params, tokens, first, seen, key, i, slots):
-        return draw(i), None
+        return draw(i), state
 
     def step(params, ids, state, key, i):
         read.append(np.asarray(ids).tolist())
-        return draw(i), None
+        return draw(i), state
 
     steps = tiny_steps({"data": 1}, 1, jax.devices()[:1], TINY | {"block_size": 40})
-    write = Decoder(steps, None, Sampler(0), 263, None, prefill, step)
+    write = Decoder(steps, None, Sampler(0), 263, None, prefill, step, None)
     found = np.stack([*write.ids([[0, 1], [0, 2]], 13, codec=BYTES)], 1)
     assert BYTES.decode(found[0], marks=True) == "a<|call|>12*12<|result|>144<|back|>x"
     assert bytes(found[1].astype(np.uint8)) == b"no call here "
