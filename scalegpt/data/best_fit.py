@@ -37,8 +37,10 @@ class FittedText(DocumentText):
 
     The rows of an epoch are as many as its windows, and are known by where these begin. `ROWS`
     windows that follow each other are a group, whose text fills its rows by `filled`: so each row
-    is a pure function of the file, the key and the epoch. A document comes with the mark before it
-    and with the one that ends it. What is left of a group when its rows are full is left out.
+    is a pure function of the file, the key and the place of its window. A document comes with the
+    mark before it and with the one that ends it. As a mark counts twice so, the rows have no room
+    for the end of a group's text, which is left out. It is elsewhere in each epoch, as groups begin
+    with other windows, but for the end of the file.
 
     Nothing is predicted from another piece: its first token is there as its complement. With
     `marked`, BEGINS is added to that token besides.
@@ -72,12 +74,20 @@ class FittedText(DocumentText):
         return self._row(start)[0][0]
 
     def _row(self, start: int) -> list[tuple[int, int]]:
-        row = start % len(self) // self.block_size % ROWS
+        index, place = self._in_group(start)
+        row = min(index, place)  # of the first group, which may lack rows
         return self._cached(start - row * self.block_size).rows[row]
+
+    def _in_group(self, start: int) -> tuple[int, int]:
+        """Return the number of a window in its epoch, and in its group as if that lacked none."""
+        # An epoch's windows begin at a random phase, which serves to move its groups, too.
+        index, phase = divmod(start % len(self), self.block_size)
+        return index, (index + phase) % ROWS
 
     def group(self, start: int) -> Group:
         """Return the group whose first window begins at `start`."""
-        count = min(ROWS, (len(self) - 1 - start % len(self)) // self.block_size)
+        index, place = self._in_group(start)
+        count = min(ROWS - place, max(1, len(self) // self.block_size - 1) - index)
         # Each row takes T tokens, and another one for each of its pieces: without end-of-text
         # marks, which give one to each document, these come from the next group.
         parts = self.parts(start, count * (self.block_size + (not self.ended)))
@@ -101,8 +111,12 @@ class FittedText(DocumentText):
             for place, length, whole in list(zip(*map(np.ndarray.tolist, parts), strict=True))[:-1]:
                 if whole and length <= self.block_size + 1:
                     fit, cut = fit + 1, cut + ((place, length) not in pieces)
-            predicted += sum(length - 1 for _, length in pieces)
-            read += int((parts.lengths - 1).sum())
+            # Without marks, what the next group begins with is left out by that one, if at all.
+            stops = np.minimum(parts.lengths.cumsum(), len(rows) * self.block_size)
+            lengths = parts.lengths if self.ended else np.diff(stops, prepend=0)
+            own = int(np.maximum(lengths - 1, 0).sum())
+            predicted += min(own, sum(length - 1 for _, length in pieces))
+            read += own
         return cut / max(1, fit), 1 - predicted / max(1, read)
 
 
@@ -114,18 +128,26 @@ def filled(parts: Parts, block_size: int, count: int) -> list[list[tuple[int, in
     Where none fits, the row is filled with the begin of a longer one: of the longest that does not
     begin a document, as that is cut already, or else of the longest. Pieces of a cut document share
     a token, so that each token is predicted once. In a row, documents that begin come first.
+
+    The last parts are kept back until all others are in rows, and then come in the order of the
+    text: so what is left out is the end of the text, whatever the lengths of its documents.
     """
     width, rows, rest = block_size + 1, [], list[tuple[int, bool, int]]()
+    last, taken = list[tuple[int, bool, int]](), 0
     for place, length, begins in zip(*map(np.ndarray.tolist, parts), strict=True):
-        while length >= width:
+        # One token of each row is for a document that is cut there, whose pieces share a token.
+        taken += length - 1 + math.ceil((length - 1) / block_size)
+        while taken <= count * block_size and length >= width:
             rows.append([(place, width)])
             place, length, begins = place + block_size, length - block_size, False
         if length > 1:
-            rest.append((length, begins, place))
+            (rest if taken <= count * block_size else last).append((length, begins, place))
     rest.sort()
-    while rest and len(rows) < count:
+    last.reverse()
+    while (rest or last) and len(rows) < count:
         row, room = list[tuple[int, bool, int]](), width
-        while rest and room:
+        while (rest or last) and room:
+            rest = rest or [last.pop()]
             if i := bisect_right(rest, (room, True, math.inf)):
                 piece = rest.pop(i - 1)
             else:
