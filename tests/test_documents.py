@@ -553,6 +553,11 @@ def test_an_evaluation_may_keep_documents_apart_where_training_does_not(texts, t
         keys = {"data.document_mask": trained, "eval.document_mask": str(trained == "false")}
         config = resolved(given(texts, **keys), datasets)
         assert reports._apart(config, datasets).endswith(line)
+    marks = [replace(datasets[0], name="plays", train_ends=None, val_ends=None)]
+    config = resolved(given(texts, data__document_mask="true"), datasets)
+    told = reports._apart(config, marks + datasets)
+    assert told.endswith("within each document, by its index, in plays by end-of-text marks")
+    assert reports._apart(config, marks).endswith("within each document, by end-of-text marks")
     chat = SimpleNamespace(name="talk", config=given(texts, objective__name="sft"))
     with pytest.raises(ValueError, match="talk has learned from conversations.*--document-mask"):
         evaluate._masked(SimpleNamespace(document_mask=False), None, chat, 8)

@@ -80,8 +80,11 @@ def _apart(config: Config, datasets: list[Dataset]) -> str:
     def kept(model: ModelConfig) -> str:
         if not model.begins_in_batch:
             return "within each conversation" if model.isolate else "across documents"
-        indexed = all(d.train_ends is not None and d.val_ends is not None for d in datasets)
-        return f"within each document, by {'its index' if indexed else 'end-of-text marks'}"
+        without = [d.name for d in datasets if d.train_ends is None or d.val_ends is None]
+        if len(without) == len(datasets):
+            return "within each document, by end-of-text marks"
+        others = f", in {', '.join(without)} by end-of-text marks" if without else ""
+        return f"within each document, by its index{others}"
 
     model, evaluated = config.model, config.evaluated_model
     line = f" {kept(model)}" if model.isolate else ""
