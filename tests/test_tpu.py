@@ -12,7 +12,9 @@ from pathlib import Path
 import fake_gcloud
 import pytest
 import tpu
+from tpus.job import local_data
 
+from scalegpt.config import Config, DataConfig, RunConfig
 from scalegpt.processes.command import run_command
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -264,6 +266,28 @@ def test_data_from_here_is_copied_once(cloud, bottles, tmp_path, monkeypatch):
             assert (there / name).read_bytes() == (bottles / name).read_bytes()
     tpu.main(["run", "me", "--", *run])
     assert verbs(folder).count("scp") == 3  # sources, data, sources
+
+
+def test_data_in_parts_of_datatrove_and_of_prompts_are_copied_in_their_folders(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    sets = {
+        "parts": ["meta.json", "parts-2/0/train.bin", "parts-2/1/train.idx"],
+        "filtered": [f"{s}/0.ds{end}" for s in ("train", "val") for end in ("", ".index")],
+        "prompts": ["train.jsonl", "val.jsonl", "meta.json"],
+    }
+    sets["filtered"] += ["tokenizer.json", "train/0.ds.metadata"]
+    for name, files in sets.items():
+        for file in [*files, "other.txt", ".hidden.ds"]:
+            Path(name, file).parent.mkdir(parents=True, exist_ok=True)
+            Path(name, file).touch()
+        config = Config(data=DataConfig(path=f"./{name}"), run=RunConfig(out_dir="x"))
+        copied = local_data(config)
+        assert sorted(f for fs in copied.values() for f in fs) == sorted(
+            f"{name}/{file}" for file in files
+        )
+        assert all(str(Path(f).parent) == folder for folder, fs in copied.items() for f in fs)
 
 
 def test_an_out_dir_of_the_machine_is_fetched_before_it_is_deleted(cloud, tmp_path):

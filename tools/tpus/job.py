@@ -19,7 +19,9 @@ from tpus.machine import Machine, note
 
 from scalegpt.config import Config, command_line
 from scalegpt.config.presets import recipe
+from scalegpt.data import datatrove
 from scalegpt.errors import Mistake
+from scalegpt.files.folder import open_folder
 from scalegpt.processes.exits import Exit
 from scalegpt.processes.handshake import TOKEN
 
@@ -32,6 +34,10 @@ SOURCES = (
     "pyproject.toml",
     "README.md",
     "LICENSE",
+)
+DATA = (
+    *("train.bin", "val.bin", "train.idx", "val.idx", "train.jsonl", "val.jsonl", "meta.*"),
+    *("parts-*/*/*.bin", "parts-*/*/*.idx"),
 )
 # A run's numbers and the form of its checkpoints depend on these packages. Every machine gets the
 # versions installed here: one created a month later would otherwise continue with newer ones.
@@ -139,22 +145,23 @@ class Job:
 
 
 def local_data(config: Config) -> dict[str, list[str]]:
-    """Return the token files to copy to the workers, by folder; workers read URLs themselves."""
-    folders = {}
+    """Return the token files to copy to the workers, by folder; workers read URLs themselves.
+
+    Raises Mistake for a data set that is not here.
+    """
+    folders: dict[str, list[str]] = {}
     for path in config.data.weights:
         if "://" in path or (config.data.prepare and recipe(Path(path).name)):
             continue
-        files = [
-            f"{relative(path)}/{name}"
-            for name in ("train.bin", "val.bin", "train.idx", "val.idx", "meta.json", "meta.pkl")
-            if Path(path, name).is_file()
-        ]
-        if f"{relative(path)}/train.bin" not in files:
+        found = [file for pattern in DATA for file in sorted(Path(path).glob(pattern))]
+        found += [Path(path, name) for name in datatrove.names(open_folder(path))]
+        if not any(file.name == "train.bin" or file.suffix in (".ds", ".jsonl") for file in found):
             raise Mistake(
                 f"data.path={path}: there is no {path}/train.bin here to copy to the machine; "
                 f"prepare it, or give a bucket's --data.path=gs://BUCKET/{Path(path).name}"
             )
-        folders[relative(path)] = files
+        for file in found:
+            folders.setdefault(relative(str(file.parent)), []).append(relative(str(file)))
     return folders
 
 
