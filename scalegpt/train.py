@@ -18,9 +18,11 @@ if __name__ == "__main__":
 import contextlib
 import math
 import shlex
+import socket
 import sys
 import textwrap
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -48,16 +50,16 @@ from scalegpt.inference.validation import validation
 from scalegpt.model.flops import mfu_meter
 from scalegpt.processes import startup, streams
 from scalegpt.processes.agreement import Deadline, gather
-from scalegpt.processes.command import python, run_command
+from scalegpt.processes.command import code_of, message_of, python, run_command
 from scalegpt.processes.deadlines import Watch
 from scalegpt.processes.exits import Exit
 from scalegpt.processes.group import Alone, Group, Guest
 from scalegpt.processes.phases import Phases
 from scalegpt.processes.stop_request import GuestStopRequest, Interrupted, StopRequest
 from scalegpt.run import reports
-from scalegpt.run.feed import Source, source
+from scalegpt.run.feed import Source, source, void_batch
 from scalegpt.run.metrics import Metrics, check_packages
-from scalegpt.run.progress import Ended, NotFinite, NotSaved, Progress, Stopped
+from scalegpt.run.progress import Ended, NotFinite, NotSaved, Progress, Stopped, Unread
 from scalegpt.run.reference import set_reference
 from scalegpt.run.replay import replay
 from scalegpt.run.resume import (
@@ -303,7 +305,7 @@ def before_the_first_update(run: Training, state: State, start: int) -> None:
 def loop(run: Training, state: State, start: int) -> State:
     """Do updates `start` + 1 to optim.steps, with the evaluations and saves in between.
 
-    Returns the state after the last one. Raises Stopped, NotFinite or NotSaved to end before it.
+    Returns the state after the last one. Raises what is Ended to end before it.
     """
     config, total = run.config, run.config.optim.steps
     batch_of = source(
@@ -316,9 +318,9 @@ def loop(run: Training, state: State, start: int) -> State:
             run.phases.begin("compile", step - 1)
         batch, figures = next_batch(run, batch_of, state, step)
         state, values = run.steps.train(state, batch)  # dispatched, not waited for
-        run.progress.dispatched(step, values | figures)
+        judge(run, state, step, values | figures)
         if (failure := run.checkpoints.failing) and failure.over:
-            run.progress.read()
+            judge(run, state)
             raise NotSaved(step)
         # Between two updates from the same answers a run could not continue.
         stopping = run.stop.reached() and step % config.grpo.updates == 0
@@ -327,7 +329,7 @@ def loop(run: Training, state: State, start: int) -> State:
         sampling = step < total and due(step, config.eval.sample_every)
         if not (evaluating or saving or compiling or sampling):
             continue
-        run.progress.read()  # an update is judged before it is evaluated or saved
+        judge(run, state)  # before it is evaluated or saved
         if compiling:
             run.phases.begin("step", step)
         if step == start + 1:
@@ -349,13 +351,28 @@ def loop(run: Training, state: State, start: int) -> State:
     return state
 
 
+def judge(run: Training, state: State, *dispatched: Any) -> None:
+    """Judge the update dispatched last, or the one before it if that is given. Raises as `read`.
+
+    After an update for which a process had no batch, the state is still the one before it; it is
+    saved.
+    """
+    try:
+        run.progress.dispatched(*dispatched) if dispatched else run.progress.read()
+    except Unread as end:
+        if end.step:
+            save(run, state, end.step, None)
+        raise
+
+
 def next_batch(
     run: Training, batch_of: Source, state: State, step: int
 ) -> tuple[Batch, dict[str, Any]]:
     """Return the batch of update `step` and its figures.
 
     Raises Stopped, with the update before it saved, where the run is asked to stop while the model
-    writes its answers; the next process writes them again.
+    writes its answers; the next process writes them again. For a batch that cannot be read there
+    is a void one, and among the figures the error: `judge` ends the run for all processes alike.
     """
     if run.config.goal == "reward":
         run.progress.read()  # answers wait for the update before anyway, and that is its own time
@@ -364,6 +381,10 @@ def next_batch(
     except Interrupted:
         save(run, state, step - 1, None)
         raise Stopped(step - 1) from None
+    except Exception as error:
+        if run.config.goal == "reward":  # what was not drawn here cannot be made up for
+            raise
+        return void_batch(run.config, run.steps, step), {"unread": error}
 
 
 def due(step: int, every: int) -> bool:
@@ -410,7 +431,12 @@ def finish(run: Training, state: State, start: int, end: Ended | None) -> Exit:
     with run.phases("save"):
         failure = checkpoints.wait()
     run.stop.saves = False
-    if isinstance(end, NotFinite):
+    if isinstance(end, Unread):
+        code = unread(run, end)
+        if failure:
+            reports.not_saved(failure, checkpoints, metrics)
+            code = Exit.FAILED
+    elif isinstance(end, NotFinite):
         allowed = None if end.evaluated else config.run.skip_nonfinite
         reports.not_finite(step, allowed, checkpoints, metrics)
     elif failure or code == Exit.FAILED:
@@ -427,6 +453,21 @@ def finish(run: Training, state: State, start: int, end: Ended | None) -> Exit:
     if config.log.report and jax.process_index() == 0:
         reports.write_report(config, metrics)
     return code
+
+
+def unread(run: Training, end: Unread) -> Exit:
+    """Say which process could not read its data and why; return the exit code of that error."""
+    ours = None
+    if end.why and (ours := [socket.gethostname(), message_of(end.why), code_of(end.why)])[2] == 5:
+        traceback.print_exception(end.why)
+    every = gather("unread", ours, Deadline(run.config.run.deadline_save))
+    index, (host, text, code) = next((i, said) for i, said in enumerate(every) if said)
+    who = f"process {index} ({host}): " if len(every) > 1 else ""
+    run.metrics.say(
+        f"error: {who}{text}\nstopped; {run.checkpoints.last_good()}, from which the same "
+        "command continues"
+    )
+    return Exit(code)
 
 
 def write_sample(run: Training, state: State, step: int) -> None:

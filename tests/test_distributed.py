@@ -31,12 +31,14 @@ STEPS = 24
 
 # The command, which records the rows that a process reads (record=FILE), and in which a signal
 # comes when the batch of a step is read, or before the self-check (fault=SIGNAL:STEP or :check),
-# and which may be late (late=SECONDS) or have a variable of its own (algo=NCCL_ALGO).
+# and which may be unable to read it (unread=STEP), be late (late=SECONDS) or have a variable of its
+# own (algo=NCCL_ALGO).
 PROGRAM = """
 import json, os, signal, sys, time
 from scalegpt import train
 from scalegpt.processes import handshake, startup
 from scalegpt.data.batches import TrainBatches
+from scalegpt.errors import Mistake
 ours = dict(a.split("=", 1) for a in sys.argv[1:] if not a.startswith("--"))
 sys.argv[1:] = [a for a in sys.argv[1:] if a.startswith("--")]
 os.environ["NCCL_ALGO"] = ours.get("algo", "")
@@ -50,6 +52,8 @@ def fault(now):
         os.kill(os.getpid(), getattr(signal, name))
 def faulty(self, step):
     fault(str(step))
+    if ours.get("unread") == str(step):
+        raise Mistake("the bucket is away")
     return read(self, step)
 opened = train.open_datasets
 train.sample = lambda run, params: None
@@ -290,6 +294,23 @@ def test_faulty_data_on_one_host_end_all(bottles, tmp_path):
     assert codes(two) == [2, 2], outputs
     assert "train.bin" in outputs[1][1] and "process 1 (" in outputs[0][1]
     assert "train.bin" in outputs[0][1] and "Traceback" not in outputs[0][1]
+
+
+@pytest.mark.slow
+def test_a_host_that_cannot_read_a_batch_has_all_save_the_update_before_it(
+    bottles, alone, tmp_path
+):
+    out_dir = tmp_path / "shared" / "run"
+    two = launch(bottles, out_dir, 2, each=[[], ["unread=10"]])
+    outputs = processes.finish(two)
+    assert codes(two) == [2, 2], outputs
+    assert re.search(r"error: process 1 \(.*\): the bucket is away", outputs[0][0])
+    assert "the last good checkpoint is step 10" in outputs[0][0]
+    assert max(rows(out_dir, "train/loss")) == 10
+    again = launch(bottles, out_dir, 2)
+    outputs = processes.finish(again)
+    assert codes(again) == [0, 0] and "continuing from step 10" in outputs[0][0], outputs
+    assert_same_run(out_dir, alone)
 
 
 @pytest.mark.slow

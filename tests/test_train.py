@@ -35,7 +35,9 @@ from scalegpt.checkpoints import manifest, writing
 from scalegpt.checkpoints.checkpoints import Checkpoints, open_checkpoints
 from scalegpt.config import LogConfig, RunConfig
 from scalegpt.config.command_line import parse
+from scalegpt.data.batches import TrainBatches
 from scalegpt.data.datasets import open_datasets
+from scalegpt.errors import Mistake
 from scalegpt.files.folder import open_folder
 from scalegpt.processes import stop_request
 from scalegpt.processes.command import python
@@ -84,6 +86,43 @@ def test_fault_07_interrupted_at_five_steps_and_continued_is_bitwise_the_same_ru
     for key in ("train/loss", "train/grad_norm", "train/lr", "train/tokens"):
         assert rows(tmp_path / "run", key) == rows(unbroken, key)
     for key in ("val/loss", "val/best_loss"):
+        assert rows(tmp_path / "run", key) == rows(unbroken, key)
+    states = [saved_state(folder) for folder in (tmp_path / "run", unbroken)]
+    jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+def fail_at(monkeypatch, update: int, error: Exception) -> None:
+    """Have the batch of an update not be readable."""
+    read = TrainBatches.__getitem__
+
+    def failing(batches, step):
+        if step + 1 == update:
+            raise error
+        return read(batches, step)
+
+    monkeypatch.setattr(TrainBatches, "__getitem__", failing)
+
+
+@pytest.mark.slow
+def test_a_batch_that_cannot_be_read_ends_a_run_with_the_update_before_it_saved(
+    data, unbroken, tmp_path, monkeypatch, capsys
+):
+    """Before an update that is like others, that evaluates and saves, and that is the last."""
+    for at, error, code in (
+        (3, Mistake("bucket away"), 2),
+        (4, FileNotFoundError("no part"), 5),
+        (6, Mistake("bucket away"), 2),
+        (12, Mistake("bucket away"), 2),
+    ):
+        with monkeypatch.context() as patch:
+            fail_at(patch, at, error)
+            assert train.main(arguments(data, tmp_path / "run")) == code
+        printed = capsys.readouterr().out
+        assert str(error) in printed
+        assert f"the last good checkpoint is step {at - 1}, from which the same" in printed
+    assert train.main(arguments(data, tmp_path / "run")) == 0
+    assert "continuing from step 11" in capsys.readouterr().out
+    for key in ("train/loss", "train/grad_norm", "train/lr", "train/skipped", "val/loss"):
         assert rows(tmp_path / "run", key) == rows(unbroken, key)
     states = [saved_state(folder) for folder in (tmp_path / "run", unbroken)]
     jax.tree.map(np.testing.assert_array_equal, *states)

@@ -4,7 +4,6 @@ Nothing here keeps state, so a run resumes at any step, on any number of hosts, 
 it would have had. Letters: A accumulation, B sequences of a step, R rows of a batch, T block size.
 """
 
-import contextlib
 import functools
 import hashlib
 import math
@@ -27,6 +26,7 @@ from scalegpt.data.packing import PackedRows
 from scalegpt.data.prompts import Prompts
 from scalegpt.data.token_files import Dataset, check_tokens, open_dataset
 from scalegpt.errors import Mistake, counted
+from scalegpt.files.staging import warn
 
 __all__ = [
     "Dataset",
@@ -433,10 +433,12 @@ class CopiedAhead:
 def _copy(
     ahead: weakref.ref[CopiedAhead], span: int, files: list[CopiedFile], unused_since: float
 ) -> None:
-    with contextlib.suppress(Mistake):  # where a window needs the file, its reader says what is
-        for file in files:
+    for file in files:
+        try:
             if getattr(ahead(), "span", None) != span or not file.fetch(unused_since):
                 return
+        except Mistake as error:  # it is tried again when a window needs the file, which ends a run
+            warn(f"{error}; the run goes on until an update needs it")
 
 
 def train_iterator(source: TrainBatches, start_step: int, prefetch: int = 2) -> Iterator:

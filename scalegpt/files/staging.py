@@ -9,6 +9,7 @@ import math
 import os
 import posixpath
 import shutil
+import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -23,7 +24,7 @@ from scalegpt.files.cache import cache_folder, name_of_url
 from scalegpt.files.folder import open_url, replacing
 
 CHUNK = 1 << 24  # bytes per read: large enough to run at disk speed, small in memory
-WAITS = (1, 10, 60)  # seconds before a copy that failed is tried again
+WAITS = (1, 5, 15, 30, 60, 120, 240)  # seconds before a copy that failed is tried again
 _SUM = ".sha256"  # ends the name of the file that holds the hash of a copy beside it
 
 
@@ -122,6 +123,10 @@ def _note_use(target: Path) -> None:
     os.utime(target, (now, now))
 
 
+def warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
 class Copies:
     """Files of a URL are copied to `folder` when they are needed, and take `limit` bytes at most.
 
@@ -189,6 +194,7 @@ class Copies:
                 full = getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT)
                 if full or wait is None or isinstance(error, FileNotFoundError):
                     raise _no_copy(source, self.folder, error) from error
+                warn(f"{source} could not be copied: {error}; trying again in {wait} s")
                 time.sleep(wait)
         raise AssertionError(file)
 

@@ -5,8 +5,10 @@ from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 
 from scalegpt.config import Config
+from scalegpt.config.limits import VOID
 from scalegpt.data.batches import train_iterator
 from scalegpt.data.datasets import train_batches
 from scalegpt.data.token_files import Dataset
@@ -44,6 +46,22 @@ def source(
             return next(batches), {}
 
     return read
+
+
+def void_batch(config: Config, steps: Steps, step: int) -> Batch:
+    """Return what a process gives to update `step` if it cannot read its rows of it.
+
+    The others may be computing that update already, and can only learn from it that it is void.
+    """
+    microbatch = steps.layout[1]
+    rows = sharding.local_rows(steps.mesh, microbatch)
+    size = config.batch.sequences_at(step) // microbatch, len(rows)
+
+    def void(one: jax.ShapeDtypeStruct) -> jax.Array:
+        values = np.full((*size, *one.shape), VOID, one.dtype)
+        return sharding.to_global(values, rows, steps.batch_sharding, microbatch)
+
+    return jax.tree.map(void, steps.objective.row)
 
 
 def batches_from(

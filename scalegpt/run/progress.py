@@ -43,6 +43,19 @@ class NotFinite(Ended):
         self.evaluated = evaluated
 
 
+class Unread(Ended):
+    """A process could not read the batch of the update after `step`; `step` is saved.
+
+    why: what has happened, None in other processes.
+    """
+
+    code = Exit.MISTAKE
+
+    def __init__(self, step: int, why: Exception | None) -> None:
+        super().__init__(step)
+        self.why = why
+
+
 class NotSaved(Ended):
     """No checkpoint could be written for longer than checkpoint.patience."""
 
@@ -74,16 +87,20 @@ class Progress:
     def dispatched(self, step: int, values: dict[str, Any]) -> None:
         """Take the metrics of update `step`, which the device has just been given.
 
-        Only the update before it is waited for and read. Raises NotFinite for that one.
+        Only the update before it is waited for and read. Raises as `read`, for that one.
         """
         self.read()
         self._unread = step, values
 
     def read(self) -> None:
-        """Wait for the update dispatched last, judge and report it. Raises NotFinite."""
+        """Wait for the update dispatched last, judge and report it. Raises NotFinite, or Unread
+        where it was void: all processes learn of it here, from what they have computed together.
+        """
         if self._unread is None:
             return
         (step, values), self._unread = self._unread, None
+        if values["void"]:
+            raise Unread(step - 1, values.get("unread"))
         config, total = self._config, self._config.optim.steps
         row = {"step": step} | {k: float(v) for k, v in values.items() if "/" in k}
         row["train/skipped"] = int(row["train/skipped"])

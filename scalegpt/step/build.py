@@ -41,7 +41,8 @@ class Steps:
 
     init() -> State; train(state, batch [A, M, ...]) -> (State, metrics), which reuses the buffers
     of the old state; evaluate(params, tokens [M, T+1]) -> ([M] sums of cross-entropy, [M] counts).
-    metrics: keys of metrics.jsonl, `nonfinite`, and `norms`, the gradient's by `layer_norms`.
+    metrics: keys of metrics.jsonl, `nonfinite`, `void`, and `norms`, the gradient's by
+    `layer_norms`.
     eval_model: what `evaluate` runs, which may keep documents apart where `model` does not.
     """
 

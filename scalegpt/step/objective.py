@@ -16,6 +16,7 @@ from jax import Array
 from jax.nn import log_sigmoid
 
 from scalegpt.config import Config, DpoConfig, GrpoConfig
+from scalegpt.config.limits import VOID
 from scalegpt.model.gpt import GPT
 from scalegpt.step.loss import row_losses
 
@@ -30,7 +31,8 @@ class Objective:
 
     loss(model, params, microbatch, dropout keys) -> its sum, and sums for metrics. Nothing is
     divided, so that an update does not depend on how its batch is cut into microbatches and parts.
-    count(batch) -> float32 scalar: what the sums over the batch are divided by. row: the shape and
+    count(batch) -> float32 scalar: what the sums over the batch are divided by; below 0 if a row is
+    of `VOID` tokens. row: the shape and
     dtype of one sequence of a batch. group: so many sequences, side by side, stay in a microbatch
     and on a device together.
     """
@@ -71,7 +73,12 @@ def target_count(tokens: Array) -> Array:
 
     One dtype lets XLA reduce the count together with them.
     """
-    return (tokens[..., 1:] >= 0).sum(dtype=jnp.float32)
+    return _unless_void(tokens, (tokens[..., 1:] >= 0).sum(-1, dtype=jnp.float32)).sum()
+
+
+def _unless_void(tokens: Array, counts: Array) -> Array:
+    """Return the count of each row, -inf for one of `VOID` tokens: so is then the sum over all."""
+    return jnp.where(tokens[..., 0] == VOID, -jnp.inf, counts)
 
 
 EXPONENT = 20.0  # the largest, for a policy that has drifted far: e^20 is 5e8
@@ -180,7 +187,8 @@ def pair_figures(dpo: DpoConfig, sums: Array, reference: Array, counts: Array) -
 
 def pair_count(batch: dict[str, Array]) -> Array:
     """Count the pairs of a batch, as float32 like the gradients."""
-    return (batch["tokens"] >= 0).any(-1).sum(dtype=jnp.float32) / 2
+    tokens = batch["tokens"]
+    return _unless_void(tokens, (tokens >= 0).any(-1).astype(jnp.float32)).sum() / 2
 
 
 def tokens_of(batch: Any) -> Any:

@@ -120,7 +120,8 @@ def apply_gradients(
     """Let the optimizer act on the sums of loss and gradient, divided by the objective's count.
 
     dtype: of the matrix products within the optimizer (Muon's). An update that `health.judge` finds
-    bad is not applied, but its step counts.
+    bad is not applied, but its step counts. One with a count below 0 is void, as a process could
+    not read its rows: it changes nothing, so that the state can be saved as before it.
     """
     total, sums = total
     scale = 1 / jnp.maximum(count, 1)  # XLA fuses a product into its uses, but not a division
@@ -137,9 +138,11 @@ def apply_gradients(
         "train/spike": deviation,
         "train/skipped": after.nonfinite + after.spikes,
         "nonfinite": after.nonfinite,
+        "void": count < 0,
         "norms": health.layer_norms(grads),
         **{name: x / jnp.maximum(n, 1) for name, (x, n) in sums.items()},
     }
     new = optax.apply_updates(trained, updates), opt_state
     trained, opt_state = health.choose(apply, new, (trained, state.opt_state))
-    return State(state.step + 1, joined(trained, frozen), opt_state, after), metrics
+    done = State(state.step + 1, joined(trained, frozen), opt_state, after)
+    return jax.tree.map(partial(jnp.where, count < 0), state, done), metrics
