@@ -46,6 +46,7 @@ from scalegpt.inference.answers import for_any_parameters, held_out
 from scalegpt.inference.continuation import continuations, prompt_ids
 from scalegpt.inference.decode import Decoder
 from scalegpt.inference.sampling import Sampler
+from scalegpt.inference.text_loss import Unreadable
 from scalegpt.inference.validation import validation
 from scalegpt.model.flops import mfu_meter
 from scalegpt.processes import startup, streams
@@ -269,8 +270,8 @@ def train(
         stop.heed_notices(jax.default_backend() == "tpu")
         with memory_advice():
             end = None
-            before_the_first_update(run, state, start)
             try:
+                before_the_first_update(run, state, start)
                 state = loop(run, state, start)
             except Ended as error:
                 end = error
@@ -396,7 +397,8 @@ def evaluate(run: Training, state: State, step: int) -> float:
     """Write the evaluation row of `step` and return its loss, of a reward its negative.
 
     The row is written before any checkpoint of that step, so that the best one's loss is known.
-    Raises Stopped when the run is asked to stop meanwhile; the next process evaluates again.
+    Raises Stopped when the run is asked to stop meanwhile, and Unread where a process cannot read
+    its data; the next process evaluates again.
     """
     try:
         with run.phases("evaluation"):
@@ -405,6 +407,11 @@ def evaluate(run: Training, state: State, step: int) -> float:
         run.meta["evaluation_due"] = True
         save(run, state, step, None)
         raise Stopped(step) from None
+    except Unreadable as error:
+        run.meta["evaluation_due"] = True
+        if step:
+            save(run, state, step, None)
+        raise Unread(step, error.why) from None
     goal, answers = run.config.goal, row.pop("answers", [])
     loss = run.config.as_goal(row[f"val/{goal}"])
     best = run.meta["best_loss"] = min(run.meta["best_loss"], loss)

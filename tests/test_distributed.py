@@ -31,13 +31,13 @@ STEPS = 24
 
 # The command, which records the rows that a process reads (record=FILE), and in which a signal
 # comes when the batch of a step is read, or before the self-check (fault=SIGNAL:STEP or :check),
-# and which may be unable to read it (unread=STEP), be late (late=SECONDS) or have a variable of its
-# own (algo=NCCL_ALGO).
+# and which may be unable to read it (unread=STEP or val), be late (late=SECONDS) or have a variable
+# of its own (algo=NCCL_ALGO).
 PROGRAM = """
 import json, os, signal, sys, time
 from scalegpt import train
 from scalegpt.processes import handshake, startup
-from scalegpt.data.batches import TrainBatches
+from scalegpt.data.batches import EvalBatches, TrainBatches
 from scalegpt.errors import Mistake
 ours = dict(a.split("=", 1) for a in sys.argv[1:] if not a.startswith("--"))
 sys.argv[1:] = [a for a in sys.argv[1:] if a.startswith("--")]
@@ -55,6 +55,11 @@ def faulty(self, step):
     if ours.get("unread") == str(step):
         raise Mistake("the bucket is away")
     return read(self, step)
+def window(self, number):
+    if ours.get("unread") == "val":
+        raise Mistake("the bucket is away")
+    return read_window(self, number)
+read_window, EvalBatches.__getitem__ = EvalBatches.__getitem__, window
 opened = train.open_datasets
 train.sample = lambda run, params: None
 train.open_datasets = lambda *a: (time.sleep(int(ours.get("late", 0))), opened(*a))[1]
@@ -307,9 +312,13 @@ def test_a_host_that_cannot_read_a_batch_has_all_save_the_update_before_it(
     assert re.search(r"error: process 1 \(.*\): the bucket is away", outputs[0][0])
     assert "the last good checkpoint is step 10" in outputs[0][0]
     assert max(rows(out_dir, "train/loss")) == 10
+    again = launch(bottles, out_dir, 2, each=[[], ["unread=val"]])
+    outputs = processes.finish(again)
+    assert codes(again) == [2, 2] and "continuing from step 10" in outputs[0][0], outputs
+    assert "the last good checkpoint is step 12" in outputs[0][0]
     again = launch(bottles, out_dir, 2)
     outputs = processes.finish(again)
-    assert codes(again) == [0, 0] and "continuing from step 10" in outputs[0][0], outputs
+    assert codes(again) == [0, 0], outputs
     assert_same_run(out_dir, alone)
 
 

@@ -35,7 +35,7 @@ from scalegpt.checkpoints import manifest, writing
 from scalegpt.checkpoints.checkpoints import Checkpoints, open_checkpoints
 from scalegpt.config import LogConfig, RunConfig
 from scalegpt.config.command_line import parse
-from scalegpt.data.batches import TrainBatches
+from scalegpt.data.batches import EvalBatches, TrainBatches
 from scalegpt.data.datasets import open_datasets
 from scalegpt.errors import Mistake
 from scalegpt.files.folder import open_folder
@@ -107,7 +107,22 @@ def fail_at(monkeypatch, update: int, error: Exception) -> None:
 def test_a_batch_that_cannot_be_read_ends_a_run_with_the_update_before_it_saved(
     data, unbroken, tmp_path, monkeypatch, capsys
 ):
-    """Before an update that is like others, that evaluates and saves, and that is the last."""
+    """Before an update that is like others, that comes after a save, and that is the last."""
+    with monkeypatch.context() as patch:  # the first window, which each evaluation reads
+        calls, read = [], EvalBatches.__getitem__
+
+        def failing(batches, i):
+            calls.append(i)
+            if calls.count(0) == 2:
+                raise OSError("windows gone")
+            return read(batches, i)
+
+        patch.setattr(EvalBatches, "__getitem__", failing)
+        assert train.main(arguments(data, tmp_path / "evaluated")) == 5
+    printed = capsys.readouterr().out
+    assert "windows gone" in printed and "the last good checkpoint is step 5" in printed
+    assert train.main(arguments(data, tmp_path / "evaluated")) == 0
+    assert rows(tmp_path / "evaluated", "val/loss") == rows(unbroken, "val/loss")
     for at, error, code in (
         (3, Mistake("bucket away"), 2),
         (4, FileNotFoundError("no part"), 5),

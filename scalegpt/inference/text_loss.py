@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from scalegpt.config.limits import VOID
 from scalegpt.data.batches import EvalBatches
 from scalegpt.data.datasets import text_of
 from scalegpt.data.packing import PackedRows
@@ -20,6 +21,14 @@ from scalegpt.files.text_files import read_text
 from scalegpt.inference.results import Figures, fetch, progress
 from scalegpt.step import sharding
 from scalegpt.step.build import Steps
+
+
+class Unreadable(Mistake):
+    """A process could not read its windows. why: None in the others, which learn of it."""
+
+    def __init__(self, why: Exception | None) -> None:
+        super().__init__(str(why or "another process could not read its data"))
+        self.why = why
 
 
 def mean_loss(
@@ -50,11 +59,21 @@ def window_sums(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the sum of the cross-entropies in each window, and their count, both float64.
 
-    what: the progress bar's label, "" for no bar. check_stop: called before each batch.
+    what: the progress bar's label, "" for no bar. check_stop: called before each batch. Raises
+    Unreadable, in all processes alike, where one of them could not read its rows.
     """
+    why: list[Exception] = []
+
+    def read(i: int) -> np.ndarray:
+        try:
+            if not why:
+                return batches[i]
+        except (Mistake, OSError) as error:  # the others wait in this batch for what is computed
+            why.append(error)
+        return np.full((len(batches.rows), batches.block_size + 1), VOID, np.int32)
 
     def dispatch() -> Iterator[Any]:
-        for batch in batches:
+        for batch in map(read, range(len(batches))):
             check_stop()
             tokens = sharding.to_global(
                 batch, batches.rows, steps.eval_sharding, batches.rows_per_batch
@@ -67,6 +86,8 @@ def window_sums(
             results.append(result)
             bar.update(len(result[0]))
     sums, counts = (np.concatenate([r[i] for r in results]) for i in (0, 1))
+    if (counts < 0).any():
+        raise Unreadable(why[0] if why else None)
     sums, counts = (x[: batches.windows].astype(np.float64) for x in (sums, counts))
     return sums, counts
 

@@ -44,7 +44,7 @@ class NotFinite(Ended):
 
 
 class Unread(Ended):
-    """A process could not read the batch of the update after `step`; `step` is saved.
+    """A process could not read what comes after update `step`, which is saved.
 
     why: what has happened, None in other processes.
     """

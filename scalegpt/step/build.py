@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from scalegpt.config import BatchConfig, Config, EvalConfig, ObjectiveConfig
+from scalegpt.config.limits import VOID
 from scalegpt.config.recipe import NO_LORA
 from scalegpt.errors import Mistake
 from scalegpt.model import attention
@@ -208,9 +209,10 @@ def train_step(
 
 
 def evaluate_step(model: GPT, params: Any, tokens: Array) -> tuple[Array, Array]:
-    """Sum the cross-entropies of each row of tokens [M, T+1], and count them."""
+    """Sum the cross-entropies of each row of tokens [M, T+1], and count them, -1 if it is void."""
+    counts = jnp.where(tokens[:, 0] == VOID, -1, (tokens[:, 1:] >= 0).sum(-1))
     with nn.logical_axis_rules(tuple(sharding.RULES.items())):
-        return row_losses(model, params, tokens, None), (tokens[:, 1:] >= 0).sum(-1)
+        return row_losses(model, params, tokens, None), counts
 
 
 def resolve(config: Config, mesh: Mesh) -> tuple[str, str]:
