@@ -433,12 +433,15 @@ class CopiedAhead:
 def _copy(
     ahead: weakref.ref[CopiedAhead], span: int, files: list[CopiedFile], unused_since: float
 ) -> None:
+    told = False  # of one of the files of a span, as all may be away
     for file in files:
         try:
             if getattr(ahead(), "span", None) != span or not file.fetch(unused_since):
                 return
         except Mistake as error:  # it is tried again when a window needs the file, which ends a run
-            warn(f"{error}; the run goes on until an update needs it")
+            if not told:
+                warn(f"{error}; the run goes on until an update needs it")
+            told = True
 
 
 def train_iterator(source: TrainBatches, start_step: int, prefetch: int = 2) -> Iterator:
