@@ -201,7 +201,7 @@ class Model:
 
         stop: a text, or texts, before which the writing ends. stream: return an iterator over the
         pieces of one text instead, as they are written. sampling: temperature (0.8; 0 is greedy),
-        top_k, top_p, min_p and repetition_penalty, as of `Sampler`. Raises Mistake.
+        top_k, top_p, min_p, repetition_penalty and prompt_lookup, as of `Sampler`. Raises Mistake.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if stream and not isinstance(prompt, str):

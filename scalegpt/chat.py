@@ -43,7 +43,8 @@ COMMANDS = """\
 /retry          answer the last question again
 /undo           take the last question and its answer back
 /save FILE      append the conversation to FILE, as data/chat/prepare.py reads it
-/set NAME VALUE temperature, top_k, top_p, min_p, repetition_penalty, max_new_tokens
+/set NAME VALUE temperature, top_k, top_p, min_p, repetition_penalty, prompt_lookup,
+                max_new_tokens
 /help           this list; Ctrl-C stops an answer, Ctrl-D leaves"""
 
 
@@ -116,6 +117,11 @@ def _server(flags: argparse.Namespace) -> tuple[Any, Any]:
         raise Mistake(f"--{option} is of a chat {'without' if flags.serve else 'with'} --serve")
     if not flags.serve:
         return None, None
+    if flags.prompt_lookup:
+        raise Mistake(
+            f"--prompt-lookup={flags.prompt_lookup} is of a chat without --serve: a server writes "
+            "one token of each text at a time"
+        )
     try:
         serving = importlib.import_module("scalegpt.server.serving")
     except ImportError as error:

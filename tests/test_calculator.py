@@ -152,7 +152,7 @@ def test_a_decoder_reads_the_results_that_it_is_given():
         return draw(i), state
 
     steps = tiny_steps({"data": 1}, 1, jax.devices()[:1], TINY | {"block_size": 40})
-    write = Decoder(steps, None, Sampler(0), 263, None, prefill, step, None)
+    write = Decoder(steps, None, Sampler(0), 263, None, prefill, step, None, None)
     found = np.stack([*write.ids([[0, 1], [0, 2]], 13, codec=BYTES)], 1)
     assert BYTES.decode(found[0], marks=True) == "a<|call|>12*12<|result|>144<|back|>x"
     assert bytes(found[1].astype(np.uint8)) == b"no call here "

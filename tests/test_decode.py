@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -168,6 +169,39 @@ def test_a_cache_that_grows_gives_the_same_text():
     want = naive(steps, params, prompt, 180)
     assert write(steps, params, [prompt, [3]], 180)[0].tolist() == want
     assert len(set(want)) > 3
+
+
+@pytest.mark.parametrize(
+    ("options", "mesh"),
+    [
+        ({"temperature": 0.0}, {"data": 2, "fsdp": 2, "tensor": 2}),
+        ({"temperature": 0.3, "repetition_penalty": 1.3}, {"data": 1}),
+    ],
+)
+@pytest.mark.slow
+def test_prompt_lookup_writes_the_same_texts_in_fewer_steps(options, mesh):
+    """Whatever is proposed; also where texts are of several lengths, have windows, keys that read
+    the tokens before, and a cache that grows, and go on past block_size."""
+    kind = {"position": "rope", "window": 9, "window_pattern": "SL", "n_head": 4, "n_kv_head": 2}
+    kind |= {"smear": True, "backout": True, "ngram_rows": 52, "ngram": 3, "block_size": 150}
+    steps = steps_of(kind, mesh, math.prod(mesh.values()))
+    params, written, taken = params_of(steps, 0.5, seed=5), [], []
+    prompts = [[3], [1, 2, 3, 4, 5, 6] * 3, [7, 7, 2]]
+    for most in (0, 4):
+        parts = decoder(steps, params, Sampler(**options, prompt_lookup=most), VOCAB)
+        taken.append([])
+
+        def ahead(*given, taken=taken[-1], parts=parts):
+            taken.append(given[2].shape)
+            return parts.ahead(*given)
+
+        parts = replace(parts, ahead=ahead)
+        for seed in (1, [1, 2, 3]):
+            written.append(np.stack(list(parts.ids(prompts, 160, seed)), 1))
+    np.testing.assert_array_equal(written[0], written[2])
+    np.testing.assert_array_equal(written[1], written[3])
+    assert not taken[0] and 0 < len(taken[1]) < 2 * 132, "132 tokens of each come from the cache"
+    assert len({*written[0].ravel().tolist()}) > 3
 
 
 def test_weights_that_need_not_be_kept_are_deleted_as_they_are_copied(steps):

@@ -326,7 +326,9 @@ def test_at_a_terminal_one_prompt_after_the_other_is_asked_for(command, monkeypa
 
 
 @pytest.mark.parametrize(
-    "flag", ["--num-samples=0", "--max-new-tokens=0", "--temperature=-1", "--top-k=-1", "--top-p=0"]
+    "flag",
+    ["--num-samples=0", "--max-new-tokens=0", "--temperature=-1", "--top-k=-1", "--top-p=0"]
+    + ["--prompt-lookup=-1"],
 )
 def test_flag_out_of_range_is_named(flag):
     with pytest.raises(ValueError, match=f"{flag.split('=')[0]}=.* must be"):

@@ -151,6 +151,7 @@ def test_mistakes_of_the_command_are_named(run, tmp_path):
         (["--serve", "--port=70000"], "--port=70000"),
         (["--serve", "--prompt=x"], "--prompt is of a chat without --serve"),
         (["--collect"], "--collect is of a chat with --serve"),
+        (["--serve", "--prompt-lookup=4"], "--prompt-lookup=4 is of a chat without --serve"),
     ):
         with pytest.raises(scalegpt.Mistake, match=message):
             chat.main(["--run", run, *flags])

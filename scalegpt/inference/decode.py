@@ -9,7 +9,7 @@ step reads all of it, as to read a part of it would first copy that part.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby
+from itertools import groupby, zip_longest
 from typing import Any
 
 import flax.linen as nn
@@ -22,6 +22,7 @@ from jax import Array
 from scalegpt.config.recipe import NO_LORA
 from scalegpt.data.calculator import Results
 from scalegpt.data.tokenizer import Tokenizer
+from scalegpt.inference.prompt_lookup import Growing
 from scalegpt.inference.sampling import Sampler, sample_token
 from scalegpt.model.gpt import GPT, Cache, head_table, logits, separate_layers
 from scalegpt.model.layers import constrain
@@ -39,7 +40,7 @@ class Decoder:
     params: as `separate_layers` returns them. prefill(params, tokens [N, P], first [N], seen, key,
     i, slots) and step(params, ids [N], (cache, seen), key, i) -> (ids [N], (cache, seen)), where
     seen is as for `sample_token`. begin(tokens [N, 1], first [N], slots) -> (ids [N], empty cache).
-    grow(cache) -> the same cache with twice the slots.
+    grow(cache) -> the same cache with twice the slots. ahead: `_draw_ahead`.
     """
 
     steps: Steps
@@ -50,6 +51,7 @@ class Decoder:
     prefill: Callable
     step: Callable
     grow: Callable
+    ahead: Callable
 
     def with_params(self, params: Any) -> "Decoder":
         """Return this decoder for other parameters of the same model; nothing is compiled again.
@@ -86,11 +88,15 @@ class Decoder:
             key = jax.vmap(jax.random.key)(np.array(seeds, np.uint32))
         else:
             key = jax.random.key(seed)
-        results = [Results(codec) for _ in texts] if codec and codec.marks else []
-        new, state = self._read(texts, key, 0, from_cache)
+        results, ahead = _results(codec, len(texts)), None
+        if self.sampler.prompt_lookup and from_cache > 1:
+            ahead = self._read_ahead(texts, key, from_cache, _results(codec, len(texts)))
+            new = next(ahead)
+        else:
+            new, state = self._read(texts, key, 0, from_cache)
         filled = self._width(texts)
         for i in range(1, max_new_tokens):
-            if i < from_cache:
+            if i < from_cache and not ahead:
                 # Dispatched before the ids of the last step are read, so the device never waits.
                 with jax.set_mesh(self.steps.mesh):
                     cache, seen = state
@@ -103,6 +109,8 @@ class Decoder:
                 text.append(token)
             if i >= from_cache:
                 following, state = self._read(texts, key, i, 1)
+            elif ahead:
+                following = next(ahead)
             must = [row.add(text[-1]) for row, text in zip(results, texts, strict=False)]
             if any(token is not None for token in must):
                 forced = np.array([-1 if token is None else token for token in must])
@@ -110,6 +118,43 @@ class Decoder:
                     following = _replaced(following, forced)
             new = following
         yield np.asarray(new)[: len(prompts)]
+
+    def _read_ahead(
+        self, texts: list[list[int]], key: Array, count: int, results: list[Results]
+    ) -> Iterator[np.ndarray]:
+        """Yield the first `count` ids of `ids`; `_draw_ahead` draws several of them at once.
+
+        Some texts are ahead of others, so each fills slots of its own number. What stands behind
+        these is written over before any token sees it.
+        """
+        most, back = self.sampler.prompt_lookup, self.steps.model.config.lookback
+        new, (cache, _) = self._read(texts, key, 0, count + most)
+        first = self._width(texts) - np.array([*map(len, texts)])
+        growing = [
+            Growing(text, count, most, own)
+            for text, own in zip_longest(texts, results)  # there may be none
+        ]
+        drawn, given = np.asarray(new)[:, None], 0
+        while True:
+            for text, ids in zip(growing, drawn.tolist(), strict=True):
+                text.add(ids)
+            while given < min(text.new for text in growing):
+                yield np.array([text.ids[text.begun + given] for text in growing])
+                given += 1
+            # Where nothing is proposed, a step is of one token, as without proposals.
+            length = 1 + most * any([text.propose() for text in growing])
+            used = np.array([at + text.length - 1 for at, text in zip(first, growing, strict=True)])
+            arrays = self._global(
+                np.stack([text.end(back, length) for text in growing]),
+                used.astype(np.int32),
+                np.array([text.new for text in growing], np.int32),
+                self._seen([text.ids[: text.length] for text in growing]),
+            )
+            with jax.set_mesh(self.steps.mesh):
+                if used.max() + length > cache.slots:
+                    cache = self.grow(cache)
+                drawn, cache = self.ahead(self.params, cache, *arrays, key)
+            drawn = np.asarray(drawn)
 
     def _width(self, texts: list[list[int]]) -> int:
         """Return how many slots of a cache the padded texts fill, of each its last block_size."""
@@ -121,22 +166,32 @@ class Decoder:
         """Fill a cache with the texts, with room for `new` tokens, and draw the first of them."""
         steps, width = self.steps, self._width(texts)
         tokens, first = padded([text[-width:] for text in texts], width)
-        seen = None
-        if self.sampler.repetition_penalty != 1:
-            seen = np.zeros((len(texts), self.vocab_size), bool)
-            for row, text in zip(seen, texts, strict=True):
-                row[text] = True
-        rows = sharding.local_rows(steps.mesh, len(texts))
-        tokens, first, seen = jax.tree.map(
-            lambda x: sharding.to_global(x[rows], rows, steps.eval_sharding, len(texts)),
-            (tokens, first, seen),
-        )
+        tokens, first, seen = self._global(tokens, first, self._seen(texts))
         slots = min(bucket(width + new - 1), max(LEAST, bucket(width)))
         with jax.set_mesh(steps.mesh):
             if width == 1:
                 ids, cache = self.begin(tokens, first, slots)
                 return self.step(self.params, ids, (cache, seen), key, i)
             return self.prefill(self.params, tokens, first, seen, key, i, slots)
+
+    def _seen(self, texts: Sequence[Sequence[int] | np.ndarray]) -> np.ndarray | None:
+        """Return which ids texts hold, [N, V], where the sampler has to know."""
+        if self.sampler.repetition_penalty == 1:
+            return None
+        seen = np.zeros((len(texts), self.vocab_size), bool)
+        for row, text in zip(seen, texts, strict=True):
+            row[text] = True
+        return seen
+
+    def _global(self, *arrays: np.ndarray | None) -> Any:
+        """Make arrays of which every process has all rows into global ones, split over these."""
+        steps = self.steps
+
+        def split(x: np.ndarray) -> Array:
+            rows = sharding.local_rows(steps.mesh, len(x))
+            return sharding.to_global(x[rows], rows, steps.eval_sharding, len(x))
+
+        return jax.tree.map(split, arrays)
 
 
 def decoder(
@@ -153,6 +208,7 @@ def decoder(
     with jax.set_mesh(steps.mesh):
         params = _for_decoding(params, steps.model, keep)
     begin, draw = partial(_begin, model), partial(_draw, model, sampler, vocab_size)
+    ahead = partial(_draw_ahead, model, sampler, vocab_size)
 
     def prefill(
         params: Any, tokens: Array, first: Array, seen: Any, key: Array, i: Array, slots: int
@@ -171,7 +227,13 @@ def decoder(
         jax.jit(prefill, static_argnums=6),
         jax.jit(step, donate_argnums=2),
         jax.jit(_grown),
+        jax.jit(ahead, donate_argnums=1),
     )
+
+
+def _results(codec: Tokenizer | None, rows: int) -> list[Results]:
+    """Return what calculates in each text, for a tokenizer that has marks of calls."""
+    return [Results(codec) for _ in range(rows)] if codec and codec.marks else []
 
 
 @jax.jit
@@ -194,11 +256,56 @@ def _draw(
     """Append tokens [N, P] to the cache and draw the ids [N] that follow them, for step i."""
     with nn.logical_axis_rules(tuple(sharding.RULES.items())):
         scores, cache = next_scores(model, vocab_size, params, tokens, cache)
-        fold_in = jax.vmap(jax.random.fold_in, (0, None)) if key.ndim else jax.random.fold_in
-        ids = sample_token(scores, fold_in(key, i), sampler, seen)
-        if seen is not None:
-            seen = seen.at[jnp.arange(len(ids)), ids].set(True)
+        seen = _seen_too(seen, tokens[:, -1])
+        ids = sample_token(scores, _keys(key, jnp.full(len(tokens), i)), sampler, seen)
         return constrain(ids, None), (cache, seen)
+
+
+def _draw_ahead(
+    model: GPT,
+    sampler: Sampler,
+    vocab_size: int,
+    params: Any,
+    cache: Cache,
+    tokens: Array,
+    used: Array,
+    i: Array,
+    seen: Array | None,
+    key: Array,
+) -> tuple[Array, Cache]:
+    """Put T tokens into slots `used` [N] and on, and draw the ids [N, T] that follow each of them.
+
+    tokens: after those that the first depends on, [N, lookback + T]. i [N]: the step of the first
+    id, from which the others count. seen: of the texts up to the first token.
+    """
+    recent, tokens = jnp.split(tokens, [model.config.lookback], axis=1)
+
+    def draw(seen: Array | None, position: tuple[Array, Array, Array]) -> tuple:
+        scores, read, j = position
+        seen = _seen_too(seen, read)
+        return seen, sample_token(scores, _keys(key, i + j), sampler, seen)
+
+    with nn.logical_axis_rules(tuple(sharding.RULES.items())):
+        past = cache.replace(used=used, recent=recent)
+        hidden, past = model.apply({"params": params}, tokens, cache=past)
+        scores = logits(hidden, head_table(params), model.config).swapaxes(0, 1)
+        scores = constrain(scores, None, "batch", None)[..., :vocab_size]
+        # One after another, so that a step's sort is compiled once.
+        _, ids = jax.lax.scan(draw, seen, (scores, tokens.T, jnp.arange(len(scores))))
+        return constrain(ids.T, None, None), cache.replace(layers=past.layers)
+
+
+def _keys(key: Array, i: Array) -> Array:
+    """Return the key of each text for its step i [N], of one key or of each text's own."""
+    if key.ndim:
+        return jax.vmap(jax.random.fold_in)(key, i)
+    rows = jnp.arange(len(i))
+    return jax.vmap(lambda i, row: jax.random.fold_in(jax.random.fold_in(key, i), row))(i, rows)
+
+
+def _seen_too(seen: Array | None, ids: Array) -> Array | None:
+    """Return `seen` [N, V] with the ids [N] that texts have got."""
+    return seen if seen is None else seen.at[jnp.arange(len(ids)), ids].set(True)
 
 
 def next_scores(

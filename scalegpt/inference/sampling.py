@@ -15,7 +15,8 @@ from scalegpt.errors import Mistake
 class Sampler:
     """A sampler says how a token is drawn; transformers applies the same rules in the same order.
 
-    temperature: 0 is greedy. Raises Mistake for a value without a meaning.
+    temperature: 0 is greedy. prompt_lookup changes the speed alone: how many tokens are proposed at
+    a time, as `prompt_lookup.proposed` does. Raises Mistake for a value without a meaning.
     """
 
     temperature: float = 0.8
@@ -23,6 +24,7 @@ class Sampler:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    prompt_lookup: int = 0
 
     def __post_init__(self) -> None:
         allowed = {
@@ -31,6 +33,7 @@ class Sampler:
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1, which keeps all tokens"),
             "min_p": (0 <= self.min_p <= 1, "from 0, which keeps all tokens, to 1"),
             "repetition_penalty": (0 < self.repetition_penalty < inf, "above 0; 1 is none"),
+            "prompt_lookup": (0 <= self.prompt_lookup <= 64, "from 0, which is none, to 64"),
         }
         for field in fields(self):
             is_allowed, rule = allowed[field.name]
@@ -45,6 +48,8 @@ _HELP = {
     "top_p": "draw from the likeliest that have this probability together",
     "min_p": "draw from those at least this likely, relative to the likeliest",
     "repetition_penalty": "above 1: tokens of the text so far become less likely",
+    "prompt_lookup": "try so many tokens at a time that stood in the text before; what is written "
+    "stays the same, a text that repeats itself comes faster",
 }
 
 

@@ -179,7 +179,7 @@ class Reader:
         )
 
     def _sampler(self, body: Body) -> Sampler:
-        names = [option.name for option in fields(Sampler)]
+        names = [option.name for option in fields(Sampler) if hasattr(body, option.name)]
         values = {n: _given(getattr(body, n), getattr(self.sampler, n)) for n in names}
         try:
             return Sampler(**values | {"top_k": min(values["top_k"], self.codec.vocab_size)})
