@@ -1,4 +1,4 @@
-"""tools/bench.py: its figures against sums made here, its turns, and trainers in PyTorch."""
+"""tools/bench.py: its figures against sums made here, its turns, and other programs."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ import bench
 import jax
 import numpy as np
 import pytest
-from benchmarks import decoding, profiling, pytorch
+from benchmarks import decoding, profiling, programs, pytorch
 from conftest import ROOT
 from jax.profiler import ProfileData
 
@@ -30,6 +30,7 @@ ARGV = [
     "--rounds=2",
     "--steps=2",
 ]
+PACKAGES = {name for program in programs.PROGRAMS.values() for name in program.packages}
 # A bag of words, with what tools/bench.py asks of nanoGPT's model.py; it prints, as that does.
 MODEL = """
     from dataclasses import dataclass
@@ -84,7 +85,9 @@ def report(capsys, *argv: str) -> dict:
 def settings(**changes) -> dict:
     shape = dict(n_layer=L, n_head=H, n_embd=D, block_size=T, vocab_size=VOCAB)
     return {
-        "trainer": "transformers",
+        "program": "transformers",
+        "folder": "",
+        "differs": [],
         "mode": "eager",
         "activation": "gelu",
         "shape": {**shape, "dropout": 0.0, "bias": True},
@@ -146,7 +149,8 @@ def test_a_known_device_has_an_mfu_and_a_ratio_is_of_the_same_round(capsys):
         built={"parameters": 1, "first": 9.5},
         steps=SimpleNamespace(mesh=mesh, model=model, layout=(1, ROWS)),
     )
-    other = SimpleNamespace(name="other", built={"parameters": 1, "first": 1.0})
+    built = {"parameters": 1, "first": 1.0, "devices": 1}
+    other = SimpleNamespace(name="other", built=built, differs=["its"])
 
     def block(seconds: float, memory: int) -> dict:
         return dict(seconds=seconds, dispatch=seconds / 4, data=seconds / 8, memory=memory)
@@ -162,12 +166,16 @@ def test_a_known_device_has_an_mfu_and_a_ratio_is_of_the_same_round(capsys):
     assert (mine["compile_seconds"], theirs["compile_seconds"]) == (7.5, 0)
     for kind, share in mine["mfu"].items():
         assert share == pytest.approx(mine["flops_per_second"][kind] / (2 * 312e12))
-    text, flags = bench.tables(found), SimpleNamespace(json=False)
-    for load, warning in ((3.14, "busy, with a load of 3.1"), (0.2, "")):
-        assert bench.show({"load_average": load, **found}, flags, bench.tables) == 0
-        shown = capsys.readouterr().out.removeprefix(f"{text}\n")
-        assert warning in shown and bool(warning) == ("busy" in shown) == bool(shown)
-    assert "2.00 x the speed of other  (3.00 2.00 1.50)" in text and "% MFU" in text
+    verdict, pairs = (
+        "2.00 x the speed of other",
+        "other  (3.00 2.00 1.50)\n  other has devices=1; its",
+    )
+    for share, refused in ((0.314, True), (0.1, False)):
+        flags = SimpleNamespace(json=False)
+        assert bench.show({"others_cpu": share, **found}, flags, bench.tables) == 0
+        shown = capsys.readouterr().out
+        assert pairs in shown and "% MFU" in shown and (verdict in shown) == (not refused)
+        assert ("no verdict: other programs kept 31% of this machine's cores" in shown) == refused
 
 
 def test_trainers_take_turns_whose_order_turns_around_after_a_round_that_is_not_counted():
@@ -180,9 +188,27 @@ def test_trainers_take_turns_whose_order_turns_around_after_a_round_that_is_not_
 
         return SimpleNamespace(block=block)
 
-    found = bench.turns([trainer(name) for name in "abc"], rounds=2, updates=1)
+    found, busy = bench.turns([trainer(name) for name in "abc"], rounds=2, updates=1)
     assert "".join(order) == "cbaabccba"
     assert found == [["a4", "b5", "c6"], ["a9", "b8", "c7"]]
+    assert 0 <= busy <= 1
+
+
+def test_what_children_compute_is_not_of_other_programs(monkeypatch):
+    """Of 100 seconds of cores in a round, the rest less 30 and 40 of this process and its child."""
+    clock = iter(range(2))
+    spent = {None: 30, 7: 40}
+
+    def cpu_seconds(*children: int) -> tuple[float, float]:
+        now = next(clock)
+        return 100.0 * now, now * (95.0 - sum(spent[pid] for pid in (None, *children)))
+
+    child = SimpleNamespace(pid=7)
+    process = SimpleNamespace(children=lambda: [child])
+    monkeypatch.setattr(bench.psutil, "Process", lambda: process)
+    monkeypatch.setattr(bench, "cpu_seconds", cpu_seconds)
+    _, busy = bench.turns([SimpleNamespace(block=lambda updates: {})], rounds=1, updates=1)
+    assert busy == pytest.approx(0.25)
 
 
 # --- trainers in PyTorch ---
@@ -232,7 +258,7 @@ def test_texts_are_written_beside_transformers(capsys, monkeypatch):
 def test_a_compiled_trainer_makes_the_same_updates(checkout):
     """torch.compile, in the process that the tool starts; its own prints stay out of the pipe."""
     pytest.importorskip("torch")
-    child = pytorch.Child(settings(trainer=f"nanogpt={checkout}", mode="compiled"))
+    child = programs.Child(settings(program="nanogpt", folder=str(checkout), mode="compiled"))
     try:
         block = child.block(2)
         assert child.built["first"] > block["seconds"] > 0, "nothing was compiled"
@@ -248,7 +274,12 @@ def test_an_update_in_pytorch_is_one_of_nanogpts(checkout, monkeypatch, microbat
     monkeypatch.syspath_prepend(str(checkout))
     monkeypatch.delitem(pytorch.sys.modules, "model", raising=False)
     trainer = pytorch.Trainer(
-        settings(trainer=f"nanogpt={checkout}", microbatches=microbatches, rows=8 // microbatches)
+        settings(
+            program="nanogpt",
+            folder=str(checkout),
+            microbatches=microbatches,
+            rows=8 // microbatches,
+        )
     )
     before = [p.detach().clone().requires_grad_() for p in trainer.parameters]
     tokens = trainer.batches[0].flatten(0, 1)
@@ -289,8 +320,11 @@ def refused(capsys, *argv: str) -> str:
     ("argv", "message"),
     [
         (["--rounds=0"], "--rounds=0 must be at least 1"),
-        (["--against=pytorch"], "--against=pytorch is neither nanogpt=DIR nor transformers"),
-        (["--against=nanogpt"], "--against=nanogpt is neither nanogpt=DIR nor transformers"),
+        (
+            ["--against=pytorch"],
+            "neither nanogpt=DIR, transformers, nanogpt-jax=DIR, gpt-jax=DIR nor nanodo=DIR",
+        ),
+        (["--against=nanogpt"], "--against=nanogpt is neither nanogpt=DIR, transformers"),
         (["--against=nanogpt=none"], "there is no model.py in none; for a checkout, git clone"),
         (["--against=transformers", "--model.position=rope"], "has no model.position=rope"),
         (["--against=transformers", "--their-microbatch=5"], "does not divide batch.sequences=16"),
@@ -311,38 +345,149 @@ def refused(capsys, *argv: str) -> str:
         ),
         (["--objective.name=dpo", "--run.init_from=x"], "add --real-data"),
         (["--against=transformers", "--model.qk_norm=true"], "has no model.qk_norm=True"),
+        (["--against=gpt-jax=none"], "there is no train.py in none; for a checkout, git clone"),
+        (["--against=nanodo=none"], "no nanodo/train.py in none; for a checkout, git clone"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(capsys, monkeypatch, argv, message):
-    pretend_installed(monkeypatch, "torch", "transformers")
+    pretend_installed(monkeypatch, *PACKAGES)
     assert message in refused(capsys, *argv)
 
 
 def pretend_installed(monkeypatch, *packages: str) -> None:
-    """The tool finds these of torch and transformers, whichever are installed here."""
-    find = pytorch.importlib.util.find_spec
+    """The tool finds these of PACKAGES, whichever are installed here."""
+    find = programs.importlib.util.find_spec
 
     def find_pretended(name: str):
-        if name in ("torch", "transformers"):
+        if name in PACKAGES:
             return "a specification" if name in packages else None
         return find(name)
 
-    monkeypatch.setattr(pytorch.importlib.util, "find_spec", find_pretended)
+    monkeypatch.setattr(programs.importlib.util, "find_spec", find_pretended)
 
 
 def test_a_missing_package_is_named(capsys, monkeypatch, checkout):
     for missing, others, what in (
         ("torch", ["transformers"], f"nanogpt={checkout}"),
         ("transformers", ["torch"], "transformers"),
+        ("wandb, tyro", ["tensorflow"], "gpt-jax=none"),
     ):
         pretend_installed(monkeypatch, *others)
-        assert f"needs {missing}: pip install {missing}" in refused(capsys, f"--against={what}")
+        pip = missing.replace(",", "")
+        assert f"needs {missing}: pip install {pip}" in refused(capsys, f"--against={what}")
+
+
+def test_a_checkout_of_another_program_is_refused(capsys, monkeypatch, checkout):
+    """nanoGPT has a train.py as gpt-jax has; neither has nanogpt-jax's way to make a state."""
+    pretend_installed(monkeypatch, *PACKAGES)
+    (checkout / "train.py").write_text("import torch\n")
+    assert "train.py is not of gpt-jax" in refused(capsys, f"--against=gpt-jax={checkout}")
+    (checkout / "train.py").write_text("def init_train_state(key): pass\n")
+    (checkout / "nanogpt").mkdir()
+    (checkout / "nanogpt" / "train.py").write_text("def init_train_state(key): pass\n")
+    for argv, message in (
+        (["--decode", "1"], "--decode is not measured against nanogpt-jax"),
+        (["--model.mlp=swiglu"], "nanogpt-jax has no model.mlp=swiglu"),
+    ):
+        assert message in refused(capsys, f"--against=nanogpt-jax={checkout}", *argv)
+
+
+def test_what_a_program_does_otherwise_is_said():
+    config, _ = command_line.parse(
+        [*ARGV, "--optim.beta2=0.95"], "bench", bench.FLAGS, bench.NO_RUN
+    )
+    assert programs.differences("nanogpt", config) == ["model.activation=gelu"]
+    assert programs.differences("nanogpt-jax", config) == ["model.position=rope", "optim.decay=all"]
+    assert "attention has biases always" in programs.differences("gpt-jax", config)
+
+
+# A bag of words, with what tools/bench.py asks of gpt-jax's model.py and train.py.
+GPT_JAX = {
+    "model.py": """
+        from dataclasses import dataclass
+
+        @dataclass
+        class GPTConfig:
+            block_size: int
+            vocab_size: int
+            num_layers: int
+            num_heads: int
+            num_embeds: int
+            dropout_rate: float
+            use_bias: bool
+            dtype: str
+        """,
+    "train.py": """
+        from dataclasses import dataclass, field
+        from typing import Any
+        import flax, jax, optax
+        from flax.training.train_state import TrainState
+
+        assert flax.config.flax_return_frozendict
+
+        @dataclass
+        class CosineDecayScheduleConfig:
+            init_value: float = 0.0
+            peak_value: float = 1.0
+            warmup_steps: int = 1
+            decay_steps: int = 9
+            end_value: float = 1.0
+
+        @dataclass
+        class TrainConfig:
+            model: Any
+            batch_size: int
+            weight_decay: float
+            grad_clip: float
+            betas: tuple
+            gradient_accumulation_steps: int
+            learning_rate: Any
+
+        def init_train_state(key, config, learning_rate):
+            assert (config.batch_size, config.gradient_accumulation_steps) == (1, 2)
+            shape = config.model.vocab_size, config.model.vocab_size
+            params = {"table": jax.random.normal(key, shape)}
+            return TrainState.create(
+                apply_fn=lambda params, x: params["table"][x],
+                params=params,
+                tx=optax.sgd(learning_rate),
+            )
+
+        @jax.pmap
+        def train_step(state, tokens, key):
+            assert tokens.shape == (1, 17)
+            def loss(params):
+                logits = state.apply_fn(params, tokens[:, :-1])
+                losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+                return losses.mean()
+            loss, grads = jax.value_and_grad(loss)(state.params)
+            return loss, state.apply_gradients(grads=grads)
+        """,
+}
+
+
+@pytest.mark.slow
+def test_it_runs_against_a_program_in_jax_on_all_devices(capsys, monkeypatch, tmp_path):
+    """One microbatch holds a sequence for each of the 8 devices that the tests have."""
+    pretend_installed(monkeypatch, *PACKAGES)
+    for name, text in GPT_JAX.items():
+        (tmp_path / name).write_text(textwrap.dedent(text))
+    argv = [f"--against=gpt-jax={tmp_path}", "--their-microbatch=8", "--rounds=1"]
+    found = report(capsys, *argv)
+    ours, theirs = found["trainers"]
+    assert theirs["name"] == "gpt-jax" and theirs["parameters"] == VOCAB**2
+    (pair,) = theirs["ratio"]["pairs"]
+    assert pair == pytest.approx(ours["tokens_per_second"] / theirs["tokens_per_second"])
+    assert found["verdict"] == (found["others_cpu"] <= bench.BUSY)
+    assert not any("devices" in x for x in theirs["differs"])
+    (tmp_path / "train.py").write_text("def init_train_state(): jax.tree_map\nraise OSError('old')")
+    assert refused(capsys, *argv) == "error: gpt-jax failed: OSError: old\n"
 
 
 @pytest.mark.oracle
 def test_a_trainer_that_dies_is_quoted(capsys, checkout):
     pytest.importorskip("torch")
-    (checkout / "model.py").write_text("raise RuntimeError('no such kernel')")
+    (checkout / "model.py").write_text("import torch\nraise RuntimeError('no such kernel')")
     said = refused(capsys, f"--against=nanogpt={checkout}", "--their-mode=compiled")
     assert said == "error: nanogpt compiled failed: RuntimeError: no such kernel\n"
 
@@ -354,7 +499,7 @@ def test_several_gpus_are_no_match_for_one(capsys):
     device = SimpleNamespace(platform="gpu")
     mesh = SimpleNamespace(devices=np.array([device] * 8), size=8)
     with pytest.raises(ValueError, match="one GPU, not on 8 x gpu; CUDA_VISIBLE_DEVICES=0"):
-        bench.pytorch_settings(config, flags, SimpleNamespace(mesh=mesh))
+        bench.settings_of_programs(config, flags, SimpleNamespace(mesh=mesh))
 
 
 def test_a_profile_beside_an_idle_libtpu_is_refused(monkeypatch, tmp_path):

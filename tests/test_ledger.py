@@ -68,10 +68,10 @@ def test_each_phase_has_the_deadline_of_its_key_and_progress_renews_it():
 
 
 def test_what_other_programs_used_is_a_share_of_the_cores(monkeypatch):
-    cores, others = ledger._cpu()
+    cores, others = ledger.cpu_seconds()
     assert 0 < others < cores
     values = iter([(1000.0, 300.0), (1100.0, 325.0)])
-    monkeypatch.setattr(ledger, "_cpu", lambda: next(values))
+    monkeypatch.setattr(ledger, "cpu_seconds", lambda: next(values))
     assert ledger.Ledger(phases.Phases(RUN), [], None).row()["perf/others_cpu"] == 0.25
 
 

@@ -1,4 +1,4 @@
-"""This tool measures how fast a run trains here, alone or against nanoGPT or transformers.
+"""This tool measures how fast a run trains here, alone or against other programs.
 
     python tools/bench.py --config configs/demo.yaml [--section.key=value ...]
     python tools/bench.py --config configs/shakespeare_char_cpu.yaml --model.vocab_size=65 \\
@@ -20,9 +20,16 @@ dispatch   seconds of an update in which the host dispatches it; a CPU may compu
 data       seconds of an update in which the host waits for its batch
 memory     the peak of a device, or of the process where the device does not tell
 
-The trainers of --against train the same shapes in PyTorch, with nanoGPT's optimizer and clipping:
-in float32 on a CPU, as nanoGPT does, and in this run's precision on a GPU. They hold as many
-sequences at a time as batch.microbatch says, and all at once where it is not set.
+The programs of --against train the same shapes by their own code. nanogpt=DIR and transformers do
+in PyTorch, with nanoGPT's optimizer and clipping: in float32 on a CPU, as nanoGPT does, and in this
+run's precision on a GPU. nanogpt-jax=DIR, gpt-jax=DIR and nanodo=DIR do in JAX, each by its own
+training step, in this run's precision, on all devices that JAX has by itself: on a CPU one, where
+scalegpt makes two, unless JAX_NUM_CPU_DEVICES says how many both have. All hold as many sequences
+at a time as batch.microbatch says, and all at once where it is not set. What one does otherwise is
+said.
+
+Where other programs kept more than a tenth of this machine's cores busy meanwhile, figures are
+shown, but no verdict.
 
 With --decode nothing is trained: random weights continue random prompts of 16 tokens, several texts
 at a time, as scalegpt.generate does, and as the `generate` of --against does.
@@ -34,11 +41,13 @@ import statistics
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from benchmarks import decoding, profiling, pytorch
+import psutil
+from benchmarks import decoding, profiling, programs
 
 from scalegpt.config import Config, command_line
 from scalegpt.config.loading import NO_RUN
@@ -49,6 +58,7 @@ from scalegpt.model import flops
 from scalegpt.planning.plans import with_vocabulary
 from scalegpt.processes.command import run_command
 from scalegpt.run.feed import batches_from
+from scalegpt.run.ledger import cpu_seconds
 from scalegpt.run.resume import with_model
 from scalegpt.step import build_for_training, cpu_devices, sharding
 from scalegpt.step.build import Steps, build_for_use
@@ -58,11 +68,12 @@ FLAGS = {
         "action": "append",
         "default": [],
         "metavar": "WHAT",
-        "help": "nanogpt=DIR, a checkout of karpathy/nanoGPT, or transformers; may be repeated",
+        "help": "nanogpt=DIR, nanogpt-jax=DIR, gpt-jax=DIR or nanodo=DIR, a checkout, or "
+        "transformers; may be repeated",
     },
-    "--their-mode": {"choices": pytorch.MODES, "help": "default: both"},
+    "--their-mode": {"choices": programs.MODES, "help": "of PyTorch (default: both)"},
     "--their-microbatch": {"type": int, "metavar": "N", "help": "sequences they hold at a time"},
-    "--their-dtype": {"choices": ("float32", "bfloat16"), "help": "of their autocast"},
+    "--their-dtype": {"choices": ("float32", "bfloat16"), "help": "of their products"},
     "--rounds": {"type": int, "default": 5, "help": "turns of each trainer (default 5)"},
     "--steps": {"type": int, "help": "updates of a turn (default 10), or tokens of a text (128)"},
     "--decode": {"type": int, "nargs": "+", "metavar": "TEXTS", "help": "write so many at a time"},
@@ -71,6 +82,7 @@ FLAGS = {
     "--json": {"action": "store_true", "help": "print one JSON object"},
 }
 RANDOM_TOKENS = 2**21  # the least size of the random data set
+BUSY = 0.1  # share of this machine's cores that other programs may have, for a verdict
 COLUMNS = f"{'':20} {'tokens/s':>10} {'step ms: median':>16} {'least':>9} {'most':>9}"
 
 
@@ -92,10 +104,9 @@ def main(argv: list[str]) -> int:
     else:
         config, _ = with_vocabulary(config)
         datasets = [random_tokens(config)]
-    load = {"load_average": os.getloadavg()[0]}  # read before this process adds to it
     if flags.decode:
-        return show(load | measure_decoding(config, flags), flags, decoding.table)
-    return show(load | measure_training(config, flags, datasets), flags, tables)
+        return show(measure_decoding(config, flags), flags, decoding.table)
+    return show(measure_training(config, flags, datasets), flags, tables)
 
 
 def check(config: Config, flags: Namespace) -> None:
@@ -121,12 +132,13 @@ def check(config: Config, flags: Namespace) -> None:
     if documents and not flags.real_data:
         raise Mistake("random tokens have no documents, which data asks for: add --real-data")
     for trainer in flags.against:
-        pytorch.check(trainer, config.model)
+        programs.check(trainer, config, bool(flags.decode))
 
 
 def measure_decoding(config: Config, flags: Namespace) -> dict[str, Any]:
     steps = build_for_use(config, sharding.make_mesh(config.mesh), 1)
-    figures = decoding.measure(config, flags, pytorch_settings(config, flags, steps), turns)
+    others = settings_of_programs(config, flags, steps)
+    figures = decoding.measure(config, flags, others, turns)
     return {**about(config, steps), **figures}
 
 
@@ -136,10 +148,11 @@ def measure_training(config: Config, flags: Namespace, datasets: list[Dataset]) 
     steps = build_for_training(config, sharding.make_mesh(config.mesh))
     trainers: list[Any] = []
     try:
-        for settings in pytorch_settings(config, flags, steps):
-            trainers.append(pytorch.Child(settings))
+        for settings in settings_of_programs(config, flags, steps):
+            trainers.append(programs.Child(settings))
         trainers.insert(0, Trainer(steps, batches_from(config, datasets, steps, 0)))
-        report = summary(config, trainers, turns(trainers, flags.rounds, flags.steps))
+        blocks, busy = turns(trainers, flags.rounds, flags.steps)
+        report = {**summary(config, trainers, blocks), "others_cpu": busy}
         if flags.profile:
             report["operations"] = profiling.trace(trainers[0], flags.steps, flags.profile)
         return report
@@ -149,11 +162,12 @@ def measure_training(config: Config, flags: Namespace, datasets: list[Dataset]) 
 
 
 def show(report: dict[str, Any], flags: Namespace, table: Callable) -> int:
+    report["verdict"] = report["others_cpu"] <= BUSY
     print(json.dumps(report, indent=2) if flags.json else table(report))
-    if report["load_average"] > 0.5 and not flags.json:
+    if not (report["verdict"] or flags.json):
         print(
-            "warning: others kept this machine busy, with a load of "
-            f"{report['load_average']:.1f} before this began"
+            f"no verdict: other programs kept {report['others_cpu']:.0%} of this machine's cores "
+            f"busy meanwhile, and more than {BUSY:.0%} may turn a ratio around"
         )
     return 0
 
@@ -197,55 +211,76 @@ class Trainer:
         float(pending)
         seconds = time.perf_counter() - began
         stats = [d.memory_stats() for d in self.steps.mesh.local_devices]
-        peak = max(s["peak_bytes_in_use"] for s in stats) if all(stats) else pytorch.rss()
+        peak = max(s["peak_bytes_in_use"] for s in stats) if all(stats) else programs.rss()
         times = {"seconds": seconds, "dispatch": dispatch, "data": data}
         return {key: value / updates for key, value in times.items()} | {"memory": peak}
 
 
-def pytorch_settings(config: Config, flags: Namespace, steps: Steps) -> list[dict[str, Any]]:
-    """Return the settings of each trainer of --against. Raises Mistake where it cannot run."""
-    if not flags.against:
-        return []
+def settings_of_programs(config: Config, flags: Namespace, steps: Steps) -> list[dict[str, Any]]:
+    """Return the settings of each program of --against. Raises Mistake where it cannot run."""
     mesh, model, optim = steps.mesh, config.model, config.optim
-    platform = mesh.devices.flat[0].platform
-    if platform == "tpu" or (platform != "cpu" and mesh.size > 1):
-        raise Mistake(
-            f"--against runs on a CPU or on one GPU, not on {mesh.size} x {platform}; "
-            "CUDA_VISIBLE_DEVICES=0 leaves one"
-        )
-    sequences = config.batch.sequences
-    rows = flags.their_microbatch or config.batch.microbatch or sequences
-    if sequences % rows:
-        raise Mistake(f"--their-microbatch={rows} does not divide batch.sequences={sequences}")
-    own_dtype = "float32" if platform == "cpu" else str(steps.model.dtype)
-    shape = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout", "bias")
-    common = {
-        "shape": {key: getattr(model, key) for key in shape},
-        "activation": model.activation,
-        "microbatches": sequences // rows,
-        "rows": rows,
-        "gpu": platform != "cpu",
-        "dtype": flags.their_dtype or own_dtype,
-        "optim": {
-            "lr": optim.lr,
-            "betas": (optim.beta1, optim.beta2),
-            "weight_decay": optim.weight_decay,
-            "grad_clip": optim.grad_clip,
-        },
+    platform, sequences = mesh.devices.flat[0].platform, config.batch.sequences
+    shape = {
+        key: getattr(model, key)
+        for key in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout", "bias")
     }
-    mode = "eager" if flags.decode else flags.their_mode
-    modes = [mode] if mode else pytorch.MODES
-    return [{**common, "trainer": name, "mode": mode} for name in flags.against for mode in modes]
+    if shape["vocab_size"] == 50257:
+        shape["vocab_size"] = 50304  # as nanoGPT's train.py does, and the others' defaults are
+    all_settings = []
+    for against in flags.against:
+        name, _, folder = against.partition("=")
+        program = programs.PROGRAMS[name]
+        if platform == "tpu" or (platform != "cpu" and mesh.size > 1 and not program.jax):
+            raise Mistake(
+                f"--against={against} runs on a CPU or on "
+                f"{'GPUs' if program.jax else 'one GPU'}, not on {mesh.size} x {platform}; "
+                "CUDA_VISIBLE_DEVICES=0 leaves one"
+            )
+        rows = flags.their_microbatch or config.batch.microbatch or sequences
+        if sequences % rows:
+            raise Mistake(f"--their-microbatch={rows} does not divide batch.sequences={sequences}")
+        own_dtype = "float32" if platform == "cpu" and not program.jax else str(steps.model.dtype)
+        modes = [flags.their_mode] if flags.their_mode else programs.MODES
+        settings = {
+            "program": name,
+            "folder": str(Path(folder, program.root).resolve()),
+            "differs": programs.differences(name, config),
+            "shape": shape,
+            "activation": model.activation,
+            "microbatches": sequences // rows,
+            "rows": rows,
+            "gpu": platform != "cpu",
+            "dtype": flags.their_dtype or own_dtype,
+            "optim": {
+                "lr": optim.lr,
+                "betas": (optim.beta1, optim.beta2),
+                "eps": optim.eps,
+                "weight_decay": optim.weight_decay,
+                "grad_clip": optim.grad_clip,
+            },
+        }
+        modes = [None] if program.jax else ["eager"] if flags.decode else modes
+        all_settings += [{**settings, "mode": mode} for mode in modes]
+    return all_settings
 
 
-def turns(trainers: list[Any], rounds: int, updates: int) -> list[list[dict[str, Any]]]:
-    """Return each trainer's figures by round: [round][trainer]. A round of warm-up is left out."""
-    figures = []
+def turns(
+    trainers: list[Any], rounds: int, updates: int
+) -> tuple[list[list[dict[str, Any]]], float]:
+    """Return each trainer's figures by round, and the share of all cores that others had meanwhile.
+
+    The figures are [round][trainer]. A round of warm-up is left out.
+    """
+    figures: list[list[dict[str, Any]]] = []
+    children = [child.pid for child in psutil.Process().children()]
     for turn in range(rounds + 1):
+        if turn == 1:
+            before = cpu_seconds(*children)
         order = range(len(trainers)) if turn % 2 else reversed(range(len(trainers)))
         by_trainer = {i: trainers[i].block(updates) for i in order}
         figures.append([by_trainer[i] for i in range(len(trainers))])
-    return figures[1:]
+    cores, others = (x - y for x, y in zip(cpu_seconds(*children), before, strict=True))
+    return figures[1:], max(0.0, others) / max(cores, 1e-9)
 
 
 def summary(
@@ -278,6 +313,9 @@ def summary(
         else:
             pairs = [turn[i]["seconds"] / turn[0]["seconds"] for turn in blocks]
             row["ratio"] = {"pairs": pairs, "median": statistics.median(pairs)}
+            row["differs"] = trainer.differs
+            if trainer.built["devices"] != steps.mesh.size:
+                row["differs"] = [f"devices={trainer.built['devices']}", *trainer.differs]
         rows.append(row)
     layout = {"sequences": batch.sequences, "accumulation": steps.layout[0], "tokens": tokens}
     return {**about(config, steps), "batch": layout, "trainers": rows}
@@ -328,7 +366,10 @@ def tables(report: dict[str, Any]) -> str:
     )
     for row in others:
         pairs = " ".join(f"{ratio:.2f}" for ratio in row["ratio"]["pairs"])
-        lines.append(f"{row['ratio']['median']:.2f} x the speed of {row['name']}  ({pairs})")
+        verdict = f"{row['ratio']['median']:.2f} x the speed of" if report["verdict"] else "beside"
+        lines.append(f"{verdict} {row['name']}  ({pairs})")
+        if row["differs"]:
+            lines.append(f"  {row['name']} has {'; '.join(row['differs'])}")
     if "operations" in report:
         lines.append("the costliest operations, ms of an update over all devices")
         lines += [

@@ -37,7 +37,7 @@ class Ledger:
 
     def __init__(self, phases: Phases, earlier: list[Row], start: int | None) -> None:
         self._phases, self._earlier = phases, dict.fromkeys(TIMES, 0.0)
-        self._cpu = _cpu()
+        self._cpu = cpu_seconds()
         ledger_rows = [row for row in earlier if {"time", "time/step"} <= row.keys()]
         if start is None or not ledger_rows:
             return
@@ -60,7 +60,7 @@ class Ledger:
         total = {name: self._earlier[name] + spent.get(name, 0.0) for name in TIMES}
         lived = sum(total.values()) - total["down"]
         row = {f"time/{name}": round(seconds, 3) for name, seconds in total.items()}
-        cores, others = (now - then for now, then in zip(_cpu(), self._cpu, strict=True))
+        cores, others = (now - then for now, then in zip(cpu_seconds(), self._cpu, strict=True))
         useful = total["step"] + total["rollout"]
         row["perf/others_cpu"] = round(max(0.0, others) / max(cores, 1e-9), 3)
         return {**row, "perf/goodput": round(useful / max(lived, 1e-9), 4)}
@@ -81,11 +81,14 @@ class Ledger:
         return textwrap.fill(line, 79, subsequent_indent=" " * 9)
 
 
-def _cpu() -> tuple[float, float]:
-    """Return the seconds that this machine's cores have run or idled, and other programs' part."""
+def cpu_seconds(*children: int) -> tuple[float, float]:
+    """Return the seconds that this machine's cores have run or idled, and other programs' part.
+
+    children: ids of processes that are no other programs either.
+    """
     seconds = psutil.cpu_times()._asdict()
     guests = seconds.get("guest", 0.0) + seconds.get("guest_nice", 0.0)  # are in user and nice, too
     cores = sum(seconds.values()) - guests
-    own = psutil.Process().cpu_times()
+    own = [psutil.Process(pid).cpu_times() for pid in (None, *children)]
     idle = seconds["idle"] + seconds.get("iowait", 0.0)
-    return cores, cores - idle - own.user - own.system
+    return cores, cores - idle - sum(x.user + x.system for x in own)

@@ -1,69 +1,16 @@
-"""A process of tools/bench.py trains, or writes texts, with PyTorch whenever it is asked to.
-
-torch and JAX in one process compete for threads, so each trainer has a process of its own, and only
-one of them works at a time. The process answers JSON lines on its standard input: the settings (see
-`Trainer`) by what it built; then each {"updates": N} by the time of an update.
-"""
+"""nanoGPT and transformers train, or write texts, with PyTorch in a process of tools/bench.py."""
 
 import contextlib
-import importlib.util
-import json
-import os
-import resource
-import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
-
-from scalegpt.errors import Mistake
-
-MODES = ("eager", "compiled")
-
-
-class Child:
-    """A child is the parent's end of the process; its methods raise Mistake when it fails."""
-
-    def __init__(self, settings: dict[str, Any]) -> None:
-        self._errors = tempfile.TemporaryFile("w+")
-        self._process = subprocess.Popen(
-            [sys.executable, __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-        )
-        self.name = f"{settings['trainer'].partition('=')[0]} {settings['mode']}"
-        try:
-            self.built = self._ask(settings)
-        except BaseException:
-            self.close()
-            raise
-
-    def block(self, updates: int) -> dict[str, Any]:
-        return self._ask({"updates": updates})
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.communicate()
-        self._errors.close()
-
-    def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        with contextlib.suppress(BrokenPipeError):  # standard error tells below why it died
-            print(json.dumps(question), file=self._process.stdin, flush=True)
-        if answer := self._process.stdout.readline():
-            return json.loads(answer)
-        self._errors.seek(0)
-        lines = self._errors.read().strip().splitlines() or ["it said nothing"]
-        raise Mistake(f"{self.name} failed: {lines[-1]}")
 
 
 class Trainer:
     """A trainer has a PyTorch model, nanoGPT's optimizer and random tokens to train on.
 
-    settings: those of bench's `pytorch_settings`, among them trainer, "nanogpt=DIR" or
-    "transformers"; mode, one of MODES; shape, the arguments of nanoGPT's GPTConfig; rows, the
+    settings: those of bench's `settings_of_programs`, among them program, "nanogpt" or
+    "transformers"; mode, eager or compiled; shape, the arguments of nanoGPT's GPTConfig; rows, the
     sequences of a microbatch.
     """
 
@@ -71,7 +18,7 @@ class Trainer:
         self.settings, optim = settings, settings["optim"]
         self.torch, self.device, self.context = prepare(settings)
         model = build(settings).to(self.device)
-        if settings["trainer"] == "transformers":
+        if settings["program"] == "transformers":
             self.optimizer = adamw(model, optim, fused=settings["gpu"])
             self.losses = self.cross_entropy
         else:
@@ -120,8 +67,9 @@ class Trainer:
             pending = loss
         pending.item()
         seconds = (time.perf_counter() - began) / updates
-        peak = self.torch.cuda.max_memory_allocated if self.settings["gpu"] else rss
-        return {"seconds": seconds, "memory": peak()}
+        gpu = self.settings["gpu"]
+        memory = {"memory": self.torch.cuda.max_memory_allocated()} if gpu else {}
+        return {"seconds": seconds, **memory}
 
 
 class Writer:
@@ -134,7 +82,7 @@ class Writer:
         self.settings = settings
         self.torch, self.device, self.context = prepare(settings)
         self.model = build(settings).to(self.device).eval()
-        if settings["trainer"] == "transformers" and settings["dtype"] != "float32":
+        if settings["program"] == "transformers" and settings["dtype"] != "float32":
             # As one loads a model for use; autocast would round the weights again for each token.
             self.model.to(getattr(self.torch, settings["dtype"]))
         shape = (settings["texts"], settings["prompt"])
@@ -144,7 +92,7 @@ class Writer:
     def block(self, tokens: int) -> dict[str, Any]:
         """Measure seconds of a token, prefill included."""
         sampled = {"max_new_tokens": tokens, "temperature": 0.8, "top_k": 200}
-        if self.settings["trainer"] == "transformers":
+        if self.settings["program"] == "transformers":
             sampled |= {"do_sample": True, "pad_token_id": 0}
         began = time.perf_counter()
         with self.torch.no_grad(), self.context:
@@ -170,16 +118,12 @@ def prepare(settings: dict[str, Any]) -> tuple[Any, str, Any]:
 
 def build(settings: dict[str, Any]) -> Any:
     """Build the model on the CPU."""
-    trainer, _, folder = settings["trainer"].partition("=")
-    if trainer == "transformers":
+    if settings["program"] == "transformers":
         return transformers_gpt2(settings)
-    sys.path.insert(0, folder)
+    sys.path.insert(0, settings["folder"])
     from model import GPT, GPTConfig
 
-    shape = dict(settings["shape"])
-    if shape["vocab_size"] == 50257:
-        shape["vocab_size"] = 50304  # as nanoGPT's train.py does
-    return GPT(GPTConfig(**shape))
+    return GPT(GPTConfig(**settings["shape"]))
 
 
 def transformers_gpt2(settings: dict[str, Any]) -> Any:
@@ -216,71 +160,3 @@ def adamw(model: Any, optim: dict[str, Any], fused: bool) -> Any:
         for decays in (True, False)
     ]
     return torch.optim.AdamW(groups, lr=optim["lr"], betas=tuple(optim["betas"]), fused=fused)
-
-
-def rss() -> int:
-    """Return the peak bytes of memory of this process."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def serve() -> None:
-    """Answer requests on a copy of standard output, to which nanoGPT and torch.compile print."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    settings = json.loads(sys.stdin.readline())
-    trainer = Writer(settings) if "texts" in settings else Trainer(settings)
-    began = time.perf_counter()
-    trainer.block(settings.get("tokens", 1))
-    first = time.perf_counter() - began
-    built = {"parameters": sum(p.numel() for p in trainer.parameters), "first": first}
-    print(json.dumps(built), file=answers, flush=True)
-    for line in sys.stdin:
-        print(json.dumps(trainer.block(json.loads(line)["updates"])), file=answers, flush=True)
-
-
-def check(against: str, model: Any) -> None:
-    """Raise Mistake unless `against` is a trainer, is installed and can have the model's shape.
-
-    model: a ModelConfig.
-    """
-    trainer, equals, folder = against.partition("=")
-    if trainer not in ("nanogpt", "transformers") or (trainer == "nanogpt") != bool(equals):
-        raise Mistake(f"--against={against} is neither nanogpt=DIR nor transformers")
-    for package in ("torch", *{"transformers"} & {trainer}):
-        if importlib.util.find_spec(package) is None:
-            raise Mistake(f"--against={against} needs {package}: pip install {package}")
-    if trainer == "nanogpt" and not Path(folder, "model.py").is_file():
-        raise Mistake(
-            f"--against={against}: there is no model.py in {folder}; for a checkout, "
-            "git clone https://github.com/karpathy/nanoGPT"
-        )
-    possible = {
-        "position": ["learned"],
-        "norm": ["layernorm"],
-        "activation": ["gelu", "gelu_tanh"],
-        "tie_word_embeddings": [True],
-        "logit_softcap": [0.0],
-        "norm_eps": [None],
-        "qkv_bias": [False],
-        "window": [None],
-        "attention_scale": [None],
-        "mlp": ["plain"],
-        "n_inner": [None],
-        "n_kv_head": [None],
-        "head_size": [None],
-        "qk_norm": [False],
-        "embedding_norm": [False],
-        "residual_scalars": [False],
-        "value_embeddings": [False],
-        "smear": [False],
-        "backout": [False],
-        "ngram_rows": [0],
-    }
-    for key, values in possible.items():
-        if (value := getattr(model, key)) not in values:
-            raise Mistake(f"--against={against}: {trainer} has no model.{key}={value}")
-
-
-if __name__ == "__main__":
-    serve()
