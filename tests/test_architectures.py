@@ -425,7 +425,7 @@ def test_muon_takes_each_projection_of_shared_heads_for_a_matrix():
 )
 def test_what_a_mesh_cannot_split_is_refused(keys, message):
     model = ModelConfig(**{**SMALL, **keys})
-    mesh = jax.make_mesh((1, 1, 1, 2), sharding.AXES, devices=jax.devices()[:2])
+    mesh = jax.make_mesh((1, 1, 1, 1, 2), sharding.AXES, devices=jax.devices()[:2])
     with pytest.raises(ValueError, match=message):
         sharding.check_divisible(model, mesh)
 

@@ -48,7 +48,10 @@ def saved(state, tmp_path):
     return tmp_path
 
 
-MESHES = [dict(data=2, fsdp=4), dict(data=1, fsdp=2, tensor=4), dict(data=8), dict(data=1)]
+MESHES = [
+    *(dict(data=2, fsdp=4), dict(data=1, fsdp=2, tensor=4), dict(data=8), dict(data=1)),
+    dict(data=1, fsdp=2, context=4),
+]
 
 
 @pytest.mark.parametrize("mesh", MESHES)

@@ -84,7 +84,7 @@ def test_defaults_are_nanogpts_124m_run():
     assert (o.beta1, o.beta2, o.eps, o.weight_decay, o.grad_clip) == (0.9, 0.95, 1e-8, 0.1, 1.0)
     assert o.decay == "matrices"
     assert c.batch.sequences * m.block_size == 491_520  # nanoGPT's 12 x 1024 x 40
-    assert c.mesh.model_dump() == {"replica": 1, "data": -1, "fsdp": 1, "tensor": 1}
+    assert c.mesh.model_dump() == {"replica": 1, "data": -1, "fsdp": 1, "context": 1, "tensor": 1}
     assert parameter_count(c.with_vocab(50257).model) == 124_337_664
 
 

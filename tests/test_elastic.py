@@ -39,7 +39,7 @@ run_command(main)
 """
 LIVES = [  # processes, devices of each, mesh, last update
     (1, 8, {"data": 8}, 4),
-    (2, 2, {"data": 2, "fsdp": 2}, 7),
+    (2, 2, {"data": 1, "context": 4}, 7),  # both have a part of each row
     (1, 2, {"data": 2}, 9),
     (4, 2, {"data": 2, "fsdp": 2, "tensor": 2}, tiny_run.STEPS),
 ]
@@ -58,7 +58,8 @@ def live(argv: list[str], folder, count: int, devices: int, mesh: dict, last: in
 
 @pytest.mark.slow
 def test_8_4_2_8_devices_in_1_2_1_4_processes_are_one_run(plays, tmp_path):
-    argv = tiny_run.arguments(plays, tmp_path / "run")
+    whole = {"model.dropout": 0}  # which context needs
+    argv = tiny_run.arguments(plays, tmp_path / "run", **whole)
     seen = [live(argv, tmp_path, *life) for life in LIVES]
     assert [list(part) for part in seen] == [[1, 2, 3, 4], [5, 6, 7], [8, 9], [10, 11, 12]]
     config = parse(argv, "test", {})[0]
@@ -66,7 +67,7 @@ def test_8_4_2_8_devices_in_1_2_1_4_processes_are_one_run(plays, tmp_path):
     for step, digest in {k: v for part in seen for k, v in part.items()}.items():
         assert digest == hashlib.sha256(batches[step - 1].astype("<i4").tobytes()).hexdigest()
 
-    alone = tiny_run.arguments(plays, tmp_path / "unbroken")
+    alone = tiny_run.arguments(plays, tmp_path / "unbroken", **whole)
     live(alone, tmp_path, 1, 1, {"data": 1}, tiny_run.STEPS)
     for key in ("train/loss", "val/loss"):
         ours, theirs = (tiny_run.rows(tmp_path / run, key) for run in ("run", "unbroken"))

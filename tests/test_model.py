@@ -480,7 +480,7 @@ def test_fault_03_products_are_bfloat16_on_every_accelerator_and_never_float16()
         device = SimpleNamespace(platform=platform, device_kind=kind, coords=None)
         if capability:
             device.compute_capability = capability
-        mesh = SimpleNamespace(devices=np.array([device]))
+        mesh = SimpleNamespace(devices=np.array([device]), shape={"context": 1})
         return step.resolve(validate(base, "test"), mesh)[0]
 
     for kind in ("TPU v2", "TPU v3", "TPU v4", "TPU v5 lite", "TPU v6 lite"):

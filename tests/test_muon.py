@@ -151,6 +151,7 @@ def alone() -> list[float]:
         (CUBE, "jit"),
         pytest.param(FSDP8, "jit", marks=pytest.mark.slow),
         pytest.param(HYBRID, "jit", marks=pytest.mark.slow),
+        pytest.param({"data": 1, "fsdp": 2, "context": 4}, "jit", marks=pytest.mark.slow),
         pytest.param(DATA8, "pmap", marks=pytest.mark.slow),
     ],
 )

@@ -48,7 +48,7 @@ def planned(machine: str, *args, slices: int = 1, **sections) -> plans.Plan:
 
 
 def shape(**sizes: int) -> dict[str, int]:
-    return {"replica": 1, "data": 1, "fsdp": 1, "tensor": 1} | sizes
+    return {"replica": 1, "data": 1, "fsdp": 1, "context": 1, "tensor": 1} | sizes
 
 
 # --- machines
@@ -217,6 +217,7 @@ def test_terms_of_a_run_on_v3_8_are_those_by_hand():
     assert plan.seconds["hbm"] == pytest.approx(read / 450e9)
     assert {term for term, seconds in plan.seconds.items() if not seconds} == {
         "fsdp",
+        "context",
         "tensor",
         "slices",
     }
@@ -237,6 +238,24 @@ def test_slices_sum_each_devices_gradients_over_the_network():
     assert plan.needed_tokens().keys() == {"fsdp", "slices"}
     with pytest.raises(Mistake, match="mesh.replica=1 must be a multiple of the 2 slices"):
         planned("v5e:2x4", 512, 8, slices=2)
+
+
+def test_context_shards_gather_keys_and_values_and_split_all_else():
+    whole, split = (
+        planned("v4:2x2x1", 64, 64 // fsdp, mesh={"data": 1, "fsdp": fsdp, "context": 4 // fsdp})
+        for fsdp in (4, 1)
+    )
+    moved = 3 * 2 * 12 * 2 * 64 * 1024 * 768  # bytes: k and v, again backward, and their gradients
+    assert split.seconds["context"] == pytest.approx(moved * (3 / 4) / (2 * 4.5e10))
+    assert split.device_tokens == whole.device_tokens == 64 * 1024 / 4
+    assert split.seconds["fsdp"] == pytest.approx(whole.seconds["fsdp"])
+    attention = 12 * 2 * 2 * 1024 * 768 / 2 * 1024 * 64 / 4
+    reached = 275e12 * split.topology.chip.efficiency * 0.7
+    more = (2 - 1.25) * 3.5 * attention / reached  # XLA computes what the mask hides
+    gap = split.seconds["arithmetic"] - whole.seconds["arithmetic"]
+    assert gap == pytest.approx(more, rel=1e-3)
+    assert split.bytes["weights"] == whole.bytes["weights"]
+    assert split.bytes["activations kept"] == whole.bytes["activations kept"]
 
 
 @pytest.mark.parametrize(("remat", "gathers"), [("none", 8), ("dots", 8), ("full", 12)])
@@ -326,7 +345,7 @@ def test_of_plans_alike_the_one_with_the_fewest_shards_comes_first():
 def test_pmap_is_planned_with_whole_copies_alone():
     run = config()
     run = run.model_copy(update={"run": run.run.model_copy(update={"backend": "pmap"})})
-    assert {tuple(p.mesh.values()) for p in plans.search(run, parse("v3-8"))} == {(1, 8, 1, 1)}
+    assert {tuple(p.mesh.values()) for p in plans.search(run, parse("v3-8"))} == {(1, 8, 1, 1, 1)}
 
 
 def test_a_run_costs_its_updates_and_young_says_how_often_to_save():

@@ -118,7 +118,7 @@ def test_devices_of_a_process_are_put_side_by_side():
 
     mixed = [Device(i, i % 2) for i in range(8)]
     config = make_config("pmap", DATA8, 1)
-    mesh = jax.sharding.Mesh(np.array(mixed).reshape(1, 8, 1, 1), sharding.AXES)
+    mesh = jax.sharding.Mesh(np.array(mixed).reshape(1, 8, 1, 1, 1), sharding.AXES)
     steps = pmap_step.build_steps(config, mesh, "float32", "xla")
     assert [d.process_index for d in steps.mesh.devices.flat] == [0] * 4 + [1] * 4
 

@@ -16,7 +16,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from scalegpt.config import BatchConfig, Config, command_line, loading
+from scalegpt.config import BatchConfig, Config, MeshConfig, command_line, loading
 from scalegpt.config.recipe import RopeScaling
 from scalegpt.config.types import Name, Place, Text, Which, divisors
 from scalegpt.data import tokenizer
@@ -78,7 +78,7 @@ ALONE = {  # keys whose values another key limits, too
         original_max_position_embeddings=st.integers(1, 9999),
     ),
     "model.n_embd": st.integers(1, 1000).map(lambda n: 2 * n),
-    **{f"mesh.{axis}": st.integers(1, 64) for axis in ("replica", "data", "fsdp", "tensor")},
+    **{f"mesh.{axis}": st.integers(1, 64) for axis in MeshConfig.model_fields},
     "optim.min_lr": st.just(0.0),
     "optim.warmup_steps": st.just(0),
     "checkpoint.every": st.just(1),

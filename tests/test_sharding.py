@@ -220,7 +220,7 @@ def test_no_rule_puts_two_axes_of_one_array_on_one_mesh_axis():
 def test_rules_within_manual_axes_leave_only_the_others_to_the_batch():
     assert sharding.rules_within(("replica", "data"))["batch"] == ("fsdp",)
     assert sharding.rules_within(())["batch"] == ("replica", "data", "fsdp")
-    assert sharding.rules_within(sharding.ROWS)["vocab"] == ("tensor", "fsdp")
+    assert sharding.rules_within(sharding.ROWS)["vocab"] == ("tensor", "fsdp", "context")
 
 
 def test_splash_attention_splits_over_the_axes_of_the_table():
@@ -238,9 +238,9 @@ def mesh_of(**sizes):
 @pytest.mark.parametrize(
     ("sizes", "expected"),
     [
-        ({}, (1, 8, 1, 1)),
-        ({"data": 2, "fsdp": -1}, (1, 2, 4, 1)),
-        ({"replica": 2, "data": 2, "tensor": 2}, (2, 2, 1, 2)),
+        ({}, (1, 8, 1, 1, 1)),
+        ({"data": 2, "fsdp": -1}, (1, 2, 4, 1, 1)),
+        ({"replica": 2, "data": 2, "tensor": 2}, (2, 2, 1, 1, 2)),
     ],
 )
 def test_a_mesh_axis_of_minus_one_takes_what_is_left(sizes, expected):

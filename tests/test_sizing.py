@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ONE = {"data": 1}
 FSDP = {"data": 1, "fsdp": 8}
 ALL = {"data": 2, "fsdp": 2, "tensor": 2}
+CONTEXT = {"data": 1, "fsdp": 2, "context": 4}
 
 
 def report(capsys, *argv: str) -> dict:
@@ -138,7 +139,7 @@ def test_float32_products_have_no_peak_and_so_no_days(capsys):
 # --- memory ---
 
 
-@pytest.mark.parametrize("mesh", [ONE, {"data": 8}, FSDP, ALL])
+@pytest.mark.parametrize("mesh", [ONE, {"data": 8}, FSDP, ALL, CONTEXT])
 @pytest.mark.parametrize(
     "kind",
     [

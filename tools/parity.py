@@ -76,7 +76,7 @@ class Row:
 
     def config(self, config: Config) -> Config:
         """Return the run's config with this row's mesh, accumulation and backend."""
-        sizes = dict(replica=1, data=1, fsdp=1, tensor=1) | self.mesh
+        sizes = dict(replica=1, data=1, fsdp=1, context=1, tensor=1) | self.mesh
         shards = prod(sizes[axis] for axis in sharding.ROWS)
         microbatch = config.batch.sequences // shards // self.accumulation
         batch, run = {"microbatch": microbatch}, {"backend": self.backend}

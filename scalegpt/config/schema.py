@@ -37,6 +37,8 @@ class MeshConfig(Section):
     """copies of the model, each with its own rows"""
     fsdp: MeshAxis = 1
     """shards of parameters and optimizer state, each with its own rows"""
+    context: MeshAxis = 1
+    """shards of each sequence, for long ones, and of parameters and optimizer state"""
     tensor: MeshAxis = 1
     """shards of heads, MLP width and vocabulary; they share rows"""
 

@@ -64,7 +64,7 @@ def log_likelihood(
 
     def part(args: tuple[Array, Array]) -> tuple[Array, Array]:
         hidden, targets = args
-        scores = constrain(logits(hidden, table, config), "batch", "position", "act_vocab")
+        scores = constrain(logits(hidden, table, config), "batch", "act_position", "act_vocab")
         ids = jnp.arange(scores.shape[-1])
         target = jnp.where(ids == targets[..., None], scores, 0).sum(-1, keepdims=True)
         # The same as argmax(scores) != targets, which takes twice the time on a CPU.
@@ -131,7 +131,7 @@ def _score_batch(
         hidden = model.apply({"params": params}, inputs)
         # Most of a row is context: its logits would cost more than all the rest.
         hidden = jnp.take_along_axis(hidden, positions[..., None], axis=1)
-        hidden = constrain(hidden, "batch", "position", "act_embed")
+        hidden = constrain(hidden, "batch", "act_position", "act_embed")
         return log_likelihood(hidden, head_table(params), targets, model.config)
 
 

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
+from scalegpt.config.types import divisors
 from scalegpt.errors import Mistake
 from scalegpt.model.custom_gradients import on_cpu, product
 
@@ -29,6 +30,7 @@ BATCH_AXES = ("replica", "data", "fsdp")
 HEAD_AXES = ("tensor",)
 # How "xla" cuts up the queries: more or smaller blocks save little more and compile longer.
 QUERY_BLOCKS, LEAST_BLOCK = 4, 64
+CONTEXT_BLOCK = 512  # queries that "xla" computes at a time where sequences are split
 
 
 def resolve(
@@ -41,6 +43,7 @@ def resolve(
     device_kind: str = "",
     capability: str = "8.0",
     isolate: bool = False,
+    context: int = 1,
 ) -> str:
     """Choose the implementation, one of IMPLEMENTATIONS; call this once and print the result.
 
@@ -48,14 +51,20 @@ def resolve(
     JAX's name for the chip, like "TPU v3". dropout: the training rate of attention dropout. dtype:
     the compute dtype. capability: JAX's compute capability of a GPU, as "7.5" of a T4; "gpu" is
     AMD's platform too, whose capability is no number, as "gfx90a". isolate: whether attention stays
-    within a conversation or document. "auto" means splash on a TPU from 2048 positions on, cuDNN on
-    an NVIDIA GPU from Ampere on in bfloat16 without isolate, else XLA. Raises Mistake for an
-    unknown name or a choice that cannot work.
+    within a conversation or document. context: how many parts sequences are split into. "auto"
+    means splash on a TPU from 2048 positions on, cuDNN on an NVIDIA GPU from Ampere on in bfloat16
+    without isolate and on whole sequences, else XLA. Raises Mistake for an unknown name or a choice
+    that cannot work.
     """
     if platform not in PLATFORMS:
         raise Mistake(f"unknown platform {platform!r}: use one of {', '.join(PLATFORMS)}")
+    # These know no queries that begin after the first key.
+    whole = context > 1, f"cannot split sequences over mesh.context={context}"
     checks = {
+        "xla": ((context > 1 and dropout > 0, f"has no dropout with mesh.context={context}"),),
+        "flax": (whole,),
         "cudnn": (
+            whole,
             (platform not in ("gpu", "cuda"), f"needs an NVIDIA GPU, not {platform!r}"),
             (
                 (compute_capability(capability) or (0, 0)) < AMPERE,
@@ -76,7 +85,11 @@ def resolve(
                 f"needs a TPU v4 or later in {dtype}, not {device_kind!r}",
             ),
             (dropout > 0, f"has no dropout, got dropout={dropout}"),
-            (block_size % 128, f"needs a block size that 128 divides, not {block_size}"),
+            (
+                block_size // context % 128,
+                f"needs a block size that 128 divides, not {block_size // context}"
+                f"{' on a device' if context > 1 else ''}",
+            ),
         ),
     }
     obstacles = {name: "; ".join(why for bad, why in checks[name] if bad) for name in checks}
@@ -84,11 +97,12 @@ def resolve(
         if not obstacles["splash"] and block_size >= 2048:
             return "splash"
         # With segments, JAX gives cuDNN's kernel a mask [B, 1, T, T].
-        return "xla" if obstacles["cudnn"] or isolate else "cudnn"
+        implementation = "xla" if obstacles["cudnn"] or isolate else "cudnn"
     if implementation not in IMPLEMENTATIONS:
         raise Mistake(f"unknown attention {implementation!r}: use 'auto' or {IMPLEMENTATIONS}")
-    if obstacles.get(implementation):
-        raise Mistake(f"attention {implementation!r} {obstacles[implementation]}: use auto or xla")
+    if obstacles[implementation]:
+        other = "set model.dropout=0" if implementation == "xla" else "use auto or xla"
+        raise Mistake(f"attention {implementation!r} {obstacles[implementation]}: {other}")
     return implementation
 
 
@@ -137,6 +151,8 @@ def causal_attention(
         )
     if dropout_rate and implementation in ("cudnn", "splash"):
         raise Mistake(f"{implementation!r} has no dropout, got {dropout_rate}: use 'xla'")
+    if implementation == "xla" and not dropout_rate and _context()[0]:
+        return _over_context(q, k, v, segments, window, scale)
     drop = _dropout(dropout_rate, dropout_keys, q.shape)
     if implementation == "xla":
         if dropout_rate or on_cpu():
@@ -278,16 +294,31 @@ def _causal_scores(
     """Compute the float32 scores [B,N,t*G,s] of a block, from all queries as `_grouped` and all
     keys; those that a query may not see are masked."""
     rows, queries, keys = block
-    scores = _scores("bthk,bshk->bhts", q[:, rows], k[:, keys]) * (scale or q.shape[-1] ** -0.5)
-    groups = q.shape[1] // k.shape[1]
-    query = jnp.repeat(jnp.arange(queries.start, queries.stop), groups)[:, None]
-    key = jnp.arange(keys.start, keys.stop)
+    query, key = (jnp.arange(one.start, one.stop) for one in (queries, keys))
+    both = None if segments is None else (segments[:, queries], segments[:, keys])
+    return _masked_scores(q[:, rows], k[:, keys], query, key, both, window, scale)
+
+
+def _masked_scores(
+    q: Array,
+    k: Array,
+    query: Array,
+    key: Array,
+    segments: tuple[Array, Array] | None,
+    window: int | None,
+    scale: float | None,
+) -> Array:
+    """Compute the float32 scores [B,N,t*G,s] of queries at the positions query [t], as `_grouped`
+    lays them, and of keys at key [s]. segments: of these, [B,t] and [B,s]."""
+    scores = _scores("bthk,bshk->bhts", q, k) * (scale or q.shape[-1] ** -0.5)
+    groups = q.shape[1] // len(query)
+    query = jnp.repeat(query, groups)[:, None]
     seen = query >= key
     if window:
         seen &= query - key < window
     if segments is not None:
-        own = jnp.repeat(segments[:, queries], groups, axis=1)[..., None]
-        seen &= (own == segments[:, None, keys])[:, None]
+        own = jnp.repeat(segments[0], groups, axis=1)[..., None]
+        seen &= (own == segments[1][:, None])[:, None]
     # The least float, not -inf: then no row and no gradient can hold inf - inf, a NaN.
     return jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
 
@@ -308,6 +339,89 @@ def _xla(
         weights = drop(weights, block.queries, block.keys).astype(v.dtype)
         outputs.append(product("bhts,bshk->bthk", weights, v[:, block.keys]))
     return _ungrouped(jnp.concatenate(outputs, axis=1), heads)
+
+
+def _context() -> tuple[str | None, int]:
+    """Return the mesh axis that splits sequences, if any, and into how many parts."""
+    axis = dict(nn.get_logical_axis_rules()).get("act_position")
+    parts = jax.sharding.get_abstract_mesh().shape.get(axis, 1) if axis else 1
+    return (axis, parts) if parts > 1 else (None, 1)
+
+
+def _share(implementation: str, q: Array, k: Array) -> tuple[set[str], *tuple[PartitionSpec, ...]]:
+    """Return the mesh axes that are to become manual, and how these split arrays [B,T,H,K], the
+    segments of queries and those of all keys.
+
+    A caller's shard_map has split the arrays over its manual axes already. Raises Mistake for
+    arrays that do not divide.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    free = {a for a, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Auto}
+    rows, heads = (tuple(a for a in axes if a in free) for axes in (BATCH_AXES, HEAD_AXES))
+    for what, size, axes in (("rows", q.shape[0], rows), ("heads", k.shape[2], heads)):
+        if size % (shards := math.prod(mesh.shape[axis] for axis in axes)):
+            other = ", or use 'xla' (as for a model's init with one row)"
+            raise Mistake(
+                f"{implementation!r} cannot split {size} {what} over {shards} devices: change the "
+                f"mesh{other if implementation == 'splash' else ''}"
+            )
+    context = _context()[0]
+    every = PartitionSpec(rows, context, heads, None)
+    return free, every, PartitionSpec(rows, context), PartitionSpec(rows, None)
+
+
+def _over_context(
+    q: Array, k: Array, v: Array, segments: Array | None, window: int | None, scale: float | None
+) -> Array:
+    """Compute `_xla` without dropout where each device has the queries of its part of a sequence.
+
+    Each gathers the keys and values of all positions, and computes the scores of CONTEXT_BLOCK
+    queries at a time, backward again. All keys are computed, as no program knows its part: half of
+    the scores are masked.
+    """
+    context, _ = _context()
+
+    def attend(q: Array, k: Array, v: Array, own: Array | None, segments: Array | None) -> Array:
+        k, v = (jax.lax.all_gather(x, context, axis=1, tiled=True) for x in (k, v))
+        (_, time, heads, _), groups = q.shape, q.shape[2] // k.shape[2]
+        size = max(d for d in divisors(time) if d <= CONTEXT_BLOCK)
+
+        @jax.checkpoint
+        def block(start: Array, q: Array, own: Array | None) -> Array:
+            query, key = start + jnp.arange(size), jnp.arange(k.shape[1])
+            both = None if own is None else (own, segments)
+            scores = _masked_scores(_grouped(q, groups), k, query, key, both, window, scale)
+            weights = jax.nn.softmax(scores).astype(v.dtype)
+            return _ungrouped(product("bhts,bshk->bthk", weights, v), heads)
+
+        starts = jax.lax.axis_index(context) * time + jnp.arange(0, time, size)
+        blocks = jax.tree.map(
+            lambda x: x.reshape(len(x), -1, size, *x.shape[2:]).swapaxes(0, 1), (q, own)
+        )
+        y = jax.lax.map(lambda x: block(*x), (starts, *blocks))
+        return y.swapaxes(0, 1).reshape(q.shape)
+
+    # All axes are manual: XLA would gather over those that are not, too, before it does over one.
+    free, spec, *of_segments = _share("xla", q, k)
+    split = partial(jax.shard_map, axis_names=free, out_specs=spec)
+
+    # By hand, so that keys and values are gathered again backward: those of all positions and
+    # layers would be too many to keep.
+    @jax.custom_vjp
+    def attended(q: Array, k: Array, v: Array, segments: Array | None) -> Array:
+        specs = (spec, spec, spec, *of_segments)
+        return split(attend, in_specs=specs)(q, k, v, segments, segments)
+
+    def backward(saved: tuple, g: Array) -> tuple:
+        def pull(g: Array, own: Array | None, segments: Array | None, *qkv: Array) -> tuple:
+            return jax.vjp(lambda *qkv: attend(*qkv, own, segments), *qkv)[1](g)
+
+        *qkv, segments = saved
+        pull = split(pull, in_specs=(spec, *of_segments, spec, spec, spec))
+        return *pull(g, segments, segments, *qkv), None
+
+    attended.defvjp(lambda *saved: (attended(*saved), saved), backward)
+    return checkpoint_name(attended(q, k, v, segments), "project")
 
 
 def _xla_recomputing(
@@ -438,28 +552,24 @@ def _splash(
     interpret: bool = False,
 ) -> Array:
     """Run TPU splash attention, each device on its own rows and heads; interpret: on any device."""
-    mesh = jax.sharding.get_abstract_mesh()
-    # A caller's shard_map has split the arrays over its manual axes already. XLA cannot split a
-    # kernel over the other axes, so these become manual here.
-    free = {a for a, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Auto}
-    rows, heads = (tuple(a for a in axes if a in free) for axes in (BATCH_AXES, HEAD_AXES))
-    for what, size, axes in (("rows", q.shape[0], rows), ("heads", k.shape[2], heads)):
-        if size % (shards := math.prod(mesh.shape[axis] for axis in axes)):
-            raise Mistake(
-                f"'splash' cannot split {size} {what} over {shards} devices: change "
-                "the mesh, or use 'xla' (as for a model's init with one row)"
-            )
-    if q.shape[1] % 128:
-        raise Mistake(f"'splash' needs a T that 128 divides, got {q.shape[1]}: use 'xla'")
+    # XLA cannot split a kernel over axes that are not manual.
+    free, spec, spec_of_own, spec_of_segments = _share("splash", q, k)
+    context, parts = _context()
+    if (own_time := q.shape[1] // parts) % 128:
+        raise Mistake(f"'splash' needs a T that 128 divides, got {own_time}: use 'xla'")
     attend = partial(_splash_kernel, window=window, scale=scale, interpret=interpret)
+    attend = partial(attend, context=context, parts=parts)
     if not free:
-        return attend(q, k, v, segments)
-    spec, spec_of_segments = PartitionSpec(rows, None, heads, None), PartitionSpec(rows, None)
+        return attend(q, k, v, segments, segments)
     split = partial(jax.shard_map, axis_names=free, check_vma=False)
-    attend = split(attend, in_specs=(spec, spec, spec, spec_of_segments), out_specs=spec)
+    specs = (spec, spec, spec, spec_of_own, spec_of_segments)
+    attend = split(attend, in_specs=specs, out_specs=spec)
+    if context:  # keys and values are gathered again backward, as `_over_context` does
+        kept = jax.checkpoint_policies.save_only_these_names("project")
+        attend = jax.checkpoint(attend, policy=kept)
     varying = tuple(jax.typeof(q).manual_axis_type.varying)
     if not varying:
-        return attend(q, k, v, segments)
+        return attend(q, k, v, segments, segments)
     # A caller's shard_map that tracks which values vary over its axes (check_vma=True) marks q, k
     # and v, but the kernel marks neither result nor gradient, and JAX refuses the mismatch. So drop
     # the marks, differentiate without, and put them back. A bare pcast would psum the gradient.
@@ -471,7 +581,7 @@ def _splash(
         )
 
     def forward(segments: Array | None, *qkv: Array) -> tuple[Array, Callable]:
-        out, pullback = jax.vjp(lambda *qkv: attend(*qkv, segments), *map(forget, qkv))
+        out, pullback = jax.vjp(lambda *qkv: attend(*qkv, segments, segments), *map(forget, qkv))
         return remember(out), pullback
 
     def backward(pullback: Callable, g: Array) -> tuple:
@@ -486,27 +596,82 @@ def _splash_kernel(
     q: Array,
     k: Array,
     v: Array,
+    own: Array | None,
     segments: Array | None,
     *,
     window: int | None,
     scale: float | None,
+    context: str | None,
+    parts: int,
     interpret: bool,
 ) -> Array:
+    """Attend on one device; own, segments: of its queries and of all keys."""
     import jax.experimental.pallas.ops.tpu.splash_attention as splash
 
-    _, time, heads, head_dim = q.shape
+    if context:
+        k, v = (jax.lax.all_gather(x, context, axis=1, tiled=True) for x in (k, v))
+    (_, own_time, heads, head_dim), time = q.shape, k.shape[1]
+    # A window is as much work for every query.
+    balanced = parts % 2 == 0 and own_time % 256 == 0 and not window
+    if balanced:
+        q, own = jax.tree.map(lambda x: _exchanged(x, context, parts), (q, own))
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
-    block = math.gcd(time, 512)  # a block has to divide T
+    block = math.gcd(own_time // (1 + balanced), 512)  # a block has to divide T
     sizes = splash.BlockSizes(**{f"block_{name}": block for name in names})
     square = (time, time)
     mask = splash.LocalMask(square, (window - 1, 0), 0) if window else splash.CausalMask(square)
+    if balanced:
+        device = _computed_by(parts)
+        order = sorted(range(2 * parts), key=lambda half: (device[half], half % 2))
+        mask.q_sequence = mask.q_sequence.reshape(2 * parts, -1)[order].reshape(-1)
     mask = splash.MultiHeadMask([mask] * heads)
-    kernel = splash.make_splash_mha_single_device(
-        mask=mask, block_sizes=sizes, interpret=interpret, residual_checkpoint_name="project"
+    kernel = splash.make_splash_mha(
+        mask=mask,
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=parts,
+        interpret=interpret,
+        residual_checkpoint_name="project",
     )
+    if context:  # it has the blocks of all queries' masks
+        places = NamedSharding(AbstractMesh((parts,), (context,)), PartitionSpec(None, context))
+
+        def of_own_queries(blocks: Array, spec: PartitionSpec) -> Array:
+            if context not in spec:
+                return blocks
+            axis = spec.index(context)
+            size = blocks.shape[axis] // parts
+            first = jax.lax.axis_index(context) * size
+            return jax.lax.dynamic_slice_in_dim(blocks, first, size, axis)
+
+        kernel = jax.tree.map(of_own_queries, kernel, kernel.manual_sharding_spec(places))
     # The kernel does not scale. Scaling in float32 rounds q once, and not at all where K is 4^n.
     q = (q.astype(jnp.float32) * (scale or head_dim**-0.5)).astype(q.dtype)
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     if segments is not None:
-        segments = splash.SegmentIds(segments, segments)
-    return jax.vmap(kernel)(q, k, v, segments).swapaxes(1, 2)
+        segments = splash.SegmentIds(own, segments)
+    y = jax.vmap(kernel)(q, k, v, segments).swapaxes(1, 2)
+    return _exchanged(y, context, parts, back=True) if balanced else y
+
+
+def _computed_by(parts: int) -> list[int]:
+    """Return which device computes each half of the parts of a sequence.
+
+    The later a query, the more keys it sees. So one gets the first half and the last one, the next
+    the second and the last but one, and so on; else the last device would take nearly twice as long
+    as the mean.
+    """
+    return [min(half, 2 * parts - 1 - half) for half in range(2 * parts)]
+
+
+def _exchanged(x: Array, context: str, parts: int, back: bool = False) -> Array:
+    """Send the halves of x [B,T,...] to the devices that compute them, or back.
+
+    Of an even number of parts, each device gets one that was a first half and one that was not.
+    """
+    halves = []
+    for i, half in enumerate(jnp.split(x, 2, axis=1)):
+        moves = list(enumerate(_computed_by(parts)[i::2]))
+        moves = [move[::-1] for move in moves] if back else moves
+        halves.append(jax.lax.ppermute(half, context, moves))
+    return jnp.concatenate(halves, axis=1)

@@ -203,7 +203,7 @@ class Attention(_Layer):
         y = project("btd,dchk->btchk", x, kernel) + self.bias(
             f"{name}_bias", shape, axes, self.config.qkv_bias
         )
-        y = constrain(y, "batch", "position", None, "act_heads", None)
+        y = constrain(y, "batch", "act_position", None, "act_heads", None)
         # Indexing would make the gradient a sum of n arrays, each filled up with zeros.
         return [y.squeeze(2) for y in checkpoint_name(jnp.split(y, n, axis=2), "project")]
 
@@ -222,7 +222,7 @@ class Attention(_Layer):
         else:
             strength = self.scalars("value_strength", [1.0] * c.kv_heads)
         rows = rows.reshape(*tokens.shape, c.kv_heads, c.head_dim) * strength[..., None]
-        return constrain(rows.astype(self.dtype), "batch", "position", "act_heads", None)
+        return constrain(rows.astype(self.dtype), "batch", "act_position", "act_heads", None)
 
 
 def _by_window(attend: Callable, windows: tuple, layer: Any, *qkv: Array) -> Array:
@@ -251,7 +251,7 @@ class MLP(_Layer):
     def projection(self, name: str, x: Array, f: int) -> Array:
         kernel = self.weight(f"{name}_kernel", (x.shape[-1], f), ("embed", "mlp"), x.shape[-1])
         x = project("btd,df->btf", x, kernel) + self.bias(f"{name}_bias", (f,), ("mlp",))
-        return constrain(x, "batch", "position", "act_mlp")
+        return constrain(x, "batch", "act_position", "act_mlp")
 
 
 class Block(_Layer):
@@ -271,9 +271,9 @@ class Block(_Layer):
             x = a * x + b * context.x0
         normed = Norm(*shared, name="ln_1")(x)
         y, cached = Attention(*shared, name="attn")(normed, layer, keys, context, cache)
-        x = constrain(x + y, "batch", "position", "act_embed")
+        x = constrain(x + y, "batch", "act_position", "act_embed")
         y = MLP(*shared, name="mlp")(Norm(*shared, name="ln_2")(x), layer, keys)
-        x = constrain(x + y, "batch", "position", "act_embed")
+        x = constrain(x + y, "batch", "act_position", "act_embed")
         if self.config.backout:
             x = x, jnp.where(layer == self.config.n_layer // 2, x, middle)
         return x, cached
@@ -392,7 +392,7 @@ class GPT(_Layer):
             rows = rows + gate[..., None] * jnp.roll(rows, 1, axis=1)
         if c.ngram_rows:
             rows = rows + self._ngram_embeddings(tokens, positions)
-        return constrain(rows.astype(self.dtype), "batch", "position", "act_embed")
+        return constrain(rows.astype(self.dtype), "batch", "act_position", "act_embed")
 
     def _ngram_embeddings(self, tokens: Array, positions: Any) -> Array:
         """Sum the embeddings of the n-grams of 2 tokens and more that end with each; [B, T, D]."""

@@ -27,13 +27,14 @@ def parameters_on_device(
 ) -> int:
     """Count the parameters on each device, padded rows included, split as sharding.RULES says.
 
-    mesh: sizes of fsdp and tensor. kind: of the parameters to count, or "trained", if not all.
+    mesh: sizes of its axes, 1 if not given. kind: of the parameters to count, or "trained", if not
+    all.
     """
 
     def shards(parameter: Parameter) -> int:
         rules = (RULES[axis] or () for axis in parameter.axes if axis)
         axes = [axis for rule in rules for axis in ((rule,) if isinstance(rule, str) else rule)]
-        return prod(mesh[axis] for axis in axes)
+        return prod(mesh.get(axis, 1) for axis in axes)
 
     def is_wanted(path: str, parameter: Parameter) -> bool:
         if kind == "trained":
@@ -65,15 +66,17 @@ def on_device(
 ) -> dict[str, int]:
     """Estimate the bytes on each device while it trains; their sum is the peak.
 
-    mesh: sizes of fsdp and tensor. microbatch: sequences of one device (or group of tensor
-    shards). itemsize: bytes of an element in matrix products, 2 or 4. fused_attention: no T x T
-    scores are saved; true of cuDNN and splash, and of XLA unless on a CPU or with dropout.
+    mesh: sizes of fsdp, tensor and context. microbatch: sequences of one device (or group of tensor
+    and context shards). itemsize: bytes of an element in matrix products, 2 or 4. fused_attention:
+    no T x T scores are saved; true of cuDNN and splash, and of XLA unless on a CPU or with dropout.
     remat: in place of the model's own.
     """
     remat = remat or model.remat
     L, D, T, tensor = model.n_layer, model.n_embd, model.block_size, mesh["tensor"]
     rows = model.padded_vocab // tensor
-    tokens = microbatch * T  # the residual stream is not split over tensor
+    context = mesh.get("context", 1)
+    fsdp = mesh["fsdp"] * context
+    tokens = microbatch * T // context  # the residual stream is not split over tensor
     count = parameters_on_device(model, mesh, lora=lora)
     trained = parameters_on_device(model, mesh, "trained", lora)
     matrices = parameters_on_device(model, mesh, "matrices")
@@ -86,22 +89,25 @@ def on_device(
     up = model.inner if model.mlp == "plain" else 2 * model.inner
     split = (2 * queries + 2 * keys + up + up) / tensor
     layer = tokens * itemsize * (5 * D + split) + scores * (4 + 2.5 * itemsize)
+    # Keys and values of all positions and their gradients, where a device has some of these.
+    gathered = 4 * microbatch * T * itemsize * keys / tensor if context > 1 else 0
     split = (queries + 2 * keys + up) / tensor
     activations = {
         "none": L * layer,
         "dots": L * tokens * itemsize * (3 * D + split),
         "full": L * tokens * D * itemsize,
     }[remat]
-    logits = microbatch * min(model.loss_chunk, T) * rows * (4 + itemsize)  # and their gradient
+    positions = min(model.loss_chunk, T // context)
+    logits = microbatch * positions * rows * (4 + itemsize)  # and their gradient
     # One layer's backward pass and the logits are never alive together. Without remat a layer
     # recomputes nothing.
-    scratch = logits if remat == "none" else max(layer, logits)
+    scratch = max(gathered + (0 if remat == "none" else layer), logits)
     # Of the weights cast or gathered for products, two layers and the head exist at a time. With
     # LoRA they are made in the forward pass, and without remat kept for the backward pass.
     layers = L if lora.rank and remat == "none" else 2
-    used_in_place = itemsize == 4 and mesh["fsdp"] == 1 and not lora.rank
-    copies = 0 if used_in_place else itemsize * (layers * matrices * mesh["fsdp"] // L + rows * D)
-    if mesh["fsdp"] > 1:
+    used_in_place = itemsize == 4 and fsdp == 1 and not lora.rank
+    copies = 0 if used_in_place else itemsize * (layers * matrices * fsdp // L + rows * D)
+    if fsdp > 1:
         # In float32: step/loss.py's copy of the head and its gradient, and the whole gradients of
         # the embeddings before they are scattered to their shards.
         copies += 8 * rows * D + 4 * (model.padded_vocab + model.ngram_rows) * D

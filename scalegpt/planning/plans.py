@@ -106,9 +106,10 @@ class Plan:
 
     @property
     def device_tokens(self) -> float:
-        """The tokens of a microbatch of one device; tensor shards have a part of each sequence's
-        work."""
-        return self.microbatch * self.config.row_width / self.mesh["tensor"]
+        """The tokens of a microbatch of one device; tensor and context shards have a part of each
+        sequence's work."""
+        shards = self.mesh["tensor"] * self.mesh["context"]
+        return self.microbatch * self.config.row_width / shards
 
 
 def check(config: Config) -> None:
@@ -172,6 +173,7 @@ def _plan(config: Config, topology: Topology, shape: tuple[int, ...], remat: str
         model.head_dim,
         kind,
         isolate=bool(model.isolate),
+        context=mesh.shape["context"],
     )
     sizes = dict(mesh.shape)
     bytes_ = memory.on_device(
@@ -198,11 +200,14 @@ def _plan(config: Config, topology: Topology, shape: tuple[int, ...], remat: str
 def search(config: Config, topology: Topology) -> list[Plan]:
     """Return the plans that fit with SPARE memory, fastest first, over meshes, microbatches, remat.
 
-    Of those that are nearly as fast as the fastest, the one with the fewest shards is the first. []
-    where none fits, or where no speed is known.
+    The size of context is the config's. Of those that are nearly as fast as the fastest, the one
+    with the fewest shards is the first. [] where none fits, or where no speed is known.
     """
     found = []
-    inside = topology.devices // topology.slices
+    context = max(1, config.mesh.context)  # as given: more is only for sequences that do not fit
+    inside, beyond = divmod(topology.devices // topology.slices, context)
+    if beyond:
+        return []
     whole = config.run.backend == "pmap"
     gpus = topology.shape[1] if topology.chip and not topology.chip.axes else MOST_TENSOR
     for tensor in divisors(inside):
@@ -211,7 +216,7 @@ def search(config: Config, topology: Topology) -> list[Plan]:
         for fsdp in divisors(inside // tensor):
             if whole and fsdp > 1:
                 break
-            shape = (topology.slices, inside // tensor // fsdp, fsdp, tensor)
+            shape = (topology.slices, inside // tensor // fsdp, fsdp, context, tensor)
             found += _with_all_microbatches(config, topology, shape)
 
     if not found:

@@ -74,14 +74,17 @@ def work(model: ModelConfig) -> Work:
     )
 
 
-def executed_flops(model: ModelConfig, remat: str, attention: str) -> float:
+def executed_flops(model: ModelConfig, remat: str, attention: str, context: int = 1) -> float:
     """Count the FLOPs that a device executes for a sequence, recomputation included.
 
     The loss recomputes the logits, and attention its scores: half of its forward pass, where it is
     not Flax's. XLA's attention computes blocks of a quarter of the queries, 5/4 of what is seen.
+    Where context splits sequences, XLA's computes all scores.
     """
     w, again = work(model), {"none": 0, "dots": 0.02, "full": 1}[remat]
     beyond = {"flax": 2.0, "xla": 1.25}.get(attention, 1.1)
+    if context > 1 and attention == "xla":
+        beyond = 2.0
     passes = (3 if attention == "flax" else 3.5) + (1 if remat == "full" else 0)
     return w.matrices * (3 + again) + w.attention * beyond * passes + 4 * w.head
 
@@ -110,7 +113,7 @@ def _torus(topology: Topology, mesh: Mapping[str, int]) -> dict[str, Ring]:
     chip = topology.chip
     left = {i: size for i, size in enumerate(topology.shape)}
     cores, result = chip.devices, {}
-    for axis in ("tensor", "fsdp", "data", "replica"):
+    for axis in ("tensor", "context", "fsdp", "data", "replica"):
         size = mesh[axis] // (topology.slices if axis == "replica" else 1)
         if size == 1:
             result[axis] = Ring()
@@ -153,7 +156,7 @@ def _taken(left: dict[int, int], size: int) -> list[int]:
 def _nodes(topology: Topology, mesh: Mapping[str, int]) -> dict[str, Ring]:
     """Lay mesh axes on nodes of GPUs, `tensor` first, so that it is within a node."""
     chip, gpus, result, stride = topology.chip, topology.shape[1], {}, 1
-    for axis in ("tensor", "fsdp", "data", "replica"):
+    for axis in ("tensor", "context", "fsdp", "data", "replica"):
         size = mesh[axis]
         inside = math.gcd(size, max(1, gpus // stride))
         outside = size // inside
@@ -181,18 +184,23 @@ def seconds_by_term(
     expected efficiency. hbm: reading and writing parameters, gradients and moments.
     """
     model, chip = config.model, topology.chip
-    w, tensor = work(model), mesh["tensor"]
-    tokens = microbatch * model.block_size
+    w, tensor, context = work(model), mesh["tensor"], mesh["context"]
+    tokens = microbatch * model.block_size / context
     peak = flops.peak_flops(topology.kind, {2: "bfloat16", 4: "float32"}[itemsize])
     speed = peak * efficiency(topology, model)
     ring = rings(topology, mesh)
     trained = parameters_on_device(model, mesh, "trained", config.lora)
 
-    executed = microbatch * accumulation * executed_flops(model, remat, attention) / tensor
+    executed = microbatch * accumulation / tensor / context
+    executed *= executed_flops(model, remat, attention, context)
     gathered = itemsize * (w.layer_parameters + 2 * w.table) / tensor
     # A layer's products of attention and MLP are summed over `tensor`, forward and backward; with
     # remat=full forward again. An all-reduce is two gathers.
     sums = model.n_layer * (6 if remat == "full" else 4) * accumulation
+    operations = 3 * accumulation * model.n_layer * w.matrices_of_a_layer
+    # Keys and values are gathered, again backward, and their gradients scattered.
+    passes = 2 * model.n_layer * (4 if remat == "full" else 3) * accumulation
+    keys = microbatch * model.block_size * model.kv_heads * model.head_dim / tensor
     # AdamW reads parameter, gradient and two moments, and writes three of them; a microbatch reads
     # the weights twice, and adds a gradient to a sum.
     moments = 28 * trained
@@ -200,10 +208,10 @@ def seconds_by_term(
     terms = {
         "arithmetic": (executed + _muon_flops(config, mesh)) / speed,
         "hbm": (moments + accumulation * per_microbatch) / chip.memory_speed,
-        "fsdp": ring["fsdp"].gather(
-            3 * accumulation * gathered, 3 * accumulation * model.n_layer * w.matrices_of_a_layer
-        ),
+        "fsdp": ring["fsdp"].gather(3 * accumulation * gathered / context, operations)
+        + ring["context"].gather(3 * accumulation * gathered, operations),
         "tensor": ring["tensor"].gather(2 * sums * itemsize * tokens * model.n_embd, 2 * sums),
+        "context": ring["context"].gather(passes * itemsize * keys, passes),
         "data": ring["data"].gather(8 * trained, 2) + ring["replica"].gather(8 * trained, 2),
         "slices": 0.0,
     }
@@ -220,7 +228,7 @@ def _muon_flops(config: Config, mesh: Mapping[str, int]) -> float:
     """Count Muon's FLOPs on a device, which orthogonalises whole matrices of its own."""
     if config.optim.name != "muon":
         return 0.0
-    devices = mesh["data"] * mesh["fsdp"] * mesh["tensor"]
+    devices = mesh["data"] * mesh["fsdp"] * mesh["context"] * mesh["tensor"]
     stacks: dict[tuple[int, int], int] = {}
     for parameter in parameters(config.model).values():
         if parameter.kind != "matrices":
@@ -264,9 +272,10 @@ def step_seconds(terms: Mapping[str, float], chip_efficiency: float) -> tuple[fl
     best = min(BEST, CEILING / chip_efficiency)
     math_s, hbm = terms["arithmetic"], terms["hbm"]
     after = terms["data"] + terms["slices"]
-    beside = terms["fsdp"] + (1 - TENSOR_NOT_HIDDEN) * terms["tensor"]
-    least = max(math_s / best, terms["fsdp"] + terms["tensor"], after)
+    between = terms["tensor"] + terms["context"]
+    beside = terms["fsdp"] + (1 - TENSOR_NOT_HIDDEN) * between
+    least = max(math_s / best, terms["fsdp"] + between, after)
     likely = max(math_s, beside) + NOT_HIDDEN * min(math_s, beside)
-    likely += TENSOR_NOT_HIDDEN * terms["tensor"] + hbm + after
+    likely += TENSOR_NOT_HIDDEN * between + hbm + after
     most = sum(terms.values()) + math_s * (1 / WORST - 1)
     return least, likely, most

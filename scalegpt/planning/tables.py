@@ -11,6 +11,7 @@ TERMS = {
     "hbm": "reading and writing weights and moments",
     "fsdp": "gathering weights, scattering gradients",
     "tensor": "summing activations; half of it is hidden",
+    "context": "gathering keys and values; half of it is hidden",
     "data": "summing gradients over copies, after the last product",
     "slices": "summing gradients over slices, after the last product",
 }

@@ -100,6 +100,11 @@ def build_steps(config: Config, mesh: Mesh, dtype: str, implementation: str) -> 
     or the batch does not fit the mesh.
     """
     sharding.check_divisible(config.model, mesh)
+    if config.row_width % mesh.shape["context"]:
+        raise Mistake(
+            f"sequences of {config.row_width} tokens (objective.width) do not divide over "
+            f"mesh.context={mesh.shape['context']}"
+        )
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     most = max(1, CPU_TOKENS // config.row_width) if on_cpu else None
     objective = objective_of(config)
@@ -234,6 +239,7 @@ def resolve(config: Config, mesh: Mesh) -> tuple[str, str]:
         device.device_kind,
         capability,
         bool(c.isolate),
+        mesh.shape["context"],
     )
 
 

@@ -35,7 +35,7 @@ def token_losses(
     @partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names("logsumexp"))
     def chunk_losses(hidden: Array, targets: Array) -> Array:
         scores = logits(hidden, table, config)
-        scores = constrain(scores, "batch", "position", "act_vocab")
+        scores = constrain(scores, "batch", "act_position", "act_vocab")
         if temperature != 1:
             scores = scores / temperature
         # Not a gather: XLA cannot split one over a vocabulary sharded inside manual axes.
@@ -81,20 +81,35 @@ def row_losses(
     if model.config.begins_in_batch:
         begins, inputs = inputs >= BEGINS, inputs % BEGINS
         targets = jnp.where(targets < 0, targets, targets % BEGINS)
-    hidden = model.apply({"params": params}, inputs, dropout_keys, begins=begins)
+    mesh, rules = jax.sharding.get_abstract_mesh(), dict(nn.get_logical_axis_rules())
+    split = [a for a in (*sharding.ROWS, "context") if mesh.shape.get(a, 1) > 1]
+    split = [a for a in split if a not in mesh.manual_axes]
+    if rules and "context" in split:
+        rules["act_position"] = "context"
+    with nn.logical_axis_rules(tuple(rules.items())):
+        hidden = model.apply({"params": params}, inputs, dropout_keys, begins=begins)
     table = head_table(params)
     losses_of = partial(token_losses, config=model.config, summed=summed, temperature=temperature)
-    mesh = jax.sharding.get_abstract_mesh()
-    split = {a for a in sharding.ROWS if mesh.shape.get(a, 1) > 1} - set(mesh.manual_axes)
-    if split != {"fsdp"}:
+    # The compiler would reduce the table's gradient over fsdp and context in every chunk. So the
+    # rows of each shard use a copy of their own, which that shard has anyway; these gradients are
+    # summed once. Nor may a chunk hold positions of several shards.
+    axes = tuple(a for a in split if a == "context" or split in (["fsdp"], ["fsdp", "context"]))
+    if not axes:
         return losses_of(hidden, table, targets)
+    fsdp, context = (mesh.shape[a] if a in axes else 1 for a in ("fsdp", "context"))
+    copies = jnp.broadcast_to(table, (fsdp * context, *table.shape))
+    copies = jax.lax.with_sharding_constraint(copies, P(axes, sharding.RULES["act_vocab"]))
 
-    # The compiler would reduce the table's gradient over fsdp in every chunk. So the rows of each
-    # shard use a copy of their own, which that shard has anyway; these gradients are summed once.
-    shards = mesh.shape["fsdp"]
-    copies = jnp.broadcast_to(table, (shards, *table.shape))
-    copies = jax.lax.with_sharding_constraint(copies, P("fsdp", sharding.RULES["act_vocab"]))
-    hidden, targets = (x.reshape(shards, -1, *x.shape[1:]) for x in (hidden, targets))
-    with nn.logical_axis_rules(tuple(sharding.rules_within(sharding.ROWS).items())):
-        losses = jax.vmap(losses_of)(hidden, copies, targets)
-    return losses.reshape(-1, *losses.shape[2:])
+    def shards(x: Array) -> Array:
+        """Turn [B, T, ...] into [fsdp context, B / fsdp, T / context, ...]."""
+        x = x.reshape(fsdp, len(x) // fsdp, context, x.shape[1] // context, *x.shape[2:])
+        return x.swapaxes(1, 2).reshape(fsdp * context, x.shape[1], *x.shape[3:])
+
+    with nn.logical_axis_rules(tuple(sharding.rules_within((*axes, *mesh.manual_axes)).items())):
+        losses = jax.vmap(losses_of)(shards(hidden), copies, shards(targets))
+    if context == 1:
+        return losses.reshape(-1, *losses.shape[2:])
+    losses = losses.reshape(fsdp, context, *losses.shape[1:])
+    if summed:
+        return losses.sum(1).reshape(-1)
+    return losses.swapaxes(1, 2).reshape(inputs.shape)

@@ -178,23 +178,25 @@ def _parameter(matrices: Array, layout: Layout, like: Array) -> Array:
 def _on_whole_matrices(function: Callable[[Array], Array], stack: Array) -> Array:
     """Apply `function` to [N, D, W] while each device holds whole matrices, and reshard back.
 
-    Before and after, each matrix is split over fsdp x tensor, as the parameters are. This costs
-    all-to-alls each way, instead of collectives inside every Newton-Schulz product. Without a mesh,
-    as under pmap, each device computes the whole stack.
+    Before and after, each matrix is split over fsdp x context x tensor, as the parameters are. This
+    costs all-to-alls each way, instead of collectives inside every Newton-Schulz product. Without a
+    mesh, as under pmap, each device computes the whole stack.
     """
     sizes = jax.sharding.get_abstract_mesh().shape
-    fsdp, tensor = RULES["embed"], RULES["mlp"]
-    if all(sizes.get(axis, 1) == 1 for axis in (fsdp, tensor, "data")):
+    (fsdp, context), tensor = RULES["embed"], RULES["mlp"]
+    whole = (fsdp, context, tensor, "data")
+    if all(sizes.get(axis, 1) == 1 for axis in whole):
         return function(stack)
     # One mesh axis after the other: for two at once the compiler would gather the whole stack. The
     # devices along `data` hold copies, so that splitting over it moves nothing; the way back does.
     hops = [
-        P(None, fsdp, tensor),
-        P(fsdp, None, tensor),
-        P((fsdp, tensor)),
-        P((fsdp, tensor, "data")),
+        P(None, (fsdp, context), tensor),
+        P(context, fsdp, tensor),
+        P((context, fsdp), None, tensor),
+        P((context, fsdp, tensor)),
+        P((context, fsdp, tensor, "data")),
     ]
-    devices = prod(sizes[axis] for axis in (fsdp, tensor, "data"))
+    devices = prod(sizes[axis] for axis in whole)
     count = len(stack)
     stack = jnp.pad(stack, ((0, -count % devices), (0, 0), (0, 0)))
     for spec in hops:

@@ -43,7 +43,7 @@ class PmapSteps(Steps):
 
 def build_steps(config: Config, mesh: Mesh, dtype: str, implementation: str) -> PmapSteps:
     """Do what build.build_steps does. Raises Mistake also for a mesh that splits the model."""
-    for axis in ("fsdp", "tensor"):
+    for axis in ("fsdp", "context", "tensor"):
         if mesh.shape[axis] > 1:
             raise Mistake(
                 f"run.backend=pmap gives each device a whole copy of the model, so it cannot have "

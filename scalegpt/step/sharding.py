@@ -16,7 +16,7 @@ from scalegpt.config import BatchConfig, MeshConfig, ModelConfig
 from scalegpt.config.types import divisors
 from scalegpt.errors import Mistake
 
-AXES = ("replica", "data", "fsdp", "tensor")
+AXES = ("replica", "data", "fsdp", "context", "tensor")
 REDUCED = ("replica", "data")  # gradients are summed over these once an update
 ROWS = ("replica", "data", "fsdp")  # the rows of a batch are split over these
 
@@ -24,11 +24,12 @@ ROWS = ("replica", "data", "fsdp")  # the rows of a batch are split over these
 RULES = {
     # parameters
     "layers": None,
-    "vocab": ("tensor", "fsdp"),
-    "ngrams": ("tensor", "fsdp"),
+    "vocab": ("tensor", "fsdp", "context"),
+    "ngrams": ("tensor", "fsdp", "context"),
     "table_embed": None,  # else XLA would rematerialise the whole table
     "head_embed": None,
-    "embed": "fsdp",
+    "embed": ("fsdp", "context"),
+    "position": None,
     "qkv": None,
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -38,7 +39,7 @@ RULES = {
     "lora": None,
     # activations
     "batch": ROWS,
-    "position": None,
+    "act_position": None,  # "context" in `loss.row_losses`: a decoder has few positions at a time
     "act_embed": None,
     "act_heads": "tensor",
     "act_mlp": "tensor",
@@ -121,7 +122,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         raise Mistake(f"mesh.replica={shape[0]} must be a multiple of the {slices} slices")
     inside = (shape[0] // slices, *shape[1:])
     grid = mesh_utils.create_hybrid_device_mesh(
-        inside, (slices, 1, 1, 1), devices, allow_split_physical_axes=True
+        inside, (slices, *[1] * (len(AXES) - 1)), devices, allow_split_physical_axes=True
     )
     return Mesh(grid, AXES, axis_types=auto)
 
@@ -174,7 +175,12 @@ def batch_layout(
 
 def check_divisible(model: ModelConfig, mesh: Mesh | AbstractMesh) -> None:
     """Raise Mistake when an axis of the model does not divide over its mesh axes."""
-    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+    context, tensor = mesh.shape["context"], mesh.shape["tensor"]
+    fsdp, names = mesh.shape["fsdp"] * context, "fsdp x context" if context > 1 else "fsdp"
+    if model.block_size % context:
+        raise Mistake(
+            f"model.block_size={model.block_size} does not divide over mesh.context={context}"
+        )
     if model.n_head % tensor:
         raise Mistake(
             f"model.n_head={model.n_head} does not divide over mesh.tensor={tensor}; "
@@ -192,18 +198,19 @@ def check_divisible(model: ModelConfig, mesh: Mesh | AbstractMesh) -> None:
         )
     if model.n_embd % fsdp:
         raise Mistake(
-            f"model.n_embd={model.n_embd} does not divide over mesh.fsdp={fsdp}; "
-            "use a smaller fsdp, and data for the rest"
+            f"model.n_embd={model.n_embd} does not divide over mesh.{names}={fsdp}; "
+            f"use a smaller {names}, and data for the rest"
         )
-    if model.padded_vocab % (fsdp * tensor):
+    shards, names = fsdp * tensor, f"{names} x tensor"
+    if model.padded_vocab % shards:
         raise Mistake(
-            f"the padded vocabulary of {model.padded_vocab} does not divide over fsdp x tensor = "
-            f"{fsdp * tensor}; set model.vocab_multiple={lcm(model.vocab_multiple, fsdp * tensor)}"
+            f"the padded vocabulary of {model.padded_vocab} does not divide over {names} = {shards}"
+            f"; set model.vocab_multiple={lcm(model.vocab_multiple, shards)}"
         )
-    if beyond := model.ngram_rows % (fsdp * tensor):
+    if beyond := model.ngram_rows % shards:
         raise Mistake(
-            f"model.ngram_rows={model.ngram_rows} does not divide over fsdp x tensor = "
-            f"{fsdp * tensor}; it could be {model.ngram_rows - beyond + fsdp * tensor}"
+            f"model.ngram_rows={model.ngram_rows} does not divide over {names} = {shards}; it "
+            f"could be {model.ngram_rows - beyond + shards}"
         )
 
 
