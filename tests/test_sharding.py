@@ -442,6 +442,21 @@ def test_evaluation_gathers_the_head_once():
     assert {c.times for c in found} <= {1, LAYERS}, "something moves once a chunk"
 
 
+def test_tensor_parallelism_moves_four_activations_a_layer_and_microbatch():
+    """Least without sharded residuals: attention and MLP each sum their output forward and the
+    gradient of their input backward. The loss sums the hidden states' gradient once a position."""
+    seen = traffic(CUBE)
+    activations = ROWS // 4 // seen.micro * T * D * 4  # bytes of float32, of a microbatch's rows
+    moved = {key: n for key, n in seen.table.items() if key[1] == "tensor"}
+    in_layers = {c.bytes for c in seen.found if c.axes == ("tensor",) and c.times == 2 * LAYERS}
+    assert in_layers == {activations}, "layers move whole activations, and nothing else"
+    least = seen.micro * (4 * LAYERS + 1) * activations
+    in_loops = sum(n for (_, _, depth), n in moved.items() if depth)
+    assert least <= in_loops <= 1.05 * least
+    # The table for look-ups is split over both axes, and gathered once an update.
+    assert moved["all-gather", "tensor", 0] == seen.sizes["wte"]
+
+
 @pytest.mark.slow
 def test_the_optimizer_gathers_no_parameter():
     """Once an update only the two tables are gathered: for the loss and for the look-ups."""
