@@ -9,11 +9,11 @@ import optax
 import pytest
 import tiny_run
 from flax.traverse_util import flatten_dict
-from hlo_traffic import collectives
 
 from scalegpt.config import Config
 from scalegpt.config.recipe import ModelConfig, OptimConfig
 from scalegpt.model.parameters import parameters
+from scalegpt.planning.hlo import collectives
 from scalegpt.step import build as step
 from scalegpt.step import build_for_training, muon, sharding
 from scalegpt.step.optimizer import cautious_decay, optimizer, schedule

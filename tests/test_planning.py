@@ -15,12 +15,13 @@ from conftest import ROOT
 from jax.sharding import SingleDeviceSharding
 
 from scalegpt import plan as command
-from scalegpt.config import Config
+from scalegpt.config import Config, MeshConfig
 from scalegpt.errors import Mistake
-from scalegpt.planning import memory, plans, speed, tables, topologies
+from scalegpt.planning import hlo, memory, plans, speed, tables, topologies
 from scalegpt.planning.chips import CHIPS, GIB
 from scalegpt.planning.costs import costs
 from scalegpt.planning.topologies import parse
+from scalegpt.step import sharding
 from scalegpt.step.compile_only import tpu_devices
 from scalegpt.step.muon import orthogonalise
 
@@ -308,6 +309,59 @@ def test_published_throughput_lies_within_the_range(
     best, likely, worst = (plan.tokens / s / plan.topology.chips for s in plan.step)
     assert worst < published < best
     assert likely == pytest.approx(published, rel=0.2)
+
+
+# --- compiled programs
+
+# As a TPU's compiler writes it: five microbatches, of seven chunks of which the first is done.
+PROGRAM = """
+%chunk (c: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %i = s32[] get-tuple-element(%c), index=0
+  %one = s32[] constant(1)
+  %next = s32[]{:T(256)} add(%i, %one)
+  %x = f32[8] fusion(%i), kind=kLoop, calls=%f, backend_config={"estimated_cycles":"100"}
+  %sum = f32[8] all-reduce(%x), replica_groups={{0,1},{2,3}}, to_apply=%add
+  ROOT %t = (s32[], f32[8]) tuple(%next, %sum)
+}
+
+%chunks (c: (s32[], f32[8])) -> pred[] {
+  %end = s32[]{:T(256)} constant(8)
+  %i = s32[] get-tuple-element(%c), index=0
+  ROOT %less = pred[] compare(%i, %end), direction=LT
+}
+
+%microbatch (c: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %i = s32[] get-tuple-element(%c), index=0
+  %two = s32[] constant(2)
+  %first = s32[] constant(1)
+  %x = f32[8] get-tuple-element(%c), index=1
+  %start = (s32[], f32[8]) tuple(%first, %x)
+  %loop = (s32[], f32[8]) while(%start), condition=%chunks, body=%chunk
+  %y = f32[8] fusion(%loop), kind=kLoop, calls=%f, backend_config={"estimated_cycles":"10"}
+  %next = s32[] add(%i, %two)
+  ROOT %t = (s32[], f32[8]) tuple(%next, %y)
+}
+
+%microbatches (c: (s32[], f32[8])) -> pred[] {
+  %end = s32[] constant(9)
+  %i = s32[] get-tuple-element(%c), index=0
+  ROOT %less = pred[] compare(%i, %end), direction=LT
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %p = f32[8] parameter(0)
+  %zero = s32[] constant(0)
+  %start = (s32[], f32[8]) tuple(%zero, %p)
+  %loop = (s32[], f32[8]) while(%start), condition=%microbatches, body=%microbatch
+  ROOT %z = f32[8] fusion(%loop), kind=kLoop, calls=%f, backend_config={"estimated_cycles":"1"}
+}
+"""
+
+
+def test_loops_of_a_tpus_program_are_counted_by_their_conditions():
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2), jax.devices()[:4])
+    assert hlo.cycles(PROGRAM) == 1 + 5 * (10 + 7 * 100)
+    assert hlo.table(hlo.collectives(PROGRAM, mesh)) == {("all-reduce", "fsdp", 2): 5 * 7 * 32}
 
 
 # --- plans

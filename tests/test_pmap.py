@@ -13,13 +13,13 @@ import pytest
 import tiny_run
 import yaml
 from conftest import ROOT
-from hlo_traffic import collectives
 
 from scalegpt import evaluate, train
 from scalegpt.checkpoints.checkpoints import open_checkpoints
 from scalegpt.config import Config
 from scalegpt.config.command_line import parse
 from scalegpt.data.token_files import open_dataset
+from scalegpt.planning.hlo import collectives
 from scalegpt.step import build_for_training, sharding
 from scalegpt.step import pmap as pmap_step
 

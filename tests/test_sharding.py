@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from hlo_traffic import collectives, table
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from scalegpt.config import BatchConfig, Config, MeshConfig
 from scalegpt.model import attention
+from scalegpt.planning.hlo import collectives, table
 from scalegpt.step import build as step
 from scalegpt.step import health, sharding
 

@@ -39,7 +39,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from hlo_traffic import collectives, table
 
 from scalegpt.config import Config, command_line
 from scalegpt.data.datasets import open_datasets, resolved
@@ -47,6 +46,7 @@ from scalegpt.data.token_files import Dataset
 from scalegpt.errors import Mistake
 from scalegpt.inference.preferences import log_probabilities
 from scalegpt.model.parameters import parameters
+from scalegpt.planning.hlo import collectives, table
 from scalegpt.processes import startup
 from scalegpt.processes.command import run_command
 from scalegpt.run.feed import batches_from

@@ -1,4 +1,4 @@
-"""This reader lists the collectives of compiled HLO text: bytes, loop depth and mesh axes.
+"""Read from a compiled program's HLO text its collectives and, of a TPU, the cycles it shall take.
 
 Depth counts `while` bodies around an operation: 0 runs once an update, 1 once a microbatch (or
 once a layer or chunk where there is no accumulation), 2 once a layer or chunk of a microbatch.
@@ -34,9 +34,7 @@ def collectives(hlo: str, mesh: Mesh) -> list[Collective]:
     loops = _loops(bodies)
     all_collectives = []
     for name, lines in bodies.items():
-        shapes = {
-            m[1]: m[2] for line in lines if (m := re.match(r"(?:ROOT )?%?(\S+) = (.*)", line))
-        }
+        shapes = _values(lines)
         for line in lines:
             match = re.search(rf"= (.*?) ({KINDS})(?:-start)?\((.*?)\)", line)
             if not match:
@@ -55,6 +53,20 @@ def collectives(hlo: str, mesh: Mesh) -> list[Collective]:
                 )
             )
     return all_collectives
+
+
+def cycles(hlo: str) -> float:
+    """Sum the cycles that a TPU's compiler has estimated for the operations of an update.
+
+    It states none for collectives, nor for kernels in Pallas.
+    """
+    bodies = _computations(hlo)
+    loops, total = _loops(bodies), 0.0
+    for name, lines in bodies.items():
+        for line in lines:
+            if estimate := re.search(r'"estimated_cycles":"(\d+)"', line):
+                total += int(estimate[1]) * prod(loops[name])
+    return total
 
 
 def table(collectives: list[Collective]) -> Counter:
@@ -82,9 +94,8 @@ def _loops(bodies: dict[str, list[str]]) -> dict[str, tuple[int, ...]]:
     call = re.compile(rf"(body|condition|calls|to_apply|branch_computations)={names}")
     for caller, lines in bodies.items():
         for line in lines:
-            trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
             for kind, names in call.findall(line):
-                loop = (int(trips[1]) if trips else 1,) if kind == "body" else ()
+                loop = (_trips(line, lines, bodies),) if kind == "body" else ()
                 for name in re.findall(r"%([\w.\-]+)", names):
                     callers.setdefault(name, []).append((caller, loop))
 
@@ -93,6 +104,49 @@ def _loops(bodies: dict[str, list[str]]) -> dict[str, tuple[int, ...]]:
         return max(paths, key=len, default=())
 
     return {name: around(name) for name in bodies}
+
+
+def _values(lines: list[str]) -> dict[str, str]:
+    """Return the operation, with its shape, that each name of a computation stands for."""
+    found = (re.match(r"(?:ROOT )?%?(\S+) = (.*)", line) for line in lines)
+    return {match[1]: match[2] for match in found if match}
+
+
+def _trips(loop: str, around: list[str], bodies: dict[str, list[str]]) -> int:
+    """Return how often a `while` runs: the compiler says so, or its condition `i < constant`.
+
+    1 where neither does. TPUs' loops may begin after 0, or count by twos where they were unrolled.
+    """
+    if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop):
+        return int(known[1])
+    condition, body = (bodies[re.search(rf"{part}=%([\w.\-]+)", loop)[1]] for part in _PARTS)
+    inside = _values(condition)
+    test = re.search(r"ROOT .* compare\(%(\S+), %(\S+)\), direction=LT", "\n".join(condition))
+    index = test and re.search(r"get-tuple-element\(.*\), index=(\d+)", inside.get(test[1], ""))
+    if not index or (end := _constant(inside, test[2])) is None:
+        return 1
+    before, i = _values(around), int(index[1])
+    start = _constant(before, _element(before.get(re.search(r"while\(%(\S+)\)", loop)[1], ""), i))
+    values = _values(body)
+    root = next(line for line in body if line.startswith("ROOT"))
+    step = re.search(r" add\(%(\S+), %(\S+)\)", values.get(_element(root, i), ""))
+    by = step and (_constant(values, step[2]) or _constant(values, step[1]))
+    return max(1, -(-(end - (start or 0)) // (by or 1)))
+
+
+_PARTS = ("condition", "body")
+
+
+def _element(line: str, index: int) -> str:
+    """Return the name of an element of `tuple(%a, %b)`."""
+    match = re.search(r" tuple\((.*?)\)", line)
+    names = re.findall(r"%([\w.\-]+)", match[1]) if match else []
+    return names[index] if index < len(names) else ""
+
+
+def _constant(values: dict[str, str], name: str) -> int | None:
+    match = re.search(r" constant\((\d+)\)", values.get(name, ""))
+    return int(match[1]) if match else None
 
 
 def _size(text: str) -> int:
