@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hlo_traffic import collectives
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from scalegpt.config import Config
 from scalegpt.errors import Mistake
 from scalegpt.model import attention
+from scalegpt.planning.hlo import collectives
 from scalegpt.step import build as step
 from scalegpt.step import pmap, sharding
 

@@ -143,7 +143,7 @@ PAIRS = [
     ("", " word"),
     ("the space moves to the ", "continuation"),
     ("so does the line\n\n", "continuation"),
-    ("a token is cut: pro", "cess"),
+    ("a token is cut: pro", "cesses that follow"),
 ]
 TEXTS = ["", "one", *(" ".join(SENTENCES[: i * i]) for i in range(1, 5))]
 STOPS = {"until": ["the", "e e"], "max_gen_toks": 20}

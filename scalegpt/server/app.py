@@ -99,6 +99,8 @@ class Service:
 
     async def props(self, request: Request) -> Response:
         card, codec = self.card, self.reader.codec
+        defaults = asdict(self.reader.sampler) | {"max_tokens": self.reader.max_tokens}
+        del defaults["prompt_lookup"]  # which a server does without
         return JSONResponse(
             {
                 **{"name": card.name, "step": card.step, "val_loss": card.val_loss},
@@ -106,7 +108,7 @@ class Service:
                 **{"kind": "chat" if codec.chats else "base", "marks": codec.marks},
                 **{"slots": self.generation.slots.count, "room": ROOM},
                 "collect": card.feedback is not None,
-                "defaults": asdict(self.reader.sampler) | {"max_tokens": self.reader.max_tokens},
+                "defaults": defaults,
             }
         )
 
