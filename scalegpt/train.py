@@ -464,8 +464,8 @@ def finish(run: Training, state: State, start: int, end: Ended | None) -> Exit:
 
 def unread(run: Training, end: Unread) -> Exit:
     """Say which process could not read its data and why; return the exit code of that error."""
-    ours = None
-    if end.why and (ours := [socket.gethostname(), message_of(end.why), code_of(end.why)])[2] == 5:
+    ours = end.why and [socket.gethostname(), message_of(end.why), code_of(end.why)]
+    if end.why and code_of(end.why) == Exit.FAILED:  # the program's fault, not the data's
         traceback.print_exception(end.why)
     every = gather("unread", ours, Deadline(run.config.run.deadline_save))
     index, (host, text, code) = next((i, said) for i, said in enumerate(every) if said)

@@ -1,6 +1,7 @@
 """One token: the distribution drawn from, what is kept, keys."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from scalegpt.config.recipe import ModelConfig
-from scalegpt.inference.sampling import Sampler, sample_token
+from scalegpt.inference.sampling import Sampler, keys_at, sample_token
 from scalegpt.model.gpt import logits
 
 DRAWS = 20_000
@@ -16,7 +17,10 @@ DRAWS = 20_000
 SCORES = np.array([0.3, -1.0, 2.0, 0.0, 1.5, -3.0])
 ALL = dict(temperature=1.0, top_k=0)
 
-sample = jax.jit(sample_token, static_argnums=2)
+
+@partial(jax.jit, static_argnums=2)
+def sample(scores, key, sampler, seen=None):
+    return sample_token(scores, keys_at(key, jnp.zeros(len(scores), int)), sampler, seen)
 
 
 def draws(scores, seen=None, count=DRAWS, **options):

@@ -124,6 +124,7 @@ def _note_use(target: Path) -> None:
 
 
 def warn(text: str) -> None:
+    """Say on standard error what goes wrong with a file while the program goes on."""
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 

@@ -23,7 +23,7 @@ from scalegpt.config.recipe import NO_LORA
 from scalegpt.data.calculator import Results
 from scalegpt.data.tokenizer import Tokenizer
 from scalegpt.inference.prompt_lookup import Growing
-from scalegpt.inference.sampling import Sampler, sample_token
+from scalegpt.inference.sampling import Sampler, keys_at, sample_token
 from scalegpt.model.gpt import GPT, Cache, head_table, logits, separate_layers
 from scalegpt.model.layers import constrain
 from scalegpt.model.lora import is_adapter, merged, parted
@@ -257,7 +257,7 @@ def _draw(
     with nn.logical_axis_rules(tuple(sharding.RULES.items())):
         scores, cache = next_scores(model, vocab_size, params, tokens, cache)
         seen = _seen_too(seen, tokens[:, -1])
-        ids = sample_token(scores, _keys(key, jnp.full(len(tokens), i)), sampler, seen)
+        ids = sample_token(scores, keys_at(key, jnp.full(len(tokens), i)), sampler, seen)
         return constrain(ids, None), (cache, seen)
 
 
@@ -283,7 +283,7 @@ def _draw_ahead(
     def draw(seen: Array | None, position: tuple[Array, Array, Array]) -> tuple:
         scores, read, j = position
         seen = _seen_too(seen, read)
-        return seen, sample_token(scores, _keys(key, i + j), sampler, seen)
+        return seen, sample_token(scores, keys_at(key, i + j), sampler, seen)
 
     with nn.logical_axis_rules(tuple(sharding.RULES.items())):
         past = cache.replace(used=used, recent=recent)
@@ -293,14 +293,6 @@ def _draw_ahead(
         # One after another, so that a step's sort is compiled once.
         _, ids = jax.lax.scan(draw, seen, (scores, tokens.T, jnp.arange(len(scores))))
         return constrain(ids.T, None, None), cache.replace(layers=past.layers)
-
-
-def _keys(key: Array, i: Array) -> Array:
-    """Return the key of each text for its step i [N], of one key or of each text's own."""
-    if key.ndim:
-        return jax.vmap(jax.random.fold_in)(key, i)
-    rows = jnp.arange(len(i))
-    return jax.vmap(lambda i, row: jax.random.fold_in(jax.random.fold_in(key, i), row))(i, rows)
 
 
 def _seen_too(seen: Array | None, ids: Array) -> Array | None:

@@ -21,7 +21,7 @@ from jax import Array
 
 from scalegpt.config.recipe import NO_LORA
 from scalegpt.inference.decode import Decoder, bucket, decoder, empty_cache, next_scores, padded
-from scalegpt.inference.sampling import Sampler, sample_token
+from scalegpt.inference.sampling import Sampler, keys_at, sample_token
 from scalegpt.model.gpt import Cache
 from scalegpt.model.layers import constrain
 from scalegpt.step import sharding
@@ -168,7 +168,7 @@ def _draw(
 ) -> _Progress:
     """Draw a token of each row from its logits [N, V]; the row's number decides by which noise."""
     i = progress.drawn
-    ids = sample_token(scores, jax.random.fold_in(key, i), sampler)
+    ids = sample_token(scores, keys_at(key, jnp.full(len(scores), i)), sampler)
     log_probs = jax.nn.log_softmax(scores / sampler.temperature)
     entropy = -(jnp.exp(log_probs) * log_probs).sum(-1)
     log_prob = jnp.take_along_axis(log_probs, ids[:, None], -1)[:, 0]

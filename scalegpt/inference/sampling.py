@@ -72,9 +72,16 @@ def from_flags(flags: argparse.Namespace) -> Sampler:
     return Sampler(**{option.name: getattr(flags, option.name) for option in fields(Sampler)})
 
 
-def sample_token(scores: Array, key: Array, sampler: Sampler, seen: Array | None = None) -> Array:
-    """Draw one id [N] int32 for each row of float32 logits [N, V], with a key folded from `key`,
-    or with its own of keys [N].
+def keys_at(key: Array, i: Array) -> Array:
+    """Return the key of each text for its step i [N], of one key for all texts or of keys [N]."""
+    if key.ndim:
+        return jax.vmap(jax.random.fold_in)(key, i)
+    rows = jnp.arange(len(i))
+    return jax.vmap(lambda i, row: jax.random.fold_in(jax.random.fold_in(key, i), row))(i, rows)
+
+
+def sample_token(scores: Array, keys: Array, sampler: Sampler, seen: Array | None = None) -> Array:
+    """Draw one id [N] int32 for each row of float32 logits [N, V], each with its own of keys [N].
 
     seen: [N, V] bool, ids of the text so far. repetition_penalty divides their logits where these
     are positive and multiplies them where not (CTRL, arXiv:1909.05858, section 4.1). top_p keeps
@@ -97,8 +104,6 @@ def sample_token(scores: Array, key: Array, sampler: Sampler, seen: Array | None
     if sampler.min_p:
         lowest = scores.max(-1, keepdims=True) + jnp.log(sampler.min_p)
         scores = jnp.where(scores >= lowest, scores, -jnp.inf)
-    rows = jnp.arange(len(scores))
-    keys = key if key.ndim else jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
     drawn = jax.vmap(jax.random.categorical)(keys, scores)
     if ids is not None:
         drawn = jnp.take_along_axis(ids, drawn[:, None], axis=-1)[:, 0]

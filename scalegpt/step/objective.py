@@ -32,9 +32,8 @@ class Objective:
     loss(model, params, microbatch, dropout keys) -> its sum, and sums for metrics. Nothing is
     divided, so that an update does not depend on how its batch is cut into microbatches and parts.
     count(batch) -> float32 scalar: what the sums over the batch are divided by; below 0 if a row is
-    of `VOID` tokens. row: the shape and
-    dtype of one sequence of a batch. group: so many sequences, side by side, stay in a microbatch
-    and on a device together.
+    of `VOID` tokens. row: the shape and dtype of one sequence of a batch. group: so many sequences,
+    side by side, stay in a microbatch and on a device together.
     """
 
     loss: Callable[[GPT, Any, Any, Array | None], tuple[Array, Sums]]
