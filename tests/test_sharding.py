@@ -1,5 +1,6 @@
 """The mesh changes speed, never numbers; every array lies where the rules say; traffic is least."""
 
+from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
 
@@ -253,6 +254,29 @@ def test_a_mesh_axis_of_minus_one_takes_what_is_left(sizes, expected):
 def test_a_mesh_that_does_not_fit_names_the_devices(sizes):
     with pytest.raises(ValueError, match=r"does not fit 8 cpu device\(s\).*multiply to 8"):
         mesh_of(**sizes)
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A chip of a pod, as jax asks one where it lies."""
+
+    id: int
+    coords: tuple
+    platform: str = "tpu"
+    device_kind: str = "TPU v6 lite"
+    process_index: int = 0
+    core_on_chip: int = 0
+
+
+@pytest.mark.parametrize("fsdp", [16, 128])
+def test_a_mesh_axis_may_lie_on_a_part_of_an_axis_of_the_torus(fsdp):
+    """16 x 16 are whole axes; for 128 one of them must be split."""
+    chips = [Chip(16 * y + x, (x, y, 0)) for y in range(16) for x in range(16)]
+    grid = sharding.make_mesh(MeshConfig(data=-1, fsdp=fsdp), chips).devices.reshape(-1, fsdp)
+    assert set(grid.flat) == set(chips)
+    for shards in grid:  # neighbours, as close as can be
+        sides = np.ptp([chip.coords for chip in shards], axis=0) + 1
+        assert np.prod(sides) == fsdp
 
 
 @pytest.mark.parametrize(
