@@ -1,13 +1,15 @@
 """This command plans a run before a machine is rented.
 
     python -m scalegpt.plan --config configs/gpt2_xl.yaml --topology v5e:16x16
+    python -m scalegpt.plan --config configs/v3_8.yaml --topology v3-8 --verify
     python -m scalegpt.plan --config configs/gpt2_xl.yaml --sweep v5e,v6e --price 1.2
     python -m scalegpt.plan --run out/NAME
 
 It says whether the run fits, how fast it will be, what bounds it, which mesh is best, and how many
 chip-hours it takes: by arithmetic, from neither data nor an accelerator. Without --topology it
-plans for the machine that it runs on, and asks JAX what that is. --run compares a run's measured
-updates with its plan.
+plans for the machine that it runs on, and asks JAX what that is. --verify compiles the training
+step, which needs no TPU either, and compares. --run compares a run's measured updates with its
+plan.
 """
 
 if __name__ == "__main__":
@@ -22,8 +24,9 @@ from typing import Any
 
 from scalegpt.config import Config, command_line
 from scalegpt.config.loading import NO_RUN
+from scalegpt.data.datasets import resolved_to_compile
 from scalegpt.errors import Mistake
-from scalegpt.planning import picture, plans, tables, topologies
+from scalegpt.planning import compiler, picture, plans, tables, topologies
 from scalegpt.planning.chips import CHIPS
 from scalegpt.planning.costs import costs
 from scalegpt.planning.plans import Plan, as_dict
@@ -56,6 +59,11 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--search": {
         "action": "store_true",
         "help": "plan the best mesh, microbatch and remat instead of the config's own",
+    },
+    "--verify": {
+        "action": "store_true",
+        "help": "compile the training step and compare; for a TPU that is not here this needs "
+        "scalegpt[plan]",
     },
     "--sweep": {
         "nargs": "?",
@@ -99,10 +107,12 @@ def check(flags: Namespace) -> None:
         raise Mistake(f"--price={flags.price} must be the price of a chip and hour, as 1.2")
     if not 0 < flags.preemption_hours <= 1e6:
         raise Mistake(f"--preemption-hours={flags.preemption_hours} must be above 0, as 24")
-    if flags.sweep and (flags.topology or flags.search or flags.plot or flags.efficiency):
+    if flags.sweep and (
+        flags.topology or flags.search or flags.verify or flags.plot or flags.efficiency
+    ):
         raise Mistake(
-            "--sweep searches on many topologies, and goes without --topology, --search, --plot "
-            "and --efficiency; leave them out"
+            "--sweep searches on many topologies, and goes without --topology, --search, --verify, "
+            "--plot and --efficiency; leave them out"
         )
     if flags.plot:
         picture.check_file(flags.plot)
@@ -137,6 +147,7 @@ def one(config: Config, flags: Namespace) -> int:
         )
     plan = best[0] if flags.search else plans.own_plan(config, topology)
     cost = costs(plan, flags.price, flags.preemption_hours)
+    compiled = verify(plan, topology if flags.topology else None) if flags.verify else None
     if flags.plot:
         others = [p for p in tables.different(best) if p != plan]
         try:
@@ -144,11 +155,27 @@ def one(config: Config, flags: Namespace) -> int:
         except OSError as error:
             raise Mistake(f"cannot write --plot={flags.plot}: {error.strerror}") from None
     if flags.json:
-        print(json.dumps(report(plan, cost) | {"best": [as_dict(p) for p in best[:5]]}, indent=2))
+        more = {"best": [as_dict(p) for p in best[:5]]}
+        if flags.verify:
+            more["compiled"] = compiled.as_dict()
+        print(json.dumps(report(plan, cost) | more, indent=2))
     else:
         print(tables.text(plan, cost, best))
+        if flags.verify:
+            print(f"\n{tables.verified(plan, compiled)}")
         print(f"\nplot in {flags.plot}" if flags.plot else "", end="\n" * bool(flags.plot))
     return 0
+
+
+def verify(plan: Plan, topology: Topology | None) -> compiler.Compiled | compiler.DoesNotFit:
+    """Compile the step that is planned, for a TPU or for this machine.
+
+    Returns the mistake where it does not fit.
+    """
+    try:
+        return compiler.compile_step(resolved_to_compile(plans.applied(plan)), topology)
+    except compiler.DoesNotFit as error:
+        return error
 
 
 def report(plan: Plan, cost: dict[str, Any]) -> dict[str, Any]:

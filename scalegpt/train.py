@@ -36,7 +36,7 @@ from scalegpt.checkpoints.checkpoints import Checkpoints
 from scalegpt.config import Config, command_line
 from scalegpt.data import tokenizer
 from scalegpt.data.chat import encode_prompt
-from scalegpt.data.datasets import open_datasets, resolved
+from scalegpt.data.datasets import open_datasets, resolved, resolved_to_compile
 from scalegpt.data.packing import PackedRows
 from scalegpt.data.token_files import Dataset
 from scalegpt.errors import Mistake
@@ -49,6 +49,8 @@ from scalegpt.inference.sampling import Sampler
 from scalegpt.inference.text_loss import Unreadable
 from scalegpt.inference.validation import validation
 from scalegpt.model.flops import mfu_meter
+from scalegpt.planning import tables, topologies
+from scalegpt.planning.compiler import compile_step, memory_advice
 from scalegpt.processes import startup, streams
 from scalegpt.processes.agreement import Deadline, gather
 from scalegpt.processes.command import code_of, message_of, python, run_command
@@ -78,7 +80,6 @@ from scalegpt.run.resume import (
 from scalegpt.run.rewarded import reference_weights
 from scalegpt.step import build_for_training, cpu_devices, sharding
 from scalegpt.step.build import Steps
-from scalegpt.step.compile_only import compile_only, memory_advice
 from scalegpt.step.objective import Batch
 from scalegpt.step.update import State
 
@@ -89,7 +90,7 @@ FLAGS = {
         "const": "here",
         "metavar": "TOPOLOGY",
         "help": "compile the step, print its memory, exit; for a TPU that is not here: v3-8, "
-        "v5e:4x4, ... (needs the package libtpu)",
+        "v5e:4x4, ... (needs scalegpt[plan]); scalegpt.plan --verify compares it with a plan",
     },
 }
 
@@ -101,14 +102,10 @@ def main(argv: list[str]) -> int:
         return Exit.DONE
     if flags.compile_only:
         cpu_devices.choose(config)
-        config = with_model(config)
-        if (
-            config.model.vocab_size is None
-            or config.objective.name != "text"
-            or config.model.isolate
-        ):
-            config = resolved(config, open_datasets(config))
-        compile_only(config, flags.compile_only)
+        config = resolved_to_compile(with_model(config))
+        where = flags.compile_only
+        topology = None if where == "here" else topologies.parse(where, flag="--compile-only")
+        print(tables.compiled(compile_step(config, topology)))
         return Exit.DONE
     return run(config, f"{python()} -m scalegpt.train {shlex.join(argv)}")
 

@@ -583,7 +583,7 @@ def test_splash_says_what_it_cannot_split():
 def test_splash_compiles_for_tpu(chip, sizes, nested, segmented):
     """The real TPU compiler takes splash, forward and backward, split without any collective."""
     if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed: no compiler for TPUs (pip install libtpu)")
+        pytest.skip("libtpu is not installed: no compiler for TPUs (pip install 'scalegpt[plan]')")
     from jax.experimental import topologies
 
     name, options = {

@@ -281,7 +281,7 @@ for name, argv, *words in [
      "--distributed.num_processes=2 --distributed.process_id=0", "here:99999", "HOST:PORT"),
     ("process of none", "--distributed.coordinator=localhost:9 --distributed.num_processes=2 "
      "--distributed.process_id=2", "process_id=2", "below distributed.num_processes=2"),
-    ("topology", "--compile-only=v9-9", "--compile-only=v9-9", "v3-8"),
+    ("topology", "--compile-only=v9-9", "--compile-only=v9-9", "v5e:4x4"),
 ]:
     bad(name, "train", [*NEW, *argv.split()], *words)
 

@@ -1,11 +1,14 @@
 """Plans against figures by hand, the scaling book's thresholds, published runs and the compiler."""
 
+import importlib.util
 import json
 import os
 import re
 import struct
 import subprocess
 import sys
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -17,12 +20,12 @@ from jax.sharding import SingleDeviceSharding
 from scalegpt import plan as command
 from scalegpt.config import Config, MeshConfig
 from scalegpt.errors import Mistake
-from scalegpt.planning import hlo, memory, plans, speed, tables, topologies
-from scalegpt.planning.chips import CHIPS, GIB
+from scalegpt.model import flops
+from scalegpt.planning import compiler, hlo, memory, plans, speed, tables, topologies
+from scalegpt.planning.chips import CHIPS, CLOCKS, GIB
 from scalegpt.planning.costs import costs
 from scalegpt.planning.topologies import parse
 from scalegpt.step import sharding
-from scalegpt.step.compile_only import tpu_devices
 from scalegpt.step.muon import orthogonalise
 
 WIDE = {"n_layer": 2, "n_embd": 4096, "n_head": 32, "vocab_size": 1024, "block_size": 1024}
@@ -50,6 +53,18 @@ def planned(machine: str, *args, slices: int = 1, **sections) -> plans.Plan:
 
 def shape(**sizes: int) -> dict[str, int]:
     return {"replica": 1, "data": 1, "fsdp": 1, "context": 1, "tensor": 1} | sizes
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A device of a TPU, as jax asks one where it lies."""
+
+    id: int
+    coords: tuple
+    device_kind: str
+    core_on_chip: int
+    platform: str = "tpu"
+    process_index: int = 0
 
 
 # --- machines
@@ -123,17 +138,17 @@ def test_several_slices_have_the_devices_of_all():
 
 
 @pytest.mark.oracle
-def test_devices_and_memory_of_a_tpu_are_what_its_compiler_says(monkeypatch):
+def test_devices_and_memory_of_a_tpu_are_what_its_compiler_says():
     """An argument of 2 TiB is refused at once, with the memory that there is."""
     pytest.importorskip("libtpu", reason="compiling for a TPU needs the package libtpu")
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     for name, chip in CHIPS.items():
         if not chip.axes:
             continue
         for shape in topologies.usual_shapes(name)[-4:]:
             machine = parse(topologies.written(name, shape))
-            assert len(tpu_devices(machine.name)) == machine.devices, machine
-        device = tpu_devices(topologies.written(name, topologies.shapes(name)[0]))[0]
+            assert len(compiler.tpu_devices(machine)) == machine.devices, machine
+        smallest = parse(topologies.written(name, topologies.shapes(name)[0]))
+        device = compiler.tpu_devices(smallest)[0]
         assert device.device_kind == chip.kind
         there = SingleDeviceSharding(device)
         large = jax.ShapeDtypeStruct((2**20, 2**19), "float32", sharding=there)
@@ -141,6 +156,10 @@ def test_devices_and_memory_of_a_tpu_are_what_its_compiler_says(monkeypatch):
             jax.jit(lambda x: 2 * x).lower(large).compile()
         gib = re.search(r"exceeds available HBM \(([\d.]+)G\)", str(refusal.value))[1]
         assert float(gib) == pytest.approx(chip.memory / GIB, abs=0.01), name
+        side = jax.ShapeDtypeStruct((4096, 4096), "bfloat16", sharding=there)
+        product = jax.jit(lambda x: x @ x).lower(side).compile().as_text()
+        seconds = hlo.cycles(product) / CLOCKS[chip.kind]
+        assert 0.8 < 2 * 4096**3 / seconds / flops.peak_flops(chip.kind) <= 1, name
 
 
 # --- traffic
@@ -503,6 +522,91 @@ def test_a_run_that_does_not_fit_is_told_of_more_room(capsys):
     assert "does not fit: " in text and "nothing that was tried fits" in text
 
 
+@pytest.fixture
+def compiles(monkeypatch):
+    """TPUs' compiler is as if it had made PROGRAM, or refused the step."""
+
+    def with_result(result: str | Exception) -> None:
+        def compile_() -> SimpleNamespace:
+            if isinstance(result, Exception):
+                raise result
+            return SimpleNamespace(
+                as_text=lambda: result,
+                memory_analysis=lambda: SimpleNamespace(
+                    argument_size_in_bytes=GIB,
+                    temp_size_in_bytes=4 * GIB,
+                    peak_memory_in_bytes=3 * GIB,
+                ),
+            )
+
+        def build(config: Config, mesh: jax.sharding.Mesh) -> SimpleNamespace:
+            asked.append(config)
+            lowered = SimpleNamespace(compile=compile_)
+            model = SimpleNamespace(dtype=np.dtype("bfloat16"))
+            lower = lambda: lowered  # noqa: E731
+            return SimpleNamespace(lower=lower, model=model, layout=(8, 64), parameters=124_337_664)
+
+        monkeypatch.setattr(compiler, "build_for_training", build)
+        return asked
+
+    asked = []
+    chips = [Chip(i, (i // 2 % 2, i // 4, 0), "TPU v3", i % 2) for i in range(8)]
+    monkeypatch.setattr(compiler, "tpu_devices", lambda topology: chips)
+    monkeypatch.setattr(compiler, "version", lambda package: "1.2")
+    return with_result
+
+
+def test_verify_lays_the_compilers_figures_beside_the_plans(compiles, capsys):
+    compiles(PROGRAM)
+    mesh = ("--mesh.data=2", "--mesh.fsdp=4")
+    plan = planned("v3-8", 512, 8, mesh={"data": 2, "fsdp": 4})
+    step = (1 + 5 * (10 + 7 * 100)) / 0.94e9
+    text = printed(capsys, *V3_8, *mesh, "--verify")
+    told = text[text.index("compiled in 0 s by libtpu 1.2") :]
+    assert max(map(len, told.splitlines())) <= 80
+    ratio = plan.total_bytes / 3 / GIB
+    assert re.search(rf"the peak +{plan.total_bytes / GIB:.2f} +3.00 +{ratio:.2f}\n", told)
+    assert re.search(rf"an update +{plan.step[1]:.3g} +{step:.3g}", told)
+    assert "all-reduce over fsdp, in a loop's loop" in told
+    found = json.loads(printed(capsys, *V3_8, *mesh, "--verify", "--json"))["compiled"]
+    assert found["fits"] is True and found["peak"] == 3 * GIB
+    assert found["step_seconds"] == pytest.approx(step)
+    assert found["mfu"] == pytest.approx(plan.mfu * plan.step[1] / step)
+    moved = {"kind": "all-reduce", "axes": "fsdp", "depth": 2, "bytes": 5 * 7 * 32}
+    assert found["collectives"] == [moved]
+
+
+def test_verify_compiles_what_the_search_has_found(compiles, capsys):
+    asked = compiles(PROGRAM)
+    plan = json.loads(printed(capsys, *V3_8, "--search", "--verify", "--json"))
+    (config,) = asked
+    assert (config.batch.microbatch, config.model.remat) == (plan["microbatch"], plan["remat"])
+    assert config.mesh.model_dump() == plan["mesh"] and config.batch.microbatch != 8
+
+
+def test_verify_says_the_compilers_words_for_a_step_that_does_not_fit(compiles, capsys):
+    compiles(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 22.98G exceeds 15.75G\nand more"))
+    told = printed(capsys, *V3_8, "--verify")
+    assert "does not fit: RESOURCE_EXHAUSTED: 22.98G exceeds 15.75G\nlower batch.micro" in told
+    found = json.loads(printed(capsys, *V3_8, "--verify", "--json"))["compiled"]
+    assert found["fits"] is False and "22.98G exceeds" in found["message"]
+
+
+def test_compiling_for_a_tpu_without_its_compiler_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(Mistake, match=r"v3:2x2 needs .*libtpu.*pip install 'scalegpt\[plan\]'"):
+        command.main([*V3_8, "--verify"])
+
+
+def test_verify_without_a_topology_compiles_for_this_machine(capsys):
+    small = ("--model.n_layer=1", "--model.n_embd=32", "--model.n_head=1", "--model.vocab_size=64")
+    small += ("--batch.sequences=16",)
+    argv = ("--config=shakespeare_char_cpu", *small, "--verify", "--json")
+    found = json.loads(printed(capsys, *argv))["compiled"]
+    assert found["kind"] == "cpu" and found["compiler"].startswith("jax ")
+    assert found["mfu"] is None and found["peak"] > 0
+
+
 def test_a_sweep_has_a_line_for_each_machine_that_fits(capsys):
     argv = ("--config=configs/gpt2_xl.yaml", "--sweep=v5e,h100", "--price=1")
     head, *lines = printed(capsys, *argv).splitlines()
@@ -527,6 +631,8 @@ def test_a_sweep_has_a_line_for_each_machine_that_fits(capsys):
         (["--efficiency=40"], "--efficiency=40.0 must be above 0 and at most 1"),
         (["--sweep=v9"], "'v9' is none of v2, v3"),
         (["--sweep", "--topology=v3-8"], "without --topology"),
+        (["--sweep", "--verify"], "without --topology, --search, --verify"),
+        (["--topology=h100:1x8", "--verify"], "h100:1x8: only for TPUs is there a compiler"),
         (["--plot=a.jpg"], "must end in .png"),
         (["--plot=no/such/a.png"], "there is no folder no/such"),
         (["--optim.epochs=2"], "give the updates"),

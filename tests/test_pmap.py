@@ -237,9 +237,8 @@ def test_compile_only_compiles_the_step_of_pmap(data, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.oracle
-def test_compile_only_takes_a_tpu_that_is_not_here(monkeypatch, capsys):
+def test_compile_only_takes_a_tpu_that_is_not_here(capsys):
     pytest.importorskip("libtpu", reason="compiling for a TPU needs the package libtpu")
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     small = ["--model.n_layer=1", "--model.n_embd=128", "--model.n_head=2"]
     small += ["--model.vocab_size=500"]
     argv = ["--config", "configs/v3_8_pmap.yaml", *small, "--model.block_size=128"]

@@ -16,8 +16,10 @@ from planning.scaling_laws import LAWS
 
 from scalegpt.config import Config
 from scalegpt.planning import memory
+from scalegpt.planning.compiler import tpu_devices
+from scalegpt.planning.topologies import parse
 from scalegpt.step import build as step
-from scalegpt.step import compile_only, health, sharding
+from scalegpt.step import health, sharding
 
 ROOT = Path(__file__).resolve().parents[1]
 ONE = {"data": 1}
@@ -184,12 +186,11 @@ def test_memory_is_what_xla_says_within_a_factor_of_0_6_on_a_cpu(mesh, accumulat
 
 @pytest.mark.oracle
 @pytest.mark.parametrize("kind", [{}, {"preset": "llama", "n_kv_head": 2}], ids=str)
-def test_memory_is_what_the_tpu_compiler_says_within_20_percent(kind, monkeypatch):
+def test_memory_is_what_the_tpu_compiler_says_within_20_percent(kind):
     pytest.importorskip("libtpu", reason="compiling for a TPU needs the package libtpu")
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     c = config({"data": 8}, 8, n_embd=256, block_size=512, dtype="bfloat16", **kind)
     # Later chips would hold activations as few as these outside of the memory that is counted.
-    steps = build(c, compile_only.tpu_devices("v3-8"))
+    steps = build(c, tpu_devices(parse("v3-8")))
     compiled = steps.lower().compile().memory_analysis()
     total = compiled.argument_size_in_bytes + compiled.temp_size_in_bytes
     parts = estimate(c, steps.mesh, 2, fused=True)

@@ -176,6 +176,14 @@ def resolved(config: Config, datasets: list[Dataset]) -> Config:
     return _with_updates(config, datasets) if config.optim.counts_epochs else config
 
 
+def resolved_to_compile(config: Config) -> Config:
+    """Return the run with what its training step takes from its data, which are read if it does."""
+    model, apart = config.model, config.model.isolate or config.data.document_mask
+    if model.vocab_size is None or config.objective.name != "text" or apart:
+        return resolved(config, open_datasets(config))
+    return config
+
+
 def _with_answers(config: Config, datasets: list[Dataset]) -> Config:
     """Return the run with rows that hold the longest prompt and an answer. Raises Mistake."""
     longest = max(split.longest for d in datasets for split in (d.train, d.val))

@@ -6,7 +6,7 @@ estimates what XLA keeps for layers that are scanned (model.scan_layers). The es
 logits), and down to 0.6 of it on a CPU. With a term for fsdp that six more of them showed (v3 to
 tpu7x; data, fsdp, tensor, two slices) it is 0.94 to 1.02 of their peaks. Unrolled layers may need
 half as much on a TPU, and on a CPU, where XLA then ignores model.remat, as much as without remat.
-The compiler has the last word: `scalegpt.train --compile-only`.
+The compiler has the last word: `scalegpt.plan --verify`.
 """
 
 from collections.abc import Mapping

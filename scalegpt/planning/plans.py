@@ -197,6 +197,17 @@ def _plan(config: Config, topology: Topology, shape: tuple[int, ...], remat: str
     )
 
 
+def applied(plan: Plan) -> Config:
+    """Return the run with the mesh, the microbatch and the remat policy of its plan."""
+    c = plan.config
+    sections = {
+        "mesh": c.mesh.model_copy(update=plan.mesh),
+        "batch": c.batch.model_copy(update={"microbatch": plan.microbatch}),
+        "model": c.model.model_copy(update={"remat": plan.remat}),
+    }
+    return c.model_copy(update=sections)
+
+
 def search(config: Config, topology: Topology) -> list[Plan]:
     """Return the plans that fit with SPARE memory, fastest first, over meshes, microbatches, remat.
 

@@ -1,11 +1,18 @@
 """Write plans as text for a terminal, of at most 80 columns."""
 
+import math
 import textwrap
 from typing import Any
 
+from scalegpt.planning.compiler import Compiled, DoesNotFit
 from scalegpt.planning.plans import SPARE, Plan
 
 GIB = 2**30
+LOOPS = ("in no loop", "in a loop", "in a loop's loop", *[f"in {n} loops" for n in (3, 4, 5)])
+CYCLES = (
+    "by the cycles that the compiler expects of all but collectives and Pallas kernels, "
+    "of which it states none"
+)
 TERMS = {
     "arithmetic": "products of matrices and of attention",
     "hbm": "reading and writing weights and moments",
@@ -177,6 +184,49 @@ def comparison(plan: Plan, result: dict[str, Any]) -> str:
     else:
         lines += ["no efficiency explains that"]
     return "\n".join(lines)
+
+
+def compiled(step: Compiled) -> str:
+    """Return what a compiler says of a step."""
+    memory = (
+        f"state and batch {step.state / GIB:.2f}, temporary {step.temporary / GIB:.2f}, "
+        f"at the peak {step.peak / GIB:.2f}"
+    )
+    lines = [
+        f"{step.parameters:,} parameters on {math.prod(step.mesh.values())} x {step.kind}, "
+        f"{step.mesh}, accumulation {step.accumulation}",
+        f"compiled in {step.seconds:.0f} s by {step.compiler}; GiB a device: {memory}",
+    ]
+    if step.mfu:
+        lines += [f"an update: {step.step_seconds:.3g} s, MFU {step.mfu:.1%}; {CYCLES}"]
+    return "\n".join([*lines, *_collectives(step)])
+
+
+def verified(plan: Plan, step: Compiled | DoesNotFit) -> str:
+    """Return what a compiler says of a plan's step beside what the plan says."""
+    if isinstance(step, DoesNotFit):
+        return f"compiled: {step}"
+    rows = [("GiB a device at the peak", plan.total_bytes / GIB, step.peak / GIB, ".2f")]
+    if plan.step and step.mfu:
+        rows += [("seconds of an update", plan.step[1], step.step_seconds, ".3g")]
+        rows += [("MFU, %", 100 * plan.mfu, 100 * step.mfu, ".1f")]
+    head = f"compiled in {step.seconds:.0f} s by {step.compiler}"
+    lines = [f"{head:42}{'plan':>10}{'compiler':>10}{'ratio':>8}"]
+    for name, planned, found, form in rows:
+        lines += [f"  {name:40}{planned:>10{form}}{found:>10{form}}{planned / found:>8.2f}"]
+    if step.mfu:
+        lines += textwrap.wrap(CYCLES, 78, initial_indent="  ", subsequent_indent="  ")
+    return "\n".join([*lines, *_collectives(step)])
+
+
+def _collectives(step: Compiled) -> list[str]:
+    if not step.collectives:
+        return []
+    lines = ["collectives of an update, MB on each device:"]
+    for (kind, axes, depth), size in sorted(step.collectives.items(), key=lambda x: -x[1]):
+        name = f"{kind} over {axes or 'nothing'}, {LOOPS[depth]}"
+        lines += [f"  {name:40}{size / 1e6:>20,.2f}"]
+    return lines
 
 
 def sweep_table(plans: list[Plan], all_costs: list[dict[str, Any]]) -> str:

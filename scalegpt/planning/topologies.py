@@ -91,10 +91,10 @@ def usual_shapes(name: str) -> list[tuple[int, ...]]:
     return list(by_size.values())
 
 
-def parse(text: str, slices: int = 1) -> Topology:
+def parse(text: str, slices: int = 1, flag: str = "--topology") -> Topology:
     """Return the machine that a user names, as v5e:4x4, v3-8, v4-32, h100:2x8 or h100-16.
 
-    Raises Mistake, with the nearest names that are legal.
+    flag: by which it was named. Raises Mistake, with the nearest names that are legal.
     """
     match = re.fullmatch(r"([a-z]\w*)(?:[:=](\d+(?:x\d+)*)|-(\d+))", text.strip().lower())
     name = _ALIASES.get(match[1], match[1]) if match else text.partition(":")[0].lower()
@@ -102,7 +102,7 @@ def parse(text: str, slices: int = 1) -> Topology:
         near = difflib.get_close_matches(name, CHIPS, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}? " if near else ""
         raise Mistake(
-            f"--topology={text}: no chip is called {name!r}; {hint}there are {', '.join(CHIPS)}, "
+            f"{flag}={text}: no chip is called {name!r}; {hint}there are {', '.join(CHIPS)}, "
             "each with a shape, as v5e:4x4; --topology list shows them"
         )
     chip, legal = CHIPS[name], shapes(name)
@@ -115,7 +115,7 @@ def parse(text: str, slices: int = 1) -> Topology:
         if not match:
             near = usual_shapes(name)
         raise Mistake(
-            f"--topology={text}: {'there is no such slice' if chip.axes else 'no such nodes'}; "
+            f"{flag}={text}: {'there is no such slice' if chip.axes else 'no such nodes'}; "
             f"{'legal are' if not match else 'the nearest are'} "
             f"{', '.join(written(name, other) for other in near)}; --topology list shows all"
         )
