@@ -383,6 +383,43 @@ def test_loops_of_a_tpus_program_are_counted_by_their_conditions():
     assert hlo.table(hlo.collectives(PROGRAM, mesh)) == {("all-reduce", "fsdp", 2): 5 * 7 * 32}
 
 
+# One that goes on beside two fusions, a reduce-scatter, and a hop, which gives its input, too.
+TPUS_OWN = """
+%begun (p: bf16[2,4]) -> bf16[8,4] {
+  %p = bf16[2,4] parameter(0)
+  ROOT %g = bf16[8,4] all-gather(%p), channel_id=8, replica_groups={{0,1,2,3}}, NAMED{chain_id="0"}
+}
+
+%done (p: bf16[2,4]) -> bf16[8,4] {
+  %p = bf16[2,4] parameter(0)
+  ROOT %g = bf16[8,4] all-gather(%p), channel_id=8, replica_groups={{0,1,2,3}}, NAMED{chain_id="0"}
+}
+
+%all-reduce-scatter.2.clone (p: bf16[8,4]) -> bf16[2,4] {
+  %p = bf16[8,4] parameter(0)
+  %r = bf16[8,4] all-reduce(%p), channel_id=9, replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %s = bf16[2,4] dynamic-slice(%r), dynamic_slice_sizes={2,4}
+}
+
+ENTRY %main (p: bf16[2,4]) -> bf16[2,4] {
+  %p = bf16[2,4] parameter(0)
+  %a = bf16[8,4] fusion(%p), kind=kCustom, calls=%begun
+  %b = bf16[8,4] fusion(%p), kind=kCustom, calls=%done
+  %start = (bf16[2,4], bf16[2,4]) collective-permute-start(%p), source_target_pairs={{0,1},{1,0}}
+  ROOT %c = bf16[2,4] fusion(%b), kind=kCustom, calls=%all-reduce-scatter.2.clone
+}
+""".replace("NAMED", "frontend_attributes=")
+
+
+def test_what_a_tpu_writes_in_its_own_way_is_counted_once():
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2), jax.devices()[:4])
+    assert hlo.table(hlo.collectives(TPUS_OWN, mesh)) == {
+        ("all-gather", "data+fsdp", 0): 64,
+        ("reduce-scatter", "data+fsdp", 0): 64,
+        ("collective-permute", "fsdp", 0): 16,
+    }
+
+
 # --- plans
 
 

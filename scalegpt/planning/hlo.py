@@ -32,23 +32,32 @@ def collectives(hlo: str, mesh: Mesh) -> list[Collective]:
     """List all collectives of an optimized HLO module compiled for `mesh`."""
     bodies = _computations(hlo)
     loops = _loops(bodies)
-    all_collectives = []
+    all_collectives, chains = [], set()
     for name, lines in bodies.items():
         shapes = _values(lines)
         for line in lines:
-            match = re.search(rf"= (.*?) ({KINDS})(?:-start)?\((.*?)\)", line)
+            match = re.search(rf"= (.*?) ({KINDS})(-start)?\((.*?)\)", line)
             if not match:
                 continue
-            operands = re.findall(r"%([\w.\-]+)", match[3])
+            # A TPU's program repeats one that goes on beside several fusions in each of these.
+            if chain := re.search(r"channel_id=(\d+),.* frontend_attributes=\{.*?chain_id=", line):
+                if chain[1] in chains:
+                    continue
+                chains.add(chain[1])
+            # An all-reduce of which a TPU keeps a part is its reduce-scatter.
+            kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else match[2]
+            operands = re.findall(r"%([\w.\-]+)", match[4])
             sent = sum(_size(re.split(r" [\w\-]+\(", shapes.get(o, ""))[0]) for o in operands)
+            both = match[3] and match[2] in ("all-gather", "collective-permute")
+            received = _size(match[1]) - (sent if both else 0)  # these starts give their input, too
             source = re.search(r'op_name="([^"]*)"', line)
             all_collectives.append(
                 Collective(
-                    match[2],
+                    kind,
                     _axes(line, mesh),
                     len(loops[name]),
                     prod(loops[name]),
-                    max(_size(match[1]), sent),
+                    max(received, sent),
                     source[1] if source else "",
                 )
             )
