@@ -563,12 +563,18 @@ def test_a_run_that_does_not_fit_is_told_of_more_room(capsys):
 def compiles(monkeypatch):
     """TPUs' compiler is as if it had made PROGRAM, or refused the step."""
 
-    def with_result(result: str | Exception) -> None:
+    def with_result(result: str | Exception | None) -> None:
         def compile_() -> SimpleNamespace:
             if isinstance(result, Exception):
                 raise result
+
+            def text() -> str:
+                if result is None:
+                    raise jax.errors.JaxRuntimeError("INTERNAL: async-update\nand more")
+                return result
+
             return SimpleNamespace(
-                as_text=lambda: result,
+                as_text=text,
                 memory_analysis=lambda: SimpleNamespace(
                     argument_size_in_bytes=GIB,
                     temp_size_in_bytes=4 * GIB,
@@ -611,6 +617,17 @@ def test_verify_lays_the_compilers_figures_beside_the_plans(compiles, capsys):
     assert found["mfu"] == pytest.approx(plan.mfu * plan.step[1] / step)
     moved = {"kind": "all-reduce", "axes": "fsdp", "depth": 2, "bytes": 5 * 7 * 32}
     assert found["collectives"] == [moved]
+
+
+def test_verify_says_when_the_program_cannot_be_read(compiles, capsys):
+    """As libtpu 0.0.52's for v6e now and then, by jaxlib 0.10.2."""
+    compiles(None)
+    told = printed(capsys, *V3_8, "--verify")
+    assert (
+        "3.00" in told and "unreadable: INTERNAL: async-update" in told and "cycles t" not in told
+    )
+    found = json.loads(printed(capsys, *V3_8, "--verify", "--json"))["compiled"]
+    assert (found["mfu"], found["collectives"], found["fits"]) == (None, [], True)
 
 
 def test_verify_compiles_what_the_search_has_found(compiles, capsys):

@@ -39,7 +39,8 @@ class Compiled:
     seconds: that compiling took. state: bytes of weights, moments and a batch. temporary: the
     others' at the peak. step_seconds and mfu: by the cycles that a TPU's compiler expects its
     operations to take, without collectives and Pallas kernels, of which it states none; None
-    elsewhere. collectives: bytes of an update by (kind, mesh axes, loops around them).
+    elsewhere. collectives: bytes of an update by (kind, mesh axes, loops around them). unread: why
+    the program could not be read, so that neither is known.
     """
 
     parameters: int
@@ -54,6 +55,7 @@ class Compiled:
     step_seconds: float | None
     mfu: float | None
     collectives: Counter
+    unread: str | None
 
     def as_dict(self) -> dict[str, Any]:
         """Return what a script reads."""
@@ -84,10 +86,14 @@ def compile_step(config: Config, topology: Topology | None) -> Compiled:
     with memory_advice():
         compiled = steps.lower().compile()
     seconds = time.perf_counter() - began
-    memory, text = compiled.memory_analysis(), compiled.as_text()
+    memory, text, unread = compiled.memory_analysis(), "", None
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:  # libtpu has operations that this jaxlib has not
+        unread = str(error).splitlines()[0]
     state, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     kind, step_seconds, mfu = mesh.devices.flat[0].device_kind, None, None
-    if kind in CLOCKS:
+    if text and kind in CLOCKS:
         tokens = config.batch.sequences * config.row_width
         step_seconds = hlo.cycles(text) / CLOCKS[kind]
         dtype = str(steps.model.dtype)
@@ -105,6 +111,7 @@ def compile_step(config: Config, topology: Topology | None) -> Compiled:
         step_seconds=step_seconds,
         mfu=mfu,
         collectives=hlo.table(hlo.collectives(text, mesh)),
+        unread=unread,
     )
 
 
