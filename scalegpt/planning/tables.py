@@ -221,9 +221,7 @@ def verified(plan: Plan, step: Compiled | DoesNotFit) -> str:
 
 def _collectives(step: Compiled) -> list[str]:
     if step.unread:
-        told = (
-            f"neither cycles nor collectives are known, as the program is unreadable: {step.unread}"
-        )
+        told = f"no cycles or collectives are known; the program is unreadable: {step.unread}"
         return textwrap.wrap(told, 80)
     if not step.collectives:
         return []
