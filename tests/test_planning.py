@@ -16,6 +16,7 @@ import pytest
 import yaml
 from conftest import ROOT
 from jax.sharding import SingleDeviceSharding
+from planning import memory_check
 
 from scalegpt import plan as command
 from scalegpt.config import Config, MeshConfig
@@ -328,6 +329,25 @@ def test_published_throughput_lies_within_the_range(
     best, likely, worst = (plan.tokens / s / plan.topology.chips for s in plan.step)
     assert worst < published < best
     assert likely == pytest.approx(published, rel=0.2)
+
+
+# --- memory
+
+
+def test_memory_is_the_compilers_within_15_percent():
+    """Of steps of which half were chosen after the formulas were frozen."""
+    steps = memory_check.recorded()
+    ratios = [memory_check.planned(s).total_bytes / s["compiler"] for s in steps]
+    assert 0.85 < min(ratios) and max(ratios) < 1.15
+    kinds = {s["topology"].partition(":")[0] for s in steps}
+    assert kinds == {"v3", "v4", "v5e", "v5p", "v6e", "tpu7x"}
+
+
+def test_the_memory_check_counts_what_is_near(capsys):
+    assert memory_check.main([]) == 0
+    count = len(memory_check.recorded())
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == count + 2 and lines[-1] == f"{count} of {count} within 15 %"
 
 
 # --- compiled programs

@@ -1,12 +1,11 @@
 """Estimate the memory of the training step on one device, in bytes, by arithmetic.
 
 No device is touched, as in model/flops.py. State and gradients are exact; the rest
-estimates what XLA keeps for layers that are scanned (model.scan_layers). The estimate was within
-20 % of `memory_analysis()` for TPU programs (v3, v4, v5e; bfloat16; 43M to 1.5B parameters; chunked
-logits), and down to 0.6 of it on a CPU. With a term for fsdp that six more of them showed (v3 to
-tpu7x; data, fsdp, tensor, two slices) it is 0.94 to 1.02 of their peaks. Unrolled layers may need
-half as much on a TPU, and on a CPU, where XLA then ignores model.remat, as much as without remat.
-The compiler has the last word: `scalegpt.plan --verify`.
+estimates what XLA keeps for layers that are scanned (model.scan_layers), at that time of the step
+which needs the most. tools/planning/memory.json has it beside the peaks that the TPUs' compiler
+states. Unrolled layers may need less on a TPU, and on a CPU, where the estimate is down to 0.6 of
+what XLA allots and XLA then ignores model.remat, as much as without remat. The compiler has the
+last word: `scalegpt.plan --verify`.
 """
 
 from collections.abc import Mapping
@@ -64,7 +63,7 @@ def on_device(
     optim: OptimConfig = _ADAMW,
     lora: LoraConfig = NO_LORA,
 ) -> dict[str, int]:
-    """Estimate the bytes on each device while it trains; their sum is the peak.
+    """Estimate the bytes on each device when it needs the most; their sum is the peak.
 
     mesh: sizes of fsdp, tensor and context. microbatch: sequences of one device (or group of tensor
     and context shards). itemsize: bytes of an element in matrix products, 2 or 4. fused_attention:
@@ -87,37 +86,53 @@ def on_device(
     scores = 0 if fused_attention else tokens * T * model.n_head // tensor
     queries, keys = (heads * model.head_dim for heads in (model.n_head, model.kv_heads))
     up = model.inner if model.mlp == "plain" else 2 * model.inner
-    split = (2 * queries + 2 * keys + up + up) / tensor
-    layer = tokens * itemsize * (5 * D + split) + scores * (4 + 2.5 * itemsize)
-    # Keys and values of all positions and their gradients, where a device has some of these.
-    gathered = 4 * microbatch * T * itemsize * keys / tensor if context > 1 else 0
+    heads = (2 * queries + 2 * keys) / tensor
+    layer = tokens * itemsize * (5 * D + heads + 2 * up / tensor) + scores * (4 + 2.5 * itemsize)
+    if model.qk_norm:  # what the norms read, in float32
+        layer += 4 * tokens * (queries + keys) / tensor
     split = (queries + 2 * keys + up) / tensor
     activations = {
         "none": L * layer,
         "dots": L * tokens * itemsize * (3 * D + split),
         "full": L * tokens * D * itemsize,
     }[remat]
+    # Keys and values of all positions and their gradients, where a device has some of these; the
+    # MLP's values are not there then.
+    gathered = 4 * microbatch * T * itemsize * keys / tensor if context > 1 else 0
+    scratch = max(layer, gathered + tokens * itemsize * (5 * D + heads))
     positions = min(model.loss_chunk, T // context)
-    logits = microbatch * positions * rows * (4 + itemsize)  # and their gradient
-    # One layer's backward pass and the logits are never alive together. Without remat a layer
-    # recomputes nothing.
-    scratch = max(gathered + (0 if remat == "none" else layer), logits)
-    # Of the weights cast or gathered for products, two layers and the head exist at a time. With
-    # LoRA they are made in the forward pass, and without remat kept for the backward pass.
+    # Logits, what their exponentials are, and their gradient.
+    logits = 1.5 * microbatch * positions * rows * (4 + itemsize)
+    # Of the weights cast or gathered for products, two layers exist at a time. With LoRA they are
+    # made in the forward pass, and without remat kept for the backward pass.
     layers = L if lora.rank and remat == "none" else 2
     used_in_place = itemsize == 4 and fsdp == 1 and not lora.rank
-    copies = 0 if used_in_place else itemsize * (layers * matrices * fsdp // L + rows * D)
-    if fsdp > 1:
-        # In float32: step/loss.py's copy of the head and its gradient, and the whole gradients of
-        # the embeddings before they are scattered to their shards.
-        copies += 8 * rows * D + 4 * (model.padded_vocab + model.ngram_rows) * D
-    return {
+    copies = 0 if used_in_place else itemsize * layers * matrices * fsdp // L
+    head = 0 if used_in_place else itemsize * rows * D
+    # The float32 gradients of the head and the embeddings are whole until they are scattered to
+    # their shards, which is after the layers' backward pass. A tied table stays gathered, too, over
+    # all microbatches.
+    whole = 4 * rows * D if fsdp > 1 else 0
+    tables = whole + (4 * (model.padded_vocab + model.ngram_rows) * D if fsdp > 1 else 0)
+    orthogonal = 4 * matrices if optim.name == "muon" else 0  # the updates, for all copies
+    state = {
         "weights": 4 * count,
         "moments": moment_bytes(trained, matrices, optim),
         "gradients": 4 * trained,
         "gradients of a microbatch": 4 * trained if accumulation > 1 else 0,
-        "weights as products use them": copies,
-        "activations kept": round(activations),
+    }
+    tied = accumulation > 1 and model.tie_word_embeddings
+    phases = (  # of the loss, of the layers' backward pass, of the embeddings', of the update
+        (head, whole * (1 + tied), activations, logits),
+        (copies, whole, activations, 0 if remat == "none" else scratch),
+        (0, whole + tables, 0, 0),
+        (0, 0, 0, orthogonal),
+    )
+    copied, gathered, kept, scratch = max(phases, key=sum)
+    return state | {
+        "weights as products use them": copied,
+        "whole tables and gradients": gathered,
+        "activations kept": round(kept),
         "scratch": round(scratch),
     }
 
