@@ -28,12 +28,15 @@ from scalegpt.model.layers import (
     GATES,
     constrain,
     dropout,
+    gathered,
     layer_norm,
+    look_up,
     ngram_rows,
     project,
     rms_norm,
     rotary_tables,
     rotate,
+    scattered,
 )
 
 GATE_INPUTS = 12  # how many channels a gate reads, as in modded-nanogpt and nanochat
@@ -214,7 +217,7 @@ class Attention(_Layer):
         shape, axes = (c.padded_vocab, c.kv_heads * c.head_dim), ("vocab", "table_embed")
         table = self.table("value_table", shape, axes, 0.02)
         # Gathered before it is looked up, as the token table in `GPT._whole_texts` is.
-        rows = constrain(constrain(table, "act_vocab", None), None, None)[tokens]
+        rows = look_up(constrain(constrain(table, "act_vocab", None), None, None), tokens)
         if c.value_gates:
             gate = self.scalars("value_gate", np.zeros((min(GATE_INPUTS, c.n_embd), c.kv_heads)))
             read = x[..., : len(gate)].astype(jnp.float32)
@@ -269,11 +272,12 @@ class Block(_Layer):
         if self.config.residual_scalars:
             a, b = self.scalars("residual_scalars", [1.0, 0.0]).astype(self.dtype)
             x = a * x + b * context.x0
-        normed = Norm(*shared, name="ln_1")(x)
+        normed = gathered(Norm(*shared, name="ln_1")(x))
         y, cached = Attention(*shared, name="attn")(normed, layer, keys, context, cache)
-        x = constrain(x + y, "batch", "act_position", "act_embed")
-        y = MLP(*shared, name="mlp")(Norm(*shared, name="ln_2")(x), layer, keys)
-        x = constrain(x + y, "batch", "act_position", "act_embed")
+        x = constrain(x + scattered(y), "batch", "act_residual", "act_embed")
+        normed = gathered(Norm(*shared, name="ln_2")(x))
+        y = MLP(*shared, name="mlp")(normed, layer, keys)
+        x = constrain(x + scattered(y), "batch", "act_residual", "act_embed")
         if self.config.backout:
             x = x, jnp.where(layer == self.config.n_layer // 2, x, middle)
         return x, cached
@@ -379,7 +383,7 @@ class GPT(_Layer):
         positions: a slice, or [T] or [B, T]. Both are looked up and added in float32: in bfloat16
         the gradients of a frequent token would be summed in bfloat16.
         """
-        c, rows = self.config, table[tokens]
+        c, rows = self.config, look_up(table, tokens)
         if c.position == "learned":
             std = 0.02 if c.init == "gpt2" else 1.0
             wpe = self.table("wpe", (c.block_size, c.n_embd), ("position", "embed"), std)
@@ -392,7 +396,8 @@ class GPT(_Layer):
             rows = rows + gate[..., None] * jnp.roll(rows, 1, axis=1)
         if c.ngram_rows:
             rows = rows + self._ngram_embeddings(tokens, positions)
-        return constrain(rows.astype(self.dtype), "batch", "act_position", "act_embed")
+        rows = scattered(rows.astype(self.dtype))
+        return constrain(rows, "batch", "act_residual", "act_embed")
 
     def _ngram_embeddings(self, tokens: Array, positions: Any) -> Array:
         """Sum the embeddings of the n-grams of 2 tokens and more that end with each; [B, T, D]."""
@@ -405,7 +410,8 @@ class GPT(_Layer):
         found = []
         for n, share in zip(lengths, strength, strict=True):
             share = share * _has_before(n - 1, positions, tokens)
-            found.append(share[..., None] * table[ngram_rows(tokens, n, c.ngram_rows)])
+            rows = look_up(table, ngram_rows(tokens, n, c.ngram_rows))
+            found.append(share[..., None] * rows)
         return sum(found)
 
     def _final_norm(self, x: Array) -> Array:
@@ -416,7 +422,7 @@ class GPT(_Layer):
         if not c.tie_word_embeddings:  # made here, used by `head_table`
             shape, axes = (c.padded_vocab, c.n_embd), ("vocab", "head_embed")
             self.table("head_kernel", shape, axes, 0.02 if c.init == "gpt2" else 0.0)
-        return Norm(c, self.dtype, self.attention, name="ln_f")(x)
+        return gathered(Norm(c, self.dtype, self.attention, name="ln_f")(x))
 
 
 def _has_before(n: int, positions: Any, tokens: Array) -> Array:

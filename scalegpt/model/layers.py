@@ -67,6 +67,54 @@ def constrain(x: Array, *names: str | None) -> Array:
     return jax.lax.with_sharding_constraint(x, spec)
 
 
+def gathered(x: Array) -> Array:
+    """Give each device of `tensor` all positions of x [B, T, D], for its products, where the
+    residual stream is split over them (act_residual), and backward its part of the gradient's sum.
+
+    So an all-reduce becomes a reduce-scatter and an all-gather, which move as many bytes, and what
+    lies between them is computed and kept once (sequence parallelism, arXiv:2205.05198).
+    """
+    return _through(x, "act_residual", "act_position")
+
+
+def scattered(x: Array) -> Array:
+    """Undo `gathered`: give each device its part of x, the products' sum, and backward all of the
+    gradient."""
+    return _through(x, "act_position", "act_residual")
+
+
+def _through(x: Array, *positions: str) -> Array:
+    rules = dict(nn.get_logical_axis_rules())
+    if rules and rules["act_position"] != rules["act_residual"]:
+        for name in positions:
+            x = constrain(x, "batch", name, "act_embed")
+    return x
+
+
+def look_up(table: Array, tokens: Array) -> Array:
+    """Return the rows [B, T, D] of a table [V, D] that each device has, for tokens [B, T].
+
+    Where tokens are more than the table's rows, each part of B and T reads a copy of its own, and
+    sums a gradient of its own. XLA would have every device gather the gradients of all tokens: for
+    a model 2,304 wide on a pod of TPU v5e, 4.8 GB instead of 0.5.
+    """
+    rules, mesh = dict(nn.get_logical_axis_rules()), jax.sharding.get_abstract_mesh()
+    axes = [rules.get(name) or () for name in ("batch", "act_position")]
+    axes = [(a,) if isinstance(a, str) else a for a in axes]
+    rows, positions = ([a for a in some if mesh.shape.get(a, 1) > 1] for some in axes)
+    b, t = (math.prod(mesh.shape[a] for a in some) for some in (rows, positions))
+    (B, T), every = tokens.shape, PartitionSpec((*rows, *positions))
+    if b * t == 1 or B % b or T % t or B * T <= len(table):
+        return table[tokens]
+    own = jnp.broadcast_to(table, (b * t, *table.shape))
+    parts = tokens.reshape(b, B // b, t, T // t).swapaxes(1, 2).reshape(b * t, B // b, T // t)
+    own, parts = (jax.lax.with_sharding_constraint(x, every) for x in (own, parts))
+    found = jax.vmap(lambda table, tokens: table[tokens])(own, parts)
+    found = jax.lax.with_sharding_constraint(found, every)
+    found = found.reshape(b, t, B // b, T // t, -1).swapaxes(1, 2)
+    return constrain(found.reshape(B, T, -1), "batch", "act_position", None)
+
+
 def dropout(x: Array, rate: float, keys: Array | None, site: Array | int) -> Array:
     """Drop entries of x [B, ...], each row by its own key: no mesh or microbatch changes a mask.
 

@@ -13,6 +13,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 BYTES = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "s64": 8, "pred": 1}
+SLICES = ("replica",)  # along which slices of TPUs lie, whose hosts do what is sent to them
+_SENT = r'= \((\w+\[.*?\]).* send\(.*megascale_transfer_type="(\w+)"'
 KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 
 
@@ -36,6 +38,10 @@ def collectives(hlo: str, mesh: Mesh) -> list[Collective]:
     for name, lines in bodies.items():
         shapes = _values(lines)
         for line in lines:
+            around = len(loops[name]), prod(loops[name])
+            if match := re.search(_SENT, line):
+                kind = match[2].lower().replace("_", "-")
+                all_collectives.append(Collective(kind, SLICES, *around, _size(match[1]), ""))
             match = re.search(rf"= (.*?) ({KINDS})(-start)?\((.*?)\)", line)
             if not match:
                 continue
@@ -55,8 +61,7 @@ def collectives(hlo: str, mesh: Mesh) -> list[Collective]:
                 Collective(
                     kind,
                     _axes(line, mesh),
-                    len(loops[name]),
-                    prod(loops[name]),
+                    *around,
                     max(received, sent),
                     source[1] if source else "",
                 )

@@ -85,7 +85,9 @@ def row_losses(
     split = [a for a in (*sharding.ROWS, "context") if mesh.shape.get(a, 1) > 1]
     split = [a for a in split if a not in mesh.manual_axes]
     if rules and "context" in split:
-        rules["act_position"] = "context"
+        rules["act_position"] = rules["act_residual"] = "context"
+    if rules and mesh.shape.get("tensor", 1) > 1:
+        rules["act_residual"] = tuple(a for a in ("context", "tensor") if mesh.shape[a] > 1)
     with nn.logical_axis_rules(tuple(rules.items())):
         hidden = model.apply({"params": params}, inputs, dropout_keys, begins=begins)
     table = head_table(params)

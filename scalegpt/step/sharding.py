@@ -40,6 +40,7 @@ RULES = {
     # activations
     "batch": ROWS,
     "act_position": None,  # "context" in `loss.row_losses`: a decoder has few positions at a time
+    "act_residual": None,  # the positions of the residual stream: over "tensor", too, there
     "act_embed": None,
     "act_heads": "tensor",
     "act_mlp": "tensor",
