@@ -7,6 +7,7 @@ checkpoint could not be written, or none could for checkpoint.patience seconds.
 
 if __name__ == "__main__":
     import gc
+    import sys
 
     gc.disable()  # until `run_command`: nothing that is imported is garbage
     # Signals end the process at once until StopRequest listens, after the import of JAX. During the
@@ -14,6 +15,15 @@ if __name__ == "__main__":
     from scalegpt.processes.exits import leave_on_signals
 
     leave_on_signals()
+
+    # pydantic looks for docstrings in all modules that there are: in fewer before JAX is imported.
+    import scalegpt.config.schema
+
+    # Grain imports Orbax for checkpoints of its own. Ours need it at the first save, not before.
+    if sys.modules.setdefault("orbax.checkpoint", None) is None:
+        import grain  # noqa: F401
+
+        del sys.modules["orbax.checkpoint"]
 
 import contextlib
 import math

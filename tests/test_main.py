@@ -48,6 +48,16 @@ def test_garbage_is_collected_from_the_first_line_of_a_command_on(monkeypatch):
     assert ended.value.code == 1
 
 
+def test_training_begins_without_packages_that_only_later_work_needs():
+    command = [sys.executable, "-X", "importtime", "-m", "scalegpt.train", "--config=demo"]
+    done = subprocess.run([*command, "--print-config"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if "|" in line}
+    assert "grain" in imported
+    # tensorstore is Orbax's, whose own name is there where grain has asked for it in vain.
+    assert not imported & {"tensorstore", "tensorboardX", "matplotlib", "transformers"}
+
+
 @pytest.mark.slow
 def test_a_command_by_its_short_name_has_its_own_exit_code_and_streams():
     command = [sys.executable, "-m", "scalegpt", "generate", "--prompt=x"]

@@ -211,15 +211,17 @@ def test_tensorboard_events_read_back(tmp_path):
 
 
 @pytest.mark.oracle
-def test_a_run_imports_no_torch_and_leaves_it_importable(tmp_path):
-    """tensorboardX would import it: two seconds of every start."""
+def test_a_run_begins_without_torch_and_google_and_leaves_them_importable(tmp_path):
+    """tensorboardX would import them: seconds of every start."""
     pytest.importorskip("torch")
+    storage = pytest.importorskip("google.cloud.storage").__name__
     code = f"""
         import sys, scalegpt.train
         from scalegpt.run.writers import TensorBoardWriter
         TensorBoardWriter({str(tmp_path)!r}).close()
-        print(sorted({{"torch", "transformers", "wandb", "matplotlib"}} & set(sys.modules)))
-        import torch
+        costly = {{"torch", "{storage}", "transformers", "wandb", "matplotlib"}}
+        print(sorted(costly & set(sys.modules)))
+        import torch, {storage}
     """
     command = [sys.executable, "-c", textwrap.dedent(code)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)

@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict
 from scalegpt.config import Config
 from scalegpt.model import flops, gpt
 from scalegpt.model.layers import project
-from scalegpt.model.parameters import Parameter, parameters
+from scalegpt.model.parameters import Parameter, _parameters, parameters
 from scalegpt.planning import memory
 from scalegpt.step import build, sharding
 from scalegpt.step.optimizer import decay_mask, optimizer
@@ -37,7 +37,7 @@ class GatedMLP(gpt.MLP):
 @pytest.fixture
 def config(monkeypatch) -> Config:
     monkeypatch.setattr(gpt, "MLP", GatedMLP)
-    parameters.cache_clear()
+    _parameters.cache_clear()
     yield Config(
         model=dict(n_layer=L, n_head=2, n_embd=D, block_size=T, vocab_size=60, vocab_multiple=8),
         mesh=MESH,
@@ -46,7 +46,7 @@ def config(monkeypatch) -> Config:
         optim=dict(name="muon", weight_decay=0.1, steps=10),
         run=dict(out_dir="unused"),
     )
-    parameters.cache_clear()
+    _parameters.cache_clear()
 
 
 def test_a_new_matrix_is_counted_sharded_decayed_and_muons(config):

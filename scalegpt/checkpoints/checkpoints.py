@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
 
 from scalegpt.checkpoints import manifest
@@ -283,6 +282,8 @@ class Checkpoints:
 
     def read_item(self, step: int, item: str) -> Any:
         """Return an item as it is stored, in NumPy arrays; nothing is verified."""
+        import orbax.checkpoint as ocp  # as in `writing`
+
         folder = epath.Path(f"{self.folder}/{step}/{item}")
         handler = ocp.PyTreeCheckpointHandler()
         tree = handler.metadata(folder).tree
@@ -290,6 +291,8 @@ class Checkpoints:
         return handler.restore(folder, args=ocp.args.PyTreeRestore(restore_args=numpy))
 
     def _read(self, step: int, items: dict[str, Any]) -> Sequence[Any]:
+        import orbax.checkpoint as ocp  # as in `writing`
+
         if not self._verified >= {(step, item) for item in items}:
             self.find(str(step), items)
         stored = self._manifest(step)["tree"]

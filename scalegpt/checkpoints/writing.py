@@ -24,7 +24,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
-import orbax.checkpoint as ocp
 from etils import epath
 
 from scalegpt.checkpoints import manifest
@@ -210,6 +209,8 @@ class Save:
 
     def start(self, items: dict[str, Any]) -> None:
         """Copy the arrays of `items`, which may change on return, and write them by a thread."""
+        import orbax.checkpoint as ocp  # not at the top: it would hold up the first update
+
         try:
             for name, tree in items.items():
                 self._handlers[name] = ocp.StandardCheckpointHandler()
@@ -221,6 +222,8 @@ class Save:
 
     def _copy(self, name: str, tree: Any) -> list[Any]:
         """Copy the arrays of `tree` and begin to write them; the futures end with the writing."""
+        import orbax.checkpoint as ocp
+
         target = epath.Path((self.folder / name).path)
         saving = self._handlers[name].async_save(target, args=ocp.args.StandardSave(tree))
         return asyncio.run_coroutine_threadsafe(saving, _event_loop()).result() or []

@@ -55,9 +55,13 @@ class Parameter(NamedTuple):
         return prod(vocab_size if axis == "vocab" else length for axis, length in sizes)
 
 
-@lru_cache
 def parameters(model: ModelConfig, lora: LoraConfig = NO_LORA) -> dict[str, Parameter]:
     """Return the parameters by path, as "h/mlp/up_kernel"; no device is touched."""
+    return _parameters(model, lora)
+
+
+@lru_cache  # whose calls differ where one names the default and another does not
+def _parameters(model: ModelConfig, lora: LoraConfig) -> dict[str, Parameter]:
     gpt = GPT(model, jnp.float32, "xla", lora)
     # Where a step is being traced, its rules for activations would split this batch of one row.
     with nn.logical_axis_rules(()):

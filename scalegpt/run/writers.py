@@ -141,15 +141,17 @@ class TensorBoardWriter:
     """The writer makes TensorBoard scalars of rows; TensorBoard hides those after `resume_step`."""
 
     def __init__(self, folder: str | Path, resume_step: int | None = None) -> None:
-        # Where torch is installed, tensorboardX imports it for the name of a type: for seconds.
-        without_torch = sys.modules.setdefault("torch", None) is None
+        # Where they are installed, tensorboardX imports torch for the name of a type, and Google's
+        # client for buckets, which it is not to write to: for seconds.
+        costly = ("torch", "google.cloud.storage")
+        hidden = [name for name in costly if sys.modules.setdefault(name, None) is None]
         try:
             from tensorboardX.event_file_writer import EventsWriter
             from tensorboardX.proto import event_pb2, summary_pb2
             from tensorboardX.summary import text
         finally:
-            if without_torch:
-                del sys.modules["torch"]
+            for name in hidden:
+                del sys.modules[name]
 
         Path(folder).mkdir(parents=True, exist_ok=True)
         # Not SummaryWriter, whose own thread dies on a full disk and lets the run wait for ever.

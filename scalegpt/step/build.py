@@ -115,8 +115,9 @@ def build_steps(config: Config, mesh: Mesh, dtype: str, implementation: str) -> 
     if (evaluated := config.evaluated_model) != config.model:
         kernel = resolve(config.model_copy(update={"model": evaluated}), mesh)[1]
         eval_model = model.clone(config=evaluated, attention=kernel)
-    init = partial(initial_state, config, model)
-    boxed = jax.eval_shape(init)
+    init = jax.jit(partial(initial_state, config, model))  # within another jit: traced once
+    with jax.set_mesh(mesh):
+        boxed = jax.eval_shape(init)
     shardings = sharding.shardings(sharding.specs(boxed, sharding.RULES), mesh)
     abstract = jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),

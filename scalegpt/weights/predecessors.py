@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
 from flax import serialization, traverse_util
 
@@ -155,6 +154,8 @@ def _flax(path: Path, n_head: int | None, block_size: int) -> Source:
 
 def _orbax(path: Path) -> Any:
     """Read the parameters of an Orbax folder, and leave out the optimizer's state."""
+    import orbax.checkpoint as ocp  # as in `checkpoints.writing`
+
     handler, folder = ocp.PyTreeCheckpointHandler(), epath.Path(path.absolute())
     tree = handler.metadata(folder).tree
     state = tree.get("state", tree)
