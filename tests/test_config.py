@@ -833,12 +833,35 @@ def test_muon_moves_a_tied_table_by_smaller_steps():
         assert ("embedding_lr" in muon_line(config)) == (expected == 0.5)
 
 
-def test_a_modern_run_of_before_there_was_another_softcap_keeps_its_own():
+def test_muon_evens_rows_and_forgets_sooner_with_the_preset_modern():
+    muon = ("--optim.name=muon", *GIVEN)
+    for expected, argv in (
+        ((0.95, 0.0), []),
+        ((0.95, 0.0), ["--model.preset=nanochat"]),
+        ((0.9, 0.95), ["--model.preset=modern"]),
+        ((0.9, 0.95), ["--model.preset=modern", "--optim.momentum=null", "--optim.row_beta2=null"]),
+        ((0.8, 0.95), ["--model.preset=modern", "--optim.momentum=0.8"]),
+        ((0.95, 0.95), ["--model.depth=12"]),
+        ((0.95, 0.0), ["--model.depth=12", "--model.preset=gpt2"]),
+    ):
+        optim = (config := parse(*argv, *muon)).optim
+        assert (optim.momentum, optim.row_beta2) == expected, argv
+        assert ("momentum 0.8 (its own: 0.9)" in muon_line(config)) == (expected[0] == 0.8)
+    assert parse("--model.preset=modern", *GIVEN).optim.row_beta2 == 0  # AdamW has no such key
+
+
+def test_a_modern_run_of_before_its_preset_had_a_key_keeps_its_own():
     new = ModelConfig(preset="modern", n_layer=2)
-    assert new.softcap == "tanh" and ModelConfig(**new.model_dump()) == new
-    old = new.model_dump(exclude={"softcap"})
-    assert ModelConfig(**old).softcap == "rsqrt" and ModelConfig(**old).preset == "modern"
-    assert "softcap" not in new.model_fields_set and "qk_norm" in new.model_fields_set
+    assert new.softcap == "tanh" and new.smear and ModelConfig(**new.model_dump()) == new
+    for later in ({"softcap"}, {"smear"}, {"softcap", "smear", "residual_scalars"}):
+        old = ModelConfig(**new.model_dump(exclude=later))
+        assert old.preset == "modern" and old.qk_norm
+        assert [key for key in later if getattr(old, key) not in ("rsqrt", False)] == []
+        assert not later & old.model_fields_set
+    assert not {"softcap", "smear"} & new.model_fields_set and "qk_norm" in new.model_fields_set
+    stored = parse("--model.preset=modern", "--optim.name=muon", *GIVEN).model_dump()
+    del stored["optim"]["row_beta2"]  # which muon had no such key for, either
+    assert Config.model_validate(stored).optim.row_beta2 == 0
 
 
 def test_depth_12_is_the_tuned_recipe_and_the_rest_follows_by_the_rules():
@@ -848,7 +871,8 @@ def test_depth_12_is_the_tuned_recipe_and_the_rest_follows_by_the_rules():
     assert c.batch.sequences * c.model.block_size == 2**19
     assert (c.optim.lr, c.optim.embedding_lr, c.optim.weight_decay) == (0.02, 0.3, 0.05)
     weights = 12 * 12 * 768**2 + 50257 * 768
-    assert parameter_count(c.with_vocab(50257).model) == weights + 50257 * 768
+    scalars = 2 * 12 + 12 + 1  # of the residual stream, and of smear
+    assert parameter_count(c.with_vocab(50257).model) == weights + 50257 * 768 + scalars
     assert abs(c.optim.steps * 2**19 - 12 * weights) < 2**19
 
     small = parse("--model.depth=5", *GIVEN)

@@ -13,7 +13,7 @@ GPT2_SIZES = {
     "gpt2-xl": (48, 25, 1600),
 }
 # modded-nanogpt and nanochat agree on these; left out is what pays only with custom kernels.
-MODERN = {
+NANOCHAT = {
     "position": "rope",
     "norm": "rmsnorm",
     "qk_norm": True,
@@ -25,6 +25,10 @@ MODERN = {
     "softcap": "tanh",
     "bias": False,
 }
+# What paid, too, in trainings of ours (configs/README.md); no format of others has these two.
+MODERN = {**NANOCHAT, "smear": True, "residual_scalars": True}
+# Keys that presets have not always set: a run that began without them goes on without.
+LATER = {"softcap", "smear", "residual_scalars"}
 # The architecture of arXiv:2302.13971, of any size.
 LLAMA = {
     "position": "rope",
@@ -62,7 +66,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "modern": MODERN,
     # What NanoChatForCausalLM of transformers computes.
-    "nanochat": MODERN,
+    "nanochat": NANOCHAT,
     "llama": LLAMA,
     # Of arXiv:2307.05695 (ReLoRA); GaLore and others compare on these.
     "llama-60m": {**LLAMA, "block_size": 1024, **_size(8, 8, 8, 512, 1376)},

@@ -91,6 +91,7 @@ def derived(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
         decay = WEIGHT_DECAY * batch_factor * tuned_tokens / (steps * batch_tokens)
         optim.setdefault("weight_decay", _round(decay))
         optim.setdefault("cautious_decay", str(optim["weight_decay"]) not in ("0", "0.0"))
+        optim.setdefault("momentum", MUON["momentum"])  # as tuned, for the batches of such a model
         optim.setdefault("momentum_warmup", min(300, steps // 10))
     full = {"model": model, "batch": batch, "optim": optim}
     return {

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, model_validator
 
-from scalegpt.config.architectures import PRESETS
+from scalegpt.config.architectures import LATER, PRESETS
 from scalegpt.config.types import (
     Amount,
     Integer,
@@ -35,8 +35,12 @@ MUON = {
     "embedding_lr": 0.3,
     "head_lr": 0.008,
     "scalar_lr": 0.015,
+    "momentum": 0.95,
+    "row_beta2": 0.0,
 }
-
+# What Muon has instead with a preset of architectures.
+MUON_WITH = {"modern": {"momentum": 0.9, "row_beta2": 0.95}}
+OF_MODEL = {"embedding_lr", "momentum", "row_beta2"}  # Muon's defaults that the model decides
 
 # Tried on tinyshakespeare, 400 updates: 0.3 ends at 2.05, 0.02 at 1.89, 0.008 and 0.004 at 1.91.
 TIED_EMBEDDING_LR = 0.02
@@ -48,11 +52,21 @@ def muons(model: dict[str, Any]) -> dict[str, Any]:
     A tied embedding table is the head, too, and starts fifty times smaller than a modern one: the
     embedding rate for a modern table would wreck it.
     """
-    tied = model.get("tie_word_embeddings")
+    preset, tied = str(model.get("preset")), model.get("tie_word_embeddings")
     if tied is None:
-        tied = PRESETS.get(str(model.get("preset")), {}).get("tie_word_embeddings", True)
+        tied = PRESETS.get(preset, {}).get("tie_word_embeddings", True)
     tied = str(tied).lower() not in _FALSE
-    return MUON | ({"embedding_lr": TIED_EMBEDDING_LR} if tied else {})
+    of_table = {"embedding_lr": TIED_EMBEDDING_LR} if tied else {}
+    return MUON | MUON_WITH.get(preset, {}) | of_table
+
+
+def following(model: dict[str, Any], optim: dict[str, Any]) -> dict[str, Any]:
+    """Return Muon's defaults that follow from a model section and that an optim section, too, does
+    not give; neither need be validated yet."""
+    missing = {key: value for key, value in muons(model).items() if optim.get(key) is None}
+    if missing.keys() == {"row_beta2"}:  # a run of before there was this key stored all others
+        return {}
+    return {key: value for key, value in missing.items() if key in OF_MODEL}
 
 
 _FALSE = ("false", "0", "off", "no", "f", "n")  # as pydantic reads a command line
@@ -206,13 +220,12 @@ class ModelConfig(Section):
         if not isinstance(values, dict):
             return make(values)
         preset = PRESETS.get(str(values.get("preset")), {})
-        # A run of before there was this key has stored all others, also those that no preset sets.
+        # A run of before a key of LATER has stored all others, also those that no preset sets.
         stored = {*preset, "scan_layers", "remat", "loss_chunk", "dtype", "attention"}
-        if stored - values.keys() == {"softcap"}:
+        if stored - LATER <= values.keys():
             preset = {}
         model = make({**preset, **values})
-        if "softcap" not in values:  # so that a run which began with another may continue
-            model.model_fields_set.discard("softcap")
+        model.model_fields_set.difference_update(LATER - values.keys())
         return model
 
     @model_validator(mode="after")
@@ -312,14 +325,14 @@ class OptimConfig(Section):
     scalar_lr: Share | None = None
     """with muon: AdamW's peak learning rate for norms, biases and scalars"""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    """with muon: Nesterov momentum"""
+    """with muon: Nesterov momentum; the preset modern has 0.9, but not by model.depth"""
     momentum_warmup: Whole = 0
     """with muon: updates in which the momentum rises from 0.85"""
     ns_steps: Annotated[Integer, Field(ge=1, le=20)] = 5
     """with muon: Newton-Schulz iterations of an update"""
     row_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """with muon: decay of the mean square of each row of an orthogonalised update, by whose root
-    the row is divided (NorMuon), as 0.95; 0: rows are as they are"""
+    the row is divided (NorMuon); 0: rows are as they are; the preset modern has 0.95"""
     average: Rate = 0.0
     """share of the run, at its end, over which the weights are averaged; the average is evaluated
     and saved for use. 0: the last weights are"""

@@ -10,7 +10,7 @@ import yaml
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from scalegpt.config.depth import derived
-from scalegpt.config.recipe import LoraConfig, ModelConfig, OptimConfig, muons
+from scalegpt.config.recipe import LoraConfig, ModelConfig, OptimConfig, following
 from scalegpt.config.types import (
     Amount,
     Integer,
@@ -348,7 +348,7 @@ class Config(Section):
     @model_validator(mode="wrap")
     @classmethod
     def _fill(cls, values: Any, make: Callable[[Any], "Config"]) -> "Config":
-        """Fill in keys that follow from other sections: model.depth's, a rate of Muon's, and the
+        """Fill in keys that follow from other sections: model.depth's, some of Muon's, and the
         batch of rollouts."""
         if not isinstance(values, dict):
             return make(values)
@@ -365,13 +365,12 @@ class Config(Section):
         if model.get("depth") is not None:
             filled = {s: {**given.get(s, {}), **keys} for s, keys in derived(given).items()}
             given = given | filled
-        optim = given.get("optim", {})
-        follows = optim.get("name") == "muon" and optim.get("embedding_lr") is None
+        model, optim = given.get("model", {}), given.get("optim", {})
+        follows = following(model, optim) if optim.get("name") == "muon" else {}
         if follows:
-            given["optim"] = {**optim, "embedding_lr": muons(model)["embedding_lr"]}
+            given["optim"] = {**optim, **follows}
         config = make({**values, **given})
-        if follows:
-            config.optim.model_fields_set.discard("embedding_lr")
+        config.optim.model_fields_set.difference_update(follows)
         if rolls:
             config.batch.model_fields_set.discard("sequences")
         return config

@@ -11,8 +11,10 @@ from filelock import AcquireReturnProxy, FileLock, Timeout
 from scalegpt.checkpoints import manifest
 from scalegpt.checkpoints.checkpoints import Checkpoints
 from scalegpt.config import Config
+from scalegpt.config.architectures import LATER, PRESETS
 from scalegpt.config.differences import curve_diff
 from scalegpt.config.loading import load, validate
+from scalegpt.config.recipe import MUON_WITH
 from scalegpt.data.token_files import Dataset
 from scalegpt.errors import Mistake
 from scalegpt.files import run_folder
@@ -45,22 +47,26 @@ def lock(config: Config) -> AcquireReturnProxy:
 def with_model(config: Config) -> Config:
     """Return the run with its model's shape, where that follows from the weights it begins with.
 
-    A run that continues asks its own checkpoint, as run.init_from may be gone; and it keeps its
-    softcap, if it began when its preset had another. Raises Mistake.
+    A run that continues asks its own checkpoint, as run.init_from may be gone; and it keeps what
+    its preset had when it began, of what is not given. Raises Mistake.
     """
-    preset_caps = config.model.softcap == "tanh" and "softcap" not in config.model.model_fields_set
-    if not (config.run.init_from or preset_caps):
+    preset, muon = config.model.preset or "", config.optim.name == "muon"
+    sections = {
+        "model": LATER & PRESETS.get(preset, {}).keys(),
+        "optim": set(MUON_WITH.get(preset, {}) if muon else {}),
+    }
+    if not (config.run.init_from or any(sections.values())):
         return config
-    if good := _good_checkpoints(config.run.out_dir):
-        model = validate(good[-1]["config"], config.run.out_dir).model
-    elif config.run.init_from:
-        model = init_from.source_model(config)[0]
-    else:
-        return config
+    good = _good_checkpoints(config.run.out_dir)
+    stored = validate(good[-1]["config"], config.run.out_dir) if good else None
     if config.run.init_from:
-        return init_from.shaped_as(model, config)
-    same = config.model.model_copy(update={"softcap": model.softcap})
-    return config.model_copy(update={"model": same})
+        model = stored.model if stored else init_from.source_model(config)[0]
+        config = init_from.shaped_as(model, config)
+    for name, keys in sections.items() if stored else ():
+        own, begun = getattr(config, name), getattr(stored, name)
+        kept = {key: getattr(begun, key) for key in keys - own.model_fields_set}
+        config = config.model_copy(update={name: own.model_copy(update=kept)})
+    return config
 
 
 def stored_config(

@@ -33,8 +33,10 @@ def export_hf(model: Trained, folder: Path) -> str:
     misfits = {format_: format_.misfits(config) for format_ in FORMATS.values()}
     format_ = min(misfits, key=lambda x: len(misfits[x]))
     if misfits[format_]:
+        modern = "; a run with --model.preset=nanochat, modern without smear and residual_scalars, "
+        modern = f"{modern}can be exported" if config.preset == "modern" else ""
         raise Mistake(
-            f"no format of transformers says what {model.name} is; --format scalegpt does\n"
+            f"no format of transformers says what {model.name} is; --format scalegpt does{modern}\n"
             + "\n".join(
                 f"  {x.name}: {'; '.join(reasons)}"
                 for x, reasons in sorted(misfits.items(), key=lambda item: len(item[1]))
