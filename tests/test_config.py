@@ -766,7 +766,7 @@ def test_the_start_names_what_nothing_reads():
         (["--optim.schedule=constant", "--optim.min_lr=0"], "optim.min_lr=0.0 (optim.schedule=con"),
         (["--optim.name=muon", "--optim.head_lr=0.1"], "optim.head_lr=0.1 (model.tie_word_embeddi"),
         (
-            ["--optim.name=muon", "--model.preset=modern", "--optim.scalar_lr=0.1"],
+            ["--optim.name=muon", "--model.preset=nanochat", "--optim.scalar_lr=0.1"],
             "optim.scalar_lr=0.1 (a model without norms",
         ),
         (

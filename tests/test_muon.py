@@ -30,7 +30,7 @@ SHAPES = {
 }
 
 
-PARAMETERS = parameters(ModelConfig(preset="modern", vocab_size=64))
+PARAMETERS = parameters(ModelConfig(preset="nanochat", vocab_size=64))
 
 
 def random(seed: int) -> dict[str, jax.Array]:
@@ -107,7 +107,7 @@ MORE = {"row_beta2": 0.95, "decay_follows_lr": True, "lookahead": 0.6, "lookahea
 def make_config(mesh: dict[str, int], backend: str = "jit", optim=(), **model) -> Config:
     shards = mesh.get("data", 1) * mesh.get("fsdp", 1)
     return Config(
-        model=dict(preset="modern", n_layer=LAYERS, n_head=2, n_embd=D, block_size=T)
+        model=dict(preset="nanochat", n_layer=LAYERS, n_head=2, n_embd=D, block_size=T)
         | dict(vocab_size=VOCAB, dtype="float32", attention="xla", scan_layers=True)
         | model,
         mesh=mesh,
