@@ -403,7 +403,8 @@ def test_loops_of_a_tpus_program_are_counted_by_their_conditions():
     assert hlo.table(hlo.collectives(PROGRAM, mesh)) == {("all-reduce", "fsdp", 2): 5 * 7 * 32}
 
 
-# One that goes on beside two fusions, a reduce-scatter, and a hop, which gives its input, too.
+# One that goes on beside two fusions, a reduce-scatter, a hop, which gives its input, too, and what
+# the hosts of slices do.
 TPUS_OWN = """
 %begun (p: bf16[2,4]) -> bf16[8,4] {
   %p = bf16[2,4] parameter(0)
@@ -426,9 +427,10 @@ ENTRY %main (p: bf16[2,4]) -> bf16[2,4] {
   %a = bf16[8,4] fusion(%p), kind=kCustom, calls=%begun
   %b = bf16[8,4] fusion(%p), kind=kCustom, calls=%done
   %start = (bf16[2,4], bf16[2,4]) collective-permute-start(%p), source_target_pairs={{0,1},{1,0}}
+  %sent = (f32[5,8]{1,0:T(8,128)}, u32[], token[]) send(%p), NAMED{MEGA_transfer_type="ALL_REDUCE"}
   ROOT %c = bf16[2,4] fusion(%b), kind=kCustom, calls=%all-reduce-scatter.2.clone
 }
-""".replace("NAMED", "frontend_attributes=")
+""".replace("NAMED", "frontend_attributes=").replace("MEGA", "_xla_megascale")
 
 
 def test_what_a_tpu_writes_in_its_own_way_is_counted_once():
@@ -437,6 +439,7 @@ def test_what_a_tpu_writes_in_its_own_way_is_counted_once():
         ("all-gather", "data+fsdp", 0): 64,
         ("reduce-scatter", "data+fsdp", 0): 64,
         ("collective-permute", "fsdp", 0): 16,
+        ("all-reduce", "replica", 0): 160,
     }
 
 
