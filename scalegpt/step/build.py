@@ -149,19 +149,25 @@ def build_steps(config: Config, mesh: Mesh, dtype: str, implementation: str) -> 
             donate_argnums=0,
         ),
         jit_evaluate=jax.jit(
-            partial(evaluate_step, eval_model),
+            # On a CPU a loop over the layers is as fast without gradients, and compiles in two
+            # thirds of the time.
+            partial(evaluate_step, looped(eval_model) if on_cpu else eval_model),
             in_shardings=(shardings.params, windows),
             out_shardings=replicated,
         ),
     )
 
 
+def looped(model: GPT) -> GPT:
+    """Return the same model with a loop over its layers; its values are the same."""
+    return model.clone(config=model.config.model_copy(update={"scan_layers": True}))
+
+
 def initial_state(config: Config, model: GPT) -> State:
     """Make the state before the first update; its arrays are boxed with their logical axes."""
     # Attention has no parameters, and its kernels refuse a batch of one row. A loop over the layers
     # makes the same values, and compiles faster.
-    looped = model.config.model_copy(update={"scan_layers": True})
-    plain = model.clone(config=looped, attention="xla")
+    plain = looped(model).clone(attention="xla")
     params = plain.init(jax.random.key(config.run.seed), jnp.zeros((1, 1), jnp.int32))["params"]
     trained = parted(params, partial(is_trained, config.lora))[0]
     opt_state = optimizer(config.optim, parameters(config.model, config.lora)).init(trained)
