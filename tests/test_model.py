@@ -245,9 +245,11 @@ def test_the_modern_model_begins_with_equal_chances_for_all_tokens():
     model = gpt(preset="modern")
     params = initial(model)
     assert np.abs(all_logits(model, params, some_tokens())[..., :50]).max() == 0
-    zero = {path for path, x in named(params).items() if not np.abs(x).max()}
-    assert zero == {"head_kernel", "h/attn/proj_kernel", "h/mlp/down_kernel"}
-    spread = {path: float(x.std()) for path, x in named(params).items() if path not in zero}
+    own = {path: x for path, x in named(params).items() if path != "h/residual_scalars"}
+    zero = {path for path, x in own.items() if not np.abs(x).max()}
+    written = {"h/attn/proj_kernel", "h/mlp/down_kernel"}
+    assert zero == {"head_kernel", "smear_gate", "smear_strength", *written}
+    spread = {path: float(x.std()) for path, x in own.items() if path not in zero}
     assert spread.keys() == {"wte", "h/attn/qkv_kernel", "h/mlp/up_kernel"}
     assert abs(spread.pop("wte") - 1) < 0.1
     assert all(abs(s - 0.5 / 12**0.5) < 0.02 for s in spread.values()), spread
