@@ -159,7 +159,7 @@ def build_steps(config: Config, mesh: Mesh, dtype: str, implementation: str) -> 
 
 
 def looped(model: GPT) -> GPT:
-    """Return the same model with a loop over its layers; its values are the same."""
+    """Return the same model with a loop over its layers; its values are the same up to rounding."""
     return model.clone(config=model.config.model_copy(update={"scan_layers": True}))
 
 
