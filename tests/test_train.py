@@ -171,6 +171,22 @@ def test_muon_and_averaged_weights_continue_bitwise_and_are_what_a_checkpoint_ho
     assert abs(row["val/loss"] - rows(tmp_path / "run", "val/loss")[STEPS]) < 1e-6
 
 
+@pytest.mark.slow
+def test_a_run_of_modern_from_before_it_had_smear_continues_without(
+    data, tmp_path, monkeypatch, capsys
+):
+    recipe = {"model.preset": "modern", "optim.name": "muon"}
+    before = {"model.smear": False, "model.residual_scalars": False}
+    before |= {"optim.momentum": 0.95, "optim.row_beta2": 0.0}
+    stop_after(monkeypatch, 3)
+    assert train.main(arguments(data, tmp_path / "run", **recipe, **before)) == 3
+    stop_after(monkeypatch)
+    assert train.main(arguments(data, tmp_path / "run", **recipe)) == 0
+    assert "continuing from step 3" in capsys.readouterr().out
+    assert train.main(arguments(data, tmp_path / "whole", **recipe, **before)) == 0
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+
+
 def saved_state(out_dir: Path):
     """Everything in the latest checkpoint, in NumPy."""
     config = parse([f"--config={out_dir}/config.yaml"], "test", {})[0]
