@@ -1,12 +1,13 @@
 """The step compiles for TPUs that are not here; skipped where TPU's compiler is not installed."""
 
 import importlib.util
+import json
 import re
 
 import pytest
 from conftest import ROOT
 
-from scalegpt import stages, train
+from scalegpt import plan, stages, train
 
 V3_8 = ["--config", "configs/v3_8.yaml"]
 # As narrow as its compiler likes: it takes most of its time for the arithmetic of wide layers.
@@ -41,10 +42,16 @@ def test_the_step_of_v3_8_compiles_with_the_state_sharded(libtpu, capsys):
 
 @pytest.mark.oracle
 def test_the_step_of_the_modern_recipe_compiles_for_v5e_8(libtpu, capsys):
+    """And so does plan --verify, with what moves and how long its operations should take."""
     small = ["--model.depth=2", "--model.vocab_size=1000", "--batch.sequences=256"]
-    assert train.main(["--config", "v5e_8", *small, "--compile-only", "v5e:2x4"]) == 0
-    printed = capsys.readouterr().out
-    assert "8 x TPU v5 lite" in printed and "accumulation 2" in printed
+    assert plan.main(["--config=v5e_8", *small, "--topology=v5e:2x4", "--verify", "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    compiled = planned["compiled"]
+    assert (compiled["kind"], compiled["accumulation"]) == ("TPU v5 lite", 2)
+    assert compiled["peak"] >= compiled["state"] > planned["bytes_per_device"]["weights"]
+    assert 0 < compiled["mfu"] < 1 and compiled["unread"] is None
+    moved = {(row["kind"], row["depth"]) for row in compiled["collectives"]}
+    assert ("all-reduce", 0) in moved and {depth for _, depth in moved} == {0}
 
 
 @pytest.mark.oracle
