@@ -4,8 +4,8 @@
     python tools/planning/memory_check.py --measure llama
 
 memory.json beside it has, for each step, the keys of its run, the topology, the peak of a device
-that was planned and the compiler's, in bytes, and whether the step was chosen after the formulas
-were frozen. The first command compares today's formulas with these peaks; --measure compiles again
+that was planned and the compiler's, in bytes, and whether the step was first compiled after the
+formulas were frozen. The first command compares today's formulas with these peaks; --measure compiles again
 what has the word in its keys or topology, and writes the file.
 """
 
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
         rows = ",\n".join(json.dumps(step) for step in steps)
         FILE.write_text(f"[\n{rows}\n]\n", encoding="utf-8")
         return 0
-    print("planned, compiler (GiB), ratio, chosen before or after the formulas were frozen, step")
+    print("planned, compiler (GiB), ratio, compiled before or after the freeze, step")
     print(*map(line, steps), sep="\n")
     within = sum(abs(planned(s).total_bytes / s["compiler"] - 1) <= 0.15 for s in steps)
     print(f"{within} of {len(steps)} within 15 %")
