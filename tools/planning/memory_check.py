@@ -5,8 +5,8 @@
 
 memory.json beside it has, for each step, the keys of its run, the topology, the peak of a device
 that was planned and the compiler's, in bytes, and whether the step was first compiled after the
-formulas were frozen. The first command compares today's formulas with these peaks; --measure compiles again
-what has the word in its keys or topology, and writes the file.
+formulas were frozen. The first command compares today's formulas with these peaks; --measure
+compiles again what has the word in its keys or topology, and writes the file.
 """
 
 import argparse
