@@ -841,6 +841,10 @@ def test_muon_evens_rows_and_forgets_sooner_with_the_preset_modern():
         ((0.9, 0.95), ["--model.preset=modern"]),
         ((0.9, 0.95), ["--model.preset=modern", "--optim.momentum=null", "--optim.row_beta2=null"]),
         ((0.8, 0.95), ["--model.preset=modern", "--optim.momentum=0.8"]),
+        (
+            (0.8, 0.95),
+            ["--model.preset=modern", "--optim.momentum=0.8", "--optim.embedding_lr=0.3"],
+        ),
         ((0.95, 0.95), ["--model.depth=12"]),
         ((0.95, 0.0), ["--model.depth=12", "--model.preset=gpt2"]),
     ):

@@ -64,8 +64,9 @@ def following(model: dict[str, Any], optim: dict[str, Any]) -> dict[str, Any]:
     """Return Muon's defaults that follow from a model section and that an optim section, too, does
     not give; neither need be validated yet."""
     missing = {key: value for key, value in muons(model).items() if optim.get(key) is None}
-    if missing.keys() == {"row_beta2"}:  # a run of before there was this key stored all others
-        return {}
+    stored = {"ns_steps", "momentum_warmup", "beta1", "beta2", "eps", *MUON} - {"row_beta2"}
+    if "row_beta2" in missing and stored <= optim.keys():
+        del missing["row_beta2"]  # a run of before there was this key has stored all others
     return {key: value for key, value in missing.items() if key in OF_MODEL}
 
 
