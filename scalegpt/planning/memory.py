@@ -75,7 +75,7 @@ def on_device(
     rows = model.padded_vocab // tensor
     context = mesh.get("context", 1)
     fsdp = mesh["fsdp"] * context
-    tokens = microbatch * T // context  # the residual stream is not split over tensor
+    tokens = microbatch * T // context  # too many where tensor splits the residual stream
     count = parameters_on_device(model, mesh, lora=lora)
     trained = parameters_on_device(model, mesh, "trained", lora)
     matrices = parameters_on_device(model, mesh, "matrices")
