@@ -319,7 +319,6 @@ def test_losses_and_weights_do_not_depend_on_mesh_accumulation_or_backend(chosen
     for case in (
         ("jit", {}, 4),
         ("jit", {"data": 8}, 1),
-        ("jit", {"fsdp": 4}, 2),
         ("jit", {"data": 2, "fsdp": 2, "tensor": 2}, 2),
         ("pmap", {"data": 4}, 2),
     ):
