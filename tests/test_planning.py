@@ -26,7 +26,7 @@ from scalegpt.planning import compiler, hlo, memory, plans, speed, tables, topol
 from scalegpt.planning.chips import CHIPS, CLOCKS, GIB
 from scalegpt.planning.costs import costs
 from scalegpt.planning.topologies import parse
-from scalegpt.step import sharding
+from scalegpt.step import build_for_training, sharding
 from scalegpt.step.muon import orthogonalise
 
 WIDE = {"n_layer": 2, "n_embd": 4096, "n_head": 32, "vocab_size": 1024, "block_size": 1024}
@@ -159,7 +159,7 @@ def test_devices_and_memory_of_a_tpu_are_what_its_compiler_says():
         assert float(gib) == pytest.approx(chip.memory / GIB, abs=0.01), name
         side = jax.ShapeDtypeStruct((4096, 4096), "bfloat16", sharding=there)
         product = jax.jit(lambda x: x @ x).lower(side).compile().as_text()
-        seconds = hlo.cycles(product) / CLOCKS[chip.kind]
+        seconds = hlo.cycles(product).total() / CLOCKS[chip.kind]
         assert 0.8 < 2 * 4096**3 / seconds / flops.peak_flops(chip.kind) <= 1, name
 
 
@@ -361,7 +361,7 @@ PROGRAM = """
   %i = s32[] get-tuple-element(%c), index=0
   %one = s32[] constant(1)
   %next = s32[]{:T(256)} add(%i, %one)
-  %x = f32[8] fusion(%i), kind=kLoop, calls=%f, backend_config={"estimated_cycles":"100"}
+  %x = f32[8] fusion(%i), metadata={op_name="jvp(loss)/exp"}, config={"estimated_cycles":"100"}
   %sum = f32[8] all-reduce(%x), replica_groups={{0,1},{2,3}}, to_apply=%add
   ROOT %t = (s32[], f32[8]) tuple(%next, %sum)
 }
@@ -379,7 +379,7 @@ PROGRAM = """
   %x = f32[8] get-tuple-element(%c), index=1
   %start = (s32[], f32[8]) tuple(%first, %x)
   %loop = (s32[], f32[8]) while(%start), condition=%chunks, body=%chunk
-  %y = f32[8] fusion(%loop), kind=kLoop, calls=%f, backend_config={"estimated_cycles":"10"}
+  %y = f32[8] fusion(%loop), metadata={op_name="h/mlp/add"}, config={"estimated_cycles":"10"}
   %next = s32[] add(%i, %two)
   ROOT %t = (s32[], f32[8]) tuple(%next, %y)
 }
@@ -402,8 +402,18 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 
 def test_loops_of_a_tpus_program_are_counted_by_their_conditions():
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2), jax.devices()[:4])
-    assert hlo.cycles(PROGRAM) == 1 + 5 * (10 + 7 * 100)
+    cycles = {"loss": 5 * 7 * 100, "mlp": 5 * 10, "other": 1}
+    assert hlo.cycles(PROGRAM) == cycles
     assert hlo.table(hlo.collectives(PROGRAM, mesh)) == {("all-reduce", "fsdp", 2): 5 * 7 * 32}
+
+
+def test_each_part_of_a_step_is_known_by_the_names_of_its_operations():
+    run = config(2, model={"n_layer": 2, "n_embd": 8, "n_head": 2, "block_size": 8})
+    steps = build_for_training(run, sharding.make_mesh(run.mesh, jax.devices()[:1]))
+    names = re.findall(r'loc\("([^"]*)"', steps.lower().as_text(debug_info=True))
+    assert {hlo.part(name) for name in names} == {*hlo.PARTS, "other"}
+    for spec, part in (("btd,dchk->btchk", "projections"), ("btd,df->btf", "mlp")):
+        assert {hlo.part(name) for name in names if spec in name} == {part}
 
 
 # One that goes on beside two fusions, a reduce-scatter, a hop, which gives its input, too, and what
@@ -637,12 +647,14 @@ def test_verify_lays_the_compilers_figures_beside_the_plans(compiles, capsys):
     assert re.search(rf"the peak +{plan.total_bytes / GIB:.2f} +3.00 +{ratio:.2f}\n", told)
     assert re.search(rf"an update +{plan.step[1]:.3g} +{step:.3g}", told)
     assert "all-reduce over fsdp, in a loop's loop" in told
+    assert "  cycles: loss 99%, mlp 1%\n" in told
     found = json.loads(printed(capsys, *V3_8, *mesh, "--verify", "--json"))["compiled"]
     assert found["fits"] is True and found["peak"] == 3 * GIB
     assert found["step_seconds"] == pytest.approx(step)
     assert found["mfu"] == pytest.approx(plan.mfu * plan.step[1] / step)
     moved = {"kind": "all-reduce", "axes": "fsdp", "depth": 2, "bytes": 5 * 7 * 32}
     assert found["collectives"] == [moved]
+    assert found["cycles"] == {"loss": 5 * 7 * 100, "mlp": 5 * 10, "other": 1}
 
 
 def test_verify_says_when_the_program_cannot_be_read(compiles, capsys):

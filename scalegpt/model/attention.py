@@ -112,6 +112,7 @@ def compute_capability(text: str) -> tuple[int, int] | None:
     return (int(major), int(minor)) if major.isdecimal() and minor.isdecimal() else None
 
 
+@jax.named_scope("causal_attention")
 def causal_attention(
     q: Array,
     k: Array,

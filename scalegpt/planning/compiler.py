@@ -39,8 +39,9 @@ class Compiled:
     seconds: that compiling took. state: bytes of weights, moments and a batch. temporary: the
     others' at the peak. step_seconds and mfu: by the cycles that a TPU's compiler expects its
     operations to take, without collectives and Pallas kernels, of which it states none; None
-    elsewhere. collectives: bytes of an update by (kind, mesh axes, loops around them). unread: why
-    the program could not be read, so that neither is known.
+    elsewhere. cycles: these, of a device, by hlo.PARTS. collectives: bytes of an update by (kind,
+    mesh axes, loops around them). unread: why the program could not be read, so that neither is
+    known.
     """
 
     parameters: int
@@ -54,6 +55,7 @@ class Compiled:
     peak: int
     step_seconds: float | None
     mfu: float | None
+    cycles: Counter
     collectives: Counter
     unread: str | None
 
@@ -91,11 +93,12 @@ def compile_step(config: Config, topology: Topology | None) -> Compiled:
         text = compiled.as_text()
     except jax.errors.JaxRuntimeError as error:  # libtpu has operations that this jaxlib has not
         unread = str(error).splitlines()[0]
+    cycles = hlo.cycles(text)
     state, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     kind, step_seconds, mfu = mesh.devices.flat[0].device_kind, None, None
-    if text and kind in CLOCKS:
+    if cycles and kind in CLOCKS:
         tokens = config.batch.sequences * config.row_width
-        step_seconds = hlo.cycles(text) / CLOCKS[kind]
+        step_seconds = cycles.total() / CLOCKS[kind]
         dtype = str(steps.model.dtype)
         mfu = flops.mfu(config.model, tokens / step_seconds, kind, mesh.size, dtype)
     return Compiled(
@@ -110,6 +113,7 @@ def compile_step(config: Config, topology: Topology | None) -> Compiled:
         peak=getattr(memory, "peak_memory_in_bytes", 0) or state + temporary,
         step_seconds=step_seconds,
         mfu=mfu,
+        cycles=cycles,
         collectives=hlo.table(hlo.collectives(text, mesh)),
         unread=unread,
     )

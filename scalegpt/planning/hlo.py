@@ -15,6 +15,16 @@ from jax.sharding import Mesh
 BYTES = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "s64": 8, "pred": 1}
 SLICES = ("replica",)  # along which slices of TPUs lie, whose hosts do what is sent to them
 _SENT = r'= \((\w+\[.*?\]).* send\(.*megascale_transfer_type="(\w+)"'
+# What the names of a part's operations hold: modules of model/gpt.py, and named scopes.
+PARTS = {
+    "attention": r"\bcausal_attention\b",
+    "projections": r"\battn\b",
+    "mlp": r"\bmlp\b",
+    "norms": r"\bln_",
+    "embeddings": r"\b_embed\b",
+    "loss": r"\bloss\b",
+    "optimizer": r"\boptimizer\b",
+}
 KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 
 
@@ -69,18 +79,25 @@ def collectives(hlo: str, mesh: Mesh) -> list[Collective]:
     return all_collectives
 
 
-def cycles(hlo: str) -> float:
-    """Sum the cycles that a TPU's compiler has estimated for the operations of an update.
+def cycles(hlo: str) -> Counter:
+    """Sum the cycles that a TPU's compiler has estimated for the operations of an update, by part.
 
-    It states none for collectives, nor for kernels in Pallas.
+    It states none for collectives, nor for kernels in Pallas. A fusion of several parts counts as
+    that of its last operation.
     """
     bodies = _computations(hlo)
-    loops, total = _loops(bodies), 0.0
+    loops, total = _loops(bodies), Counter()
     for name, lines in bodies.items():
         for line in lines:
             if estimate := re.search(r'"estimated_cycles":"(\d+)"', line):
-                total += int(estimate[1]) * prod(loops[name])
+                source = re.search(r'op_name="([^"]*)"', line)
+                total[part(source[1] if source else "")] += int(estimate[1]) * prod(loops[name])
     return total
+
+
+def part(source: str) -> str:
+    """Return the part of a training step that the name of a JAX operation belongs to."""
+    return next((name for name, pattern in PARTS.items() if re.search(pattern, source)), "other")
 
 
 def table(collectives: list[Collective]) -> Counter:

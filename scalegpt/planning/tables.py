@@ -199,6 +199,7 @@ def compiled(step: Compiled) -> str:
     ]
     if step.mfu:
         lines += [f"an update: {step.step_seconds:.3g} s, MFU {step.mfu:.1%}; {CYCLES}"]
+        lines += [_parts(step)]
     return "\n".join([*lines, *_collectives(step)])
 
 
@@ -215,8 +216,15 @@ def verified(plan: Plan, step: Compiled | DoesNotFit) -> str:
     for name, planned, found, form in rows:
         lines += [f"  {name:40}{planned:>10{form}}{found:>10{form}}{planned / found:>8.2f}"]
     if step.mfu:
-        lines += textwrap.wrap(CYCLES, 78, initial_indent="  ", subsequent_indent="  ")
+        for told in (CYCLES, _parts(step)):
+            lines += textwrap.wrap(told, 78, initial_indent="  ", subsequent_indent="  ")
     return "\n".join([*lines, *_collectives(step)])
+
+
+def _parts(step: Compiled) -> str:
+    """Return "cycles: attention 40 %, loss 17 %": which parts of the step they are of."""
+    shares = ((part, cycles / step.cycles.total()) for part, cycles in step.cycles.most_common())
+    return "cycles: " + ", ".join(f"{part} {share:.0%}" for part, share in shares if share >= 0.005)
 
 
 def _collectives(step: Compiled) -> list[str]:

@@ -17,6 +17,7 @@ from scalegpt.model.layers import constrain
 from scalegpt.step import sharding
 
 
+@jax.named_scope("loss")
 def token_losses(
     hidden: Array,
     table: Array,

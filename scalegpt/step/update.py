@@ -114,6 +114,7 @@ def row_keys(model: GPT, key: Array, rows: Array) -> Array | None:
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
 
 
+@jax.named_scope("optimizer")
 def apply_gradients(
     config: Config, dtype: Any, state: State, total: tuple[Array, Sums], grads: Any, count: Array
 ) -> tuple[State, dict[str, Array]]:
