@@ -718,6 +718,9 @@ def test_a_schedule_that_stays_the_same_curve_may_end_later():
     for kind in (constant, ends):
         for more in (ahead, average):
             assert differs([*kind, *more], [*kind, *more, *longer]) == ["optim.steps"]
+    muon = ["--optim.name=muon", "--optim.schedule=constant"]
+    slow = [*muon, "--optim.momentum_slow=0.98"]  # which begins after a share of the updates
+    assert differs(muon, [*muon, *longer]) == [] and differs(slow, [*slow, *longer]) != []
     assert differs(constant, longer) == ["optim.schedule", "optim.steps"]
 
 

@@ -1,6 +1,7 @@
 """Muon against optax and NumPy, on every mesh; and that the modern recipe learns as it should."""
 
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from scalegpt.config import Config
 from scalegpt.config.recipe import ModelConfig, OptimConfig
 from scalegpt.model.parameters import parameters
 from scalegpt.planning.hlo import collectives
+from scalegpt.planning.memory import moment_bytes
 from scalegpt.step import build as step
 from scalegpt.step import build_for_training, muon, sharding
 from scalegpt.step.optimizer import cautious_decay, optimizer, schedule
@@ -89,6 +91,29 @@ def test_rows_are_divided_by_the_root_of_their_mean_square():
     assert abs(matrices(got)["up"] - matrices(want)["up"]).max() > 1e-2
 
 
+def test_two_time_momentum_is_a_mean_of_a_fast_and_a_slow_one_from_its_start_on():
+    """As in modded-nanogpt#340, by hand; before its start it is the one momentum."""
+    one = muon.scale_by_muon(lambda i: 0.9, 5, jnp.float32, PARAMETERS)
+    two = muon.scale_by_muon(lambda i: 0.9, 5, jnp.float32, PARAMETERS, 0.98, 3)
+    a, b = one.init(random(0)), two.init(random(0))
+    fast = slow = np.zeros(SHAPES["h/mlp/up_kernel"])
+    for i in range(6):
+        gradient = random(i + 1)
+        want, a = one.update(gradient, a)
+        got, b = two.update(gradient, b)
+        g = np.asarray(gradient["h/mlp/up_kernel"], np.float64)
+        if i < 3:
+            jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5), got, want)
+            fast = slow = 0.9 * fast + 0.1 * g
+            continue
+        fast, slow = 0.85 * fast + 0.15 * g, 0.98 * slow + 0.02 * g
+        mean = (0.4385 * fast + 0.5615 * slow) / (1 - 0.9 ** (i + 2))
+        x = jnp.asarray(0.9 * mean + 0.1 * g / (1 - 0.9 ** (i + 1)), jnp.float32)
+        x = 2 * muon.orthogonalise(x, 5)  # whose sides are D and 4 D
+        np.testing.assert_allclose(got["h/mlp/up_kernel"], x, atol=2e-5)
+        assert abs(x - want["h/mlp/up_kernel"]).max() > 1e-2
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_singular_values_come_near_one(dtype):
     tx = muon.scale_by_muon(lambda i: 0.95, 5, jnp.dtype(dtype), PARAMETERS)
@@ -102,6 +127,7 @@ def test_singular_values_come_near_one(dtype):
 
 # What an update may do besides, in one run.
 MORE = {"row_beta2": 0.95, "decay_follows_lr": True, "lookahead": 0.6, "lookahead_decay": 0.9}
+MORE |= {"momentum_slow": 0.98}
 
 
 def make_config(mesh: dict[str, int], backend: str = "jit", optim=(), **model) -> Config:
@@ -163,8 +189,10 @@ def test_losses_do_not_depend_on_mesh_and_backend(alone, mesh, backend):
 def test_losses_with_all_that_an_update_may_do_do_not_depend_on_the_mesh(alone):
     parts = dict(smear=True, backout=True, ngram_rows=64, ngram=3)
     parts |= dict(value_embeddings=True, value_gates=True)
-    one, cube = (losses(make_config(mesh, optim=MORE, **parts)) for mesh in (ONE, CUBE))
-    np.testing.assert_allclose(one, cube, rtol=0, atol=1e-5)
+    one = losses(make_config(ONE, optim=MORE, **parts))
+    for mesh, backend in ((CUBE, "jit"), (DATA8, "pmap")):
+        found = losses(make_config(mesh, backend, optim=MORE, **parts))
+        np.testing.assert_allclose(found, one, rtol=0, atol=1e-5)
     assert abs(np.subtract(one, alone)).max() > 1e-3
 
 
@@ -287,12 +315,26 @@ def test_the_momentum_rises_to_its_value():
     np.testing.assert_allclose(kept, 0.875 * 0.15 * first + 0.125 * second, atol=1e-6)
 
 
+@pytest.mark.parametrize("keys", [{}, {"momentum_slow": 0.98}, {"average": 0.1, "lookahead": 0.5}])
+def test_the_bytes_of_the_moments_are_planned(keys):
+    config = OptimConfig(name="muon", steps=9, **keys)
+    params = {path: jnp.zeros(x.shape) for path, x in PARAMETERS.items()}
+    state = jax.eval_shape(optimizer(config, PARAMETERS).init, params)
+    kept = sum(x.size for x in jax.tree.leaves(state) if x.ndim)  # without counts of updates
+    count, matrices = (
+        sum(np.prod(x.shape) for x in PARAMETERS.values() if x.kind == kind or not kind)
+        for kind in ("", "matrices")
+    )
+    assert moment_bytes(count, matrices, config) == 4 * kept
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
         ({"embedding_lr": 0.1}, "optim.embedding_lr=0.1 is Muon's"),
         ({"momentum": 0.9}, "optim.momentum=0.9 is Muon's"),
         ({"row_beta2": 0.9}, "optim.row_beta2=0.9 is Muon's"),
+        ({"momentum_slow": 0.9}, "optim.momentum_slow=0.9 is Muon's"),
         ({"name": "muon", "min_lr": 0.1}, "optim.min_lr=0.1 is above optim.lr=0.02"),
         ({"name": "muon", "steps": 100, "warmup_steps": 31}, "31 reaches into wsd's cooldown"),
         ({"name": "muon", "cautious_decay": True}, "decays nothing with optim.weight_decay=0"),

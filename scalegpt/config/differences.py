@@ -27,7 +27,7 @@ def curve_diff(stored: Config, requested: Config) -> list[str]:
     if ends[0] == ends[1]:
         neutral |= {"optim.decay_steps"}
     if (ends[0] == ends[1] or all(o.decay_steps for o in optims)) and not any(
-        o.average or o.lookahead for o in optims
+        o.average or o.lookahead or o.momentum_slow for o in optims
     ):
         neutral |= {"optim.steps"}
     lines = [

@@ -329,6 +329,9 @@ class OptimConfig(Section):
     """with muon: Nesterov momentum; the preset modern has 0.9, but not by model.depth"""
     momentum_warmup: Whole = 0
     """with muon: updates in which the momentum rises from 0.85"""
+    momentum_slow: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """with muon: after 0.3 of the run the momentum is a mean of two, whose decays are 0.85 and
+    this, as 0.98, in proportion 0.44 to 0.56; 0: it is one"""
     ns_steps: Annotated[Integer, Field(ge=1, le=20)] = 5
     """with muon: Newton-Schulz iterations of an update"""
     row_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -396,7 +399,7 @@ class OptimConfig(Section):
                 f"optim.min_lr={self.min_lr} is above optim.lr={self.lr}; set --optim.min_lr too"
             )
         unread = {"embedding_lr", "head_lr", "scalar_lr", "momentum", "momentum_warmup", "ns_steps"}
-        unread |= {"row_beta2"}
+        unread |= {"row_beta2", "momentum_slow"}
         if self.name == "adamw" and (
             given := sorted(
                 key for key in unread if getattr(self, key) != OptimConfig.model_fields[key].default

@@ -46,8 +46,9 @@ def parameters_on_device(
 
 def moment_bytes(count: int, matrices: int, optim: OptimConfig) -> int:
     """Count the bytes of moments, mean updates and averaged weights, float32. AdamW has two moments
-    of each of `count` parameters, Muon one less for the layers' matrices."""
-    spared = matrices if optim.name == "muon" else 0  # optim.row_beta2 adds too few to count
+    of each of `count` parameters, Muon with one momentum one less for the layers' matrices."""
+    has_one = optim.name == "muon" and not optim.momentum_slow
+    spared = matrices if has_one else 0  # optim.row_beta2 adds too few to count
     kept = 2 + bool(optim.average) + bool(optim.lookahead)
     return 4 * (kept * count - spared)
 

@@ -23,6 +23,9 @@ from scalegpt.step.sharding import RULES
 
 # Keller Jordan's quintic: small singular values grow fast, and all end between 0.7 and 1.2.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+# Of two-time momentum (KellerJordan/modded-nanogpt#340): the decay of the fast mean, and the slow
+# one's share. Their mean age is 30 updates with a slow decay of 0.98.
+FAST_DECAY, SLOW_SHARE = 0.85, 0.5615
 
 
 class MuonState(NamedTuple):
@@ -30,6 +33,14 @@ class MuonState(NamedTuple):
 
     count: Array
     momentum: Any
+
+
+class TwoTimeState(NamedTuple):
+    """This is a MuonState with a second momentum, which is the slow one."""
+
+    count: Array
+    momentum: Any
+    slow: Any
 
 
 class Layout(NamedTuple):
@@ -71,26 +82,42 @@ def scale_by_muon(
     steps: int,
     dtype: Any,
     parameters: Mapping[str, Parameter],
+    slow_decay: float = 0.0,
+    slow_start: int = 0,
 ) -> optax.GradientTransformation:
     """Turn gradients into orthogonalised Nesterov momentum times sqrt(max(1, fan out / fan in)).
 
     Both are {path: array}. momentum: updates so far -> its factor. dtype: of the products.
     parameters: those of the model, by path. In float32 and for a constant momentum this is
-    optax.contrib.scale_by_muon.
+    optax.contrib.scale_by_muon. slow_decay: if not 0, from update `slow_start` on the mean gradient
+    is that of two means, a fast and a slow one of this decay, which go on from the one before.
     """
 
-    def init(params: Any) -> MuonState:
-        return MuonState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
+    def init(params: Any) -> MuonState | TwoTimeState:
+        count, zeros = jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params)
+        return TwoTimeState(count, zeros, zeros) if slow_decay else MuonState(count, zeros)
 
-    def update(grads: Any, state: MuonState, params: Any = None) -> tuple[Any, MuonState]:
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         beta, count = momentum(state.count), state.count + 1
-        mean = jax.tree.map(lambda m, g: beta * m + (1 - beta) * g, state.momentum, grads)
+        decay, late = beta, state.count >= slow_start
+        if slow_decay:
+            decay = jnp.where(late, FAST_DECAY, beta)
+        mean = jax.tree.map(lambda m, g: decay * m + (1 - decay) * g, state.momentum, grads)
+        direction, kept = mean, (mean,)
+        if slow_decay:
+
+            def lag(slow: Array, m: Array, g: Array) -> Array:
+                return jnp.where(late, slow_decay * slow + (1 - slow_decay) * g, m)
+
+            slow = jax.tree.map(lag, state.slow, mean, grads)
+            direction = jax.tree.map(lambda m, s: m + SLOW_SHARE * (s - m), mean, slow)
+            kept = mean, slow
         next_bias, bias = 1 - beta ** (count + 1), 1 - beta**count  # as the mean began at zero
         nesterov = jax.tree.map(
-            lambda m, g: beta * m / next_bias + (1 - beta) * g / bias, mean, grads
+            lambda m, g: beta * m / next_bias + (1 - beta) * g / bias, direction, grads
         )
         layouts = {path: layout(parameters[path].axes) for path in nesterov}
-        return _orthogonalised(nesterov, layouts, steps, dtype), MuonState(count, mean)
+        return _orthogonalised(nesterov, layouts, steps, dtype), type(state)(count, *kept)
 
     return optax.GradientTransformation(init, update)
 

@@ -18,6 +18,7 @@ from scalegpt.model.parameters import Parameter
 from scalegpt.step.muon import even_rows, scale_by_muon
 
 Schedule = Callable[[Any], Any]
+SLOW_START = 0.3  # the share of the run after which there are two momenta, as in muon.FAST_DECAY's
 
 
 def schedule(config: OptimConfig) -> Schedule:
@@ -79,7 +80,10 @@ def optimizer(
     rule = partial(_update_rule, config, decay_mask(config, parameters))
     if config.name == "adamw":
         return optax.chain(clip, *rule(_adam(config), config.lr), *last)
-    muon = scale_by_muon(_momentum(config), config.ns_steps, dtype, parameters)
+    muon = scale_by_muon(
+        *(_momentum(config), config.ns_steps, dtype, parameters),
+        *(config.momentum_slow, round(SLOW_START * config.steps)),
+    )
     if config.row_beta2:
         muon = optax.chain(muon, even_rows(config.row_beta2, parameters))
     directions = {
