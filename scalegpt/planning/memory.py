@@ -76,7 +76,7 @@ def on_device(
     rows = model.padded_vocab // tensor
     context = mesh.get("context", 1)
     fsdp = mesh["fsdp"] * context
-    tokens = microbatch * T // context  # too many where tensor splits the residual stream
+    tokens = microbatch * T // context
     count = parameters_on_device(model, mesh, lora=lora)
     trained = parameters_on_device(model, mesh, "trained", lora)
     matrices = parameters_on_device(model, mesh, "matrices")
@@ -88,19 +88,22 @@ def on_device(
     queries, keys = (heads * model.head_dim for heads in (model.n_head, model.kv_heads))
     up = model.inner if model.mlp == "plain" else 2 * model.inner
     heads = (2 * queries + 2 * keys) / tensor
-    layer = tokens * itemsize * (5 * D + heads + 2 * up / tensor) + scores * (4 + 2.5 * itemsize)
+    # The stream between products is split by positions over tensor, but not the two inputs of
+    # products that are gathered for these: without fsdp, XLA gathers them in parts, as a ring.
+    stream = 5 * D / tensor + (2 * D * (1 - 1 / tensor) if fsdp > 1 else 0)
+    layer = tokens * itemsize * (stream + heads + 2 * up / tensor) + scores * (4 + 2.5 * itemsize)
     if model.qk_norm:  # what the norms read, in float32
         layer += 4 * tokens * (queries + keys) / tensor
     split = (queries + 2 * keys + up) / tensor
     activations = {
         "none": L * layer,
-        "dots": L * tokens * itemsize * (3 * D + split),
-        "full": L * tokens * D * itemsize,
+        "dots": L * tokens * itemsize * (3 * D / tensor + split),
+        "full": L * tokens * itemsize * D / tensor,
     }[remat]
     # Keys and values of all positions and their gradients, where a device has some of these; the
     # MLP's values are not there then.
     gathered = 4 * microbatch * T * itemsize * keys / tensor if context > 1 else 0
-    scratch = max(layer, gathered + tokens * itemsize * (5 * D + heads))
+    scratch = max(layer, gathered + tokens * itemsize * (stream + heads))
     positions = min(model.loss_chunk, T // context)
     # Logits, what their exponentials are, and their gradient.
     logits = 1.5 * microbatch * positions * rows * (4 + itemsize)
