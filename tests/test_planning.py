@@ -26,7 +26,7 @@ from scalegpt.planning import compiler, hlo, memory, plans, speed, tables, topol
 from scalegpt.planning.chips import CHIPS, CLOCKS, GIB
 from scalegpt.planning.costs import costs
 from scalegpt.planning.topologies import parse
-from scalegpt.step import build_for_training, sharding
+from scalegpt.step import build, build_for_training, sharding
 from scalegpt.step.muon import orthogonalise
 
 WIDE = {"n_layer": 2, "n_embd": 4096, "n_head": 32, "vocab_size": 1024, "block_size": 1024}
@@ -161,6 +161,24 @@ def test_devices_and_memory_of_a_tpu_are_what_its_compiler_says():
         product = jax.jit(lambda x: x @ x).lower(side).compile().as_text()
         seconds = hlo.cycles(product).total() / CLOCKS[chip.kind]
         assert 0.8 < 2 * 4096**3 / seconds / flops.peak_flops(chip.kind) <= 1, name
+
+
+@pytest.mark.oracle
+def test_a_tpus_compiler_gets_the_options_that_it_knows_where_fsdp_splits_weights(monkeypatch):
+    pytest.importorskip("libtpu", reason="compiling for a TPU needs the package libtpu")
+    devices = compiler.tpu_devices(parse("v4-8"))
+
+    def options(**sizes: int) -> dict[str, str] | None:
+        return build.compiler_options(sharding.make_mesh(MeshConfig(**sizes), devices))
+
+    assert options(data=1, fsdp=4) == build.FSDP_OPTIONS
+    assert options(data=4) is None and options(data=1, fsdp=2, tensor=2) is None
+    monkeypatch.setitem(build.FSDP_OPTIONS, "xla_no_such_option", "1")
+    with pytest.warns(UserWarning, match="no option xla_no_such_option"):
+        known = options(data=1, fsdp=4)
+    (name,) = known
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", f"--{name}=8 --xla_no_such_option=2")
+    assert options(data=1, fsdp=4) == {}
 
 
 # --- traffic
