@@ -857,6 +857,26 @@ def test_muon_evens_rows_and_forgets_sooner_with_the_preset_modern():
     assert parse("--model.preset=modern", *GIVEN).optim.row_beta2 == 0  # AdamW has no such key
 
 
+def test_many_epochs_is_modern_with_dropout_decay_and_averaging():
+    def recipe(*argv):
+        config = parse(*argv, "--optim.name=muon", *GIVEN)
+        optim, model = config.optim, config.model
+        return model.dropout, optim.weight_decay, optim.decay_follows_lr, optim.average
+
+    own = recipe(many := "--model.preset=many_epochs")
+    assert all(own) and recipe("--model.preset=modern") == (0, 0, False, 0)
+    config = parse(many, "--optim.name=muon", *GIVEN)
+    assert config.optim.row_beta2 == 0.95 and config.model.smear and muon_line(config) == ""
+    assert "weight_decay 0.1 (its own: " in muon_line(
+        parse(many, "--optim.weight_decay=0.1", "--optim.name=muon", *GIVEN)
+    )
+    nulls = [f"--optim.{key}=null" for key in ("weight_decay", "decay_follows_lr", "average")]
+    assert recipe(many, *nulls) == recipe(many, "--model.depth=2", "--optim.steps=9") == own
+    of_user = ["--model.dropout=0.3", "--optim.weight_decay=0.1", "--optim.average=0"]
+    assert recipe(many, *of_user) == (0.3, 0.1, True, 0)
+    assert parse(many, *GIVEN).optim == parse(*GIVEN).optim  # AdamW has its own
+
+
 def test_a_modern_run_of_before_its_preset_had_a_key_keeps_its_own():
     new = ModelConfig(preset="modern", n_layer=2)
     assert new.softcap == "tanh" and new.smear and ModelConfig(**new.model_dump()) == new

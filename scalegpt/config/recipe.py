@@ -39,8 +39,13 @@ MUON = {
     "row_beta2": 0.0,
 }
 # What Muon has instead with a preset of architectures.
-MUON_WITH = {"modern": {"momentum": 0.9, "row_beta2": 0.95}}
-OF_MODEL = {"embedding_lr", "momentum", "row_beta2"}  # Muon's defaults that the model decides
+_MODERN = {"momentum": 0.9, "row_beta2": 0.95}
+MUON_WITH: dict[str, dict[str, Any]] = {
+    "modern": _MODERN,
+    "many_epochs": {**_MODERN, "weight_decay": 0.8, "decay_follows_lr": True, "average": 0.2},
+}
+# Muon's defaults that the model decides.
+OF_MODEL = {"embedding_lr"}.union(*MUON_WITH.values())
 
 # Tried on tinyshakespeare, 400 updates: 0.3 ends at 2.05, 0.02 at 1.89, 0.008 and 0.004 at 1.91.
 TIED_EMBEDDING_LR = 0.02

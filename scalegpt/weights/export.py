@@ -34,7 +34,7 @@ def export_hf(model: Trained, folder: Path) -> str:
     format_ = min(misfits, key=lambda x: len(misfits[x]))
     if misfits[format_]:
         modern = "; a run with --model.preset=nanochat, modern without smear and residual_scalars, "
-        modern = f"{modern}can be exported" if config.preset == "modern" else ""
+        modern = f"{modern}can be exported" if config.smear and config.residual_scalars else ""
         raise Mistake(
             f"no format of transformers says what {model.name} is; --format scalegpt does{modern}\n"
             + "\n".join(
