@@ -122,7 +122,8 @@ class ModelConfig(Section):
 
     preset: Literal[tuple(PRESETS)] | None = None
     """gpt2*: its n_layer, n_head, n_embd, block_size 1024, bias; llama-*: sizes of Llama; modern,
-    nanochat, llama: architectures of any size; keys that are given override the preset's"""
+    many_epochs (with dropout, and decay by muon), nanochat, llama: architectures of any size; keys
+    that are given override the preset's"""
     depth: Annotated[Integer, Field(ge=1, le=1000)] | None = None
     """one dial: layers, from which width, heads, batch, optimizer, rates and updates follow by the
     rules of scalegpt/config/depth.py; keys that are given stay"""
