@@ -483,10 +483,16 @@ def test_tensor_parallelism_gathers_and_sums_four_activations_a_layer_and_microb
 
 
 @pytest.mark.slow
-def test_what_layers_keep_of_the_residual_stream_is_split_over_tensor():
-    hlo = build(TENSOR4, 1, remat="full").lower().compile().as_text()
+@pytest.mark.parametrize(("remat", "scatters"), [("dots", 4), ("full", 5)])
+def test_what_layers_keep_of_the_residual_stream_is_split_over_tensor(remat, scatters):
+    steps = build(TENSOR4, 1, remat=remat, n_inner=2 * D)
+    hlo = steps.lower().compile().as_text()
     assert f"f32[{LAYERS},{ROWS},{T // 4},{D}]" in hlo
     assert f"f32[{LAYERS},{ROWS},{T},{D}]" not in hlo
+    # Inputs of products are gathered again backward, and scattered what remat=full does not keep.
+    found = collectives(hlo, steps.mesh)
+    kinds = [c.kind for c in found if c.times == LAYERS and c.bytes == 4 * ROWS * T * D]
+    assert sorted(kinds) == ["all-gather"] * 6 + ["all-reduce"] * scatters
 
 
 @pytest.mark.slow

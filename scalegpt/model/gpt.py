@@ -195,7 +195,7 @@ class Attention(_Layer):
                 whole=cache.grows,
             )
         kernel = self.weight("proj_kernel", (h, k, d), ("heads", "kv", "embed"))
-        y = project("bthk,hkd->btd", y, kernel) + self.bias("proj_bias", (d,), ("norm",))
+        y = product("bthk,hkd->btd", y, kernel) + self.bias("proj_bias", (d,), ("norm",))
         return dropout(y, c.dropout, keys, 3 * layer + 1), cached
 
     def projections(self, name: str, x: Array, n: int, heads: int, axis: str) -> list[Array]:
@@ -248,7 +248,7 @@ class MLP(_Layer):
         else:
             x = recompute(GATES[c.mlp], self.projection("gate", x, f), up)
         kernel = self.weight("down_kernel", (f, d), ("mlp", "embed"))
-        x = project("btf,fd->btd", x, kernel) + self.bias("down_bias", (d,), ("norm",))
+        x = product("btf,fd->btd", x, kernel) + self.bias("down_bias", (d,), ("norm",))
         return dropout(x, c.dropout, keys, 3 * layer + 2)
 
     def projection(self, name: str, x: Array, f: int) -> Array:
@@ -274,7 +274,10 @@ class Block(_Layer):
             x = a * x + b * context.x0
         normed = gathered(Norm(*shared, name="ln_1")(x))
         y, cached = Attention(*shared, name="attn")(normed, layer, keys, context, cache)
-        x = constrain(x + scattered(y), "batch", "act_residual", "act_embed")
+        # Named after it is scattered, for remat=dots: else each device of `tensor` saves it whole,
+        # or gathers it again. Nothing backward reads what the MLP adds.
+        y = checkpoint_name(scattered(y), "project")
+        x = constrain(x + y, "batch", "act_residual", "act_embed")
         normed = gathered(Norm(*shared, name="ln_2")(x))
         y = MLP(*shared, name="mlp")(normed, layer, keys)
         x = constrain(x + scattered(y), "batch", "act_residual", "act_embed")

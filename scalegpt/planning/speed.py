@@ -194,9 +194,10 @@ def seconds_by_term(
     executed = microbatch * accumulation / tensor / context
     executed *= executed_flops(model, remat, attention, context)
     gathered = itemsize * (w.layer_parameters + 2 * w.table) / tensor
-    # A layer's products of attention and MLP are summed over `tensor`, forward and backward; with
-    # remat=full forward again. An all-reduce is two gathers.
-    sums = model.n_layer * (6 if remat == "full" else 4) * accumulation
+    # What goes into a layer's two blocks of products is gathered over `tensor`, and what comes out
+    # is scattered; backward the other way round. What is not kept of these is gathered again, and
+    # with remat=full the attention's scattered again.
+    moves = {"none": 8, "full": 11}.get(remat, 10) * model.n_layer * accumulation
     operations = 3 * accumulation * model.n_layer * w.matrices_of_a_layer
     # Keys and values are gathered, again backward, and their gradients scattered.
     passes = 2 * model.n_layer * (4 if remat == "full" else 3) * accumulation
@@ -210,7 +211,7 @@ def seconds_by_term(
         "hbm": (moments + accumulation * per_microbatch) / chip.memory_speed,
         "fsdp": ring["fsdp"].gather(3 * accumulation * gathered / context, operations)
         + ring["context"].gather(3 * accumulation * gathered, operations),
-        "tensor": ring["tensor"].gather(2 * sums * itemsize * tokens * model.n_embd, 2 * sums),
+        "tensor": ring["tensor"].gather(moves * itemsize * tokens * model.n_embd, moves),
         "context": ring["context"].gather(passes * itemsize * keys, passes),
         "data": ring["data"].gather(8 * trained, 2) + ring["replica"].gather(8 * trained, 2),
         "slices": 0.0,
