@@ -670,11 +670,11 @@ def test_logits_of_the_whole_sequence_are_never_held():
 
 
 # (scan_layers, remat), beside the reference. (False, "dots") would say no more than these.
-SLOW_KINDS = [(False, "full"), (True, "none"), (True, "dots")]
+SLOW_KINDS = [(False, "full"), (True, "full"), (True, "none"), (True, "dots")]
 
 
 @pytest.mark.parametrize(
-    "kinds", [[(True, "full")], pytest.param(SLOW_KINDS, marks=pytest.mark.slow)]
+    "kinds", [[(True, "offload")], pytest.param(SLOW_KINDS, marks=pytest.mark.slow)]
 )
 def test_scan_and_remat_change_neither_loss_nor_gradient(kinds):
     """With dropout: recomputing must draw the same masks again."""
@@ -709,6 +709,10 @@ def test_remat_recomputes_and_scan_loops():
 
     none, dots, full = (count("dot_general", remat=r) for r in ("none", "dots", "full"))
     assert none == dots < full  # attention's scores are computed again whatever remat is
+    assert count("dot_general", remat="offload") == dots
+    # There and back: queries, keys, values, what attention gives, its scores' sums, its projection
+    # and the MLP's first product.
+    assert [count("device_put", remat=r) for r in ("dots", "offload")] == [0, 2 * 7]
     assert count("tanh", remat="dots") == count("tanh", remat="full") > count("tanh", remat="none")
     unrolls = [
         [eqn.params["unroll"] for eqn in equations(jaxpr_of_forward(scan)) if is_scan(eqn)]

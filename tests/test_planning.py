@@ -22,7 +22,7 @@ from scalegpt import plan as command
 from scalegpt.config import Config, MeshConfig
 from scalegpt.errors import Mistake
 from scalegpt.model import flops
-from scalegpt.planning import compiler, hlo, memory, plans, speed, tables, topologies
+from scalegpt.planning import compiler, hlo, plans, speed, tables, topologies
 from scalegpt.planning.chips import CHIPS, CLOCKS, GIB
 from scalegpt.planning.costs import costs
 from scalegpt.planning.topologies import parse
@@ -259,6 +259,7 @@ def test_terms_of_a_run_on_v3_8_are_those_by_hand():
         "context",
         "tensor",
         "slices",
+        "host",
     }
     arithmetic, rest = 64 * executed / reached, sums + read / 450e9
     best = 0.9 / 0.75  # 1.2 times what is likely, which is the ceiling
@@ -304,6 +305,23 @@ def test_tensor_shards_gather_and_scatter_activations(remat, gathers):
     moved = gathers * 2 * 64 * 1024 * 768 * 12
     assert plan.seconds["tensor"] == pytest.approx(moved * (3 / 4) / (2 * 4.5e10))
     assert plan.device_tokens == 8 * 1024 / 4
+
+
+def test_offload_moves_to_the_host_and_back_what_dots_keeps():
+    """Of 8 layers and 4 sequences of 2,048 tokens in bfloat16, twice an update."""
+    model = LLAMA_8B | {"n_layer": 8, "block_size": 2048}
+    dots, offload = (
+        planned("v5e:2x4", 64, 4, mesh={"fsdp": 8}, model=model | {"remat": remat})
+        for remat in ("dots", "offload")
+    )
+    widths = 4096 + 2 * (4096 + 1024) + 2 * 14336
+    kept = 8 * 4 * 2048 * 2 * widths
+    assert (dots.host_bytes, offload.host_bytes) == (0, kept)
+    name = "activations kept"  # of four layers, on the way
+    assert dots.bytes[name] - offload.bytes[name] == kept // 2
+    assert offload.seconds["host"] == pytest.approx(2 * 2 * kept / 16e9)
+    assert dots.seconds["host"] == 0 and offload.step[1] >= dots.step[1]
+    assert "in the host's memory" in tables.text(offload, costs(offload, None, 24.0), [])
 
 
 def test_muon_computes_what_its_products_do():
@@ -486,9 +504,9 @@ def test_a_search_finds_the_fastest_of_all_that_fit():
     assert all(np.prod(list(p.mesh.values())) == 8 for p in found)
     best = min(p.step[1] for p in found)
     assert best <= found[0].step[1] <= 1.02 * best
-    everything = []
+    everything = []  # but offload, where dots fits
     for fsdp, tensor, remat in (
-        (f, t, r) for f in (1, 2, 4, 8) for t in (1, 2, 4) for r in memory.REMAT
+        (f, t, r) for f in (1, 2, 4, 8) for t in (1, 2, 4) for r in ("none", "dots", "full")
     ):
         for microbatch in (1, 2, 4, 8, 16, 32, 64):
             if fsdp * tensor > 8 or 64 % (8 // tensor * microbatch):
@@ -497,7 +515,11 @@ def test_a_search_finds_the_fastest_of_all_that_fit():
             model = {"preset": "gpt2-large", "remat": remat}
             plan = planned("v5e:2x4", 64, microbatch, mesh=mesh, model=model)
             everything += [plan.step[1]] * (plan.total_bytes <= 0.85 * machine.memory)
-    assert best == pytest.approx(min(everything)) and len(found) == len(everything)
+    kept = [p for p in found if p.remat != "offload"]
+    assert best == pytest.approx(min(everything)) and len(kept) == len(everything)
+    layouts = [(*p.mesh.values(), p.microbatch) for p in kept if p.remat == "dots"]
+    moved = [(*p.mesh.values(), p.microbatch) for p in found if p.remat == "offload"]
+    assert moved and not set(moved) & set(layouts)
 
 
 def test_of_plans_alike_the_one_with_the_fewest_shards_comes_first():
@@ -633,6 +655,7 @@ def compiles(monkeypatch):
                 memory_analysis=lambda: SimpleNamespace(
                     argument_size_in_bytes=GIB,
                     temp_size_in_bytes=4 * GIB,
+                    host_temp_size_in_bytes=0,
                     peak_memory_in_bytes=3 * GIB,
                 ),
             )

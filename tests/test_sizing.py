@@ -198,6 +198,24 @@ def test_memory_is_what_the_tpu_compiler_says_within_20_percent(kind):
     assert sum(parts.values()) == pytest.approx(total, rel=0.2)
 
 
+@pytest.mark.slow
+@pytest.mark.oracle
+def test_offload_leaves_a_tpu_the_memory_that_is_planned():
+    """tools/planning/memory.json has that of dots."""
+    pytest.importorskip("libtpu", reason="compiling for a TPU needs the package libtpu")
+    wide = dict(n_layer=16, n_embd=256, block_size=512, dtype="bfloat16", remat="offload")
+    c = config({"data": 4}, 16, **wide)
+    steps = build(c, tpu_devices(parse("v5e:2x2")))
+    compiled = steps.lower().compile().memory_analysis()
+    total = compiled.argument_size_in_bytes + compiled.temp_size_in_bytes
+    parts = estimate(c, steps.mesh, 2, fused=True)
+    assert 0.7 * sum(parts.values()) < total < 1.2 * sum(parts.values())
+    offloaded = memory.products(c.model, steps.mesh.shape, 16, 2)
+    assert compiled.host_temp_size_in_bytes == pytest.approx(offloaded, rel=0.05)
+    c = config({"data": 4}, 16, **wide | {"remat": "dots"})
+    assert total < sum(estimate(c, steps.mesh, 2, fused=True).values()) - offloaded / 2
+
+
 def test_v3_8_needs_what_the_compiler_said(capsys):
     """5.2 GiB of --compile-only v3-8 with scanned layers; README.md has 4.5, of unrolled ones."""
     r = report(capsys, "--config=configs/v3_8.yaml", "--device=TPU v3", "--devices=8")

@@ -216,8 +216,9 @@ class ModelConfig(Section):
     """the implementation: cudnn is for NVIDIA GPUs, splash for TPUs; auto: by device"""
     scan_layers: bool = False
     """compile one layer and loop over it (fast compile), or unroll (fast step on CPU and TPU)"""
-    remat: Literal["none", "dots", "full"] = "none"
-    """what the backward pass recomputes: little, all but matrix products, whole layers"""
+    remat: Literal["none", "dots", "full", "offload"] = "none"
+    """what the backward pass recomputes: little, all but matrix products, whole layers; offload: as
+    dots, with the products in the host's memory meanwhile"""
     loss_chunk: Positive = 128
     """positions of each sequence whose logits are in memory at a time"""
 

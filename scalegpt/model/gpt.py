@@ -458,13 +458,19 @@ def separate_layers(params: Any) -> Any:
 def _remat(config: ModelConfig) -> Callable:
     if config.remat == "none":
         return Block
-    policy = jax.checkpoint_policies.save_only_these_names("project")
+    policies = jax.checkpoint_policies
+    policy = {
+        "dots": policies.save_only_these_names("project"),
+        "full": None,
+        "offload": policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=["project"],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
+    }[config.remat]
     # XLA would merge the recomputation with the forward pass, but cannot do so inside a loop.
-    return nn.remat(
-        Block,
-        policy=policy if config.remat == "dots" else None,
-        prevent_cse=not config.scan_layers,
-    )
+    return nn.remat(Block, policy=policy, prevent_cse=not config.scan_layers)
 
 
 def head_table(params: Any) -> Array:

@@ -37,11 +37,11 @@ class Compiled:
     """A compiled step is what its compiler says of a run's update; bytes are of each device.
 
     seconds: that compiling took. state: bytes of weights, moments and a batch. temporary: the
-    others' at the peak. step_seconds and mfu: by the cycles that a TPU's compiler expects its
-    operations to take, without collectives and Pallas kernels, of which it states none; None
-    elsewhere. cycles: these, of a device, by hlo.PARTS. collectives: bytes of an update by (kind,
-    mesh axes, loops around them). unread: why the program could not be read, so that neither is
-    known.
+    others' at the peak. host: those in the host's memory. step_seconds and mfu: by the cycles that
+    a TPU's compiler expects its operations to take, without collectives and Pallas kernels, of
+    which it states none; None elsewhere. cycles: these, of a device, by hlo.PARTS. collectives:
+    bytes of an update by (kind, mesh axes, loops around them). unread: why the program could not be
+    read, so that neither is known.
     """
 
     parameters: int
@@ -53,6 +53,7 @@ class Compiled:
     state: int
     temporary: int
     peak: int
+    host: int
     step_seconds: float | None
     mfu: float | None
     cycles: Counter
@@ -95,6 +96,7 @@ def compile_step(config: Config, topology: Topology | None) -> Compiled:
         unread = str(error).splitlines()[0]
     cycles = hlo.cycles(text)
     state, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    host, peak = memory.host_temp_size_in_bytes, getattr(memory, "peak_memory_in_bytes", 0)
     kind, step_seconds, mfu = mesh.devices.flat[0].device_kind, None, None
     if cycles and kind in CLOCKS:
         tokens = config.batch.sequences * config.row_width
@@ -110,7 +112,8 @@ def compile_step(config: Config, topology: Topology | None) -> Compiled:
         seconds=seconds,
         state=state,
         temporary=temporary,
-        peak=getattr(memory, "peak_memory_in_bytes", 0) or state + temporary,
+        peak=state + temporary if host or not peak else peak,  # which counts the host's memory, too
+        host=host,
         step_seconds=step_seconds,
         mfu=mfu,
         cycles=cycles,

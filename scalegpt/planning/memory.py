@@ -18,7 +18,8 @@ from scalegpt.model.parameters import Parameter, parameters
 from scalegpt.step.sharding import RULES
 
 _ADAMW = OptimConfig()
-REMAT = ("none", "dots", "full")
+REMAT = ("none", "dots", "full", "offload")
+ON_THE_WAY = 4  # layers whose products a device has with remat=offload, by the TPUs' compiler
 
 
 def parameters_on_device(
@@ -51,6 +52,24 @@ def moment_bytes(count: int, matrices: int, optim: OptimConfig) -> int:
     spared = matrices if has_one else 0  # optim.row_beta2 adds too few to count
     kept = 2 + bool(optim.average) + bool(optim.lookahead)
     return 4 * (kept * count - spared)
+
+
+def products(model: ModelConfig, mesh: Mapping[str, int], microbatch: int, itemsize: int) -> float:
+    """Count the bytes of a microbatch on each device that remat=dots keeps of all layers, and
+    remat=offload sends to the host's memory: what is named "project" in model/.
+
+    These are queries, keys and values, what attention gives before and after its projection, and
+    the MLP's inner products. mesh, microbatch, itemsize: as in `on_device`.
+    """
+    tokens = microbatch * model.block_size / mesh.get("context", 1)
+    heads = 2 * (model.n_head + model.kv_heads) * model.head_dim
+    widths = model.n_embd + heads + _mlp_width(model)
+    return model.n_layer * tokens * itemsize * widths / mesh["tensor"]
+
+
+def _mlp_width(model: ModelConfig) -> int:
+    """Return how many values the MLP's first products have for a position."""
+    return model.inner if model.mlp == "plain" else 2 * model.inner
 
 
 def on_device(
@@ -86,19 +105,21 @@ def on_device(
     # attention gives, keys and values, and the MLP before and after its activation.
     scores = 0 if fused_attention else tokens * T * model.n_head // tensor
     queries, keys = (heads * model.head_dim for heads in (model.n_head, model.kv_heads))
-    up = model.inner if model.mlp == "plain" else 2 * model.inner
+    up = _mlp_width(model)
     heads = (2 * queries + 2 * keys) / tensor
-    # The stream between products is split by positions over tensor, but not the two inputs of
-    # products that are gathered for these: without fsdp, XLA gathers them in parts, as a ring.
+    # The stream between products is split by positions over tensor, but not, where there is fsdp,
+    # the two inputs of products that are gathered for these. Without, XLA gathers these again.
     stream = 5 * D / tensor + (2 * D * (1 - 1 / tensor) if fsdp > 1 else 0)
     layer = tokens * itemsize * (stream + heads + 2 * up / tensor) + scores * (4 + 2.5 * itemsize)
     if model.qk_norm:  # what the norms read, in float32
         layer += 4 * tokens * (queries + keys) / tensor
-    split = (queries + 2 * keys + up) / tensor
+    inputs = L * tokens * itemsize * D / tensor  # of the layers
+    named = products(model, mesh, microbatch, itemsize)
     activations = {
         "none": L * layer,
-        "dots": L * tokens * itemsize * (3 * D / tensor + split),
-        "full": L * tokens * itemsize * D / tensor,
+        "dots": inputs + named,
+        "full": inputs,
+        "offload": inputs + named * min(1, ON_THE_WAY / L),
     }[remat]
     # Keys and values of all positions and their gradients, where a device has some of these; the
     # MLP's values are not there then.

@@ -30,8 +30,9 @@ MOST_DEVICES = 256  # of a sweep
 class Plan:
     """A plan is a run on a machine with a mesh, a microbatch and a remat policy, and its estimates.
 
-    bytes: of a device, by term. seconds: of an update, by term, as `speed.seconds_by_term` has
-    them; {} where the chip's speed is not known.
+    bytes: of a device, by term. host_bytes: those of a device that are in its host's memory.
+    seconds: of an update, by term, as `speed.seconds_by_term` has them; {} where the chip's speed
+    is not known.
     """
 
     config: Config
@@ -43,6 +44,7 @@ class Plan:
     dtype: str
     attention: str
     bytes: dict[str, int]
+    host_bytes: int
     seconds: dict[str, float]
 
     @property
@@ -187,14 +189,14 @@ def _plan(config: Config, topology: Topology, shape: tuple[int, ...], remat: str
         config.optim,
         config.lora,
     )
+    offloaded = memory.products(model, sizes, microbatch, itemsize) if remat == "offload" else 0
     seconds = {}
     if topology.chip and flops.peak_flops(kind, dtype):
         seconds = speed.seconds_by_term(
             config, topology, sizes, microbatch, accumulation, remat, kernel, itemsize
         )
-    return Plan(
-        *(config, topology, sizes, microbatch, accumulation, remat, dtype, kernel, bytes_, seconds)
-    )
+    chosen = (sizes, microbatch, accumulation, remat, dtype, kernel)
+    return Plan(config, topology, *chosen, bytes_, round(offloaded), seconds)
 
 
 def applied(plan: Plan) -> Config:
@@ -211,8 +213,9 @@ def applied(plan: Plan) -> Config:
 def search(config: Config, topology: Topology) -> list[Plan]:
     """Return the plans that fit with SPARE memory, fastest first, over meshes, microbatches, remat.
 
-    The size of context is the config's. Of those that are nearly as fast as the fastest, the one
-    with the fewest shards is the first. [] where none fits, or where no speed is known.
+    The size of context is the config's; remat=offload is tried only where dots does not fit. Of
+    those that are nearly as fast as the fastest, the one with the fewest shards is the first. []
+    where none fits, or where no speed is known.
     """
     found = []
     context = max(1, config.mesh.context)  # as given: more is only for sequences that do not fit
@@ -253,13 +256,17 @@ def _with_all_microbatches(
     for microbatch in divisors(every // shards):
         batch = config.batch.model_copy(update={"microbatch": microbatch})
         changed = config.model_copy(update={"batch": batch})
+        fitting = set()
         for remat in memory.REMAT:
+            if remat == "offload" and "dots" in fitting:  # which is as fast at least
+                continue
             try:
                 plan = _plan(changed, topology, shape, remat)
             except Mistake:  # heads or widths that the mesh does not divide
                 return []
             if plan.step and plan.total_bytes <= (1 - SPARE) * topology.memory:
                 plans.append(plan)
+                fitting.add(remat)
     return plans
 
 
@@ -289,6 +296,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "bytes_per_device": plan.bytes,
         "total_bytes": plan.total_bytes,
         "memory_bytes": round(plan.topology.memory),
+        "host_bytes_per_device": plan.host_bytes,
         "step_seconds": plan.step and list(plan.step),
         "seconds": plan.seconds,
         "tokens_per_second": plan.step and plan.tokens / plan.step[1],

@@ -21,6 +21,7 @@ TERMS = {
     "context": "gathering keys and values; half of it is hidden",
     "data": "summing gradients over copies, after the last product",
     "slices": "summing gradients over slices, after the last product",
+    "host": "moving products to the host's memory and back",
 }
 
 
@@ -42,6 +43,8 @@ def _memory(plan: Plan) -> list[str]:
         + (", nearer than the estimate is good for" if near else ""),
         *(_line(name, f"{size / GIB:.2f}") for name, size in plan.bytes.items() if size),
     ]
+    if plan.host_bytes:
+        lines += [f"and in the host's memory: {plan.host_bytes / GIB:.2f} GiB of each device"]
     if not plan.config.model.scan_layers:
         lines += ["  of layers that are scanned; unrolled ones take less on a TPU"]
     return lines
@@ -208,6 +211,8 @@ def verified(plan: Plan, step: Compiled | DoesNotFit) -> str:
     if isinstance(step, DoesNotFit):
         return f"compiled: {step}"
     rows = [("GiB a device at the peak", plan.total_bytes / GIB, step.peak / GIB, ".2f")]
+    if step.host:
+        rows += [("and in the host's memory", plan.host_bytes / GIB, step.host / GIB, ".2f")]
     if plan.step and step.mfu:
         rows += [("seconds of an update", plan.step[1], step.step_seconds, ".3g")]
         rows += [("MFU, %", 100 * plan.mfu, 100 * step.mfu, ".1f")]
