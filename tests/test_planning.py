@@ -163,16 +163,27 @@ def test_devices_and_memory_of_a_tpu_are_what_its_compiler_says():
         assert 0.8 < 2 * 4096**3 / seconds / flops.peak_flops(chip.kind) <= 1, name
 
 
+def test_an_option_that_a_cpus_compiler_does_not_know_is_left_out_with_a_warning(monkeypatch):
+    mesh = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    (name,) = known = build.compiler_options(mesh)
+    assert known == build.CPU_OPTIONS
+    monkeypatch.setitem(build.CPU_OPTIONS, "xla_no_such_option", "1")
+    with pytest.warns(UserWarning, match="no option xla_no_such_option"):
+        assert build.compiler_options(mesh) == known
+    monkeypatch.setenv("XLA_FLAGS", f"--{name}=false --xla_no_such_option=2")
+    assert build.compiler_options(mesh) == {}
+
+
 @pytest.mark.oracle
 def test_a_tpus_compiler_gets_the_options_that_it_knows_where_fsdp_splits_weights(monkeypatch):
     pytest.importorskip("libtpu", reason="compiling for a TPU needs the package libtpu")
     devices = compiler.tpu_devices(parse("v4-8"))
 
-    def options(**sizes: int) -> dict[str, str] | None:
+    def options(**sizes: int) -> dict:
         return build.compiler_options(sharding.make_mesh(MeshConfig(**sizes), devices))
 
     assert options(data=1, fsdp=4) == build.FSDP_OPTIONS
-    assert options(data=4) is None and options(data=1, fsdp=2, tensor=2) is None
+    assert options(data=4) == options(data=1, fsdp=2, tensor=2) == {}
     monkeypatch.setitem(build.FSDP_OPTIONS, "xla_no_such_option", "1")
     with pytest.warns(UserWarning, match="no option xla_no_such_option"):
         known = options(data=1, fsdp=4)
