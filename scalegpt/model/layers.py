@@ -67,6 +67,13 @@ def constrain(x: Array, *names: str | None) -> Array:
     return jax.lax.with_sharding_constraint(x, spec)
 
 
+def split_over(name: str) -> list[str]:
+    """Return the mesh axes, of those larger than 1, that a logical axis is split over."""
+    axes = dict(nn.get_logical_axis_rules()).get(name) or ()
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return [a for a in ((axes,) if isinstance(axes, str) else axes) if sizes.get(a, 1) > 1]
+
+
 def gathered(x: Array) -> Array:
     """Give each device of `tensor` all positions of x [B, T, D], for its products, where the
     residual stream is split over them (act_residual), and backward its part of the gradient's sum.
@@ -98,11 +105,9 @@ def look_up(table: Array, tokens: Array) -> Array:
     sums a gradient of its own. XLA would have every device gather the gradients of all tokens: for
     a model 2,304 wide on a pod of TPU v5e, 4.8 GB instead of 0.5.
     """
-    rules, mesh = dict(nn.get_logical_axis_rules()), jax.sharding.get_abstract_mesh()
-    axes = [rules.get(name) or () for name in ("batch", "act_position")]
-    axes = [(a,) if isinstance(a, str) else a for a in axes]
-    rows, positions = ([a for a in some if mesh.shape.get(a, 1) > 1] for some in axes)
-    b, t = (math.prod(mesh.shape[a] for a in some) for some in (rows, positions))
+    rows, positions = split_over("batch"), split_over("act_position")
+    sizes = jax.sharding.get_abstract_mesh().shape
+    b, t = (math.prod(sizes[a] for a in some) for some in (rows, positions))
     (B, T), every = tokens.shape, PartitionSpec((*rows, *positions))
     if b * t == 1 or B % b or T % t or B * T <= len(table):
         return table[tokens]

@@ -13,7 +13,7 @@ from scalegpt.config.limits import BEGINS
 from scalegpt.config.recipe import ModelConfig
 from scalegpt.model.custom_gradients import logsumexp
 from scalegpt.model.gpt import GPT, head_table, logits
-from scalegpt.model.layers import constrain
+from scalegpt.model.layers import constrain, split_over
 from scalegpt.step import sharding
 
 
@@ -83,10 +83,10 @@ def row_losses(
         begins, inputs = inputs >= BEGINS, inputs % BEGINS
         targets = jnp.where(targets < 0, targets, targets % BEGINS)
     mesh, rules = jax.sharding.get_abstract_mesh(), dict(nn.get_logical_axis_rules())
-    split = [a for a in (*sharding.ROWS, "context") if mesh.shape.get(a, 1) > 1]
-    split = [a for a in split if a not in mesh.manual_axes]
-    if rules and "context" in split:
+    split = split_over("batch")
+    if rules and mesh.shape.get("context", 1) > 1:
         rules["act_position"] = rules["act_residual"] = "context"
+        split += ["context"]
     if rules and mesh.shape.get("tensor", 1) > 1:
         rules["act_residual"] = tuple(a for a in ("context", "tensor") if mesh.shape[a] > 1)
     with nn.logical_axis_rules(tuple(rules.items())):
