@@ -94,6 +94,8 @@ def test_the_tables_of_the_124m_model_are_nanogpts(capsys):
     assert "875,062,886,400  = 1.0001 x" in flops["PaLM's 6 N + 12 L H Q T"]
     assert "294,912,000,000 tokens" in text  # 600,000 updates of nanoGPT's 491,520
     assert "data 8" in text and "microbatch of 12" in text and "accumulation 5" in text
+    policies = next(line for line in text.splitlines() if "model.remat" in line)
+    assert policies.split()[1:] == ["none", "(set)", "dots", "full", "offload"]
 
 
 @pytest.mark.parametrize(

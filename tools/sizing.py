@@ -253,13 +253,15 @@ def of_memory(r: dict[str, Any]) -> list[str]:
     m, remats = r["memory"], r["memory"]["by_remat"]
     rows = {name: [parts[name] for parts in remats.values()] for name in m["bytes"]}
     rows["total"] = list(m["total_bytes"].values())
+    heads = [f"{x} (set)" if x == m["remat"] else x for x in remats]
+    widths = (12, 12, 12, 14)
     mesh = " x ".join(f"{axis} {n}" for axis, n in m["mesh"].items() if n > 1) or "one device"
     return [
         f"Memory of a device in GiB, on {m['devices']} x {m['device']}",
         f"  {mesh}; microbatch of {m['microbatch']}, accumulation {m['accumulation']}",
         f"  {m['dtype']} products, attention {m['attention']}",
-        line("model.remat", *(f"{x} (set)" if x == m["remat"] else x for x in remats)),
-        *(line(name, *(f"{n / 2**30:.2f}" for n in row)) for name, row in rows.items()),
+        line("model.remat", *heads, widths=widths),
+        *(line(k, *(f"{n / 2**30:.2f}" for n in row), widths=widths) for k, row in rows.items()),
         "  an estimate for model.scan_layers=true;",
         "  scalegpt.train --compile-only asks the compiler",
     ]
