@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from scalegpt.model import attention
@@ -519,6 +519,41 @@ def test_cudnn_is_asked_for_causal_flash_attention(monkeypatch):
     both = jax.jit(partial(both, window=256, scale=0.3))
     text = both.trace(x, kv, kv, x).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("0.3") == 2 and text.count("sliding_window_length\\22: 256") == 2
+
+
+# --- a TPU's fast memory
+
+
+@pytest.mark.parametrize("heads", [4, 2])
+def test_scores_of_a_few_rows_and_computed_twice_are_the_same(monkeypatch, heads):
+    q, g = inputs((4, 128, 4, 16), count=2)
+    k, v = inputs((4, 128, heads, 16), count=2, seed=1)
+    keys = {"segments": jnp.asarray(SEGMENTS), "window": 70}
+    whole = vjp("xla", q, k, v, g, **keys)
+    monkeypatch.setattr(attention, "_rows_at_once", lambda rows, bytes_: 2)
+    monkeypatch.setattr(attention, "_tpu", lambda: "TPU v4")
+    assert_close(vjp("xla", q, k, v, g, **keys), whole, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "rows", "heads", "manual", "want"),
+    [
+        ("TPU v4", (1, 1, 1, 1), 64, 12, (), 2),
+        ("TPU v5 lite", (1, 4, 2, 1), 64, 12, (), 16),
+        ("TPU v5 lite", (1, 4, 2, 1), 24, 12, ("data",), 4),
+        ("TPU v5 lite", (1, 1, 1, 4), 64, 12, (), 8),
+        ("TPU v5 lite", (1, 1, 1, 1), 8, 64, (), 1),
+        ("TPU v5 lite", (1, 1, 2, 1), 7, 12, (), 7),
+        ("TPU v3", (1, 1, 1, 1), 64, 12, (), 64),
+        ("cpu", (1, 1, 1, 1), 64, 12, (), 64),
+    ],
+)
+def test_scores_of_so_many_rows_fit_a_tpus_fast_memory(kind, sizes, rows, heads, manual, want):
+    device = AbstractDevice(kind, None, "cpu" if kind == "cpu" else "tpu")
+    types = tuple(AxisType.Manual if axis in manual else AxisType.Auto for axis in AXES)
+    mesh = AbstractMesh(sizes, AXES, types, abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert attention._rows_at_once(rows, heads * 256 * 1024 * 4) == want
 
 
 # --- sharding

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
+from jax.lax import optimization_barrier as barrier
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from scalegpt.config.types import divisors
@@ -30,6 +31,8 @@ BATCH_AXES = ("replica", "data", "fsdp")
 HEAD_AXES = ("tensor",)
 # How "xla" cuts up the queries: more or smaller blocks save little more and compile longer.
 QUERY_BLOCKS, LEAST_BLOCK = 4, 64
+# Of a TPU's fast memory "xla" takes so many bytes for the scores of a block; two kinds have little.
+FAST_MEMORY, SMALL_MEMORY = 2**25, ("TPU v2", "TPU v3")
 CONTEXT_BLOCK = 512  # queries that "xla" computes at a time where sequences are split
 
 
@@ -451,14 +454,21 @@ def _recomputing(
 def _recomputing_fwd(
     q: Array, k: Array, v: Array, segments: Array | None, window: int | None, scale: float | None
 ) -> tuple[Array, tuple]:
-    outputs, sums = [], []
-    for block in _blocks(k.shape[1], q.shape[1] // k.shape[1], window):
-        scores = _causal_scores(q, k, block, segments, window, scale)
-        sums.append(jax.nn.logsumexp(scores, axis=-1, keepdims=True))
-        weights = jnp.exp(scores - sums[-1]).astype(v.dtype)
-        outputs.append(jnp.einsum("bhts,bshk->bthk", weights, v[:, block.keys]))
-    results = jnp.concatenate(outputs, axis=1), jnp.concatenate(sums, axis=2)
-    y, sums = checkpoint_name(results, "project")
+    def some(q: Array, k: Array, v: Array, segments: Array | None) -> tuple[Array, Array]:
+        outputs, sums = [], []
+        for block in _blocks(k.shape[1], q.shape[1] // k.shape[1], window):
+            scores = _causal_scores(q, k, block, segments, window, scale)
+            if _tpu():  # it computes them within a product sooner than it reads them
+                again = _causal_scores(*barrier((q, k)), block, segments, window, scale)
+                largest = scores.max(-1, keepdims=True)
+                sums.append(largest + jnp.log(jnp.exp(again - largest).sum(-1, keepdims=True)))
+            else:
+                sums.append(jax.nn.logsumexp(scores, axis=-1, keepdims=True))
+            weights = jnp.exp(scores - sums[-1]).astype(v.dtype)
+            outputs.append(jnp.einsum("bhts,bshk->bthk", weights, v[:, block.keys]))
+        return jnp.concatenate(outputs, axis=1), jnp.concatenate(sums, axis=2)
+
+    y, sums = checkpoint_name(_by_rows(some, q, k, v, segments), "project")
     return y, (q, k, v, segments, y, sums)
 
 
@@ -467,21 +477,69 @@ def _recomputing_bwd(
 ) -> tuple[Array, Array, Array, None]:
     q, k, v, segments, y, sums = saved
     # Without the barrier XLA would save the scores of the forward pass where layers are unrolled.
-    k, g = jax.lax.optimization_barrier((k, g))
-    mean = (y.astype(jnp.float32) * g).sum(-1).swapaxes(1, 2)[..., None]  # dweights' weighted mean
-    time, dq, dk, dv = k.shape[1], [], jnp.zeros_like(k), jnp.zeros_like(v)
-    for block in _blocks(time, q.shape[1] // time, window):
-        rows, _, keys = block
-        scores = _causal_scores(q, k, block, segments, window, scale)
-        weights = jnp.exp(scores - sums[:, :, rows]).astype(v.dtype)
-        dweights = _scores("bthk,bshk->bhts", g[:, rows], v[:, keys])
-        dscores = weights * (dweights - mean[:, :, rows]) * (scale or q.shape[-1] ** -0.5)
-        dscores = dscores.astype(q.dtype)
-        dq.append(jnp.einsum("bhts,bshk->bthk", dscores, k[:, keys]))
-        other_keys = ((0, 0), (keys.start, time - keys.stop), (0, 0), (0, 0))
-        dk += jnp.pad(jnp.einsum("bhts,bthk->bshk", dscores, q[:, rows]), other_keys)
-        dv += jnp.pad(jnp.einsum("bhts,bthk->bshk", weights, g[:, rows]), other_keys)
-    return jnp.concatenate(dq, axis=1), dk, dv, None
+    k, g = barrier((k, g))
+
+    def some(
+        g: Array, k: Array, q: Array, v: Array, segments: Array | None, y: Array, sums: Array
+    ) -> tuple[Array, Array, Array]:
+        # dweights' weighted mean
+        mean = (y.astype(jnp.float32) * g).sum(-1).swapaxes(1, 2)[..., None]
+        time, dq, dk, dv = k.shape[1], [], jnp.zeros_like(k), jnp.zeros_like(v)
+        for block in _blocks(time, q.shape[1] // time, window):
+            rows, _, keys = block
+            scores = _causal_scores(q, k, block, segments, window, scale)
+            weights = jnp.exp(scores - sums[:, :, rows]).astype(v.dtype)
+            dweights = _scores("bthk,bshk->bhts", g[:, rows], v[:, keys])
+            dscores = weights * (dweights - mean[:, :, rows]) * (scale or q.shape[-1] ** -0.5)
+            dscores = dscores.astype(q.dtype)
+            dq.append(jnp.einsum("bhts,bshk->bthk", dscores, k[:, keys]))
+            other_keys = ((0, 0), (keys.start, time - keys.stop), (0, 0), (0, 0))
+            dk += jnp.pad(jnp.einsum("bhts,bthk->bshk", dscores, q[:, rows]), other_keys)
+            dv += jnp.pad(jnp.einsum("bhts,bthk->bshk", weights, g[:, rows]), other_keys)
+        return jnp.concatenate(dq, axis=1), dk, dv
+
+    return *_by_rows(some, g, k, q, v, segments, y, sums), None
+
+
+def _tpu() -> str | None:
+    """Return the kind of TPU that the code is traced for, as "TPU v3", else None."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.device_kind if device is not None and device.platform == "tpu" else None
+
+
+def _by_rows(function: Callable, *arrays: Array | None) -> tuple[Array, ...]:
+    """Compute a function of arrays [B,...] for `_rows_at_once` after the other.
+
+    The first two are queries, or their results' gradient, [B,T*G,N,K] and keys [B,T,N,K].
+    """
+    (rows, queries, heads, _), keys = arrays[0].shape, arrays[1].shape[1]
+    parts = rows // _rows_at_once(rows, 4 * heads * (-(-queries // QUERY_BLOCKS)) * keys)
+    if parts == 1:
+        return function(*arrays)
+
+    def split(x: Array) -> Array:  # into rows that lie `parts` apart: as many on each device
+        return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+
+    results = jax.lax.map(lambda some: function(*some), jax.tree.map(split, arrays))
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(rows, *x.shape[2:]), results)
+
+
+def _rows_at_once(rows: int, bytes_: int) -> int:
+    """Return of how many rows, over all devices, the scores are to exist at a time.
+
+    bytes_: of one row's scores. A TPU from v4 on has fast memory for those of a few, which then are
+    not written to the slow one and read again by each operation.
+    """
+    if _tpu() in (None, *SMALL_MEMORY):
+        return rows
+    mesh = jax.sharding.get_abstract_mesh()
+    free = [axis for axis in mesh.axis_names if axis not in mesh.manual_axes]
+    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES if axis in free)
+    if rows % shards:
+        return rows
+    most = FAST_MEMORY * math.prod(mesh.shape[axis] for axis in HEAD_AXES if axis in free)
+    fitting = (n for n in divisors(rows // shards) if n * bytes_ <= most)
+    return shards * max(fitting, default=1)
 
 
 _recomputing.defvjp(_recomputing_fwd, _recomputing_bwd)

@@ -80,6 +80,7 @@ def executed_flops(model: ModelConfig, remat: str, attention: str, context: int 
     The loss recomputes the logits, and attention its scores: half of its forward pass, where it is
     not Flax's. XLA's attention computes blocks of a quarter of the queries, 5/4 of what is seen.
     Where context splits sequences, XLA's computes all scores.
+    Not counted are the scores that XLA's computes again on TPUs, as that takes no longer.
     """
     w, again = work(model), {"none": 0, "full": 1}.get(remat, 0.02)
     beyond = {"flax": 2.0, "xla": 1.25}.get(attention, 1.1)
