@@ -710,6 +710,14 @@ def test_verify_lays_the_compilers_figures_beside_the_plans(compiles, capsys):
     assert found["cycles"] == {"loss": 5 * 7 * 100, "mlp": 5 * 10, "other": 1}
 
 
+def test_verify_says_which_library_has_compiled(compiles, capsys, monkeypatch):
+    compiles(PROGRAM)
+    for named, said in (("", "libtpu 1.2"), ("/x/libtpu.so", "libtpu /x/libtpu.so")):
+        monkeypatch.setenv("TPU_LIBRARY_PATH", named)
+        found = json.loads(printed(capsys, *V3_8, "--verify", "--json"))["compiled"]
+        assert found["compiler"] == said
+
+
 def test_verify_says_when_the_program_cannot_be_read(compiles, capsys):
     """As libtpu 0.0.52's for v6e now and then, by jaxlib 0.10.2."""
     compiles(None)

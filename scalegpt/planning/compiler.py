@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -108,7 +109,7 @@ def compile_step(config: Config, topology: Topology | None) -> Compiled:
         kind=kind,
         mesh=dict(mesh.shape),
         accumulation=steps.layout[0],
-        compiler=f"libtpu {version('libtpu')}" if topology else f"jax {jax.__version__}",
+        compiler=f"libtpu {_libtpu()}" if topology else f"jax {jax.__version__}",
         seconds=seconds,
         state=state,
         temporary=temporary,
@@ -120,6 +121,13 @@ def compile_step(config: Config, topology: Topology | None) -> Compiled:
         collectives=hlo.table(hlo.collectives(text, mesh)),
         unread=unread,
     )
+
+
+def _libtpu() -> str:
+    """Return the version of the package, or the path of another library that is named instead."""
+    named, package = os.environ.get("TPU_LIBRARY_PATH"), importlib.util.find_spec("libtpu")
+    own = package and package.origin and Path(package.origin).parent  # JAX itself names that one
+    return named if named and Path(named).parent != own else version("libtpu")
 
 
 def tpu_devices(topology: Topology) -> Any:
