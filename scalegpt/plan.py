@@ -141,9 +141,16 @@ def one(config: Config, flags: Namespace) -> int:
     topology = machine(config, flags)
     best = plans.search(config, topology)
     if flags.search and not best:
+        if not topology.chip:
+            raise Mistake(
+                f"--search: no speed is known of {topology.name}, so none is best; name a machine "
+                "with --topology, as v5e:2x4"
+            )
         raise Mistake(
             f"--search: nothing fits {topology.name} with {plans.SPARE:.0%} of its memory to spare,"
-            " or no speed is known of it; --sweep shows where the run fits"
+            f" of meshes with context {config.mesh.context} that divide batch.sequences="
+            f"{config.batch.sequences}, heads and widths, or no speed is known of the model's "
+            "dtype there; --sweep shows where the run fits"
         )
     plan = best[0] if flags.search else plans.own_plan(config, topology)
     cost = costs(plan, flags.price, flags.preemption_hours)

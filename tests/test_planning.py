@@ -546,6 +546,13 @@ def test_pmap_is_planned_with_whole_copies_alone():
     assert {tuple(p.mesh.values()) for p in plans.search(run, parse("v3-8"))} == {(1, 8, 1, 1, 1)}
 
 
+def test_a_plan_with_pmap_that_splits_the_model_is_refused_as_the_run_is():
+    run = config(mesh={"fsdp": 2})
+    run = run.model_copy(update={"run": run.run.model_copy(update={"backend": "pmap"})})
+    with pytest.raises(Mistake, match="cannot have mesh.fsdp=2"):
+        plans.own_plan(run, parse("v3-8"))
+
+
 def test_a_run_costs_its_updates_and_young_says_how_often_to_save():
     plan = planned("v3-8", 512, 8, optim={"steps": 9000})
     cost = costs(plan, price=1.5, preemption_hours=6)
@@ -562,6 +569,19 @@ def test_a_run_costs_its_updates_and_young_says_how_often_to_save():
     lost = stall / every + (every / 2 + saves["write_seconds"]) / (6 * 3600)
     assert saves["every_updates"] == pytest.approx(1 + np.argmin(lost), abs=1)
     assert saves["lost"] == pytest.approx(lost.min(), rel=1e-3)
+
+
+def test_a_price_of_nothing_is_a_price():
+    plan = planned("v3-8", 512, 8)
+    cost = costs(plan, price=0)
+    assert cost["run"]["price"] == [0, 0, 0]
+    assert "price" in tables.text(plan, cost, []) and "price" in tables.sweep_table([plan], [cost])
+
+
+def test_a_cpu_keeps_in_its_own_memory_what_offload_sends_to_the_host():
+    here = topologies.here()
+    dots, offload = (plans.own_plan(config(), here, remat=r) for r in ("dots", "offload"))
+    assert offload.bytes == dots.bytes and offload.host_bytes == 0 and offload.remat == "offload"
 
 
 def test_batches_that_grow_count_as_they_are():

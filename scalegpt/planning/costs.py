@@ -27,7 +27,7 @@ def costs(plan: Plan, price: float | None = None, preemption_hours: float = 24.0
         "tokens": config.batch.rows_after(updates) * config.row_width,
         "days": seconds and [s / 86400 for s in seconds],
         "chip_hours": hours,
-        "price": hours and price and [h * price for h in hours],
+        "price": hours and [h * price for h in hours] if price is not None else None,
     }
     checkpoint = {"bytes": size, "preemption_hours": preemption_hours}
     if plan.step:

@@ -16,7 +16,7 @@ from scalegpt.files.folder import expanded
 from scalegpt.model import attention, flops
 from scalegpt.planning import memory, speed
 from scalegpt.planning.topologies import Topology, parse, usual_shapes, written
-from scalegpt.step import sharding
+from scalegpt.step import pmap, sharding
 from scalegpt.step.build import CPU_TOKENS
 
 GPT2_VOCABULARY = 50257
@@ -152,6 +152,8 @@ def own_plan(config: Config, topology: Topology, remat: str | None = None) -> Pl
             f"mesh.replica={shape[0]} must be a multiple of the {topology.slices} slices; "
             f"set --mesh.replica={topology.slices}, or let --search choose the mesh"
         )
+    if config.run.backend == "pmap":
+        pmap.check_whole(dict(zip(sharding.AXES, shape, strict=True)))
     return _plan(config, topology, shape, remat or config.model.remat)
 
 
@@ -185,11 +187,13 @@ def _plan(config: Config, topology: Topology, shape: tuple[int, ...], remat: str
         accumulation,
         itemsize,
         kernel != "flax" and not model.dropout and not on_cpu,
-        remat,
+        "dots" if on_cpu and remat == "offload" else remat,  # a CPU's memory is its host's
         config.optim,
         config.lora,
     )
-    offloaded = memory.products(model, sizes, microbatch, itemsize) if remat == "offload" else 0
+    offloaded = 0
+    if remat == "offload" and not on_cpu:
+        offloaded = memory.products(model, sizes, microbatch, itemsize)
     seconds = {}
     if topology.chip and flops.peak_flops(kind, dtype):
         seconds = speed.seconds_by_term(

@@ -108,7 +108,7 @@ def _advice(plan: Plan, plans: list[Plan]) -> list[str]:
         return []
     if not plans:
         return [
-            f"nothing that was tried fits with {SPARE:.0%} to spare: more devices, ",
+            f"nothing that was tried fits with {SPARE:.0%} to spare: more devices,",
             "a smaller model, or another batch",
         ]
     best, *others = different(plans)
@@ -247,7 +247,7 @@ def _collectives(step: Compiled) -> list[str]:
 
 def sweep_table(plans: list[Plan], all_costs: list[dict[str, Any]]) -> str:
     """Return a line for each plan, of another topology each."""
-    priced = any(costs["run"]["price"] for costs in all_costs)
+    priced = any(costs["run"]["price"] is not None for costs in all_costs)
     heads = ("topology", "step s", "tokens/s", "MFU", "GiB", "days", "chip-h", "price" * priced)
     rows = [heads]
     for plan, costs in zip(plans, all_costs, strict=True):

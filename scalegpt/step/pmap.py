@@ -5,6 +5,7 @@ weights, token layout, dropout keys, evaluation and checkpoints are those of bui
 reduction of gradients differs, and with it their rounding. `run.backend: pmap` chooses it.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -41,15 +42,20 @@ class PmapSteps(Steps):
         return self.jit_train.lower(self.abstract, self.jit_split.eval_shape(self.abstract_batch))
 
 
-def build_steps(config: Config, mesh: Mesh, dtype: str, implementation: str) -> PmapSteps:
-    """Do what build.build_steps does. Raises Mistake also for a mesh that splits the model."""
+def check_whole(sizes: Mapping[str, int]) -> None:
+    """Raise Mistake for sizes of mesh axes that split the model."""
     for axis in ("fsdp", "context", "tensor"):
-        if mesh.shape[axis] > 1:
+        if sizes[axis] > 1:
             raise Mistake(
                 f"run.backend=pmap gives each device a whole copy of the model, so it cannot have "
-                f"mesh.{axis}={mesh.shape[axis]}; set --mesh.{axis}=1 --mesh.data=-1, or "
+                f"mesh.{axis}={sizes[axis]}; set --mesh.{axis}=1 --mesh.data=-1, or "
                 "--run.backend=jit"
             )
+
+
+def build_steps(config: Config, mesh: Mesh, dtype: str, implementation: str) -> PmapSteps:
+    """Do what build.build_steps does. Raises Mistake also for a mesh that splits the model."""
+    check_whole(mesh.shape)
     # pmap wants each process's devices side by side; a TPU mesh may order them otherwise.
     devices = sorted(mesh.devices.flat, key=lambda device: device.process_index)
     grid = np.array(devices).reshape(mesh.devices.shape)
