@@ -78,8 +78,7 @@ def _product_bwd(spec: str, dtype: Any, saved: tuple[Array, ...], g: Array) -> t
     # keeps XLA from swapping the operands back.
     transposed = "".join(sorted(ys, key=lambda axis: axis not in out))
     dy = jax.lax.optimization_barrier(_einsum(f"{out},{xs}->{transposed}", g, x))
-    # In its own order before XLA stacks it with those of other layers, in strides otherwise.
-    return dx, _row_major(jnp.einsum(f"{transposed}->{ys}", dy))
+    return dx, jnp.einsum(f"{transposed}->{ys}", dy)
 
 
 product.defvjp(lambda spec, x, y, dtype: (product(spec, x, y, dtype), _to_bits(x, y)), _product_bwd)
