@@ -864,7 +864,7 @@ def test_every_name_in_the_model_has_a_rule_and_the_constraints_are_in_the_train
     a, m = steps.layout
     tokens = jax.ShapeDtypeStruct((a, m, 7), jnp.int32, sharding=steps.batch_sharding)
     with jax.set_mesh(steps.mesh):
-        jaxpr = jax.make_jaxpr(steps.jit_train)(steps.abstract, tokens).jaxpr
+        jaxpr = steps.jit_train.trace(steps.abstract, tokens).jaxpr.jaxpr
     placed = [
         (tuple(eqn.params["sharding"].spec), eqn.invars[0].aval.shape)
         for eqn in equations(jaxpr)
