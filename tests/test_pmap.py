@@ -20,7 +20,8 @@ from scalegpt.config import Config
 from scalegpt.config.command_line import parse
 from scalegpt.data.token_files import open_dataset
 from scalegpt.planning.hlo import collectives
-from scalegpt.step import build, build_for_training, sharding
+from scalegpt.step import build as build_module
+from scalegpt.step import build_for_training, sharding
 from scalegpt.step import pmap as pmap_step
 
 ROWS, T, VOCAB, UPDATES = 32, 16, 65, 5
@@ -116,7 +117,7 @@ def test_devices_of_a_process_are_put_side_by_side(monkeypatch):
         def __init__(self, id, process_index):
             self.id, self.process_index = id, process_index
 
-    monkeypatch.setattr(build, "compiler_options", lambda mesh: {})  # which compiles for one
+    monkeypatch.setattr(build_module, "compiler_options", lambda mesh: {})  # which compiles for one
     mixed = [Device(i, i % 2) for i in range(8)]
     config = make_config("pmap", DATA8, 1)
     mesh = jax.sharding.Mesh(np.array(mixed).reshape(1, 8, 1, 1, 1), sharding.AXES)
