@@ -335,6 +335,7 @@ def test_the_bytes_of_the_moments_are_planned(keys):
         ({"momentum": 0.9}, "optim.momentum=0.9 is Muon's"),
         ({"row_beta2": 0.9}, "optim.row_beta2=0.9 is Muon's"),
         ({"momentum_slow": 0.9}, "optim.momentum_slow=0.9 is Muon's"),
+        ({"name": "muon", "momentum_slow": 0.5}, "optim.momentum_slow=0.5 would forget sooner"),
         ({"name": "muon", "min_lr": 0.1}, "optim.min_lr=0.1 is above optim.lr=0.02"),
         ({"name": "muon", "steps": 100, "warmup_steps": 31}, "31 reaches into wsd's cooldown"),
         ({"name": "muon", "cautious_decay": True}, "decays nothing with optim.weight_decay=0"),

@@ -80,6 +80,7 @@ ALONE = {  # keys whose values another key limits, too
     "model.n_embd": st.integers(1, 1000).map(lambda n: 2 * n),
     **{f"mesh.{axis}": st.integers(1, 64) for axis in MeshConfig.model_fields},
     "optim.min_lr": st.just(0.0),
+    "optim.momentum_slow": st.just(0.0) | st.floats(0.85, 0.999),
     "optim.warmup_steps": st.just(0),
     "checkpoint.every": st.just(1),
     "eval.tasks": st.dictionaries(st.sampled_from(["hellaswag", "lambada"]), NAMES, max_size=2),

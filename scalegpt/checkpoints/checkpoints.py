@@ -303,7 +303,9 @@ class Checkpoints:
             name, more = differ[0], f" (and {len(differ) - 1} more)" if differ[1:] else ""
             raise Mistake(
                 f"step {step} in {self.folder} holds other arrays: {name} is {stored.get(name)}, "
-                f"not {expected.get(name)}{more}"
+                f"not {expected.get(name)}{more}; a run goes on with the arrays that it has: leave "
+                "the keys that decide them, of model and optim, as they were, or choose another "
+                "--run.out_dir"
             )
         return [
             ocp.StandardCheckpointHandler().restore(

@@ -38,6 +38,8 @@ MUON = {
     "momentum": 0.95,
     "row_beta2": 0.0,
 }
+# The decay of the fast one of Muon's two momenta (KellerJordan/modded-nanogpt#340).
+FAST_MOMENTUM = 0.85
 # What Muon has instead with a preset of architectures.
 _MODERN = {"momentum": 0.9, "row_beta2": 0.95}
 MUON_WITH: dict[str, dict[str, Any]] = {
@@ -415,6 +417,11 @@ class OptimConfig(Section):
             raise Mistake(
                 f"optim.{given[0]}={getattr(self, given[0])} is Muon's, and optim.name=adamw has "
                 "one learning rate for all; leave it out, or set --optim.name=muon"
+            )
+        if 0 < self.momentum_slow < FAST_MOMENTUM:
+            raise Mistake(
+                f"optim.momentum_slow={self.momentum_slow} would forget sooner than the fast "
+                f"momentum, {FAST_MOMENTUM}; give more, as 0.98, or 0 for one momentum"
             )
         if self.cautious_decay and not self.weight_decay:
             raise Mistake(

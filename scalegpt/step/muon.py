@@ -18,14 +18,15 @@ import optax
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
+from scalegpt.config.recipe import FAST_MOMENTUM
 from scalegpt.model.parameters import STACKED, Parameter
 from scalegpt.step.sharding import RULES
 
 # Keller Jordan's quintic: small singular values grow fast, and all end between 0.7 and 1.2.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-# Of two-time momentum (KellerJordan/modded-nanogpt#340): the decay of the fast mean, and the slow
-# one's share. Their mean age is 30 updates with a slow decay of 0.98.
-FAST_DECAY, SLOW_SHARE = 0.85, 0.5615
+# The slow one's share of two momenta (KellerJordan/modded-nanogpt#340), whose mean age is 30
+# updates with a slow decay of 0.98.
+SLOW_SHARE = 0.5615
 
 
 class MuonState(NamedTuple):
@@ -101,7 +102,7 @@ def scale_by_muon(
         beta, count = momentum(state.count), state.count + 1
         decay, late = beta, state.count >= slow_start
         if slow_decay:
-            decay = jnp.where(late, FAST_DECAY, beta)
+            decay = jnp.where(late, FAST_MOMENTUM, beta)
         mean = jax.tree.map(lambda m, g: decay * m + (1 - decay) * g, state.momentum, grads)
         direction, kept = mean, (mean,)
         if slow_decay:

@@ -18,7 +18,7 @@ from scalegpt.model.parameters import Parameter
 from scalegpt.step.muon import even_rows, scale_by_muon
 
 Schedule = Callable[[Any], Any]
-SLOW_START = 0.3  # the share of the run after which there are two momenta, as in muon.FAST_DECAY's
+SLOW_START = 0.3  # the share of the run after which there are two momenta, as in that of SLOW_SHARE
 
 
 def schedule(config: OptimConfig) -> Schedule:
