@@ -138,24 +138,30 @@ def fragment(plan: Plan) -> str:
     return f"mesh: {{{mesh}}}\nbatch: {{{batch}}}\nmodel: {{{model}}}"
 
 
+def _whole(x: float) -> str:
+    """Return a number without decimals, but a small one with two digits that count."""
+    return f"{x:,.0f}" if x >= 10 else f"{x:.2g}"
+
+
 def _costs(plan: Plan, costs: dict[str, Any]) -> list[str]:
     run, saves = costs["run"], costs["checkpoint"]
     lines = [f"the run: {run['updates']:,} updates, {run['tokens']:,} tokens"]
     if run["days"]:
         for name, key, form in (
-            ("days", "days", ".3g"),
-            ("chip-hours", "chip_hours", ",.0f"),
-            ("price", "price", ",.2f"),
+            ("days", "days", "{:.3g}".format),
+            ("chip-hours", "chip_hours", _whole),
+            ("price", "price", "{:,.2f}".format),
         ):
             if run[key]:
-                least, likely, most = (format(x, form) for x in run[key])
+                least, likely, most = map(form, run[key])
                 lines += [f"  {name:11}{likely:>10}, at best {least}, at worst {most}"]
         lines += ["  of updates alone, without evaluations and start-up"]
     lines += [f"a checkpoint: {saves['bytes'] / 1e9:.2f} GB"]
     if "every_updates" in saves:
+        minutes = _whole(saves["every_seconds"] / 60)
         lines += textwrap.wrap(
-            f"checkpoint.every={saves['every_updates']}, every {saves['every_seconds'] / 60:.0f} "
-            f"minutes: with a preemption every {saves['preemption_hours']:g} hours, saving and "
+            f"checkpoint.every={saves['every_updates']}, every {minutes} minutes: "
+            f"with a preemption every {saves['preemption_hours']:g} hours, saving and "
             f"repeated updates take {saves['lost']:.1%} of the time",
             78,
             initial_indent="  ",
