@@ -99,9 +99,8 @@ def compile_step(config: Config, topology: Topology | None) -> Compiled:
     state, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     host, peak = memory.host_temp_size_in_bytes, getattr(memory, "peak_memory_in_bytes", 0)
     kind, step_seconds, mfu = mesh.devices.flat[0].device_kind, None, None
-    if (
-        host or not peak or kind == "cpu"
-    ):  # it counts the host's memory, too; a CPU's no temporaries
+    # A TPU's stated peak counts the host's memory, too, and a CPU's no temporaries.
+    if host or not peak or kind == "cpu":
         peak = state + temporary
     if cycles and kind in CLOCKS:
         tokens = config.batch.sequences * config.row_width
