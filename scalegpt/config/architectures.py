@@ -27,7 +27,7 @@ NANOCHAT = {
 }
 # What paid, too, in trainings of ours (configs/README.md); no format of others has these two.
 MODERN = {**NANOCHAT, "smear": True, "residual_scalars": True}
-# For texts that a run reads many times: of modern's matrices, MUON_WITH has them decay.
+# For texts that a run reads many times; recipe.MUON_WITH adds weight decay and averaging to it.
 MANY_EPOCHS = {**MODERN, "dropout": 0.1}
 # Keys that presets have not always set: a run that began without them goes on without.
 LATER = {"softcap", "smear", "residual_scalars"}

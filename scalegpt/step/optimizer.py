@@ -18,7 +18,8 @@ from scalegpt.model.parameters import Parameter
 from scalegpt.step.muon import even_rows, scale_by_muon
 
 Schedule = Callable[[Any], Any]
-SLOW_START = 0.3  # the share of the run after which there are two momenta, as in that of SLOW_SHARE
+# The share of a run after which Muon has two momenta (KellerJordan/modded-nanogpt#340).
+SLOW_START = 0.3
 
 
 def schedule(config: OptimConfig) -> Schedule:
