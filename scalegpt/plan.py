@@ -218,6 +218,9 @@ def compare(argv: list[str]) -> int:
         parser.add_argument(name, **keywords)
     flags = parser.parse_args(argv)
     check_machine(flags)
+    if flags.topology == "list":
+        print(topologies.listing())
+        return 0
     history = read_history(flags.run)
     seconds = [x for row in history.rows if (x := row.get("perf/step_seconds"))]
     if not seconds:
@@ -233,6 +236,7 @@ def compare(argv: list[str]) -> int:
         expected = plan.topology.chip.efficiency
         fitted = fitted_efficiency(plan.seconds, expected, measured)
     result = as_dict(plan) | {
+        "measured_on": devices,
         "measured_step_seconds": measured,
         "measured_tokens_per_second": plan.tokens / measured,
         "measured_rows": len(seconds),

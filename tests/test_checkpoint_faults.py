@@ -290,7 +290,9 @@ def test_a_full_disk_is_said_once_and_saving_goes_on_when_there_is_room(tmp_path
     assert_is(checkpoints.restore(5, ABSTRACT), 5)
 
 
-@pytest.mark.parametrize("fault", ["vanished", "read-only", "a file", "in Orbax", "in the copy"])
+@pytest.mark.parametrize(
+    "fault", ["vanished", "vanishes", "read-only", "a file", "in Orbax", "in the copy"]
+)
 def test_no_fault_of_a_disk_is_raised_into_training(tmp_path, monkeypatch, fault):
     said = []
     checkpoints = save(tmp_path, 1, say=said.append)
@@ -298,6 +300,15 @@ def test_no_fault_of_a_disk_is_raised_into_training(tmp_path, monkeypatch, fault
     if fault == "vanished":
         shutil.move(folder, tmp_path / "elsewhere")
         reason = "No such file or directory"
+    elif fault == "vanishes":
+        files = Folder.files
+
+        def vanishes_before(self):
+            shutil.rmtree(folder)
+            return files(self)
+
+        monkeypatch.setattr(Folder, "files", vanishes_before)
+        reason = "has vanished while it was written"
     elif fault == "read-only":
         if os.getuid() == 0:  # whom no mode stops
             disk = Disk(monkeypatch, errno.EROFS)

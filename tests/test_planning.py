@@ -839,6 +839,7 @@ def test_a_run_is_compared_with_its_plan(capsys, tmp_path):
     share = re.search(r"next time: --efficiency ([\d.]+), planned with 0.75", text)[1]
     assert float(share) == pytest.approx(found["fitted_efficiency"], abs=0.005)
     told = printed(capsys, f"--run={tmp_path}")  # on this CPU
+    assert printed(capsys, f"--run={tmp_path}", "--topology=list").startswith("v2 ")
     assert "took 3 s, the median of 5 rows" in told and "no peak FLOP/s is known of cpu" in told
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(Mistake, match="no timed updates"):

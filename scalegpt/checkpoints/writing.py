@@ -274,7 +274,8 @@ class Save:
                 for name, handler in self._handlers.items():
                     handler.finalize(epath.Path((self.folder / name).path))
                 sizes = self.folder.files()
-                sizes.pop(manifest.UNFINISHED)
+                if sizes.pop(manifest.UNFINISHED, None) is None:
+                    problem = f"{self.folder.path} has vanished while it was written"
             except Exception as error:
                 problem = reason(error)
         sizes, problem = from_first(f"{self.name}/files", [sizes, problem], self.deadline)

@@ -173,10 +173,11 @@ def _costs(plan: Plan, costs: dict[str, Any]) -> list[str]:
 def comparison(plan: Plan, result: dict[str, Any]) -> str:
     """Return what --run says: `result` has the measured figures beside those of the plan."""
     measured, rate = result["measured_step_seconds"], result["measured_tokens_per_second"]
+    there = f" on {result['measured_on']}" if result["measured_on"] else ""
     lines = [
         where(plan),
         layout(plan),
-        f"an update took {measured:.3g} s, the median of {result['measured_rows']} rows: "
+        f"an update took {measured:.3g} s{there}, the median of {result['measured_rows']} rows: "
         f"{rate:,.0f} tokens/s",
     ]
     if not plan.step:
