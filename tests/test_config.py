@@ -910,6 +910,11 @@ def test_depth_12_is_the_tuned_recipe_and_the_rest_follows_by_the_rules():
     assert small.optim.lr == pytest.approx(0.02 / 2**0.5, rel=5e-3)
     assert small.optim.head_lr == pytest.approx(0.008 / 2**0.5 * (768 / 384) ** 0.5, rel=5e-3)
     assert small.optim.weight_decay == pytest.approx(0.05 / 2**0.5 / ratio, rel=5e-3)
+    least = parse("--model.depth=12", "--batch.sequences=128", *GIVEN).optim  # 2^17 tokens
+    fewer = parse("--model.depth=12", "--batch.sequences=8", *GIVEN).optim
+    assert (fewer.lr, fewer.embedding_lr) == (least.lr, least.embedding_lr) == (0.01, 0.15)
+    ratio = fewer.steps / least.steps
+    assert fewer.weight_decay == pytest.approx(least.weight_decay / ratio, rel=5e-3)
 
 
 def test_a_batch_that_grows_sees_the_tokens_of_one_that_does_not(in_yaml):
@@ -931,7 +936,7 @@ def test_what_is_given_stays_and_the_rest_follows_from_it(in_yaml):
     assert (c.model.n_embd, c.model.n_head, c.model.block_size, c.optim.lr) == (128, 1, 512, 0.5)
     assert c.batch.sequences == 64
     assert c.optim.steps == round(12 * (12 * 4 * 128**2 + 300 * 128) / (64 * 512))
-    assert c.optim.embedding_lr == pytest.approx(0.3 * (64 * 512 / 2**19 * 6) ** 0.5, rel=5e-3)
+    assert c.optim.embedding_lr == pytest.approx(0.3 * (2**17 / 2**19 * 6) ** 0.5, rel=5e-3)
     adamw = parse("--model.depth=4", "--model.preset=gpt2", "--optim.name=adamw", *GIVEN)
     assert adamw.optim.embedding_lr is None and adamw.optim.lr == 6e-4
     assert adamw.optim.warmup_steps == adamw.optim.steps // 20

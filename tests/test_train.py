@@ -171,12 +171,20 @@ def test_muon_and_averaged_weights_continue_bitwise_and_are_what_a_checkpoint_ho
 
 
 @pytest.mark.slow
-def test_a_run_of_modern_from_before_it_had_smear_continues_without(
-    data, tmp_path, monkeypatch, capsys
+@pytest.mark.parametrize(
+    ("recipe", "before"),
+    [
+        (
+            {"model.preset": "modern", "optim.name": "muon"},
+            {"model.smear": False, "model.residual_scalars": False}
+            | {"optim.momentum": 0.95, "optim.row_beta2": 0.0},
+        ),
+        ({"model.depth": 2}, {"optim.head_lr": 2e-4, "optim.weight_decay": 9.0}),
+    ],
+)
+def test_a_run_from_before_a_recipe_changed_continues_as_it_was(
+    recipe, before, data, tmp_path, monkeypatch, capsys
 ):
-    recipe = {"model.preset": "modern", "optim.name": "muon"}
-    before = {"model.smear": False, "model.residual_scalars": False}
-    before |= {"optim.momentum": 0.95, "optim.row_beta2": 0.0}
     stop_after(monkeypatch, 3)
     assert train.main(arguments(data, tmp_path / "run", **recipe, **before)) == 3
     stop_after(monkeypatch)

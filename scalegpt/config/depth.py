@@ -4,8 +4,9 @@ At depth 12 it is the tuned recipe for a model of GPT-2's size (`recipe.MUON`, b
 tokens); other depths follow from it: width 64 a layer, heads of 128, 12 tokens for each weight of
 the layers and the head (Chinchilla, arXiv:2203.15556, has 20), the batch growing as the 0.383th
 power of the tokens (arXiv:2505.13738), learning rates with the square root of the batch (the first
-one where batch.growth is given), AdamW's falling with the square root of the width, weight decay
-such that its time scale stays the same share of the run. nanochat scales by the same rules.
+one where batch.growth is given) down to 2^17 tokens, AdamW's falling with the square root of the
+width, weight decay such that its time scale stays the same share of the run. nanochat scales by the
+same rules, but has no batches below 2^17: there, runs here were best with rates of larger ones.
 """
 
 import math
@@ -21,6 +22,9 @@ from scalegpt.errors import Mistake
 TOKENS_PER_WEIGHT = 12
 BATCH, DEPTH = 2**19, 12  # tokens of an update at the depth that was tuned
 WEIGHT_DECAY = 0.05
+SMALL = 2**17  # tokens of an update; fewer have the rates of so many
+# What such an update had other values of until 2026-11-29.
+RATES = {"lr", "embedding_lr", "head_lr", "scalar_lr", "weight_decay"}
 VOCABULARY = 50257  # GPT-2's, where model.vocab_size is not given: data are opened later
 
 
@@ -70,7 +74,7 @@ def derived(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
     batch_tokens = 2 ** round(math.log2(BATCH * (tokens / tuned_tokens) ** 0.383))
     batch.setdefault("sequences", max(1, batch_tokens // length))
     batch_tokens = _whole("batch.sequences", batch["sequences"]) * length
-    batch_factor = math.sqrt(batch_tokens / BATCH)
+    batch_factor = math.sqrt(max(batch_tokens, SMALL) / BATCH)
     adam_factor = batch_factor * math.sqrt(width(DEPTH) / embd)
 
     optim.setdefault("name", "muon")
@@ -89,7 +93,7 @@ def derived(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
         for key in ("embedding_lr", "head_lr", "scalar_lr"):
             optim.setdefault(key, _round(muons(model)[key] * adam_factor))
         if "weight_decay" not in MUON_WITH.get(preset, {}):  # many_epochs decays by its own
-            decay = WEIGHT_DECAY * batch_factor * tuned_tokens / (steps * batch_tokens)
+            decay = WEIGHT_DECAY * tuned_tokens / BATCH / steps / batch_factor
             optim.setdefault("weight_decay", _round(decay))
             optim.setdefault("cautious_decay", str(optim["weight_decay"]) not in ("0", "0.0"))
         optim.setdefault("momentum", MUON["momentum"])  # as tuned, for the batches of such a model

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
-from scalegpt.config.depth import derived
+from scalegpt.config.depth import RATES, derived
 from scalegpt.config.recipe import LoraConfig, ModelConfig, OptimConfig, following
 from scalegpt.config.types import (
     Amount,
@@ -357,6 +357,8 @@ class Config(Section):
         if not all(isinstance(keys, dict) for keys in given.values()):
             return make(values)  # validation of that section will report it
         model, objective, batch = (given.get(s, {}) for s in ("model", "objective", "batch"))
+        own = {key for key, value in given.get("optim", {}).items() if value is not None}
+        by_depth = RATES - own if model.get("depth") is not None else set()
         rolls = objective.get("name") == "grpo" and batch.get("sequences") is None
         if rolls:  # before what follows from model.depth, which has another batch
             with contextlib.suppress(ValidationError):  # which that section will report
@@ -370,7 +372,7 @@ class Config(Section):
         if follows:
             given["optim"] = {**optim, **follows}
         config = make({**values, **given})
-        config.optim.model_fields_set.difference_update(follows)
+        config.optim.model_fields_set.difference_update(follows, by_depth)
         if rolls:
             config.batch.model_fields_set.discard("sequences")
         return config

@@ -12,6 +12,7 @@ from scalegpt.checkpoints import manifest
 from scalegpt.checkpoints.checkpoints import Checkpoints
 from scalegpt.config import Config
 from scalegpt.config.architectures import LATER, PRESETS
+from scalegpt.config.depth import RATES
 from scalegpt.config.differences import curve_diff
 from scalegpt.config.loading import load, validate
 from scalegpt.config.recipe import MUON_WITH
@@ -48,13 +49,15 @@ def with_model(config: Config) -> Config:
     """Return the run with its model's shape, where that follows from the weights it begins with.
 
     A run that continues asks its own checkpoint, as run.init_from may be gone; and it keeps what
-    its preset had when it began, of what is not given. Raises Mistake.
+    its preset and depth had when it began, of what is not given. Raises Mistake.
     """
     preset, muon = config.model.preset or "", config.optim.name == "muon"
     sections = {
         "model": LATER & PRESETS.get(preset, {}).keys(),
         "optim": set(MUON_WITH.get(preset, {}) if muon else {}),
     }
+    if config.model.depth:
+        sections["optim"] |= RATES
     if not (config.run.init_from or any(sections.values())):
         return config
     good = _good_checkpoints(config.run.out_dir)

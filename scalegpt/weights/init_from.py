@@ -178,7 +178,8 @@ def shaped_as(model: ModelConfig, config: Config) -> Config:
     if same.window is None:  # given, so that a pattern of the weights has nothing to say
         same = same.model_copy(update={"window_pattern": "S"})
     optim = config.optim
-    if optim.name == "muon" and "embedding_lr" not in optim.model_fields_set:
+    by_depth = config.model.depth is not None
+    if optim.name == "muon" and not by_depth and "embedding_lr" not in optim.model_fields_set:
         rate = muons(same.model_dump())["embedding_lr"]
         optim = optim.model_copy(update={"embedding_lr": rate})
     return config.model_copy(update={"model": same, "optim": optim})
