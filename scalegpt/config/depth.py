@@ -23,7 +23,7 @@ TOKENS_PER_WEIGHT = 12
 BATCH, DEPTH = 2**19, 12  # tokens of an update at the depth that was tuned
 WEIGHT_DECAY = 0.05
 SMALL = 2**17  # tokens of an update; fewer have the rates of so many
-# What such an update had other values of until 2026-11-29.
+# What follows from the batch. Runs that began before SMALL was a bound, 2026-11-29, keep theirs.
 RATES = {"lr", "embedding_lr", "head_lr", "scalar_lr", "weight_decay"}
 VOCABULARY = 50257  # GPT-2's, where model.vocab_size is not given: data are opened later
 

@@ -56,7 +56,7 @@ def with_model(config: Config) -> Config:
         "model": LATER & PRESETS.get(preset, {}).keys(),
         "optim": set(MUON_WITH.get(preset, {}) if muon else {}),
     }
-    if config.model.depth:
+    if config.model.depth and muon:  # AdamW's rates do not follow from the depth
         sections["optim"] |= RATES
     if not (config.run.init_from or any(sections.values())):
         return config
