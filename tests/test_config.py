@@ -953,7 +953,17 @@ def test_what_is_given_stays_and_the_rest_follows_from_it(in_yaml):
     whole = parse("--model.depth=12", *GIVEN).optim
     half = parse("--model.depth=12", f"--optim.steps={whole.steps // 2}", *GIVEN)
     assert half.optim.weight_decay == pytest.approx(0.1, rel=5e-3)
-    assert not parse("--model.depth=4", "--optim.weight_decay=0", *GIVEN).optim.cautious_decay
+    for zero in ("0", "0.00", "0e5"):
+        none = parse("--model.depth=4", f"--optim.weight_decay={zero}", *GIVEN).optim
+        assert not none.cautious_decay and none.weight_decay == 0
+    # A width that has no heads of 128 has those of an even size near it.
+    for embd, size in ((960, 120), (400, 100), (192, 192), (64, 64), (100, 100), (1920, 128)):
+        wide = parse("--model.depth=15", f"--model.n_embd={embd}", *GIVEN).model
+        assert (wide.n_layer, wide.head_dim, wide.preset) == (15, size, "modern")
+    with pytest.raises(ValueError, match="rope needs an even head size, n_embd/n_head=401"):
+        parse("--model.depth=15", "--model.n_embd=401", *GIVEN)
+    with pytest.raises(ValueError, match="n_kv_head=3"):
+        parse("--model.depth=4", "--model.n_kv_head=3", *GIVEN)
     # A run that is stored continues with the numbers it began with.
     assert loading.validate(c.model_dump(), "stored") == c
 

@@ -61,14 +61,14 @@ def derived(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
             f"--model.{other.partition('=')[0]}=null, or --model.depth=null"
         )
     embd = _whole("model.n_embd", model["n_embd"])
-    model.setdefault("n_head", max(1, embd // 128))
+    model.setdefault("n_head", heads(embd))
     vocabulary = _whole("model.vocab_size", model.get("vocab_size") or VOCABULARY)
     length = _whole("model.block_size", model["block_size"])
 
     try:
         tokens = TOKENS_PER_WEIGHT * weights(ModelConfig.model_validate(model), vocabulary)
-    except ValidationError:  # whoever asked validates the model, too, and will say it
-        return {}
+    except ValidationError:  # whoever asked validates this model, too, and will say it
+        return {"model": {k: v for k, v in model.items() if k not in given["model"]}}
     tuned = ModelConfig(n_layer=DEPTH, n_embd=width(DEPTH), n_head=1)
     tuned_tokens = TOKENS_PER_WEIGHT * weights(tuned, VOCABULARY)
     batch_tokens = 2 ** round(math.log2(BATCH * (tokens / tuned_tokens) ** 0.383))
@@ -95,7 +95,7 @@ def derived(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
         if "weight_decay" not in MUON_WITH.get(preset, {}):  # many_epochs decays by its own
             decay = WEIGHT_DECAY * tuned_tokens / BATCH / steps / batch_factor
             optim.setdefault("weight_decay", _round(decay))
-            optim.setdefault("cautious_decay", str(optim["weight_decay"]) not in ("0", "0.0"))
+            optim.setdefault("cautious_decay", not _zero(optim["weight_decay"]))
         optim.setdefault("momentum", MUON["momentum"])  # as tuned, for the batches of such a model
         optim.setdefault("momentum_warmup", min(300, steps // 10))
     full = {"model": model, "batch": batch, "optim": optim}
@@ -108,6 +108,12 @@ def derived(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def width(depth: int) -> int:
     """Return n_embd: 64 for each layer, rounded up to a whole number of heads of size 128."""
     return -(-64 * depth // 128) * 128
+
+
+def heads(embd: int) -> int:
+    """Return n_head: heads of 128, or with other widths of an even size near it, as RoPE needs."""
+    even = [n for n in types.divisors(embd) if embd // n % 2 == 0]
+    return min(even, key=lambda n: (n != embd // 128, abs(embd // n - 128)), default=1)
 
 
 def updates(rows: float, sequences: int, growth: dict[Any, Any]) -> int:
@@ -141,6 +147,13 @@ def _whole(key: str, value: Any) -> int:
     if number < 1 or isinstance(value, bool):
         raise Mistake(f"{key}={value!r} must be a whole number, 1 or more")
     return number
+
+
+def _zero(value: Any) -> bool:
+    try:
+        return float(value) == 0
+    except (TypeError, ValueError):  # which validation will say
+        return False
 
 
 def _round(x: float) -> float:

@@ -159,6 +159,8 @@ def explain(detail: Any) -> str:
         return f"unknown key {key}={shown(value)}; {near}"
     if kind == "missing":
         return f"{key} is missing; give --{key}=..., {_START}"
+    if kind == "dict_type":
+        return f"{key}={shown(value)} has no keys and values; write them as {{key: value}}"
     if kind == "value_error":
         return str(detail["ctx"]["error"])
     return f"{key}={shown(value)}: {detail['msg']}"
