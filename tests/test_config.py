@@ -857,24 +857,20 @@ def test_muon_evens_rows_and_forgets_sooner_with_the_preset_modern():
     assert parse("--model.preset=modern", *GIVEN).optim.row_beta2 == 0  # AdamW has no such key
 
 
-def test_many_epochs_is_modern_with_dropout_decay_and_averaging():
-    def recipe(*argv):
-        config = parse(*argv, "--optim.name=muon", *GIVEN)
-        optim, model = config.optim, config.model
-        return model.dropout, optim.weight_decay, optim.decay_follows_lr, optim.average
+def test_many_epochs_is_modern_with_lower_rates_of_embeddings_and_head():
+    def config(*argv):
+        return parse(*argv, "--optim.name=muon", *GIVEN)
 
-    own = recipe(many := "--model.preset=many_epochs")
-    assert all(own) and recipe("--model.preset=modern") == (0, 0, False, 0)
-    config = parse(many, "--optim.name=muon", *GIVEN)
-    assert config.optim.row_beta2 == 0.95 and config.model.smear and muon_line(config) == ""
-    assert "weight_decay 0.1 (its own: " in muon_line(
-        parse(many, "--optim.weight_decay=0.1", "--optim.name=muon", *GIVEN)
-    )
-    nulls = [f"--optim.{key}=null" for key in ("weight_decay", "decay_follows_lr", "average")]
-    assert recipe(many, *nulls) == recipe(many, "--model.depth=2", "--optim.steps=9") == own
-    of_user = ["--model.dropout=0.3", "--optim.weight_decay=0.1", "--optim.average=0"]
-    assert recipe(many, *of_user) == (0.3, 0.1, True, 0)
-    assert parse(many, *GIVEN).optim == parse(*GIVEN).optim  # AdamW has its own
+    many, modern = config(own := "--model.preset=many_epochs"), config("--model.preset=modern")
+    lower = {"embedding_lr": 0.1, "head_lr": 0.003}
+    assert many.optim == modern.optim.model_copy(update=lower) and muon_line(many) == ""
+    assert many.model == modern.model.model_copy(update={"preset": "many_epochs"})
+    assert config(own, "--optim.head_lr=null").optim == many.optim
+    given = config(own, "--optim.head_lr=0.5")
+    assert given.optim.head_lr == 0.5 and "head_lr 0.5 (its own: 0.003" in muon_line(given)
+    deep = [parse("--model.depth=2", f"--model.preset={x}", *GIVEN) for x in ("modern", own[15:])]
+    assert deep[1].optim.embedding_lr == pytest.approx(deep[0].optim.embedding_lr / 3, rel=0.01)
+    assert parse(own, *GIVEN).optim == parse(*GIVEN).optim  # AdamW has one rate
 
 
 def test_a_modern_run_of_before_its_preset_had_a_key_keeps_its_own():

@@ -148,6 +148,7 @@ def test_muon_and_averaged_weights_continue_bitwise_and_are_what_a_checkpoint_ho
     data, tmp_path, monkeypatch, capsys
 ):
     recipe = {"model.preset": "many_epochs", "optim.name": "muon", "optim.average": 0.5}
+    recipe |= {"model.dropout": 0.1, "optim.weight_decay": 0.8, "optim.decay_follows_lr": True}
     recipe |= {"optim.momentum_slow": 0.98, "optim.lookahead": 0.5, "model.backout": True}
     recipe |= {"model.ngram_rows": 100, "model.ngram": 3}
     stop_after(monkeypatch)
@@ -192,6 +193,8 @@ def test_a_run_from_before_a_recipe_changed_continues_as_it_was(
     assert "continuing from step 3" in capsys.readouterr().out
     assert train.main(arguments(data, tmp_path / "whole", **recipe, **before)) == 0
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+    with pytest.raises(Mistake, match="differs:\n(.|\n)*optim.head_lr: "):  # another recipe
+        train.main(arguments(data, tmp_path / "run", **recipe | {"model.preset": "many_epochs"}))
 
 
 def saved_state(out_dir: Path):

@@ -27,8 +27,6 @@ NANOCHAT = {
 }
 # What paid, too, in trainings of ours (configs/README.md); no format of others has these two.
 MODERN = {**NANOCHAT, "smear": True, "residual_scalars": True}
-# For texts that a run reads many times; recipe.MUON_WITH adds weight decay and averaging to it.
-MANY_EPOCHS = {**MODERN, "dropout": 0.1}
 # Keys that presets have not always set: a run that began without them goes on without.
 LATER = {"softcap", "smear", "residual_scalars"}
 # The architecture of arXiv:2302.13971, of any size.
@@ -67,7 +65,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         for name, (n, h, d) in GPT2_SIZES.items()
     },
     "modern": MODERN,
-    "many_epochs": MANY_EPOCHS,
+    "many_epochs": MODERN,  # with rates of its own, recipe.MUON_WITH
     # What NanoChatForCausalLM of transformers computes.
     "nanochat": NANOCHAT,
     "llama": LLAMA,

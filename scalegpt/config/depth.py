@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from scalegpt.config import types
 from scalegpt.config.architectures import GPT2_SIZES, PRESETS
-from scalegpt.config.recipe import MUON, MUON_WITH, ModelConfig, muons
+from scalegpt.config.recipe import MUON, ModelConfig, muons
 from scalegpt.errors import Mistake
 
 TOKENS_PER_WEIGHT = 12
@@ -92,10 +92,9 @@ def derived(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
         optim.setdefault("lr", _round(MUON["lr"] * batch_factor))
         for key in ("embedding_lr", "head_lr", "scalar_lr"):
             optim.setdefault(key, _round(muons(model)[key] * adam_factor))
-        if "weight_decay" not in MUON_WITH.get(preset, {}):  # many_epochs decays by its own
-            decay = WEIGHT_DECAY * tuned_tokens / BATCH / steps / batch_factor
-            optim.setdefault("weight_decay", _round(decay))
-            optim.setdefault("cautious_decay", not _zero(optim["weight_decay"]))
+        decay = WEIGHT_DECAY * tuned_tokens / BATCH / steps / batch_factor
+        optim.setdefault("weight_decay", _round(decay))
+        optim.setdefault("cautious_decay", not _zero(optim["weight_decay"]))
         optim.setdefault("momentum", MUON["momentum"])  # as tuned, for the batches of such a model
         optim.setdefault("momentum_warmup", min(300, steps // 10))
     full = {"model": model, "batch": batch, "optim": optim}

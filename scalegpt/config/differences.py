@@ -64,6 +64,7 @@ def unread(config: Config) -> dict[str, str]:
     no_rms = not rms and not model.qk_norm
     name, named = config.objective.name, config.log.wandb or config.log.trackio
     local = not any("://" in path for path in config.data.weights)
+    late = not optim.counts_epochs and min(config.batch.growth, default=0) > optim.steps
     cases = (
         (
             "model.position=learned",
@@ -85,6 +86,7 @@ def unread(config: Config) -> dict[str, str]:
             "optim.cooldown optim.cooldown_power",
         ),
         ("optim.lookahead=0", not optim.lookahead, "optim.lookahead_decay"),
+        (f"optim.steps={optim.steps}", late, "batch.growth"),
         (f"optim.steps={optim.steps}", not optim.counts_epochs, "optim.epochs"),
         ("optim.weight_decay=0", not optim.weight_decay, "optim.decay optim.decay_follows_lr"),
         ("lora.rank=0", not config.lora.rank, "lora.alpha"),

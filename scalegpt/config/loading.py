@@ -19,7 +19,7 @@ from scalegpt.errors import Mistake
 # A Config has to name data and a folder; a model or a mesh that belongs to no run has neither.
 NO_RUN = {"data": {"path": ""}, "run": {"out_dir": "none"}}
 # pydantic names the branches of a union that it tried by these prefixes.
-_BRANCHES = ("str", "bool", "dict[", "list[", "function-", "constrained-str")
+_BRANCHES = ("str", "bool", "dict[", "list[", "function-", "constrained-str", "[key]")
 _REPR = reprlib.Repr()
 _REPR.maxstring, _REPR.maxother, _REPR.maxlong = 200, 200, 60
 _REPR.maxlevel, _REPR.maxlist, _REPR.maxdict = 2, 4, 4

@@ -49,7 +49,7 @@ def describe(config: Config, datasets: list[Dataset], steps: Steps) -> str:
         for d in datasets
     )
     parts = f", {microbatch} at a time" if accumulation > 1 else ""
-    growth = sorted(config.batch.growth.items())
+    growth = sorted((at, n) for at, n in config.batch.growth.items() if at <= config.optim.steps)
     later = "".join(f"; from update {update:,} on {counted(n, 'sequence')}" for update, n in growth)
     total = config.batch.rows_after(config.optim.steps) * config.row_width
     passes = epochs(config, datasets, config.optim.steps)

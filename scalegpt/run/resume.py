@@ -48,8 +48,9 @@ def lock(config: Config) -> AcquireReturnProxy:
 def with_model(config: Config) -> Config:
     """Return the run with its model's shape, where that follows from the weights it begins with.
 
-    A run that continues asks its own checkpoint, as run.init_from may be gone; and it keeps what
-    its preset and depth had when it began, of what is not given. Raises Mistake.
+    A run that continues asks its own checkpoint, as run.init_from may be gone; and if its preset
+    and depth are still the same, it keeps what these had when it began, of what is not given.
+    Raises Mistake.
     """
     preset, muon = config.model.preset or "", config.optim.name == "muon"
     sections = {
@@ -65,7 +66,9 @@ def with_model(config: Config) -> Config:
     if config.run.init_from:
         model = stored.model if stored else init_from.source_model(config)[0]
         config = init_from.shaped_as(model, config)
-    for name, keys in sections.items() if stored else ():
+    began = stored and (stored.model.preset, stored.model.depth)
+    same = began == (config.model.preset, config.model.depth)
+    for name, keys in sections.items() if stored and same else ():
         own, begun = getattr(config, name), getattr(stored, name)
         kept = {key: getattr(begun, key) for key in keys - own.model_fields_set}
         config = config.model_copy(update={name: own.model_copy(update=kept)})
