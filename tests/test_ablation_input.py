@@ -24,6 +24,7 @@ from scalegpt.config import command_line
         ({"arms": {"a": {}, "b": {"model": {"n_layr": 3}}}}, "arm b: .*mean --model.n_layer?"),
         ({"arms": {"a": {"optim": {"lr": "fast"}}}}, "arm a: .*optim.lr='fast'"),
         ({"arms": {"a": {}, "b": {"optim": {"lr": 1e-5}}}}, "arm b: .*optim.min_lr"),
+        ({"arms": {"a": {"optim": {"epochs": 2}}}}, "arm a: optim.epochs: give the arms their opt"),
         ({"arms": {"a": 3}}, "arm a holds 3, not sections"),
         ({"arms": {"a": {"model": 3}}}, "arm a: model=3 is not a section"),
         ({"arms": {"a": {"run": {"seed": 3}}}}, "arm a sets run.seed, which seeds sets"),

@@ -765,6 +765,7 @@ def test_the_start_names_what_is_not_muons_own():
 def test_the_start_names_what_nothing_reads():
     for argv, said in (
         (["--optim.cooldown=0.5"], "optim.cooldown=0.5 (optim.schedule=cosine)"),
+        (["--batch.growth={9: 960}", "--optim.steps=8"], "growth={9: 960} (optim.steps=8)"),
         (["--model.rope_base=5e4"], "model.rope_base=50000.0 (model.position=learned)"),
         (["--optim.schedule=constant", "--optim.min_lr=0"], "optim.min_lr=0.0 (optim.schedule=con"),
         (["--optim.name=muon", "--optim.head_lr=0.1"], "optim.head_lr=0.1 (model.tie_word_embeddi"),
@@ -783,6 +784,8 @@ def test_the_start_names_what_nothing_reads():
         ["--model.position=rope", "--model.rope_base=5e4"],
         ["--optim.name=muon", "--optim.schedule=cosine"],
         ["--model.depth=4"],
+        ["--batch.growth={9: 960, 90: 1920}", "--optim.steps=9", "--optim.warmup_steps=1"],
+        ["--optim.name=muon", "--model.preset=many_epochs", "--model.tie_word_embeddings=true"],
     ):
         assert unread_line(parse(*silent, *GIVEN)) == ""
 

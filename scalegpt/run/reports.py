@@ -15,7 +15,7 @@ from scalegpt.checkpoints.checkpoints import Checkpoints
 from scalegpt.checkpoints.writing import Failure
 from scalegpt.config import Config
 from scalegpt.config.differences import unread
-from scalegpt.config.recipe import MUON, ModelConfig, muons
+from scalegpt.config.recipe import ModelConfig, muons
 from scalegpt.data.batches import rows_together, train_order
 from scalegpt.data.datasets import training_texts, windows_of
 from scalegpt.data.token_files import Dataset
@@ -237,7 +237,7 @@ def muon_line(config: Config) -> str:
 
 def unread_line(config: Config) -> str:
     """Name the keys that were given and that nothing reads with the other keys; "" for none."""
-    muons_own = MUON if config.optim.name == "muon" else {}
+    muons_own = muons(config.model.model_dump()) if config.optim.name == "muon" else {}
     given = []
     for name, why in unread(config).items():
         section, key = name.split(".")

@@ -76,7 +76,8 @@ def read_plan(file: str, out: str, overrides: list[str]) -> Plan:
             raise Mistake(f"arm {arm}: {error}") from None
         if config.batch.growth:
             raise Mistake(f"arm {arm}: batch.growth: curves are over updates of one size")
-        if config.optim.counts_epochs:
+        # Beside steps, as all arms may have, epochs of an arm would say nothing.
+        if config.optim.counts_epochs or keys[arm].get("optim.epochs") is not None:
             raise Mistake(f"arm {arm}: optim.epochs: give the arms their optim.steps")
         return Run(arm, seed, argv, with_model(config))
 
