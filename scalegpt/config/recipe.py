@@ -336,7 +336,7 @@ class OptimConfig(Section):
     scalar_lr: Share | None = None
     """with muon: AdamW's peak learning rate for norms, biases and scalars"""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    """with muon: Nesterov momentum; the preset modern has 0.9, but not by model.depth"""
+    """with muon: Nesterov momentum; presets modern and many_epochs: 0.9, but not by model.depth"""
     momentum_warmup: Whole = 0
     """with muon: updates in which the momentum rises from 0.85"""
     momentum_slow: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -346,7 +346,7 @@ class OptimConfig(Section):
     """with muon: Newton-Schulz iterations of an update"""
     row_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """with muon: decay of the mean square of each row of an orthogonalised update, by whose root
-    the row is divided (NorMuon); 0: rows are as they are; the preset modern has 0.95"""
+    the row is divided (NorMuon); 0: rows are as they are; presets modern and many_epochs: 0.95"""
     average: Rate = 0.0
     """share of the run, at its end, over which the weights are averaged; the average is evaluated
     and saved for use. 0: the last weights are"""

@@ -216,7 +216,8 @@ def depth_line(config: Config) -> str:
     ]
     tokens = config.batch.rows_after(o.steps) * config.row_width
     return (
-        f"depth {c.depth}: {c.n_layer} layers, {c.n_embd} wide, {c.n_head} heads; {o.name}, "
+        f"depth {c.depth}: {counted(c.n_layer, 'layer')}, {c.n_embd} wide, "
+        f"{counted(c.n_head, 'head')}; {o.name}, "
         f"{', '.join(rates)}, weight_decay {o.weight_decay:g}, {o.steps:,} updates of "
         f"{config.batch.sequences} sequences, {tokens:,} tokens"
     )

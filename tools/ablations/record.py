@@ -190,8 +190,9 @@ def read_record(file: str) -> Record:
     try:
         return Record.model_validate(json_files.read_object(Path(file)))
     except ValidationError as error:
-        key = ".".join(map(str, error.errors()[0]["loc"]))
-        reason = f"{key}: {error.errors()[0]['msg']}"
+        first = error.errors()[0]
+        reason = ".".join(map(str, first["loc"])) + ": " if first["loc"] else ""
+        reason += first["msg"].removeprefix("Value error, ")
         raise Mistake(f"{file} is no record of tools/ablation.py: {reason}") from None
 
 
