@@ -110,7 +110,10 @@ def width(depth: int) -> int:
 
 
 def heads(embd: int) -> int:
-    """Return n_head: heads of 128, or with other widths of an even size near it, as RoPE needs."""
+    """Return n_head: n_embd // 128, or where that fits not, heads of an even size nearest to 128.
+
+    RoPE needs an even size.
+    """
     even = [n for n in types.divisors(embd) if embd // n % 2 == 0]
     return min(even, key=lambda n: (n != embd // 128, abs(embd // n - 128)), default=1)
 

@@ -66,9 +66,9 @@ def with_model(config: Config) -> Config:
     if config.run.init_from:
         model = stored.model if stored else init_from.source_model(config)[0]
         config = init_from.shaped_as(model, config)
-    began = stored and (stored.model.preset, stored.model.depth)
-    same = began == (config.model.preset, config.model.depth)
-    for name, keys in sections.items() if stored and same else ():
+    asked = config.model
+    same = stored and (stored.model.preset, stored.model.depth) == (asked.preset, asked.depth)
+    for name, keys in sections.items() if same else ():
         own, begun = getattr(config, name), getattr(stored, name)
         kept = {key: getattr(begun, key) for key in keys - own.model_fields_set}
         config = config.model_copy(update={name: own.model_copy(update=kept)})
